@@ -1,0 +1,145 @@
+"""Attention mechanisms for high-resolution vision, by name.
+
+Every module of this package that registers a class is found by itself: a new mechanism is one new file.
+A mechanism from elsewhere is named `package.module:Class` or `path/to/file.py:Class`.
+"""
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from attentions.contract import Attention, AttentionModule, Grid, accepted_options
+from attentions.registry import registered
+
+__all__ = ["Attention", "AttentionModule", "Grid", "build", "build_for", "find", "names"]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+_GIVEN = ("dim", "num_heads", "num_global")
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all registered mechanisms, sorted."""
+    return tuple(sorted(registered()))
+
+
+def find(name: str) -> type[nn.Module]:
+    """Return the class behind a registered name, `package.module:Class` or `file.py:Class`.
+
+    Raises:
+        ValueError: for a name that is none of these; the nearest registered one is suggested.
+    """
+    if ":" in name:
+        return _load(name)
+    if name not in registered():
+        raise ValueError(
+            f"unknown attention {name!r}{_nearest(name, names())}; allowed: {', '.join(names())},"
+            " or a mechanism of yours as package.module:Class or file.py:Class"
+        )
+    return registered()[name]
+
+
+def build(
+    name: str, *, dim: int, num_heads: int, num_global: int = 1, **options: Any
+) -> nn.Module:
+    """Build a mechanism: a module that is called as `module(x, grid)`.
+
+    Args:
+        name: a registered name, or `package.module:Class`, or `file.py:Class`.
+        dim: channels.
+        num_heads: attention heads.
+        num_global: global tokens at the head of the sequence.
+        options: the mechanism's own options.
+
+    Raises:
+        ValueError: for an unknown mechanism or option; the message lists the known ones.
+    """
+    factory = find(name)
+    accepted = accepted_options(factory)
+    for option in options:
+        if option not in accepted:
+            own = sorted(set(accepted) - set(_GIVEN))
+            raise ValueError(
+                f"{name} has no option {option!r}{_nearest(option, own)};"
+                f" allowed: {', '.join(own) or 'none'}"
+            )
+    missing = [
+        key
+        for key, parameter in accepted.items()
+        if parameter.default is inspect.Parameter.empty and key not in (*_GIVEN, *options)
+    ]
+    if missing:
+        raise ValueError(f"{name} needs the option {', '.join(map(repr, missing))}")
+    return factory(dim=dim, num_heads=num_heads, num_global=num_global, **options)
+
+
+def build_for(
+    name: str,
+    *,
+    grid: Grid,
+    position: str = "absolute",
+    dim: int,
+    num_heads: int,
+    num_global: int = 1,
+    **options: Any,
+) -> nn.Module:
+    """Build a mechanism for a place: its largest grid and its kind of positions.
+
+    `grid`, `seq_len` and `position` reach the mechanism where its constructor takes them and `options`
+    does not say otherwise.
+    """
+    place = {"grid": grid, "seq_len": num_global + grid[0] * grid[1], "position": position}
+    accepted = accepted_options(find(name))
+    fitted = {key: value for key, value in place.items() if key in accepted} | options
+    return build(name, dim=dim, num_heads=num_heads, num_global=num_global, **fitted)
+
+
+def _nearest(value: str, allowed: Iterable[str]) -> str:
+    close = difflib.get_close_matches(value, list(allowed), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _load(name: str) -> type[nn.Module]:
+    source, _, attribute = name.rpartition(":")
+    try:
+        module = _load_file(Path(source)) if source.endswith(".py") else _import(source)
+    except ImportError as error:
+        raise ValueError(f"attention {name!r}: cannot import {source!r}: {error}") from error
+    factory = getattr(module, attribute, None)
+    if not (isinstance(factory, type) and issubclass(factory, nn.Module)):
+        raise ValueError(f"attention {name!r}: {source} has no torch module class {attribute!r}")
+    return factory
+
+
+def _import(source: str) -> Any:
+    # A user's module beside the command is meant to be found, as with `python -m`.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    return importlib.import_module(source)
+
+
+def _load_file(path: Path) -> Any:
+    if not path.is_file():
+        raise ImportError(f"no such file: {path}")
+    key = f"attentions_user_{path.stem}_{abs(hash(path.resolve()))}"
+    if key not in sys.modules:
+        spec = importlib.util.spec_from_file_location(key, path)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"not a Python file: {path}")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[key] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[key]
+            raise
+    return sys.modules[key]

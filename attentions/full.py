@@ -1,0 +1,116 @@
+"""Softmax attention over all tokens.
+
+Vaswani et al., "Attention Is All You Need", https://arxiv.org/abs/1706.03762, equation 1:
+`softmax(q kᵀ / √M) v`. Relative positions as in Zhang et al., "Multi-Scale Vision Longformer",
+https://arxiv.org/abs/2103.15358, section 3: a learned bias for each difference of grid positions, and
+biases between global tokens and the grid. Cost: `2 N² C + 4 N C²`.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from attentions.contract import Attention, Grid
+from attentions.parts import (
+    LARGEST_INDEX,
+    add_relative_positions,
+    gather_bias,
+    grid_positions,
+    merge_heads,
+    relative_index,
+    split_heads,
+)
+from attentions.registry import register
+
+POSITIONS = ("absolute", "relative")
+
+
+@register("full")
+class FullAttention(Attention):
+    """Full attention, with relative positions on grids up to the one they were made for.
+
+    Args:
+        position: "absolute" (positions are in x already) or "relative" (a learned bias).
+        grid: with relative positions, the largest grid; a smaller one reads the same table.
+
+    Raises:
+        ValueError: relative positions without a grid, or on a grid larger than theirs.
+    """
+
+    positions: ClassVar = POSITIONS
+    examples: ClassVar = ({"position": "absolute"}, {"position": "relative"})
+
+    def __init__(
+        self, *, position: str = "absolute", grid: Grid | None = None, **common: Any
+    ) -> None:
+        super().__init__(**common)
+        if position not in POSITIONS:
+            raise ValueError(f"unknown position {position!r}; allowed: {', '.join(POSITIONS)}")
+        self.qkv = nn.Linear(self.dim, 3 * self.dim)
+        self.proj = nn.Linear(self.dim, self.dim)
+        self.position = position
+        if position == "absolute":
+            return
+        if grid is None:
+            raise ValueError("position 'relative' needs the option grid, the largest (rows, columns)")
+        self.extent: Grid = (grid[0], grid[1])
+        add_relative_positions(
+            self, extent=self.extent, num_heads=self.num_heads, num_global=self.num_global
+        )
+        if (grid[0] * grid[1]) ** 2 <= LARGEST_INDEX:
+            places = grid_positions(self.extent)
+            self.register_buffer(
+                "relative_position_index", relative_index(places, places, self.extent)
+            )
+
+    def bias(self, grid: Grid) -> Tensor | None:
+        """The additive bias (H, N, N) of relative positions on `grid`, or None."""
+        if self.position == "absolute":
+            return None
+        if grid[0] > self.extent[0] or grid[1] > self.extent[1]:
+            raise ValueError(
+                f"grid {grid[0]}x{grid[1]} is larger than {self.extent[0]}x{self.extent[1]},"
+                " the grid that the relative positions were made for"
+            )
+        table = self.local_relative_position_bias_table
+        if grid == self.extent and hasattr(self, "relative_position_index"):
+            index = self.relative_position_index
+        else:
+            places = grid_positions(grid, table.device)
+            index = relative_index(places, places, self.extent)
+        local = gather_bias(table, index)
+        if not self.num_global:
+            return local
+        length = local.shape[-1]
+        from_global = self.g2l_relative_position_bias[0][:, :, None].expand(-1, -1, length)
+        to_global = self.g2l_relative_position_bias[1][:, None, :].expand(-1, length, -1)
+        top = torch.cat([self.g2g_relative_position_bias, from_global], dim=2)
+        return torch.cat([top, torch.cat([to_global, local], dim=2)], dim=1)
+
+    def attend(self, x: Tensor, grid: Grid) -> Tensor:
+        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
+        bias = self.bias(grid)
+        out = nn.functional.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if bias is None else bias.to(q.dtype)[None],
+            dropout_p=self.dropout_p,
+        )
+        return self.proj(merge_heads(out))
+
+    def reference(self, x: Tensor, grid: Grid) -> Tensor:
+        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
+        scores = self.scale * (q @ k.transpose(-2, -1))
+        bias = self.bias(grid)
+        weights = (scores if bias is None else scores + bias).softmax(dim=-1)
+        return self.proj(merge_heads(nn.functional.dropout(weights, self.dropout_p) @ v))
+
+    def multiply_adds(self, grid: Grid) -> int:
+        tokens = self.num_global + grid[0] * grid[1]
+        return 2 * tokens**2 * self.dim + 4 * tokens * self.dim**2
+
+    def published_multiply_adds(self, grid: Grid) -> int:
+        tokens = self.num_global + grid[0] * grid[1]
+        return 2 * tokens**2 * self.dim + (4 * self.dim**2 + 4 * self.dim) * tokens

@@ -1,0 +1,347 @@
+"""Two-dimensional sliding-chunk attention with global tokens (Vision Longformer).
+
+Zhang et al., "Multi-Scale Vision Longformer: A New Vision Transformer for High-Resolution Image
+Encoding", https://arxiv.org/abs/2103.15358, section 3.2 and appendix A. The grid is cut into `w x w`
+chunks; a grid token attends to the global tokens and to the 3x3 chunks around its own, under one
+softmax; a global token attends to all tokens. Cost with `P` grid tokens after padding to whole chunks:
+`2 P (9 w² + g) C + 2 g N C` for attention and `6 N C²` for projections, `4 N C²` without global
+tokens.
+
+Deviation: the 3x3 neighbourhood is gathered and given to one fused attention, where the published code
+multiplies with nine shifted copies; both are equal up to rounding.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from attentions.contract import Attention, Grid
+from attentions.full import POSITIONS
+from attentions.parts import (
+    add_relative_positions,
+    gather_bias,
+    grid_positions,
+    merge_heads,
+    relative_index,
+    split_heads,
+)
+from attentions.registry import register
+
+PADDINGS = ("zero", "exact", "cyclic")
+NEIGHBOURS = ("all", "self", "random")
+AROUND = tuple((a, b) for a in (-1, 0, 1) for b in (-1, 0, 1))
+OWN = AROUND.index((0, 0))
+
+
+def to_chunks(x: Tensor, window: int) -> Tensor:
+    """(B, rows, columns, C) -> (B, R, S, w², C), zero-padded at the bottom and right."""
+    rows, columns = x.shape[1:3]
+    x = nn.functional.pad(x, (0, 0, 0, -columns % window, 0, -rows % window))
+    return (
+        x.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3).flatten(3, 4)
+    )
+
+
+def from_chunks(x: Tensor, window: int, grid: Grid) -> Tensor:
+    """(B, R, S, w², C) -> (B, rows, columns, C): the inverse of `to_chunks`."""
+    x = x.unflatten(3, (window, window)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return x[:, : grid[0], : grid[1]]
+
+
+class GlobalTokens(Attention):
+    """What longformer and global share: projections, and the global tokens' own attention.
+
+    Args:
+        share_weights: the global tokens use the projections of the grid tokens.
+    """
+
+    def __init__(self, *, share_weights: bool = True, **common: Any) -> None:
+        super().__init__(**common)
+        self.query = nn.Linear(self.dim, self.dim)
+        self.kv = nn.Linear(self.dim, 2 * self.dim)
+        self.proj = nn.Linear(self.dim, self.dim)
+        self.share_weights = share_weights
+        if not self.num_global:
+            return
+        # Shared layers carry both published names; they are one tensor each.
+        self.query_global = self.query if share_weights else nn.Linear(self.dim, self.dim)
+        self.kv_global = self.kv if share_weights else nn.Linear(self.dim, 2 * self.dim)
+        self.proj_global = self.proj if share_weights else nn.Linear(self.dim, self.dim)
+
+    def attend_globally(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What the global tokens get: x (B, N, C), bias (H, g, N) -> (B, g, C).
+
+        `kv_global` runs with shared weights too, as in the published model, whose cost is measured here.
+        """
+        q = split_heads(self.query_global(x[:, : self.num_global]), self.num_heads)
+        k, v = (split_heads(part, self.num_heads) for part in self.kv_global(x).chunk(2, dim=-1))
+        out = nn.functional.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if bias is None else bias.to(q.dtype)[None],
+            dropout_p=self.dropout_p,
+        )
+        return self.proj_global(merge_heads(out))
+
+    def attend_globally_plainly(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The oracle of `attend_globally`."""
+        q = split_heads(self.query_global(x[:, : self.num_global]), self.num_heads)
+        k, v = (split_heads(part, self.num_heads) for part in self.kv_global(x).chunk(2, dim=-1))
+        scores = self.scale * (q @ k.transpose(-2, -1))
+        weights = (scores if bias is None else scores + bias).softmax(dim=-1)
+        return self.proj_global(
+            merge_heads(nn.functional.dropout(weights, self.dropout_p) @ v)
+        )
+
+    def projection_multiply_adds(self, grid: Grid) -> int:
+        """Of all linear layers: `4 N C²`, and the global tokens' own keys and values, `2 N C²`."""
+        tokens = self.num_global + grid[0] * grid[1]
+        return (6 if self.num_global else 4) * tokens * self.dim**2
+
+    def published_global_multiply_adds(self, grid: Grid, local_keys: int) -> int:
+        """The published count, which has C - g where the number of grid tokens, N - g, belongs."""
+        g, channels = self.num_global, self.dim
+        tokens = g + grid[0] * grid[1]
+        local = (channels - g) * (local_keys + g) * channels
+        linear = (4 * channels**2 + 4 * channels) * tokens
+        return 2 * (local + g * tokens * channels) + linear
+
+
+@register("longformer")
+class LongformerAttention(GlobalTokens):
+    """Sliding-chunk attention on a grid, with global tokens.
+
+    Args:
+        window: side of a chunk.
+        position: "absolute" (positions are in x already) or "relative" (a learned bias).
+        padding: keys that are masked out. "zero": those outside the grid; "exact": besides, those more
+            than `window` rows or columns away; "cyclic": neighbours wrap around, and masked are
+            padded keys of chunks that are not wrapped.
+        neighbours: chunks seen. "all": the 3x3; "self": the own one; "random": while training the own
+            one and one of the 8 others, drawn for each call, and all when evaluating.
+    """
+
+    arch_option: ClassVar = "window"
+    positions: ClassVar = POSITIONS
+    examples: ClassVar = (
+        {"window": 4, "position": "relative"},
+        {"window": 3, "position": "absolute"},
+        {"window": 4, "position": "relative", "padding": "exact"},
+        {"window": 3, "position": "relative", "padding": "cyclic"},
+        {"window": 4, "position": "relative", "neighbours": "self"},
+        {"window": 3, "position": "relative", "share_weights": False},
+    )
+
+    def __init__(
+        self,
+        *,
+        window: int = 7,
+        position: str = "absolute",
+        padding: str = "zero",
+        neighbours: str = "all",
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        if window < 1:
+            raise ValueError(f"window {window} is not positive")
+        for what, value, allowed in (
+            ("position", position, POSITIONS),
+            ("padding", padding, PADDINGS),
+            ("neighbours", neighbours, NEIGHBOURS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"unknown {what} {value!r}; allowed: {', '.join(allowed)}")
+        self.window = window
+        self.position = position
+        self.padding = padding
+        self.neighbours = neighbours
+        if position == "relative":
+            extent = (2 * window, 2 * window)
+            add_relative_positions(
+                self, extent=extent, num_heads=self.num_heads, num_global=self.num_global
+            )
+            query, key = self._offsets(None)
+            self.register_buffer("relative_position_index", relative_index(query, key, extent))
+
+    def _offsets(self, device: torch.device | None) -> tuple[Tensor, Tensor]:
+        """Positions in a chunk (w², 2), and of its 3x3 neighbourhood chunk by chunk (9 w², 2)."""
+        own = grid_positions((self.window, self.window), device)
+        shifts = torch.tensor(AROUND, device=device) * self.window
+        return own, (shifts[:, None] + own).flatten(0, 1)
+
+    def _seen_chunks(self) -> tuple[int, ...]:
+        """Which of the 3x3 chunks are seen at this call, as indices into AROUND."""
+        if self.neighbours == "self":
+            return (OWN,)
+        if self.neighbours == "random" and self.training:
+            other = int(torch.randint(len(AROUND) - 1, ()))
+            return (OWN, other + (other >= OWN))
+        return tuple(range(len(AROUND)))
+
+    def _visible(self, grid: Grid, chunks: tuple[int, ...], device: torch.device) -> Tensor:
+        """Which keys are not masked: (R S, 1 or w², keys), bool."""
+        axes = []
+        for side, axis in ((grid[0], 0), (grid[1], 1)):
+            count = -(-side // self.window)
+            chunk = torch.arange(count, device=device)[:, None, None]
+            shift = torch.tensor([AROUND[c][axis] for c in chunks], device=device)[None, :, None]
+            place = torch.arange(self.window, device=device)[None, None, :]
+            neighbour = chunk + shift
+            if self.padding == "cyclic":
+                last = (count - 1) * self.window
+                axes.append((neighbour != count - 1) | (last + place < side))
+            else:
+                at = neighbour * self.window + place
+                axes.append((at >= 0) & (at < side))
+        rows, columns = axes
+        # (R, 1, K, w, 1) and (1, S, K, 1, w), chunk by chunk as the keys are.
+        inside = rows[:, None, :, :, None] & columns[None, :, :, None, :]
+        visible = inside.flatten(0, 1).flatten(1)[:, None]
+        if self.padding == "exact":
+            query, key = self._offsets(device)
+            near = (query[:, None] - key[None]).abs().amax(dim=-1) <= self.window
+            seen = near.unflatten(1, (len(AROUND), -1))[:, list(chunks)].flatten(1)
+            visible = visible & seen
+        return visible
+
+    def _local_bias(self, grid: Grid, chunks: tuple[int, ...], like: Tensor) -> Tensor:
+        """Additive bias of global and local keys: (R S, H or 1, w² or 1, g + keys)."""
+        visible = self._visible(grid, chunks, like.device)
+        masked = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
+        masked = masked.masked_fill(~visible, float("-inf"))[:, None]
+        if self.position == "absolute":
+            return nn.functional.pad(masked, (self.num_global, 0))
+        index = self.relative_position_index.unflatten(1, (len(AROUND), -1))
+        table = self.local_relative_position_bias_table
+        bias = gather_bias(table, index[:, list(chunks)].flatten(1)).to(like.dtype)
+        local = masked + bias
+        if not self.num_global:
+            return local
+        to_global = self.g2l_relative_position_bias[1][:, None].to(like.dtype)
+        return torch.cat([to_global.expand(*local.shape[:3], -1), local], dim=-1)
+
+    def _global_bias(self, cells: int) -> Tensor | None:
+        """Additive bias of what the global tokens see: (H, g, N)."""
+        if self.position == "absolute":
+            return None
+        local = self.g2l_relative_position_bias[0][..., None].expand(-1, -1, cells)
+        return torch.cat([self.g2g_relative_position_bias, local], dim=-1)
+
+    def _neighbourhood(self, chunks: Tensor, seen: tuple[int, ...]) -> Tensor:
+        """(B, R, S, w², C) -> (B, R, S, len(seen) w², C): the chunks around each chunk."""
+        rows, columns = chunks.shape[1:3]
+        if seen == (OWN,):
+            return chunks
+        if self.padding == "cyclic":
+            around = torch.cat([chunks[:, -1:], chunks, chunks[:, :1]], dim=1)
+            around = torch.cat([around[:, :, -1:], around, around[:, :, :1]], dim=2)
+        else:
+            around = nn.functional.pad(chunks, (0, 0, 0, 0, 1, 1, 1, 1))
+        return torch.cat(
+            [
+                around[:, 1 + a : 1 + a + rows, 1 + b : 1 + b + columns]
+                for a, b in (AROUND[c] for c in seen)
+            ],
+            dim=3,
+        )
+
+    def attend(self, x: Tensor, grid: Grid) -> Tensor:
+        g, seen = self.num_global, self._seen_chunks()
+        keys_values = self.kv(x)
+        q = to_chunks(self.query(x[:, g:]).unflatten(1, grid), self.window)
+        around = self._neighbourhood(
+            to_chunks(keys_values[:, g:].unflatten(1, grid), self.window), seen
+        )
+        batch, rows, columns = around.shape[:3]
+        to_all = keys_values[:, None, None, :g].expand(-1, rows, columns, -1, -1)
+        around = torch.cat([to_all, around], dim=3).flatten(0, 2)
+        k, v = (split_heads(part, self.num_heads) for part in around.chunk(2, dim=-1))
+        bias = self._local_bias(grid, seen, q)
+        # Batch and chunks are one batch dimension, which SDPA needs in full; queries and heads of a
+        # mask without them stay broadcast.
+        bias = bias[None].expand(batch, *bias.shape).flatten(0, 1)
+        out = nn.functional.scaled_dot_product_attention(
+            split_heads(q.flatten(0, 2), self.num_heads),
+            k,
+            v,
+            attn_mask=bias,
+            dropout_p=self.dropout_p,
+        )
+        out = merge_heads(out).unflatten(0, (batch, rows, columns))
+        local = self.proj(from_chunks(out, self.window, grid).flatten(1, 2))
+        if not g:
+            return local
+        bias = self._global_bias(grid[0] * grid[1])
+        return torch.cat([self.attend_globally(x, bias), local], dim=1)
+
+    def reference(self, x: Tensor, grid: Grid) -> Tensor:
+        """Full attention under a mask over the whole grid."""
+        g, heads, seen = self.num_global, self.num_heads, self._seen_chunks()
+        rows, columns = grid
+        w, cells = self.window, rows * columns
+        sides = (-(-rows // w) * w, -(-columns // w) * w)
+        padded = grid_positions(sides, x.device)
+        inside = (padded[:, 0] < rows) & (padded[:, 1] < columns)
+        query = grid_positions(grid, x.device)
+        counts = torch.tensor([sides[0] // w, sides[1] // w], device=x.device)
+        scores, values, visible = [], [], []
+        q = split_heads(self.query(x[:, g:]), heads)
+        # Keys of the padded grid are zero, not the bias of the projection.
+        every = x.new_zeros(x.shape[0], len(padded), 2 * self.dim)
+        keys_values = self.kv(x)
+        every = every.to(keys_values.dtype).index_copy(
+            1, inside.nonzero()[:, 0], keys_values[:, g:]
+        )
+        k, v = (split_heads(part, heads) for part in every.chunk(2, dim=-1))
+        for a, b in (AROUND[c] for c in seen):
+            shift = torch.tensor([a, b], device=x.device)
+            chunk = query // w + shift
+            wrapped = chunk % counts
+            member = (padded // w)[None] == wrapped[:, None]
+            mask = member.all(dim=-1)
+            real = torch.stack([padded[:, 0] < rows, padded[:, 1] < columns], dim=-1)
+            if self.padding == "cyclic":
+                mask = mask & (real[None] | (chunk != counts - 1)[:, None]).all(dim=-1)
+            else:
+                mask = mask & ((chunk >= 0) & (chunk < counts)).all(dim=-1)[:, None] & inside[None]
+            # Differences count from where the neighbour stands before it is wrapped.
+            key = padded[None] + ((chunk - wrapped) * w)[:, None]
+            difference = query[:, None] - key
+            if self.padding == "exact":
+                mask = mask & (difference.abs() <= w).all(dim=-1)
+            score = self.scale * (q @ k.transpose(-2, -1))
+            if self.position == "relative":
+                bounded = difference.clamp(1 - 2 * w, 2 * w - 1) + 2 * w - 1
+                index = bounded[..., 0] * (4 * w - 1) + bounded[..., 1]
+                score = score + gather_bias(self.local_relative_position_bias_table, index)
+            scores.append(score)
+            visible.append(mask)
+            values.append(v)
+        if g:
+            k, v = (split_heads(part, heads) for part in keys_values[:, :g].chunk(2, dim=-1))
+            score = self.scale * (q @ k.transpose(-2, -1))
+            if self.position == "relative":
+                score = score + self.g2l_relative_position_bias[1][:, None]
+            scores.append(score)
+            visible.append(torch.ones(cells, g, dtype=torch.bool, device=x.device))
+            values.append(v)
+        score = torch.cat(scores, dim=-1).masked_fill(~torch.cat(visible, dim=-1), float("-inf"))
+        weights = nn.functional.dropout(score.softmax(dim=-1), self.dropout_p)
+        local = self.proj(merge_heads(weights @ torch.cat(values, dim=2)))
+        if not g:
+            return local
+        return torch.cat([self.attend_globally_plainly(x, self._global_bias(cells)), local], dim=1)
+
+    def multiply_adds(self, grid: Grid) -> int:
+        """Of what runs when evaluating: whole chunks, the padded rows and columns included."""
+        g, w = self.num_global, self.window
+        padded = -(-grid[0] // w) * -(-grid[1] // w) * w * w
+        chunks = 1 if self.neighbours == "self" else len(AROUND)
+        local = padded * (chunks * w * w + g)
+        whole = g * (g + grid[0] * grid[1])
+        return 2 * (local + whole) * self.dim + self.projection_multiply_adds(grid)
+
+    def published_multiply_adds(self, grid: Grid) -> int:
+        return self.published_global_multiply_adds(grid, len(AROUND) * self.window**2)

@@ -1,0 +1,82 @@
+"""Pieces that several mechanisms share: heads, the grid, relative positions."""
+
+import torch
+from torch import Tensor, nn
+
+from attentions.contract import Grid
+
+# Above this many entries an (N, N) index costs more memory than the attention it serves; it is then
+# made at each call and not kept as the buffer of the published state dicts.
+LARGEST_INDEX = 2**24
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, N, C) -> (B, H, N, M)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, N, M) -> (B, N, C)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def linear_multiply_adds(tokens: int, features_in: int, features_out: int) -> int:
+    """Multiply-adds of a linear layer, without its bias."""
+    return tokens * features_in * features_out
+
+
+def grid_positions(grid: Grid, device: torch.device | None = None) -> Tensor:
+    """Row and column of every grid token in row-major order: (rows * columns, 2)."""
+    rows, columns = grid
+    return torch.cartesian_prod(
+        torch.arange(rows, device=device), torch.arange(columns, device=device)
+    ).reshape(-1, 2)
+
+
+def relative_index(query: Tensor, key: Tensor, extent: Grid) -> Tensor:
+    """Row of the bias table for every pair of positions.
+
+    The table holds differences `query - key` below `extent` in absolute value:
+    `(2 * extent[0] - 1) * (2 * extent[1] - 1)` rows.
+
+    Shapes: query (Q, 2), key (K, 2) -> (Q, K).
+    """
+    difference = query[:, None] - key[None]
+    width = 2 * extent[1] - 1
+    return (difference[..., 0] + extent[0] - 1) * width + difference[..., 1] + extent[1] - 1
+
+
+def add_relative_positions(
+    module: nn.Module, *, extent: Grid, num_heads: int, num_global: int
+) -> None:
+    """Give `module` the tables of relative positions under their published names.
+
+    Shapes: local_relative_position_bias_table ((2 ex - 1)(2 ey - 1), H), and, with global tokens,
+    g2l_relative_position_bias (2, H, g) and g2g_relative_position_bias (H, g, g).
+    """
+    rows = (2 * extent[0] - 1) * (2 * extent[1] - 1)
+    module.local_relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
+    tables = [module.local_relative_position_bias_table]
+    if num_global:
+        module.g2l_relative_position_bias = nn.Parameter(torch.zeros(2, num_heads, num_global))
+        module.g2g_relative_position_bias = nn.Parameter(
+            torch.zeros(num_heads, num_global, num_global)
+        )
+        tables += [module.g2l_relative_position_bias, module.g2g_relative_position_bias]
+    for table in tables:
+        nn.init.trunc_normal_(table, std=0.02)
+
+
+def gather_bias(table: Tensor, index: Tensor) -> Tensor:
+    """Read a bias table: table (rows, H), index (Q, K) -> (H, Q, K)."""
+    return table[index.flatten()].unflatten(0, tuple(index.shape)).permute(2, 0, 1)
+
+
+def resize_square_table(table: Tensor, rows: int) -> Tensor:
+    """Resize a (side², H) table to `rows` rows as a square image, bilinearly."""
+    side, target = round(table.shape[0] ** 0.5), round(rows**0.5)
+    if side * side != table.shape[0] or target * target != rows:
+        raise ValueError(f"tables of {table.shape[0]} and {rows} rows are not both square")
+    image = table.T.reshape(1, -1, side, side)
+    resized = nn.functional.interpolate(image, (target, target), mode="bilinear")
+    return resized.reshape(table.shape[1], rows).T
