@@ -1,0 +1,1 @@
+"""The harness: one run from configuration to record."""
