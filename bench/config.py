@@ -1,0 +1,421 @@
+"""What to run: typed, frozen configuration, read from `configs/`.
+
+A suite names a backbone, a recipe and rows; each row becomes one `RunConfig`, which holds every value
+that the run depends on. Later sources win: defaults here, recipe, suite, row, command line.
+"""
+
+import importlib.resources
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+import attentions
+from bench.arch import StageSpec, parse, render
+from bench.errors import InputError, choose, nearest
+
+METHODS = ("mask_rcnn", "retinanet")
+LIBRARIES = ("torchvision", "detectron2", "auto")
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+DECAYS = ("steps", "cosine")
+_GLOBALS = (1, 1, 1, 0)
+_FEATURE = 7
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """The detector around the backbone; lengths in pixels."""
+
+    fpn_channels: int = 256
+    head_width: int = 1024
+    anchor_sizes: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512])
+    detections: int = 100
+    score_threshold: float = 0.05
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Backbone, mechanism and detector.
+
+    Attributes:
+        backbone: its label, for the tables.
+        arch: ARCH string.
+        attention: mechanism of the stages with `s1`, or one for each stage, comma-separated.
+        options: options of the mechanisms.
+        drop_path: rate of the last block.
+    """
+
+    backbone: str = ""
+    arch: str = ""
+    attention: str = "longformer"
+    options: dict[str, Any] = field(default_factory=dict)
+    drop_path: float = 0.0
+    norm_embed: bool = True
+    method: str = "mask_rcnn"
+    library: str = "torchvision"
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
+
+
+@dataclass(frozen=True)
+class GeneratedConfig:
+    """The generated data set; image_size is (height, width)."""
+
+    seed: int = 0
+    train_images: int = 800
+    val_images: int = 100
+    image_size: list[int] = field(default_factory=lambda: [128, 160])
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images and how they are resized.
+
+    Attributes:
+        path: folder in COCO layout, or None for the generated data set.
+        min_sizes: shortest edge; training draws one of several, evaluation takes the last.
+        max_size: longest edge.
+        fixed_size: every image becomes exactly this (height, width); None keeps the aspect ratio.
+        workers: decoding processes.
+        degenerate_boxes: "error", or "drop" to leave out boxes without area.
+    """
+
+    path: str | None = None
+    generated: GeneratedConfig = field(default_factory=GeneratedConfig)
+    train_split: str = "train2017"
+    min_sizes: list[int] = field(default_factory=lambda: [800])
+    max_size: int = 1333
+    fixed_size: list[int] | None = None
+    flip: bool = True
+    workers: int = 0
+    aspect_ratio_grouping: bool = False
+    degenerate_boxes: str = "error"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Schedule: steps are optimiser steps, batch_size images a step, lr the peak rate."""
+
+    schedule: str = "1x"
+    steps: int = 90000
+    batch_size: int = 16
+    lr: float = 1e-4
+    weight_decay: float = 0.05
+    warmup_steps: int = 1000
+    warmup_factor: float = 0.01
+    decay: str = "steps"
+    milestones: list[int] = field(default_factory=list)
+    gamma: float = 0.1
+    clip_norm: float = 0.5
+    precision: str = "32-true"
+    checkpoint_every: int = 2500
+    log_every: int = 20
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Splits to evaluate on; the first one fills the tables."""
+
+    splits: list[str] = field(default_factory=lambda: ["val2017"])
+    batch_size: int = 4
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """What is measured: image_size is (height, width); seconds and repeats are the least measured."""
+
+    enabled: bool = True
+    image_size: list[int] = field(default_factory=lambda: [800, 1344])
+    batch_size: int = 1
+    proposals: int = 1000
+    repeats: int = 10
+    seconds: float = 1.0
+    training: bool = True
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that one run depends on."""
+
+    suite: str = ""
+    row: str = ""
+    seed: int = 0
+    device: str = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain nested values, for the record."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A named list of runs."""
+
+    name: str
+    runs: tuple[RunConfig, ...]
+
+
+def suites() -> tuple[str, ...]:
+    """Names of the suites in `configs/suites`."""
+    folder = importlib.resources.files("configs") / "suites"
+    return tuple(
+        sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".yaml"))
+    )
+
+
+def load_suite(
+    name: str,
+    *,
+    rows: Sequence[str] = (),
+    data: str | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Suite:
+    """Read a suite and what the command line changes of it.
+
+    Args:
+        name: a file in `configs/suites`.
+        rows: some of its rows, or mechanisms of the user as `package.module:Class`; empty for all.
+        data: folder in COCO layout, instead of the suite's data.
+        seed: of everything random.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        overrides: `key=value`, for example `train.steps=100`.
+
+    Raises:
+        InputError: for an unknown suite, row, key or a value of the wrong type.
+    """
+    choose(name, suites(), "suite")
+    suite = _read(f"suites/{name}.yaml")
+    table = _rows()
+    chosen = list(rows) or (list(table) if suite["rows"] == "all" else list(suite["rows"]))
+    layers = [_read("recipes.yaml")[suite["recipe"]], suite.get("run", {})]
+    if data is not None:
+        layers += [suite.get("with_data", {}), {"data": {"path": data}}]
+    command_line = _dotlist(overrides)
+    backbone = _read("backbones.yaml")[suite["backbone"]]
+    runs = []
+    for row in chosen:
+        spec = _row(row, table, suite_name=name)
+        layer = _row_layer(spec, backbone)
+        own = suite.get("row_run", {}).get(row, {})
+        top = {"suite": name, "row": row}
+        top |= {key: v for key, v in (("seed", seed), ("device", device)) if v is not None}
+        config = _merge([*layers, layer, own, top, command_line])
+        runs.append(_validated(_fixed(config)))
+    return Suite(name, tuple(runs))
+
+
+def build_config(values: Mapping[str, Any]) -> RunConfig:
+    """Return the `RunConfig` of nested plain values, such as those of a record.
+
+    Raises:
+        InputError: for an unknown key or a value of the wrong type.
+    """
+    return _validated(_merge([dict(values)]))
+
+
+def _read(path: str) -> dict[str, Any]:
+    text = (importlib.resources.files("configs") / path).read_text(encoding="utf-8")
+    container = OmegaConf.to_container(OmegaConf.create(text))
+    if not isinstance(container, dict):
+        raise InputError(f"configs/{path} holds no mapping")
+    return {str(key): value for key, value in container.items()}
+
+
+def _rows() -> dict[str, Any]:
+    """All rows: those of rows.yaml, then one and a partial one for every other mechanism."""
+    table = _read("rows.yaml")
+    named = {spec["attention"] for spec in table.values()}
+    for mechanism in attentions.names():
+        if mechanism not in named:
+            table[mechanism] = {"attention": mechanism}
+            table[f"Partial {mechanism}"] = {"attention": mechanism, "dense": [3, 4]}
+    return table
+
+
+def _row(row: str, table: Mapping[str, Any], *, suite_name: str) -> Mapping[str, Any]:
+    if row in table:
+        spec: Mapping[str, Any] = table[row]
+        return spec
+    if ":" in row:
+        return {"attention": row}
+    raise InputError(
+        f"unknown row {row!r} of suite {suite_name}{nearest(row, table)}; allowed:"
+        f" {', '.join(table)}, or a mechanism of yours as package.module:Class or file.py:Class"
+    )
+
+
+def _row_layer(spec: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """The model settings of a row in a backbone."""
+    dense = spec.get("dense", [])
+    count = len(backbone["stages"])
+    features = spec.get("feature", [_FEATURE] * count)
+    num_global = spec.get("num_global", _GLOBALS[:count])
+    stages = [
+        StageSpec(
+            number=number,
+            heads=stage["heads"],
+            dim=stage["dim"],
+            blocks=stage["blocks"],
+            attention="full" if number in dense else spec["attention"],
+            num_global=num_global[number - 1],
+            patch=stage["patch"],
+            feature=features[number - 1],
+            absolute=spec.get("position", "absolute") == "absolute",
+        )
+        for number, stage in enumerate(backbone["stages"], start=1)
+    ]
+    arch = render(stages)
+    if spec["attention"] == "full":
+        # `s` tells the chosen mechanism from full attention; here they are the same.
+        arch = arch.replace(",s0,", ",s1,")
+    model = {"backbone": backbone["label"], "arch": arch, "attention": spec["attention"]}
+    if "options" in spec:
+        model["options"] = spec["options"]
+    return {"model": model}
+
+
+def _dotlist(overrides: Sequence[str]) -> DictConfig:
+    for override in overrides:
+        if not re.fullmatch(r"[\w.]+=.*", override, flags=re.DOTALL):
+            raise InputError(f"{override!r} is no key=value, for example train.steps=100")
+        _check_key(override.partition("=")[0], "the command line")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise InputError(f"cannot read {' '.join(overrides)!r}: {_one_line(error)}") from error
+
+
+def _check_key(key: str, source: str) -> None:
+    """Raise InputError if the dotted `key` is no field of RunConfig."""
+    node: Any = RunConfig()
+    path: list[str] = []
+    for part in key.split("."):
+        if isinstance(node, dict):
+            return
+        if not is_dataclass(node):
+            raise InputError(f"{'.'.join(path)} in {source} is one value and has no key {part!r}")
+        known = [f.name for f in fields(node)]
+        if part not in known:
+            where = ".".join(path) or "the top level"
+            raise InputError(
+                f"unknown configuration key {key!r} in {source}{nearest(part, known)};"
+                f" allowed at {where}: {', '.join(known)}"
+            )
+        node = getattr(node, part)
+        path.append(part)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in values.items():
+        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else []
+        keys += inner or [f"{prefix}{key}"]
+    return keys
+
+
+def _merge(layers: Sequence[Mapping[str, Any] | DictConfig]) -> RunConfig:
+    for layer in layers:
+        if not isinstance(layer, DictConfig):
+            for key in _flat(layer):
+                _check_key(key, "a configuration file")
+    try:
+        # Frozen dataclasses make read-only nodes; the merge is ours and makes a new configuration.
+        schema = OmegaConf.structured(RunConfig)
+        OmegaConf.set_readonly(schema, False)
+        _writable(schema)
+        merged = OmegaConf.merge(schema, *layers)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "configuration"
+        raise InputError(f"{key}: {_one_line(error)}") from error
+    if not isinstance(config, RunConfig):
+        raise InputError(f"configuration of the wrong type {type(config)}")
+    return config
+
+
+def _writable(node: DictConfig) -> None:
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            OmegaConf.set_readonly(child, False)
+            _writable(child)
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _mechanisms(config: RunConfig) -> tuple[StageSpec, ...]:
+    names = config.model.attention.split(",")
+    try:
+        stages = parse(config.model.arch, names[0] if len(names) == 1 else names)
+        for stage in stages:
+            attentions.find(stage.attention)
+    except ValueError as error:
+        raise InputError(f"model: {error}") from error
+    return stages
+
+
+def _fixed(config: RunConfig) -> RunConfig:
+    """Give a fixed image size to a row whose mechanism works for one size only."""
+    stages = _mechanisms(config)
+    needs = any(getattr(attentions.find(s.attention), "fixed_size", False) for s in stages)
+    if not needs or config.data.fixed_size is not None:
+        return config
+    size = [config.data.min_sizes[-1], config.data.max_size]
+    values = config.as_dict()
+    values["data"]["fixed_size"] = [-(-side // 32) * 32 for side in size]
+    return _merge([values])
+
+
+def _validated(config: RunConfig) -> RunConfig:
+    choose(config.model.method, METHODS, "model.method")
+    choose(config.model.library, LIBRARIES, "model.library")
+    choose(config.train.precision, PRECISIONS, "train.precision")
+    choose(config.train.decay, DECAYS, "train.decay")
+    choose(config.data.degenerate_boxes, ("error", "drop"), "data.degenerate_boxes")
+    positive = {
+        "train.steps": config.train.steps,
+        "train.batch_size": config.train.batch_size,
+        "train.checkpoint_every": config.train.checkpoint_every,
+        "train.log_every": config.train.log_every,
+        "train.lr": config.train.lr,
+        "evaluate.batch_size": config.evaluate.batch_size,
+        "profile.batch_size": config.profile.batch_size,
+        "profile.repeats": config.profile.repeats,
+        "data.max_size": config.data.max_size,
+    }
+    for key, value in positive.items():
+        if value <= 0:
+            raise InputError(f"{key}={value} must be positive")
+    pairs = {"data.min_sizes": config.data.min_sizes, "evaluate.splits": config.evaluate.splits}
+    for key, values in pairs.items():
+        if not values:
+            raise InputError(f"{key} is empty; at least one value is needed")
+    sizes = {
+        "data.fixed_size": config.data.fixed_size,
+        "profile.image_size": config.profile.image_size,
+        "data.generated.image_size": config.data.generated.image_size,
+    }
+    for key, size in sizes.items():
+        if size is not None and (len(size) != 2 or min(size) < 1):
+            raise InputError(f"{key}={size} is no (height, width) of positive numbers")
+    if not 0 <= config.model.drop_path < 1:
+        raise InputError(f"model.drop_path={config.model.drop_path} is outside [0, 1)")
+    if config.train.warmup_steps < 0 or config.data.workers < 0:
+        raise InputError(
+            f"train.warmup_steps={config.train.warmup_steps} and"
+            f" data.workers={config.data.workers} must not be negative"
+        )
+    _mechanisms(config)
+    return config

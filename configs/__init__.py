@@ -1,0 +1,1 @@
+"""What to run: backbones, rows, recipes and suites, each fact once. Data for `bench.config`."""
