@@ -1,0 +1,184 @@
+"""Peak memory of a call.
+
+On a CUDA device: what torch's caching allocator handed out, its statistics reset before.
+
+On the CPU: live tensor bytes, the sum of the storages that are alive, each counted once. They are
+taken after every operator, so the number is the same on each run and on each machine, and holds no
+allocator slack, no Python and no library. Scratch that a kernel allocates and frees within one
+operator (an oneDNN convolution reorders its input, for one) is not in it: it differs between
+processors and says nothing about the model. It is a measure of the model's tensors, not of the
+process.
+"""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ALLOCATOR = "allocator"
+LIVE_TENSORS = "live tensor bytes"
+
+# Their argument is a tensor made just then outside of the dispatcher, as by `torch.tensor`.
+_JUST_MADE = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)
+
+
+@dataclass(frozen=True)
+class MemoryPeak:
+    """The peak during a call.
+
+    Attributes:
+        bytes: the largest amount in use at once, what was in use before included.
+        kind: "allocator" on CUDA, "live tensor bytes" on the CPU.
+        device: for example "cpu" or "cuda:0 (NVIDIA H100)".
+        before: bytes in use before the call: parameters, optimiser state, inputs.
+        reserved: the allocator's largest reservation in bytes; None on the CPU.
+    """
+
+    bytes: int
+    kind: str
+    device: str
+    before: int
+    reserved: int | None = None
+
+
+def peak(
+    fn: Callable[[], object], *, device: torch.device | str, live: Iterable[object] = ()
+) -> MemoryPeak:
+    """Run `fn` once and return the peak memory on `device`.
+
+    Call `fn` once before, where its first call allocates what stays (optimiser state).
+
+    Args:
+        fn: the work; what it returns is dropped.
+        device: "cpu" or a CUDA device.
+        live: on the CPU, what was alive before `fn` and counts: tensors, modules (parameters,
+            buffers, gradients), optimisers (state, parameters, gradients), or containers of them.
+            Tensors that `fn` uses and did not make are found without it. On CUDA it is not needed.
+
+    Raises:
+        ValueError: for another kind of device.
+    """
+    device = torch.device(device)
+    gc.collect()
+    if device.type == "cuda":
+        return _allocator_peak(fn, device)
+    if device.type != "cpu":
+        raise ValueError(f"memory cannot be measured on device {device}; allowed: cpu, cuda")
+    return _live_peak(fn, live)
+
+
+def _allocator_peak(fn: Callable[[], object], device: torch.device) -> MemoryPeak:
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    fn()
+    torch.cuda.synchronize(device)
+    return MemoryPeak(
+        bytes=torch.cuda.max_memory_allocated(device),
+        kind=ALLOCATOR,
+        device=f"{device} ({torch.cuda.get_device_name(device)})",
+        before=before,
+        reserved=torch.cuda.max_memory_reserved(device),
+    )
+
+
+def _live_peak(fn: Callable[[], object], live: Iterable[object]) -> MemoryPeak:
+    watch = _LiveTensors()
+    watch.found_before(live)
+    # Tensors in reference cycles would be freed whenever the collector happens to run.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with watch:
+            fn()
+    finally:
+        if collecting:
+            gc.enable()
+    return MemoryPeak(bytes=watch.peak, kind=LIVE_TENSORS, device="cpu", before=watch.before)
+
+
+def _tensors(things: object) -> Iterator[Tensor]:
+    """Every tensor in nested containers, modules and optimisers."""
+    if isinstance(things, Tensor):
+        yield things
+        if things.is_leaf and things.grad is not None:
+            yield things.grad
+    elif isinstance(things, nn.Module):
+        yield from _tensors([*things.parameters(), *things.buffers()])
+    elif isinstance(things, torch.optim.Optimizer):
+        yield from _tensors([things.param_groups, things.state])
+    elif isinstance(things, Mapping):
+        yield from _tensors(list(things.values()))
+    elif isinstance(things, Iterable) and not isinstance(things, str | bytes):
+        for thing in things:
+            yield from _tensors(thing)
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Keeps the sum of the CPU storages that are alive, and its peak, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = 0
+        self.current = 0
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+        self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def found_before(self, things: object) -> None:
+        """Count tensors that were alive all the time."""
+        for tensor in _tensors(things):
+            self._add_before(tensor)
+
+    def _add_before(self, tensor: Tensor) -> None:
+        added = self._update(tensor)
+        self.before += added
+        self.peak += added
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func not in _JUST_MADE:
+            for value in tree_leaves((args, kwargs)):
+                if isinstance(value, Tensor) and self._key(value) not in self._watched:
+                    self._add_before(value)
+        result = func(*args, **kwargs)
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._update(value)
+        self.peak = max(self.peak, self.current)
+        return result
+
+    @staticmethod
+    def _key(tensor: Tensor) -> int:
+        return tensor.untyped_storage()._cdata
+
+    def _update(self, tensor: Tensor) -> int:
+        """Count a storage as large as it is now and return by how many bytes the sum grew."""
+        if tensor.device.type != "cpu":
+            return 0
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._watched:
+            self._sizes[key] = 0
+            self._watched[key] = weakref.ref(storage, lambda _: self._freed(key))
+        grown = storage.nbytes() - self._sizes[key]
+        self._sizes[key] += grown
+        self.current += grown
+        return grown
+
+    def _freed(self, key: int) -> None:
+        self.current -= self._sizes.pop(key)
+        del self._watched[key]
