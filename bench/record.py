@@ -1,0 +1,384 @@
+"""The record of one run: what is stored, how it is written, and what it was measured on.
+
+A record is one JSON file that is written once and never changed; `results/README.md` explains every
+field. This module imports no torch, so that records can be read anywhere.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from importlib import metadata
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from bench.errors import InputError
+
+SCHEMA = 1
+STATUSES = ("done", "failed")
+ERROR_KINDS = ("input", "out_of_memory", "interrupted", "diverged", "error")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "lightning",
+    "faster-coco-eval",
+    "fvcore",
+    "performer-pytorch",
+    "detectron2",
+)
+
+_SECTIONS: dict[str, tuple[str, ...]] = {
+    "parameters": ("total",),
+    "flops": ("unit", "convention", "total"),
+    "memory": ("unit", "kind", "inference", "training"),
+    "latency": ("unit", "inference"),
+    "training": ("steps", "seconds", "losses"),
+    "evaluation": ("split", "box"),
+}
+"""The parts of a record that may be null, with the fields that each has at least."""
+
+_MODEL = ("backbone", "method", "library", "attention", "arch", "drop_path", "schedule")
+_CODE = ("attentions", "bench", "configs", "run_all.py")
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Everything known about one run, a failed one too. Units are in the record itself.
+
+    Attributes:
+        suite: the suite that the run belongs to.
+        row: name of its row in the tables.
+        key: hash of its configuration; see `key`.
+        status: "done" or "failed".
+        error: None, or kind, message and traceback of what ended the run.
+        created: when it was made, UTC, ISO 8601.
+        seed: of everything random.
+        config: the full configuration.
+        environment: see `environment`.
+        model: backbone, method, library, attention, arch, drop_path, schedule and more.
+        parameters: counts, or None where the run did not come so far; so are the rest.
+        flops: multiply-adds.
+        memory: peaks in bytes.
+        latency: samples and quartiles in seconds.
+        training: steps, seconds, losses over steps.
+        evaluation: COCO's figures in percent.
+        notes: what a reader of the numbers should know.
+        schema: version of this layout.
+
+    Raises:
+        ValueError: for a field of the wrong type or a section that lacks one.
+    """
+
+    suite: str
+    row: str
+    key: str
+    status: str
+    created: str
+    seed: int
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    model: Mapping[str, Any]
+    error: Mapping[str, Any] | None = None
+    parameters: Mapping[str, Any] | None = None
+    flops: Mapping[str, Any] | None = None
+    memory: Mapping[str, Any] | None = None
+    latency: Mapping[str, Any] | None = None
+    training: Mapping[str, Any] | None = None
+    evaluation: Mapping[str, Any] | None = None
+    notes: Sequence[str] = field(default_factory=list)
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        if self.schema != SCHEMA:
+            raise ValueError(f"schema {self.schema!r} is unknown; known: {SCHEMA}")
+        for name in ("suite", "row", "key", "status", "created"):
+            _require(name, getattr(self, name), str)
+        _require("seed", self.seed, int)
+        for name in ("config", "environment", "model"):
+            _require(name, getattr(self, name), Mapping)
+        if self.status not in STATUSES:
+            raise ValueError(f"status {self.status!r} is none of {', '.join(STATUSES)}")
+        if (self.status == "failed") != (self.error is not None):
+            raise ValueError(f"status is {self.status!r} and error is {self.error!r}")
+        if self.error is not None:
+            _has("error", self.error, ("kind", "message"))
+            if self.error["kind"] not in ERROR_KINDS:
+                kinds = ", ".join(ERROR_KINDS)
+                raise ValueError(f"error kind {self.error['kind']!r} is none of {kinds}")
+        _has("model", self.model, _MODEL)
+        for name, needed in _SECTIONS.items():
+            if getattr(self, name) is not None:
+                _has(name, getattr(self, name), needed)
+        if isinstance(self.notes, str) or not isinstance(self.notes, Sequence):
+            raise ValueError(f"notes is no list of strings: {self.notes!r}")
+
+    def to_json(self) -> str:
+        """Return the record as JSON text. A number that is not finite becomes null."""
+        values = {"schema": self.schema} | {f.name: getattr(self, f.name) for f in fields(self)}
+        return json.dumps(_plain(values), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str = "record") -> "Record":
+        """Return the record of `to_json`'s text.
+
+        Args:
+            text: JSON.
+            source: where the text came from, for the message.
+
+        Raises:
+            InputError: naming `source`, for malformed text, an unknown schema or a missing,
+                unknown or malformed field.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{source} is no JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise InputError(f"{source} is no record: {type(values).__name__} instead of an object")
+        if values.get("schema") != SCHEMA:
+            raise InputError(
+                f"{source} has schema {values.get('schema')!r}; this version reads schema {SCHEMA}"
+            )
+        known = {f.name for f in fields(cls)}
+        missing, unknown = sorted(known - set(values)), sorted(set(values) - known)
+        if missing or unknown:
+            raise InputError(
+                f"{source} is no record: missing {', '.join(missing) or 'nothing'},"
+                f" unknown {', '.join(unknown) or 'nothing'}"
+            )
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise InputError(f"{source} is no record: {error}") from error
+
+
+def read(path: Path) -> Record:
+    """Return the record in the file `path`.
+
+    Raises:
+        InputError: naming the file, if it cannot be read or holds no record.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no UTF-8 text: {error.reason}") from error
+    return Record.from_json(text, source=str(path))
+
+
+def write(record: Record, directory: Path) -> Path:
+    """Write `record` into `directory`, made if it is missing, and return the new file.
+
+    The file appears whole or not at all, and never takes the place of another. It is called
+    `{row}-{key}.json`, or `{row}-{key}-failed-{n}.json` with the first free n.
+
+    Raises:
+        InputError: if the run already has a record of its success, or the folder cannot be written.
+    """
+    text = record.to_json()
+    temporary = directory / f".{slug(record.row)}-{uuid.uuid4().hex}.tmp"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("x", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            target = _publish(temporary, directory, record)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync(directory)
+    except OSError as error:
+        raise InputError(
+            f"cannot write the record of {record.row} to {directory}: {error.strerror or error}"
+        ) from error
+    return target
+
+
+def done_name(row: str, key: str) -> str:
+    """Return the file name of the record of a run that succeeded."""
+    return f"{slug(row)}-{key[:10]}.json"
+
+
+def slug(name: str) -> str:
+    """Return `name` as a file name of at most 80 lower-case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:80].strip("-") or "row"
+
+
+def key(config: Mapping[str, Any]) -> str:
+    """Return the SHA-256, in hexadecimal, of `config` as canonical JSON.
+
+    It depends neither on the order of the keys nor on whether a sequence is a list or a tuple.
+
+    Raises:
+        TypeError: for a value that JSON does not have.
+    """
+    text = json.dumps(_plain(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def environment(*, command: str | Sequence[str], device: str) -> dict[str, Any]:
+    """Return where and with what a run is made.
+
+    Args:
+        command: how to do it again; a list of arguments is joined as a shell would read it.
+        device: the name of the device, as a person would call it.
+    """
+    commit, dirty = checkout(Path(__file__).resolve().parent.parent)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cores": _cores(),
+        "memory_bytes": _memory(),
+        "device": device,
+        "packages": _versions(),
+        "commit": commit,
+        "dirty": dirty,
+        "command": command if isinstance(command, str) else shlex.join(command),
+    }
+
+
+def checkout(root: Path) -> tuple[str | None, bool | None]:
+    """Return the git commit checked out at `root`, and whether the code there differs from it.
+
+    Both are None where `root` is not the top of a checkout that has a commit, or without git.
+    """
+    top = _git(root, "rev-parse", "--show-toplevel")
+    # An installed package may lie inside somebody else's checkout, whose commit says nothing.
+    if top is None or Path(top).resolve() != root.resolve():
+        return None, None
+    commit = _git(root, "rev-parse", "--verify", "HEAD")
+    if commit is None:
+        return None, None
+    changes = _git(root, "status", "--porcelain", "--", *_CODE)
+    return commit, None if changes is None else bool(changes)
+
+
+def _require(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is {value!r}, which is no {kind.__name__}")
+
+
+def _has(name: str, section: object, needed: Sequence[str]) -> None:
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{name} is {section!r}, which is no Mapping")
+    missing = [item for item in needed if item not in section]
+    if missing:
+        raise ValueError(f"{name} lacks {', '.join(missing)}")
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` as JSON has it: non-finite numbers as None, tuples as lists, scalars plain."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        return _plain(value.item())
+    raise TypeError(f"{value!r} of type {type(value).__name__} has no place in a record")
+
+
+def _names(record: Record) -> Iterator[str]:
+    if record.status == "done":
+        yield done_name(record.row, record.key)
+        return
+    stem = done_name(record.row, record.key).removesuffix(".json")
+    for number in count(1):
+        yield f"{stem}-failed-{number}.json"
+
+
+def _publish(temporary: Path, directory: Path, record: Record) -> Path:
+    """Give the finished file its first free name."""
+    for name in _names(record):
+        target = directory / name
+        with suppress(FileExistsError):
+            _link(temporary, target)
+            return target
+    raise InputError(f"{directory / name} exists already; a record is never overwritten")
+
+
+def _link(temporary: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(temporary)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # Some file systems have no hard links; there a rename has to do.
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from error
+        temporary.rename(target)
+
+
+def _sync(directory: Path) -> None:
+    """Make the new name in `directory` survive a power cut, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", "--no-optional-locks", "-C", str(root), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
+def _cpu() -> str:
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _memory() -> int | None:
+    """Bytes of main memory, or None where the system does not say."""
+    if not hasattr(os, "sysconf"):
+        return None
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None

@@ -1,0 +1,426 @@
+"""The report over made-up records: twelve rows that look like a suite's."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bench import record as store
+from bench.record import Record
+from report import load, page, plots, tables
+
+ROWS = [
+    "srformer/64",
+    "srformer/32",
+    "Partial srformer/32",
+    "global",
+    "Partial global",
+    "performer",
+    "Partial performer",
+    "ViL",
+    "Partial ViL",
+    "full",
+    "linformer",
+    "Partial linformer",
+]
+FAMILY = {"ViL": "longformer", "srformer/64": "srformer", "srformer/32": "srformer"}
+Make = Callable[..., Record]
+
+
+def make(row: str, number: int = 0, **changes: Any) -> Record:
+    """A made-up record of `row` that went well."""
+    random = np.random.default_rng(number)
+    base = row.removeprefix("Partial ")
+    family = FAMILY.get(base, base)
+    partial = row != base
+    cost = 1.4e9 * (1.15 if partial else 1) * (1 + 0.05 * random.random())
+    seconds = cost * 1e-10 * (1 + 0.2 * random.random())
+    samples = seconds * (1 + 0.05 * random.standard_normal(20))
+    q1, median, q3 = np.quantile(samples, [0.25, 0.5, 0.75]).tolist()
+    box, steps = 20 + 10 * random.random(), np.arange(10, 321, 10)
+    loss = 1.2 + 4 * np.exp(-steps / 90) + 0.15 * random.standard_normal(len(steps))
+    config: dict[str, Any] = {
+        "suite": "quick",
+        "row": row,
+        "seed": 0,
+        "model": {"arch": f"l1,h2,d32_{row}", "drop_path": 0.0},
+        "data": {"path": None},
+        "train": {"steps": 320},
+    }
+    figures = {figure: box + 2 * place - 8 for place, figure in enumerate(load.FIGURES, 4)}
+    values: dict[str, Any] = {
+        "suite": "quick",
+        "row": row,
+        "key": store.key(config),
+        "status": "done",
+        "created": f"2025-01-02T03:{number:02d}:00+00:00",
+        "seed": 0,
+        "config": config,
+        "environment": {
+            "python": "3.12.1",
+            "platform": "Linux-x86_64",
+            "cpu": "A processor of 2 cores",
+            "cores": 2,
+            "memory_bytes": 16_000_000_000,
+            "device": "cpu",
+            "packages": {"torch": "2.11.0", "torchvision": "0.26.0"},
+            "commit": "0123456789abcdef0123456789abcdef01234567",
+            "dirty": False,
+            "command": "python run_all.py",
+        },
+        "model": {
+            "backbone": "ViL-Quick",
+            "method": "mask_rcnn",
+            "library": "torchvision",
+            "library_version": "0.26.0",
+            "attention": f"{family} / full" if partial else family,
+            "arch": config["model"]["arch"],
+            "drop_path": 0.0,
+            "schedule": "quick",
+        },
+        "parameters": {"total": 2_100_000 + 10_000 * number, "by_part": {"stage1": 20_000}},
+        "flops": {
+            "unit": "multiply-adds",
+            "convention": "actual",
+            "image_size": [128, 160],
+            "proposals": 1000,
+            "total": int(cost),
+            "by_part": {},
+            "by_operator": {},
+            "uncounted": {},
+        },
+        "memory": {
+            "unit": "bytes",
+            "kind": "live tensor bytes",
+            "device": "cpu",
+            "batch_size": 8,
+            "image_size": [128, 160],
+            "precision": "32-true",
+            "inference": int(1e8 + 3e7 * random.random()),
+            "training": int(4e8 + 2e8 * random.random()),
+        },
+        "latency": {
+            "unit": "s",
+            "device": "cpu",
+            "batch_size": 8,
+            "image_size": [128, 160],
+            "precision": "32-true",
+            "threads": 2,
+            "inference": {"samples": samples.tolist(), "median": median, "q1": q1, "q3": q3},
+            "training": {"samples": [], "median": 3 * median, "q1": 3 * q1, "q3": 3 * q3},
+            "notes": [],
+        },
+        "training": {
+            "steps": 320,
+            "seconds": 80.0 + number,
+            "batch_size": 8,
+            "images_per_second": 32.0,
+            "losses": [
+                {"step": int(step), "lr": 1e-3, "total": float(value)}
+                for step, value in zip(steps, loss, strict=True)
+            ],
+            "resumed": 0,
+        },
+        "evaluation": {
+            "split": "val2017",
+            "images": 100,
+            "seconds": 12.0,
+            "unit": "percent",
+            "box": figures,
+            "mask": {figure: value - 2.5 for figure, value in figures.items()},
+        },
+        "notes": [],
+    }
+    return Record(**(values | changes))
+
+
+def failed(row: str, number: int = 0, **changes: Any) -> Record:
+    """A made-up record of `row` that ran out of memory while training."""
+    error = {
+        "kind": "out_of_memory",
+        "message": "tried to allocate 12 GB for a | b <matrix>",
+        "traceback": "Traceback:\n  ```\nMemoryError: <12 GB>",
+    }
+    nothing = dict.fromkeys(("memory", "latency", "training", "evaluation"))
+    return make(row, number, status="failed", error=error, **(nothing | changes))
+
+
+@pytest.fixture
+def records() -> list[Record]:
+    made = [make(row, number) for number, row in enumerate(ROWS)]
+    made[9] = failed("full", 9)
+    return made
+
+
+def as_published(row: str, number: int, **changes: Any) -> Record:
+    """A made-up record of `row` in the architecture and schedule of the published one."""
+    record = make(row, number)
+    arch = load.published().set_index("row").loc[row, "arch"]
+    return make(row, number, model={**record.model, "arch": arch, "schedule": "1x"}, **changes)
+
+
+def save(records: list[Record], directory: Path) -> None:
+    for record in records:
+        store.write(record, directory / "records")
+
+
+def test_load_prefers_success_and_orders_by_the_publication(tmp_path: Path) -> None:
+    records = [make(row, number) for number, row in enumerate(ROWS)]
+    save([failed("ViL", 7, created="2026-01-01T00:00:00+00:00"), *reversed(records)], tmp_path)
+    loaded = load.load(tmp_path)
+    assert [record.row for record in loaded] == ROWS
+    assert all(record.status == "done" for record in loaded)
+
+
+def test_load_takes_the_newest_failure(tmp_path: Path) -> None:
+    times = ["2025-01-01T00:00:02+00:00", "2025-01-01T00:00:03+00:00", "2025-01-01T00:00:01+00:00"]
+    save([failed("ViL", created=time) for time in times], tmp_path)
+    assert [record.created for record in load.load(tmp_path)] == [times[1]]
+
+
+def test_load_leaves_out_a_corrupt_file_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save([make("ViL"), make("global", 1)], tmp_path)
+    broken = tmp_path / "records" / "broken.json"
+    broken.write_text(next(tmp_path.glob("records/vil*")).read_text()[:100])
+    assert [record.row for record in load.load(tmp_path)] == ["global", "ViL"]
+    assert "broken.json" in caplog.text
+
+
+def test_load_reads_a_plain_folder_of_records(tmp_path: Path) -> None:
+    store.write(make("ViL"), tmp_path)
+    assert len(load.load(tmp_path)) == 1
+    assert load.load(tmp_path / "nothing") == []
+
+
+def test_frame_has_the_units_of_the_record_and_one_type_a_column(records: list[Record]) -> None:
+    data = load.frame(records)
+    assert len(data) == len(ROWS)
+    assert data["parameters"].dtype == "Int64"
+    assert data["latency"].dtype == "Float64"
+    record = records[3]
+    assert record.memory is not None
+    assert data["memory_training"].tolist()[3] == record.memory["training"]
+    assert data["error_kind"].tolist()[9] == "out_of_memory"
+    assert data["latency"].isna().tolist() == [row == "full" for row in ROWS]
+    assert data["family"].tolist()[7:9] == ["longformer", "longformer"]
+    assert load.frame([]).dtypes.equals(data.dtypes)
+
+
+def test_rows_of_one_name_get_labels_that_tell_them_apart() -> None:
+    other = make("ViL", config={"seed": 1}, key=store.key({"seed": 1}))
+    labels = load.frame([make("ViL"), other, make("global")])["label"].tolist()
+    assert len(set(labels)) == 3
+    assert labels[2] == "global"
+
+
+def test_comparison_has_the_order_of_columns_and_keeps_failures(records: list[Record]) -> None:
+    (table,) = tables.comparison(records)
+    names = [
+        "row",
+        "Backbone",
+        "Method",
+        "attention",
+        "drop path",
+        "schedule",
+        "box mAP %",
+        "mask mAP %",
+        "params M",
+        "FLOPs G",
+        "memory MB, training",
+        "latency ms (median ± IQR)",
+    ]
+    assert list(table.shown.columns) == names
+    assert table.shown.loc[9, "row"] == "full (failed: out of memory)"
+    assert table.shown.loc[9, "box mAP %"] == tables.MISSING
+    assert table.shown.loc[9, "params M"] != tables.MISSING
+    latency = records[0].latency
+    assert latency is not None
+    part = latency["inference"]
+    expected = f"{part['median'] * 1e3:.1f} ± {(part['q3'] - part['q1']) * 1e3:.1f}"
+    assert table.shown.loc[0, "latency ms (median ± IQR)"] == expected
+
+
+@pytest.mark.parametrize("build", [tables.comparison, tables.figures, tables.details])
+def test_text_fits_120_columns(
+    records: list[Record], build: Callable[[list[Record]], list[tables.Table]]
+) -> None:
+    long = make("my_module.with_a_long_name:MyAttention", 13, notes=["a note " * 30])
+    (table,) = build([*records, long])
+    text = tables.to_text(table.shown, width=120)
+    assert max(len(line) for line in text.splitlines()) <= 120
+    for row in ("srformer/64", "performer", "linformer"):
+        assert f"{row} " in text
+
+
+def test_boxes_alone_have_one_line_a_row() -> None:
+    evaluation = make("ViL").evaluation
+    assert evaluation is not None
+    (table,) = tables.figures([make("ViL", evaluation={**evaluation, "mask": None})])
+    assert table.shown["of"].tolist() == ["box"]
+    assert list(table.shown.columns) == ["row", "of", *load.FIGURES]
+
+
+def test_formats_escape_what_would_break_them() -> None:
+    (table,) = tables.comparison([failed("a|b <i> & 5_%", 1)])
+    assert r"a\|b \<i>" in tables.to_markdown(table.shown)
+    assert "a|b &lt;i&gt; &amp; 5_%" in tables.to_html(table.shown, table.name)
+    latex = tables.to_latex(table.shown)
+    assert r"\& 5\_\%" in latex
+    assert r"\toprule" in latex
+    assert r"box mAP \%" in latex
+
+
+def test_csv_keeps_full_precision(records: list[Record], tmp_path: Path) -> None:
+    (table,) = tables.comparison(records)
+    path = tmp_path / "table.csv"
+    path.write_text(tables.to_csv(table.raw))
+    read = pd.read_csv(path)
+    latency = records[0].latency
+    assert latency is not None
+    assert read.loc[0, "latency_median_s"] == latency["inference"]["median"]
+    assert read["latency_median_s"].isna().tolist()[9]
+    assert read.loc[9, "error"] == "out_of_memory"
+
+
+def test_libraries_never_share_a_table_or_plot(records: list[Record]) -> None:
+    model = {**records[0].model, "library": "detectron2"}
+    mixed = [make("srformer/64", model=model), *records[1:]]
+    built = tables.comparison(mixed)
+    assert [len(table.raw) for table in built] == [1, 11]
+    assert len({table.name for table in built}) == 2
+    assert all(table.raw["library"].nunique() == 1 for table in built)
+    names = [plot.name for plot in plots.draw(mixed)]
+    assert len(names) == len(set(names)) == 8
+
+
+def test_published_rows_are_compared_only_where_they_are_the_same_model() -> None:
+    assert tables.against_published([make("ViL")]) is None
+    table = tables.against_published([make("global"), as_published("ViL", 1)])
+    assert table is not None
+    assert table.raw["row"].unique().tolist() == ["ViL"]
+    # 100 generated images say nothing about COCO, nor tensors on a CPU about a GPU.
+    assert table.raw["quantity"].tolist() == ["params M", "FLOPs G"]
+    params = table.raw.set_index("quantity").loc["params M"]
+    assert params["published"] == 45.0
+    assert params["ratio"] == pytest.approx(2.11 / 45.0)
+
+
+def test_published_accuracy_and_memory_are_compared_where_they_can_be() -> None:
+    plain = make("ViL", 1)
+    assert plain.evaluation is not None
+    assert plain.memory is not None
+    record = as_published(
+        "ViL",
+        1,
+        evaluation={**plain.evaluation, "images": 5000},
+        memory={**plain.memory, "kind": "allocator", "device": "cuda"},
+    )
+    table = tables.against_published([record])
+    assert table is not None
+    assert len(table.raw) == 5
+    box = table.raw.set_index("quantity").loc["box mAP %"]
+    assert box["difference"] == pytest.approx(box["measured"] - 42.9)
+    assert "Drop path differs" in " ".join(table.notes)
+
+
+def test_every_mechanism_looks_different_and_published_ones_never_change() -> None:
+    few = plots.looks(["full"])
+    many = plots.looks(["full", *(f"mechanism {number}" for number in range(40))])
+    assert len({(look.colour, look.marker) for look in many.values()}) == len(many)
+    for family in load.published()["attention"].unique():
+        assert few[family] == many[family]
+
+
+def test_plots_are_pictures(records: list[Record]) -> None:
+    drawn = plots.draw(records)
+    names = ["accuracy_flops", "cost", "loss", "accuracy_latency"]
+    assert [plot.name for plot in drawn] == names
+    for plot in drawn:
+        assert plot.png.startswith(b"\x89PNG")
+        assert "<svg" in plot.svg
+        assert not plot.skipped
+
+
+def test_labels_of_near_points_do_not_overlap() -> None:
+    same = []
+    for number, row in enumerate(ROWS):
+        record = make(row, 0)
+        flops = {**(record.flops or {}), "total": 1_400_000_000 + 1_000_000 * number}
+        same.append(make(row, 0, flops=flops))
+    data = load.frame(same)
+    figure = plots.accuracy_flops(data, plots.looks(list(data["family"])))
+    assert not isinstance(figure, str)
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == len(ROWS)
+    for i, one in enumerate(boxes):
+        assert not any(one.shrunk(0.98, 0.9).overlaps(other) for other in boxes[i + 1 :])
+
+
+def test_a_plot_without_numbers_is_skipped_with_a_sentence(tmp_path: Path) -> None:
+    nothing = [failed("ViL", 1, parameters=None, flops=None)]
+    drawn = plots.draw(nothing)
+    assert all(plot.skipped.endswith(".") for plot in drawn)
+    text = page.write(nothing, tmp_path, title="Nothing").read_text()
+    assert not (tmp_path / "plots").exists()
+    for plot in drawn:
+        assert plot.skipped in text
+
+
+def test_a_loss_that_is_no_number_leaves_a_gap() -> None:
+    losses = [{"step": step, "total": None if step > 20 else 2.0} for step in (10, 20, 30)]
+    training = {"steps": 30, "seconds": 3.0, "losses": losses}
+    assert not plots.draw([make("ViL", training=training)])[2].skipped
+
+
+def test_page_holds_everything_and_is_the_same_each_time(
+    records: list[Record], tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    index = page.write(records, first, title="Quick suite")
+    assert index == first / "index.md"
+    page.write(records, second, title="Quick suite")
+    files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
+    assert all((first / path).read_bytes() == (second / path).read_bytes() for path in files)
+    assert files == sorted(p.relative_to(second) for p in second.rglob("*") if p.is_file())
+    text = index.read_text()
+    for name in ("accuracy_flops", "cost", "loss", "accuracy_latency"):
+        assert f"(plots/{name}.png)" in text
+        assert (first / "plots" / f"{name}.svg").exists()
+    for stem in ("comparison", "coco_figures", "details"):
+        assert {path.suffix for path in first.glob(f"tables/{stem}.*")} == {".csv", ".md", ".tex"}
+    for words in ("tried to allocate 12 GB", "python run_all.py", "not comparable with published"):
+        assert words in text
+    # The traceback has a fence of its own, so the page's must be longer.
+    assert "\n````\n" in text
+
+
+def test_html_needs_no_other_file_and_escapes_messages(
+    records: list[Record], tmp_path: Path
+) -> None:
+    page.write(records, tmp_path, title="A <title>")
+    text = (tmp_path / "index.html").read_text()
+    assert "<title>A &lt;title&gt;</title>" in text
+    assert "&lt;12 GB&gt;" in text
+    assert text.count('src="data:image/png;base64,') == text.count("<img ") == 4
+    assert "http" not in text
+
+
+def test_page_is_written_over_an_older_one(records: list[Record], tmp_path: Path) -> None:
+    page.write(records[:2], tmp_path, title="Old")
+    page.write(records, tmp_path, title="New")
+    assert "# New" in (tmp_path / "index.md").read_text()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_page_says_why_it_cannot_be_written(records: list[Record], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no records"):
+        page.write([], tmp_path, title="Empty")
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ValueError, match="cannot write the report"):
+        page.write(records[:1], blocked, title="Blocked")
