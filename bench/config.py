@@ -1,10 +1,11 @@
 """What to run: typed, frozen configuration, read from `configs/`.
 
-A suite names a backbone, a recipe and rows; each row becomes one `RunConfig`, which holds every value
-that the run depends on. Later sources win: defaults here, recipe, suite, row, command line.
+A suite names a backbone, a recipe and rows; each row becomes one `RunConfig`, which holds every
+value that the run depends on. Later sources win: defaults here, recipe, suite, row, command line.
 """
 
 import importlib.resources
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -28,11 +29,16 @@ _FEATURE = 7
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """The detector around the backbone; lengths in pixels."""
+    """The detector around the backbone, as `bench.detectors.build` takes it; lengths in pixels."""
 
     fpn_channels: int = 256
     head_width: int = 1024
+    mask_width: int = 256
     anchor_sizes: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512])
+    rpn_proposals: list[int] = field(default_factory=lambda: [2000, 1000])
+    rpn_proposals_test: list[int] = field(default_factory=lambda: [1000, 1000])
+    rpn_batch: int = 256
+    roi_batch: int = 512
     detections: int = 100
     score_threshold: float = 0.05
 
@@ -125,7 +131,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """What is measured: image_size is (height, width); seconds and repeats are the least measured."""
+    """What is measured: image_size is (height, width); seconds and repeats are the least."""
 
     enabled: bool = True
     image_size: list[int] = field(default_factory=lambda: [800, 1344])
@@ -166,9 +172,7 @@ class Suite:
 def suites() -> tuple[str, ...]:
     """Names of the suites in `configs/suites`."""
     folder = importlib.resources.files("configs") / "suites"
-    return tuple(
-        sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".yaml"))
-    )
+    return tuple(sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".yaml")))
 
 
 def load_suite(
@@ -196,7 +200,8 @@ def load_suite(
     choose(name, suites(), "suite")
     suite = _read(f"suites/{name}.yaml")
     table = _rows()
-    chosen = list(rows) or (list(table) if suite["rows"] == "all" else list(suite["rows"]))
+    every = list(table) if suite["rows"] == "all" else list(suite["rows"])
+    chosen = list(dict.fromkeys(rows)) or every
     layers = [_read("recipes.yaml")[suite["recipe"]], suite.get("run", {})]
     if data is not None:
         layers += [suite.get("with_data", {}), {"data": {"path": data}}]
@@ -207,7 +212,7 @@ def load_suite(
         spec = _row(row, table, suite_name=name)
         layer = _row_layer(spec, backbone)
         own = suite.get("row_run", {}).get(row, {})
-        top = {"suite": name, "row": row}
+        top: dict[str, Any] = {"suite": name, "row": row}
         top |= {key: v for key, v in (("seed", seed), ("device", device)) if v is not None}
         config = _merge([*layers, layer, own, top, command_line])
         runs.append(_validated(_fixed(config)))
@@ -288,46 +293,61 @@ def _dotlist(overrides: Sequence[str]) -> DictConfig:
     for override in overrides:
         if not re.fullmatch(r"[\w.]+=.*", override, flags=re.DOTALL):
             raise InputError(f"{override!r} is no key=value, for example train.steps=100")
-        _check_key(override.partition("=")[0], "the command line")
+        if override.partition("=")[0] in ("suite", "row"):
+            raise InputError(f"{override!r}: suites and rows are chosen by --suite and --rows")
     try:
-        return OmegaConf.from_dotlist(list(overrides))
+        values = OmegaConf.from_dotlist(list(overrides))
     except (OmegaConfBaseException, YAMLError) as error:
         raise InputError(f"cannot read {' '.join(overrides)!r}: {_one_line(error)}") from error
+    _check_keys(OmegaConf.to_container(values), RunConfig(), "the command line")
+    return values
 
 
-def _check_key(key: str, source: str) -> None:
-    """Raise InputError if the dotted `key` is no field of RunConfig."""
-    node: Any = RunConfig()
-    path: list[str] = []
-    for part in key.split("."):
-        if isinstance(node, dict):
-            return
-        if not is_dataclass(node):
-            raise InputError(f"{'.'.join(path)} in {source} is one value and has no key {part!r}")
-        known = [f.name for f in fields(node)]
-        if part not in known:
-            where = ".".join(path) or "the top level"
-            raise InputError(
-                f"unknown configuration key {key!r} in {source}{nearest(part, known)};"
-                f" allowed at {where}: {', '.join(known)}"
-            )
-        node = getattr(node, part)
-        path.append(part)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    keys = []
+def _check_keys(values: Any, node: Any, source: str, prefix: str = "") -> None:
+    """Raise InputError for keys that `node`, a part of the configuration, does not have."""
+    known = [f.name for f in fields(node)]
     for key, value in values.items():
-        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else []
-        keys += inner or [f"{prefix}{key}"]
-    return keys
+        path = f"{prefix}{key}"
+        if key not in known:
+            while isinstance(value, Mapping) and value:
+                inner, value = next(iter(value.items()))
+                path = f"{path}.{inner}"
+            raise InputError(
+                f"unknown configuration key {path!r} in {source}{_nearest_key(path)};"
+                f" allowed at {prefix[:-1] or 'the top level'}: {', '.join(known)}"
+            )
+        part = getattr(node, key)
+        if is_dataclass(part):
+            if not isinstance(value, Mapping):
+                names = ", ".join(f.name for f in fields(part))
+                raise InputError(f"{path}={value!r} in {source}: it is a group of values, {names}")
+            _check_keys(value, part, source, f"{path}.")
+        elif isinstance(value, Mapping) and not isinstance(part, dict):
+            keys = ", ".join(map(str, value)) or "nothing in it"
+            raise InputError(f"{path} in {source} is one value, not a group with {keys}")
+
+
+def _leaves(node: Any, prefix: str = "") -> list[str]:
+    """Dotted names of all values in a part of the configuration."""
+    names = []
+    for f in fields(node):
+        part, path = getattr(node, f.name), f"{prefix}{f.name}"
+        names += _leaves(part, f"{path}.") if is_dataclass(part) else [path]
+    return names
+
+
+def _nearest_key(key: str) -> str:
+    """The nearest value by name, one that ends alike if there is any."""
+    names = _leaves(RunConfig())
+    alike = [name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    only = f" (did you mean {alike[0]!r}?)" if len(alike) == 1 else ""
+    return nearest(key, alike) or only or nearest(key, names)
 
 
 def _merge(layers: Sequence[Mapping[str, Any] | DictConfig]) -> RunConfig:
     for layer in layers:
         if not isinstance(layer, DictConfig):
-            for key in _flat(layer):
-                _check_key(key, "a configuration file")
+            _check_keys(layer, RunConfig(), "a configuration file")
     try:
         # Frozen dataclasses make read-only nodes; the merge is ours and makes a new configuration.
         schema = OmegaConf.structured(RunConfig)
@@ -359,10 +379,15 @@ def _mechanisms(config: RunConfig) -> tuple[StageSpec, ...]:
     names = config.model.attention.split(",")
     try:
         stages = parse(config.model.arch, names[0] if len(names) == 1 else names)
-        for stage in stages:
-            attentions.find(stage.attention)
+        known = {option for stage in stages for option in attentions.options(stage.attention)}
     except ValueError as error:
         raise InputError(f"model: {error}") from error
+    for option in config.model.options:
+        if option not in known:
+            raise InputError(
+                f"model.options.{option}: no attention of row {config.row!r} has such an option"
+                f"{nearest(option, known)}; allowed: {', '.join(sorted(known))}"
+            )
     return stages
 
 
@@ -372,9 +397,11 @@ def _fixed(config: RunConfig) -> RunConfig:
     needs = any(getattr(attentions.find(s.attention), "fixed_size", False) for s in stages)
     if not needs or config.data.fixed_size is not None:
         return config
+    stride = math.prod(stage.patch for stage in stages)
     size = [config.data.min_sizes[-1], config.data.max_size]
     values = config.as_dict()
-    values["data"]["fixed_size"] = [-(-side // 32) * 32 for side in size]
+    values["data"]["fixed_size"] = [math.ceil(side / stride) * stride for side in size]
+    values["profile"]["image_size"] = values["data"]["fixed_size"]
     return _merge([values])
 
 
@@ -393,11 +420,24 @@ def _validated(config: RunConfig) -> RunConfig:
         "evaluate.batch_size": config.evaluate.batch_size,
         "profile.batch_size": config.profile.batch_size,
         "profile.repeats": config.profile.repeats,
+        "profile.proposals": config.profile.proposals,
         "data.max_size": config.data.max_size,
+        "data.min_sizes": min(config.data.min_sizes, default=1),
+        "data.generated.train_images": config.data.generated.train_images,
+        "data.generated.val_images": config.data.generated.val_images,
     }
     for key, value in positive.items():
-        if value <= 0:
-            raise InputError(f"{key}={value} must be positive")
+        if not 0 < value < math.inf:
+            raise InputError(f"{key}={value} must be positive and finite")
+    not_negative = {
+        "seed": config.seed,
+        "train.warmup_steps": config.train.warmup_steps,
+        "train.weight_decay": config.train.weight_decay,
+        "data.workers": config.data.workers,
+    }
+    for key, value in not_negative.items():
+        if not 0 <= value < math.inf:
+            raise InputError(f"{key}={value} must not be negative, nor infinite")
     pairs = {"data.min_sizes": config.data.min_sizes, "evaluate.splits": config.evaluate.splits}
     for key, values in pairs.items():
         if not values:
@@ -412,10 +452,5 @@ def _validated(config: RunConfig) -> RunConfig:
             raise InputError(f"{key}={size} is no (height, width) of positive numbers")
     if not 0 <= config.model.drop_path < 1:
         raise InputError(f"model.drop_path={config.model.drop_path} is outside [0, 1)")
-    if config.train.warmup_steps < 0 or config.data.workers < 0:
-        raise InputError(
-            f"train.warmup_steps={config.train.warmup_steps} and"
-            f" data.workers={config.data.workers} must not be negative"
-        )
     _mechanisms(config)
     return config
