@@ -1,7 +1,7 @@
 """Attention mechanisms for high-resolution vision, by name.
 
-Every module of this package that registers a class is found by itself: a new mechanism is one new file.
-A mechanism from elsewhere is named `package.module:Class` or `path/to/file.py:Class`.
+Every module of this package that registers a class is found by itself: a new mechanism is one new
+file. A mechanism from elsewhere is named `package.module:Class` or `path/to/file.py:Class`.
 """
 
 import difflib
@@ -19,12 +19,13 @@ from torch import nn
 from attentions.contract import Attention, AttentionModule, Grid, accepted_options
 from attentions.registry import registered
 
-__all__ = ["Attention", "AttentionModule", "Grid", "build", "build_for", "find", "names"]
+__all__ = ["Attention", "AttentionModule", "Grid", "build", "build_for", "find", "names", "options"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-_GIVEN = ("dim", "num_heads", "num_global")
+_SIZE = ("dim", "num_heads", "num_global")
+_PLACE = ("grid", "seq_len", "position")
 
 
 def names() -> tuple[str, ...]:
@@ -48,9 +49,17 @@ def find(name: str) -> type[nn.Module]:
     return registered()[name]
 
 
-def build(
-    name: str, *, dim: int, num_heads: int, num_global: int = 1, **options: Any
-) -> nn.Module:
+def options(name: str) -> tuple[str, ...]:
+    """Return the names of a mechanism's options, without those that its size and place decide.
+
+    Raises:
+        ValueError: for an unknown mechanism.
+    """
+    decided = (*_SIZE, *_PLACE)
+    return tuple(sorted(key for key in accepted_options(find(name)) if key not in decided))
+
+
+def build(name: str, *, dim: int, num_heads: int, num_global: int = 1, **options: Any) -> nn.Module:
     """Build a mechanism: a module that is called as `module(x, grid)`.
 
     Args:
@@ -67,7 +76,7 @@ def build(
     accepted = accepted_options(factory)
     for option in options:
         if option not in accepted:
-            own = sorted(set(accepted) - set(_GIVEN))
+            own = sorted(set(accepted) - set(_SIZE))
             raise ValueError(
                 f"{name} has no option {option!r}{_nearest(option, own)};"
                 f" allowed: {', '.join(own) or 'none'}"
@@ -75,7 +84,7 @@ def build(
     missing = [
         key
         for key, parameter in accepted.items()
-        if parameter.default is inspect.Parameter.empty and key not in (*_GIVEN, *options)
+        if parameter.default is inspect.Parameter.empty and key not in (*_SIZE, *options)
     ]
     if missing:
         raise ValueError(f"{name} needs the option {', '.join(map(repr, missing))}")
@@ -94,8 +103,8 @@ def build_for(
 ) -> nn.Module:
     """Build a mechanism for a place: its largest grid and its kind of positions.
 
-    `grid`, `seq_len` and `position` reach the mechanism where its constructor takes them and `options`
-    does not say otherwise.
+    `grid`, `seq_len` and `position` reach the mechanism where its constructor takes them and
+    `options` does not say otherwise.
     """
     place = {"grid": grid, "seq_len": num_global + grid[0] * grid[1], "position": position}
     accepted = accepted_options(find(name))
@@ -112,8 +121,10 @@ def _load(name: str) -> type[nn.Module]:
     source, _, attribute = name.rpartition(":")
     try:
         module = _load_file(Path(source)) if source.endswith(".py") else _import(source)
-    except ImportError as error:
-        raise ValueError(f"attention {name!r}: cannot import {source!r}: {error}") from error
+    except Exception as error:
+        # Whatever goes wrong in the user's code is a mistake in what this name points at.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"attention {name!r}: cannot import {source!r}: {reason}") from error
     factory = getattr(module, attribute, None)
     if not (isinstance(factory, type) and issubclass(factory, nn.Module)):
         raise ValueError(f"attention {name!r}: {source} has no torch module class {attribute!r}")

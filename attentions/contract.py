@@ -1,11 +1,12 @@
 """What an attention module is.
 
 Vocabulary: `B` batch, `H` heads, `M = dim / H` channels a head, `g` global tokens,
-`grid = (rows, columns)`, `N = g + rows * columns` tokens. Every mechanism maps
-`x (B, N, dim)` to `(B, N, dim)`; the `g` global tokens come first, then the grid in row-major order.
+`grid = (rows, columns)`, `N = g + rows * columns` tokens. Every mechanism maps `x (B, N, dim)` to
+`(B, N, dim)`; the `g` global tokens come first, then the grid in row-major order.
 
-A mechanism of the user needs only what `AttentionModule` names. `Attention` is the base class of the
-mechanisms in this package: it checks the input and chooses between the fast form and the oracle.
+A mechanism of the user needs only what `AttentionModule` names. `Attention` is the base class of
+the mechanisms in this package: it checks the input and chooses between the fast form and the
+oracle.
 """
 
 import inspect
@@ -23,10 +24,10 @@ IMPLEMENTATIONS = ("fast", "reference")
 class AttentionModule(Protocol):
     """The least that the backbone asks of a mechanism.
 
-    The constructor takes keyword arguments only: `dim`, `num_heads`, `num_global` and options of its
-    own, each with a default. `grid` (the largest grid of the stage), `seq_len` (its tokens, global ones
-    included) and `position` ("absolute" or "relative") are given when the constructor has a parameter
-    of that name.
+    The constructor takes keyword arguments only: `dim`, `num_heads`, `num_global` and options of
+    its own, each with a default. `grid` (the largest grid of the stage), `seq_len` (its tokens,
+    global ones included) and `position` ("absolute" or "relative") are given when the constructor
+    has a parameter of that name.
 
     Optional, found by name:
         arch_option: the option that `f` in an ARCH string sets (for example "window").
@@ -34,12 +35,20 @@ class AttentionModule(Protocol):
         fixed_size: True for one that works for a single image size.
         multiply_adds(grid): multiply-adds of one image, in closed form, of what runs.
         published_multiply_adds(grid): the same in the convention of the published table.
-        set_training_step(step): told by the backbone before each training step, for random parts that
-            are redrawn.
+        set_training_step(step): told by the backbone before each training step, for random parts
+            that are redrawn.
         examples: option sets that the conformance tests run.
     """
 
     def __call__(self, x: Tensor, grid: Grid) -> Tensor: ...
+
+
+@runtime_checkable
+class Redrawing(Protocol):
+    """A mechanism with random parts that are redrawn while training."""
+
+    def set_training_step(self, step: int) -> None:
+        """Say which training step, counted from 0, comes next."""
 
 
 class Attention(nn.Module):
@@ -146,7 +155,7 @@ def accepted_options(factory: type) -> dict[str, inspect.Parameter]:
     for cls in inspect.getmro(factory):
         if "__init__" not in vars(cls):
             continue
-        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        parameters = list(inspect.signature(vars(cls)["__init__"]).parameters.values())[1:]
         for parameter in parameters:
             if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD):
                 accepted.setdefault(parameter.name, parameter)

@@ -2,8 +2,8 @@
 
 Vaswani et al., "Attention Is All You Need", https://arxiv.org/abs/1706.03762, equation 1:
 `softmax(q kᵀ / √M) v`. Relative positions as in Zhang et al., "Multi-Scale Vision Longformer",
-https://arxiv.org/abs/2103.15358, section 3: a learned bias for each difference of grid positions, and
-biases between global tokens and the grid. Cost: `2 N² C + 4 N C²`.
+https://arxiv.org/abs/2103.15358, section 3: a learned bias for each difference of grid positions,
+and biases between global tokens and the grid. Cost: `2 N² C + 4 N C²`.
 """
 
 from typing import Any, ClassVar
@@ -38,6 +38,11 @@ class FullAttention(Attention):
         ValueError: relative positions without a grid, or on a grid larger than theirs.
     """
 
+    local_relative_position_bias_table: Tensor
+    g2l_relative_position_bias: Tensor
+    g2g_relative_position_bias: Tensor
+    relative_position_index: Tensor
+
     positions: ClassVar = POSITIONS
     examples: ClassVar = ({"position": "absolute"}, {"position": "relative"})
 
@@ -53,7 +58,9 @@ class FullAttention(Attention):
         if position == "absolute":
             return
         if grid is None:
-            raise ValueError("position 'relative' needs the option grid, the largest (rows, columns)")
+            raise ValueError(
+                "position 'relative' needs the option grid, the largest (rows, columns)"
+            )
         self.extent: Grid = (grid[0], grid[1])
         add_relative_positions(
             self, extent=self.extent, num_heads=self.num_heads, num_global=self.num_global
@@ -64,15 +71,18 @@ class FullAttention(Attention):
                 "relative_position_index", relative_index(places, places, self.extent)
             )
 
-    def bias(self, grid: Grid) -> Tensor | None:
-        """The additive bias (H, N, N) of relative positions on `grid`, or None."""
-        if self.position == "absolute":
-            return None
+    def _check(self, grid: Grid) -> None:
         if grid[0] > self.extent[0] or grid[1] > self.extent[1]:
             raise ValueError(
                 f"grid {grid[0]}x{grid[1]} is larger than {self.extent[0]}x{self.extent[1]},"
                 " the grid that the relative positions were made for"
             )
+
+    def bias(self, grid: Grid) -> Tensor | None:
+        """The additive bias (H, N, N) of relative positions on `grid`, or None."""
+        if self.position == "absolute":
+            return None
+        self._check(grid)
         table = self.local_relative_position_bias_table
         if grid == self.extent and hasattr(self, "relative_position_index"):
             index = self.relative_position_index
@@ -87,6 +97,20 @@ class FullAttention(Attention):
         to_global = self.g2l_relative_position_bias[1][:, None, :].expand(-1, length, -1)
         top = torch.cat([self.g2g_relative_position_bias, from_global], dim=2)
         return torch.cat([top, torch.cat([to_global, local], dim=2)], dim=1)
+
+    def plain_bias(self, grid: Grid) -> Tensor:
+        """The oracle of `bias`: the table as an image of differences, read for every pair."""
+        table, g = self.local_relative_position_bias_table, self.num_global
+        (rows, columns), places = self.extent, grid_positions(grid, table.device)
+        dx, dy = (places[:, None] - places).unbind(-1)
+        image = table.unflatten(0, (2 * rows - 1, 2 * columns - 1))
+        bias = table.new_zeros(self.num_heads, g + len(places), g + len(places))
+        bias[:, g:, g:] = image[dx + rows - 1, dy + columns - 1].permute(2, 0, 1)
+        if g:
+            bias[:, :g, :g] = self.g2g_relative_position_bias
+            bias[:, :g, g:] = self.g2l_relative_position_bias[0, :, :, None]
+            bias[:, g:, :g] = self.g2l_relative_position_bias[1, :, None]
+        return bias
 
     def attend(self, x: Tensor, grid: Grid) -> Tensor:
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
@@ -103,8 +127,10 @@ class FullAttention(Attention):
     def reference(self, x: Tensor, grid: Grid) -> Tensor:
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
         scores = self.scale * (q @ k.transpose(-2, -1))
-        bias = self.bias(grid)
-        weights = (scores if bias is None else scores + bias).softmax(dim=-1)
+        if self.position == "relative":
+            self._check(grid)
+            scores = scores + self.plain_bias(grid)
+        weights = scores.softmax(dim=-1)
         return self.proj(merge_heads(nn.functional.dropout(weights, self.dropout_p) @ v))
 
     def multiply_adds(self, grid: Grid) -> int:

@@ -1,7 +1,8 @@
 """Attention through global tokens alone: longformer without its local part.
 
-Zhang et al., "Multi-Scale Vision Longformer", https://arxiv.org/abs/2103.15358, section 4.3 ("Global").
-Grid tokens attend to the `g` global tokens, global tokens to all. Cost: `2 g (2 N - g) C + 6 N C²`.
+Zhang et al., "Multi-Scale Vision Longformer", https://arxiv.org/abs/2103.15358, section 4.3
+("Global"). Grid tokens attend to the `g` global tokens, global tokens to all. Cost:
+`2 g (2 N - g) C + 6 N C²`.
 """
 
 from typing import Any, ClassVar

@@ -1,8 +1,8 @@
 """Attention to keys and values projected along the sequence.
 
 Wang et al., "Linformer: Self-Attention with Linear Complexity", https://arxiv.org/abs/2006.04768,
-equation 7: `softmax(q (E k)ᵀ / √M) F v` with learned `E, F (features, N)`, shared by the heads and, if
-wished, by keys and values. It works for one sequence length only. Cost: `4 N F C + 4 N C²`.
+equation 7: `softmax(q (E k)ᵀ / √M) F v` with learned `E, F (features, N)`, shared by the heads and,
+if wished, by keys and values. It works for one sequence length only. Cost: `4 N F C + 4 N C²`.
 """
 
 from typing import Any, ClassVar

@@ -1,14 +1,14 @@
 """Two-dimensional sliding-chunk attention with global tokens (Vision Longformer).
 
 Zhang et al., "Multi-Scale Vision Longformer: A New Vision Transformer for High-Resolution Image
-Encoding", https://arxiv.org/abs/2103.15358, section 3.2 and appendix A. The grid is cut into `w x w`
-chunks; a grid token attends to the global tokens and to the 3x3 chunks around its own, under one
-softmax; a global token attends to all tokens. Cost with `P` grid tokens after padding to whole chunks:
-`2 P (9 w² + g) C + 2 g N C` for attention and `6 N C²` for projections, `4 N C²` without global
-tokens.
+Encoding", https://arxiv.org/abs/2103.15358, section 3.2 and appendix A. The grid is cut into
+`w x w` chunks; a grid token attends to the global tokens and to the 3x3 chunks around its own,
+under one softmax; a global token attends to all tokens. Cost with `P` grid tokens after padding to
+whole chunks: `2 P (9 w² + g) C + 2 g N C` for attention and `6 N C²` for projections, `4 N C²`
+without global tokens.
 
-Deviation: the 3x3 neighbourhood is gathered and given to one fused attention, where the published code
-multiplies with nine shifted copies; both are equal up to rounding.
+Deviation: the 3x3 neighbourhood is gathered and given to one fused attention, where the published
+code multiplies with nine shifted copies; both are equal up to rounding.
 """
 
 from typing import Any, ClassVar
@@ -38,9 +38,7 @@ def to_chunks(x: Tensor, window: int) -> Tensor:
     """(B, rows, columns, C) -> (B, R, S, w², C), zero-padded at the bottom and right."""
     rows, columns = x.shape[1:3]
     x = nn.functional.pad(x, (0, 0, 0, -columns % window, 0, -rows % window))
-    return (
-        x.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3).flatten(3, 4)
-    )
+    return x.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3).flatten(3, 4)
 
 
 def from_chunks(x: Tensor, window: int, grid: Grid) -> Tensor:
@@ -72,7 +70,8 @@ class GlobalTokens(Attention):
     def attend_globally(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """What the global tokens get: x (B, N, C), bias (H, g, N) -> (B, g, C).
 
-        `kv_global` runs with shared weights too, as in the published model, whose cost is measured here.
+        `kv_global` runs with shared weights too, as in the published model, whose cost is measured
+        here.
         """
         q = split_heads(self.query_global(x[:, : self.num_global]), self.num_heads)
         k, v = (split_heads(part, self.num_heads) for part in self.kv_global(x).chunk(2, dim=-1))
@@ -91,9 +90,7 @@ class GlobalTokens(Attention):
         k, v = (split_heads(part, self.num_heads) for part in self.kv_global(x).chunk(2, dim=-1))
         scores = self.scale * (q @ k.transpose(-2, -1))
         weights = (scores if bias is None else scores + bias).softmax(dim=-1)
-        return self.proj_global(
-            merge_heads(nn.functional.dropout(weights, self.dropout_p) @ v)
-        )
+        return self.proj_global(merge_heads(nn.functional.dropout(weights, self.dropout_p) @ v))
 
     def projection_multiply_adds(self, grid: Grid) -> int:
         """Of all linear layers: `4 N C²`, and the global tokens' own keys and values, `2 N C²`."""
@@ -116,12 +113,17 @@ class LongformerAttention(GlobalTokens):
     Args:
         window: side of a chunk.
         position: "absolute" (positions are in x already) or "relative" (a learned bias).
-        padding: keys that are masked out. "zero": those outside the grid; "exact": besides, those more
-            than `window` rows or columns away; "cyclic": neighbours wrap around, and masked are
-            padded keys of chunks that are not wrapped.
-        neighbours: chunks seen. "all": the 3x3; "self": the own one; "random": while training the own
-            one and one of the 8 others, drawn for each call, and all when evaluating.
+        padding: keys that are masked out. "zero": those outside the grid; "exact": besides, those
+            more than `window` rows or columns away; "cyclic": neighbours wrap around, and masked
+            are padded keys of chunks that are not wrapped.
+        neighbours: chunks seen. "all": the 3x3; "self": the own one; "random": while training the
+            own one and one of the 8 others, drawn for each call, and all when evaluating.
     """
+
+    local_relative_position_bias_table: Tensor
+    g2l_relative_position_bias: Tensor
+    g2g_relative_position_bias: Tensor
+    relative_position_index: Tensor
 
     arch_option: ClassVar = "window"
     positions: ClassVar = POSITIONS
@@ -176,7 +178,9 @@ class LongformerAttention(GlobalTokens):
         if self.neighbours == "self":
             return (OWN,)
         if self.neighbours == "random" and self.training:
-            other = int(torch.randint(len(AROUND) - 1, ()))
+            # On the CPU, whatever the default device: the meta device has no random numbers, and a
+            # GPU would have to be waited for.
+            other = int(torch.randint(len(AROUND) - 1, (), device="cpu"))
             return (OWN, other + (other >= OWN))
         return tuple(range(len(AROUND)))
 
@@ -273,8 +277,8 @@ class LongformerAttention(GlobalTokens):
         local = self.proj(from_chunks(out, self.window, grid).flatten(1, 2))
         if not g:
             return local
-        bias = self._global_bias(grid[0] * grid[1])
-        return torch.cat([self.attend_globally(x, bias), local], dim=1)
+        whole = self._global_bias(grid[0] * grid[1])
+        return torch.cat([self.attend_globally(x, whole), local], dim=1)
 
     def reference(self, x: Tensor, grid: Grid) -> Tensor:
         """Full attention under a mask over the whole grid."""

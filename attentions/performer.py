@@ -1,8 +1,9 @@
 """Linear attention by random features of the softmax kernel (FAVOR+).
 
-Choromanski et al., "Rethinking Attention with Performers", https://arxiv.org/abs/2009.14794, section
-2.3, by `performer_pytorch.FastAttention`, whose own normalisation stands for the scale. Cost:
-`N F (4 M + 2) H` for keys, queries and their products, and `4 N C²` for projections.
+Choromanski et al., "Rethinking Attention with Performers", https://arxiv.org/abs/2009.14794,
+section 2.3, by `performer_pytorch.FastAttention`, whose own normalisation stands for the scale.
+Cost: `N F (4 M + 1) H` for features, their normaliser and their products, and `4 N C²` for
+projections.
 
 The features are computed in float32 under autocast too: their exponentials span more than half
 precision holds.
@@ -68,9 +69,8 @@ class PerformerAttention(Attention):
     def _redraw_if_due(self, device: torch.device) -> None:
         if not self.training:
             return
-        if self.redraw_interval and self.training_step and (
-            self.training_step % self.redraw_interval == 0
-        ):
+        interval, step = self.redraw_interval, self.training_step
+        if interval and step and step % interval == 0:
             self.fast_attention.redraw_projection_matrix(device)
         self.training_step += 1
 
@@ -95,7 +95,10 @@ class PerformerAttention(Attention):
         return self.proj(merge_heads(out).to(x.dtype))
 
     def _features(self, x: Tensor, *, over: tuple[int, ...]) -> Tensor:
-        """Positive features (B, H, N, F) of x (B, H, N, M), stabilised by the maximum over `over`."""
+        """Positive features of x, stabilised by the maximum over `over`.
+
+        Shapes: x (B, H, N, M) -> (B, H, N, F).
+        """
         x = x * x.shape[-1] ** -0.25
         exponent = x @ self.fast_attention.projection_matrix.to(x.dtype).T
         length = x.square().sum(dim=-1, keepdim=True) / 2

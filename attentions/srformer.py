@@ -1,10 +1,11 @@
 """Spatial-reduction attention.
 
 Wang et al., "Pyramid Vision Transformer", https://arxiv.org/abs/2102.12122, equations 2 and 3: all
-tokens ask, and the keys and values come from the grid reduced by a strided convolution. As published
-for ViL, the reduced grid is instance-normalised, without affine parameters, instead of layer-normalised,
-and global tokens stay as they are. Cost: `2 N (g + s) C` for `s = ⌊rows / r⌋ · ⌊columns / r⌋` keys, and
-`C² (r² s + 2 N + 2 (g + s))` for convolution and projections.
+tokens ask, and the keys and values come from the grid reduced by a strided convolution. As
+published for ViL, the reduced grid is instance-normalised, without affine parameters, instead of
+layer-normalised, and global tokens stay as they are. Cost: `2 N (g + s) C` for
+`s = ⌊rows / r⌋ · ⌊columns / r⌋` keys, and `C² (r² s + 2 N + 2 (g + s))` for convolution and
+projections.
 """
 
 from typing import Any, ClassVar

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 import attentions
-from attentions.contract import Grid, accepted_options
+from attentions.contract import Grid, Redrawing
 from bench.arch import DENSE, StageSpec, parse
+from bench.errors import nearest
 
 NORM_EPS = 1e-6
 MLP_RATIO = 4
@@ -32,10 +33,13 @@ class AttentionPlace:
     module: nn.Module
     stage: StageSpec
     stride: int
+    total_stride: int
 
     def grid(self, image_size: tuple[int, int]) -> Grid:
-        """The grid (rows, columns) it sees for an image (height, width)."""
-        return image_size[0] // self.stride, image_size[1] // self.stride
+        """The grid (rows, columns) it sees for an image (height, width), which ViL pads."""
+        cells = self.total_stride // self.stride
+        rows, columns = (math.ceil(side / self.total_stride) * cells for side in image_size)
+        return rows, columns
 
 
 class PatchEmbed(nn.Module):
@@ -123,18 +127,22 @@ class ViL(nn.Module):
 
     Args:
         arch: ARCH string of three or four stages.
-        attention: mechanism of the stages with `s1`, or one name for each stage. Stages with `s0` have
-            full attention.
-        image_size: largest side, or largest (height, width), of the images to come, in pixels; rounded
-            up to the total stride. It sets the length of position tables.
-        drop_path: probability of the last block's residuals to be dropped; it rises linearly from 0.
+        attention: mechanism of the stages with `s1`, or one name for each stage. Stages with `s0`
+            have full attention.
+        image_size: largest side, or largest (height, width), of the images to come, in pixels;
+            rounded up to the total stride. It sets the length of position tables.
+        drop_path: probability of the last block's residuals to be dropped; it rises linearly
+            from 0.
         num_classes: outputs of the classification head.
         norm_embed: layer norm after each patch embedding.
         attention_options: options of the mechanisms; each reaches the stages that know it.
 
     Raises:
-        ValueError: for a malformed ARCH string, an unknown mechanism, or an option that no stage knows.
+        ValueError: for a malformed ARCH string, an unknown mechanism, or an option that no stage
+            knows.
     """
+
+    calls_since_last_redraw: Tensor
 
     def __init__(
         self,
@@ -184,24 +192,26 @@ class ViL(nn.Module):
         self.head = nn.Linear(channels, num_classes)
         self._init_weights()
         # Kept out of the module tree: these modules are in it already.
-        self._redrawing = tuple(
-            place.module
-            for place in self.attention_places()
-            if hasattr(place.module, "set_training_step")
-        )
+        modules = (place.module for place in self.attention_places())
+        self._redrawing = tuple(module for module in modules if isinstance(module, Redrawing))
         if self._redrawing:
-            # The published name; kept in the state dict so that a resumed run redraws when it should.
-            # The count itself is a plain number, so that reading it does not wait for the device.
+            # The published name; kept in the state dict so that a resumed run redraws when it
+            # should. The count itself is a plain number, so that reading it does not wait for the
+            # device.
             self._training_calls = 0
             self.register_buffer("calls_since_last_redraw", torch.tensor(0))
             self.register_load_state_dict_post_hook(self._restore_training_calls)
 
     def _check_options(self, options: dict[str, Any]) -> None:
-        known = {s.attention: set(accepted_options(attentions.find(s.attention))) for s in self.stages}
+        known = {stage.attention: attentions.options(stage.attention) for stage in self.stages}
         for option in options:
-            if not any(option in names for names in known.values()):
-                listed = "; ".join(f"{name}: {', '.join(sorted(own))}" for name, own in known.items())
-                raise ValueError(f"no stage's attention has an option {option!r} ({listed})")
+            if not any(option in own for own in known.values()):
+                every = {name for own in known.values() for name in own}
+                listed = "; ".join(f"{name}: {', '.join(own)}" for name, own in known.items())
+                raise ValueError(
+                    f"no stage's attention has an option {option!r}{nearest(option, every)};"
+                    f" allowed: {listed}"
+                )
 
     @torch.no_grad()
     def _init_weights(self) -> None:
@@ -223,7 +233,7 @@ class ViL(nn.Module):
             for i, block in enumerate(self.get_submodule(name).children()):
                 if isinstance(block, AttentionBlock):
                     yield AttentionPlace(
-                        f"{name}.{i}.attn", block.attn, stage, self.strides[name]
+                        f"{name}.{i}.attn", block.attn, stage, self.strides[name], self.stride
                     )
 
     def _count_training_call(self) -> None:
@@ -257,10 +267,11 @@ class ViL(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Feature maps.
 
-        Images whose sides are no multiple of the total stride are padded at the bottom and right with
-        zeros, and the maps are cropped to the cells that hold a pixel of the image.
+        Images whose sides are no multiple of the total stride are padded at the bottom and right
+        with zeros, and the maps are cropped to the cells that hold a pixel of the image.
 
-        Shapes: images (B, 3, height, width) -> layer{s} (B, dim, ⌈height / stride⌉, ⌈width / stride⌉).
+        Shapes: images (B, 3, height, width) ->
+            layer{s} (B, dim, ⌈height / stride⌉, ⌈width / stride⌉).
 
         Raises:
             ValueError: for an image larger than the position tables.
@@ -278,7 +289,7 @@ class ViL(nn.Module):
 
 def _build_attention(stage: StageSpec, grid: Grid, options: dict[str, Any]) -> nn.Module:
     factory = attentions.find(stage.attention)
-    accepted = accepted_options(factory)
+    accepted = attentions.options(stage.attention)
     own = {key: value for key, value in options.items() if key in accepted}
     parameter = getattr(factory, "arch_option", None)
     if parameter is not None:
@@ -286,8 +297,8 @@ def _build_attention(stage: StageSpec, grid: Grid, options: dict[str, Any]) -> n
     position = stage.position
     if position not in getattr(factory, "positions", (position,)):
         warnings.warn(
-            f"stage {stage.number}: {stage.attention} has no {position} positions, so that a0 leaves"
-            " the stage without any; use a1",
+            f"stage {stage.number}: {stage.attention} has no {position} positions, so that a0"
+            " leaves the stage without any; use a1",
             stacklevel=2,
         )
         position = "absolute"

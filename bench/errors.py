@@ -27,4 +27,6 @@ def choose(value: str, allowed: Iterable[str], what: str) -> str:
     names = list(allowed)
     if value in names:
         return value
-    raise InputError(f"unknown {what} {value!r}{nearest(value, names)}; allowed: {', '.join(names)}")
+    raise InputError(
+        f"unknown {what} {value!r}{nearest(value, names)}; allowed: {', '.join(names)}"
+    )

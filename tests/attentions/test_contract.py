@@ -1,0 +1,430 @@
+import copy
+import re
+import sys
+
+import pytest
+import torch
+
+import attentions
+from attentions.contract import Attention, AttentionModule, Redrawing
+from attentions.registry import register
+from bench.backbone import ViL
+
+EXAMPLES = [
+    pytest.param(name, options, id=f"{name}-{'-'.join(map(str, options.values()))}")
+    for name in attentions.names()
+    for options in getattr(attentions.find(name), "examples", ({},))
+]
+NAMES = [
+    pytest.param(name, getattr(attentions.find(name), "examples", ({},))[0], id=name)
+    for name in attentions.names()
+]
+GRID = (6, 8)
+every_example = pytest.mark.parametrize(("name", "options"), EXAMPLES)
+every_name = pytest.mark.parametrize(("name", "options"), NAMES)
+
+LINEAR = ("weight", "bias")
+LONGFORMER = [
+    f"{layer}{end}.{part}"
+    for layer in ("query", "kv", "proj")
+    for part in LINEAR
+    for end in ("", "_global")
+]
+RELATIVE = [
+    "local_relative_position_bias_table",
+    "g2l_relative_position_bias",
+    "g2g_relative_position_bias",
+    "relative_position_index",
+]
+PUBLISHED_NAMES = [
+    ("full", {}, ["qkv.weight", "qkv.bias", "proj.weight", "proj.bias"]),
+    (
+        "full",
+        {"position": "relative"},
+        ["qkv.weight", "qkv.bias", "proj.weight", "proj.bias", *RELATIVE],
+    ),
+    ("global", {}, LONGFORMER),
+    ("global", {"share_weights": False}, LONGFORMER),
+    ("longformer", {}, LONGFORMER),
+    ("longformer", {"position": "relative"}, LONGFORMER + RELATIVE),
+    (
+        "srformer",
+        {},
+        [f"{layer}.{part}" for layer in ("query", "kv", "proj") for part in LINEAR]
+        + ["proj_sr.weight"],
+    ),
+    (
+        "performer",
+        {},
+        [
+            "qkv.weight",
+            "qkv.bias",
+            "proj.weight",
+            "proj.bias",
+            "fast_attention.projection_matrix",
+        ],
+    ),
+    *(
+        (
+            "linformer",
+            {"share_kv": share},
+            [f"{layer}.{part}" for layer in ("query", "kv", "proj") for part in LINEAR]
+            + ["proj_k", "proj_v"],
+        )
+        for share in (False, True)
+    ),
+]
+BAD_OPTIONS = [
+    ("full", {"position": "rotary"}, "'rotary'.*absolute, relative"),
+    ("full", {"position": "relative", "grid": None}, "grid"),
+    ("full", {"implementation": "slow"}, "'slow'.*fast, reference"),
+    ("global", {"position": "relative"}, "'relative'.*absolute"),
+    ("longformer", {"window": 0}, "window 0"),
+    ("longformer", {"padding": "same"}, "'same'.*zero, exact, cyclic"),
+    ("longformer", {"neighbours": "none"}, "'none'.*all, self, random"),
+    ("srformer", {"reduction": 0}, "reduction 0"),
+    ("performer", {"num_features": 0}, "num_features 0"),
+    ("performer", {"redraw_interval": -1}, "redraw_interval -1"),
+    ("linformer", {"num_features": 0}, "num_features 0"),
+    ("linformer", {"seq_len": 0}, "seq_len 0"),
+]
+USERS = """
+from torch import nn
+
+
+class Mean(nn.Module):
+    def __init__(self, *, dim, num_heads, num_global=1, gain=1.0):
+        super().__init__()
+        self.proj = nn.Linear(dim, dim)
+        self.gain = gain
+
+    def forward(self, x, grid):
+        return self.proj(self.gain * x.mean(dim=1, keepdim=True).expand_as(x))
+
+
+not_a_class = 3
+"""
+
+
+def build(name, options, *, grid=GRID, num_global=2, **more):
+    return attentions.build_for(
+        name, grid=grid, dim=12, num_heads=3, num_global=num_global, **options, **more
+    )
+
+
+def tokens(module, grid=GRID, batch=2):
+    generator = torch.Generator().manual_seed(0)
+    count = module.num_global + grid[0] * grid[1]
+    return torch.randn(batch, count, module.dim, generator=generator)
+
+
+@every_example
+def test_modules_keep_the_contract(name, options):
+    module = build(name, options)
+    assert isinstance(module, AttentionModule)
+    assert module(tokens(module), GRID).shape == (2, 2 + 6 * 8, 12)
+    assert isinstance(module.multiply_adds(GRID), int)
+    assert module.multiply_adds(GRID) > 0
+
+
+@every_name
+@pytest.mark.parametrize(
+    "shape", [(2, 51, 12), (2, 48, 12), (2, 50, 13), (50, 12), (2, 50, 12, 1)], ids=str
+)
+def test_a_wrong_shape_is_named_with_the_right_one(name, options, shape):
+    module = build(name, options)
+    with pytest.raises(ValueError, match=re.escape(str(shape))) as caught:
+        module(torch.zeros(shape), GRID)
+    assert "6x8" in str(caught.value)
+    assert "(B, 50, 12)" in str(caught.value)
+
+
+@every_name
+def test_wrong_sizes_are_named(name, options):
+    with pytest.raises(ValueError, match=r"dim 10 .* num_heads 3"):
+        attentions.build_for(name, grid=GRID, dim=10, num_heads=3, **options)
+    with pytest.raises(ValueError, match="num_global -1"):
+        build(name, options, num_global=-1)
+    for dropout in ("attn_drop", "proj_drop"):
+        with pytest.raises(ValueError, match=f"{dropout} 1.0"):
+            build(name, options, **{dropout: 1.0})
+
+
+def test_global_attention_needs_a_global_token():
+    with pytest.raises(ValueError, match="at least 1 global tokens, got num_global 0"):
+        build("global", {}, num_global=0)
+
+
+@pytest.mark.parametrize(("name", "options", "message"), BAD_OPTIONS)
+def test_wrong_option_values_are_named_with_the_allowed(name, options, message):
+    place = {"seq_len": 50} if name == "linformer" else {}
+    with pytest.raises(ValueError, match=message):
+        attentions.build(name, dim=12, num_heads=3, num_global=2, **place | options)
+
+
+def test_unknown_names_suggest_the_nearest():
+    with pytest.raises(ValueError, match=r"'longfromer' \(did you mean 'longformer'\?\)") as caught:
+        attentions.build("longfromer", dim=12, num_heads=3)
+    assert all(name in str(caught.value) for name in attentions.names())
+    with pytest.raises(ValueError, match=r"'windw' \(did you mean 'window'\?\).*padding"):
+        attentions.build("longformer", dim=12, num_heads=3, windw=3)
+    with pytest.raises(ValueError, match="needs the option 'seq_len'"):
+        attentions.build("linformer", dim=12, num_heads=3)
+
+
+def test_names_are_sorted_and_hold_the_published_ones():
+    names = attentions.names()
+    assert list(names) == sorted(names)
+    published = {"full", "global", "linformer", "longformer", "performer", "srformer"}
+    assert published <= set(names)
+
+
+def test_options_leave_out_size_and_place():
+    assert attentions.options("srformer") == (
+        "attn_drop",
+        "implementation",
+        "proj_drop",
+        "reduction",
+    )
+    assert not {"seq_len", "grid", "position"} & set(attentions.options("linformer"))
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(ValueError, match="'full' is already registered"):
+        register("full")(torch.nn.Linear)
+
+
+@every_example
+def test_no_state_is_shared_between_calls(name, options):
+    module = build(name, options).eval()
+    x = tokens(module, batch=3)
+    first = module(x, GRID)
+    if not module.fixed_size:
+        other = (5, 4)
+        module(tokens(module, other, batch=1), other)
+    torch.testing.assert_close(module(x, GRID), first, rtol=0, atol=0)
+    # Nor between the images of a batch.
+    torch.testing.assert_close(module(x[1:2], GRID), first[1:2])
+
+
+@every_example
+def test_gradients_reach_every_parameter(name, options):
+    module = build(name, options)
+    x = tokens(module).requires_grad_()
+    (module(x, GRID) * tokens(module)).sum().backward()
+    for what, value in [("input", x), *module.named_parameters()]:
+        assert value.grad is not None, what
+        assert value.grad.abs().max() > 0, what
+
+
+@every_example
+def test_meta_device(name, options):
+    with torch.device("meta"):
+        module = build(name, options)
+        x = torch.zeros(2, 50, 12, requires_grad=True)
+        y = module(x, GRID)
+        y.sum().backward()
+    assert all(value.is_meta for value in module.state_dict().values())
+    assert y.is_meta
+    assert y.shape == x.shape
+    assert x.grad.shape == x.shape
+
+
+def test_meta_device_with_random_neighbours():
+    with torch.device("meta"):
+        module = build("longformer", {"window": 3, "neighbours": "random"}).train()
+        assert module(torch.zeros(2, 50, 12), GRID).is_meta
+
+
+@pytest.mark.parametrize(("name", "options", "names"), PUBLISHED_NAMES)
+def test_state_dict_has_the_published_names(name, options, names):
+    assert sorted(build(name, options).state_dict()) == sorted(names)
+
+
+def test_shared_weights_are_one_tensor_under_both_names():
+    shared = build("longformer", {}).state_dict()
+    assert shared["query.weight"].data_ptr() == shared["query_global.weight"].data_ptr()
+    own = build("longformer", {"share_weights": False}).state_dict()
+    assert own["query.weight"].data_ptr() != own["query_global.weight"].data_ptr()
+    shared = build("linformer", {"share_kv": True}).state_dict()
+    assert shared["proj_k"].data_ptr() == shared["proj_v"].data_ptr()
+    without = build("longformer", {}, num_global=0).state_dict()
+    assert not any("global" in name for name in without)
+
+
+@pytest.mark.parametrize("keep_index", [True, False])
+@pytest.mark.parametrize("num_global", [0, 2])
+def test_relative_positions_on_a_smaller_grid_are_a_slice(monkeypatch, num_global, keep_index):
+    if not keep_index:
+        monkeypatch.setattr("attentions.full.LARGEST_INDEX", 0)
+    large = build("full", {"position": "relative"}, num_global=num_global)
+    assert ("relative_position_index" in large.state_dict()) == keep_index
+    rows, columns = small_grid = (4, 5)
+    small = build("full", {"position": "relative"}, grid=small_grid, num_global=num_global)
+    table = large.local_relative_position_bias_table.detach().unflatten(0, (11, 15))
+    sliced = table[6 - rows : 5 + rows, 8 - columns : 7 + columns].flatten(0, 1)
+    state = large.state_dict() | {"local_relative_position_bias_table": sliced}
+    state.pop("relative_position_index", None)
+    small.load_state_dict(state, strict=False)
+    x = tokens(large, small_grid)
+    torch.testing.assert_close(large(x, small_grid), small(x, small_grid))
+
+    for grid in ((7, 8), (6, 9), (8, 6)):
+        with pytest.raises(ValueError, match=f"{grid[0]}x{grid[1]} is larger than 6x8"):
+            large(tokens(large, grid), grid)
+
+
+def test_relative_positions_without_a_grid():
+    with pytest.raises(ValueError, match="needs the option grid"):
+        attentions.build("full", dim=12, num_heads=3, position="relative")
+
+
+def test_linformer_knows_one_length():
+    module = build("linformer", {})
+    with pytest.raises(ValueError, match="made for 50 tokens and got 37"):
+        module(tokens(module, (5, 7)), (5, 7))
+    # The same length in another grid is the same to it.
+    module(tokens(module, (8, 6)), (8, 6))
+
+
+@pytest.mark.parametrize("implementation", ["fast", "reference"])
+def test_performer_redraws_at_its_interval(implementation):
+    options = {"num_features": 5, "redraw_interval": 3, "implementation": implementation}
+    module = build("performer", options)
+    x = tokens(module)
+    matrix = module.fast_attention.projection_matrix
+    changed = []
+    for _ in range(8):
+        before = matrix.clone()
+        module(x, GRID)
+        changed.append(not torch.equal(before, matrix))
+    assert changed == [False, False, False, True, False, False, True, False]
+
+    module.eval()
+    before = matrix.clone()
+    for _ in range(7):
+        module(x, GRID)
+    assert torch.equal(before, matrix)
+
+
+def test_performer_without_redrawing():
+    module = build("performer", {"num_features": 5, "redraw_interval": 0})
+    before = module.fast_attention.projection_matrix.clone()
+    for _ in range(5):
+        module(tokens(module), GRID)
+    assert torch.equal(before, module.fast_attention.projection_matrix)
+
+
+def performer_backbone():
+    arch = "l1,h1,d4,f3,p4_l2,h1,d4,f3,p2_l3,h1,d4,s0,p2"
+    return ViL(arch, attention="performer", image_size=32, num_classes=2, redraw_interval=3)
+
+
+def test_the_backbone_counts_training_calls_for_its_performers():
+    vil = performer_backbone()
+    redrawn = [place.module for place in vil.attention_places()][:2]
+    assert all(isinstance(module, Redrawing) for module in redrawn)
+    images = torch.zeros(1, 3, 32, 32)
+    changed = []
+    for step in range(7):
+        before = [module.fast_attention.projection_matrix.clone() for module in redrawn]
+        vil.train()(images)
+        after = [module.fast_attention.projection_matrix for module in redrawn]
+        changed.append([not torch.equal(*both) for both in zip(before, after, strict=True)])
+        assert vil.state_dict()["calls_since_last_redraw"] == step + 1
+        # Evaluating in between neither counts nor redraws.
+        vil.eval()(images)
+        assert vil.state_dict()["calls_since_last_redraw"] == step + 1
+    assert changed == [[step in (3, 6)] * 2 for step in range(7)]
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_a_resumed_backbone_redraws_as_an_undisturbed_one(stop):
+    images = torch.zeros(1, 3, 32, 32)
+
+    def train(vil, steps):
+        for step in steps:
+            torch.manual_seed(step)
+            vil(images)
+
+    torch.manual_seed(0)
+    undisturbed = performer_backbone()
+    interrupted = copy.deepcopy(undisturbed)
+    train(undisturbed, range(8))
+    train(interrupted, range(stop))
+    resumed = performer_backbone()
+    resumed.load_state_dict(interrupted.state_dict())
+    train(resumed, range(stop, 8))
+    expected = undisturbed.state_dict()
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_backbone_without_performers_counts_nothing():
+    vil = ViL("l1,h1,d4_l2,h1,d4_l3,h1,d4", image_size=8, num_classes=2)
+    assert "calls_since_last_redraw" not in vil.state_dict()
+
+
+@pytest.fixture
+def users_folder(tmp_path, monkeypatch):
+    (tmp_path / "users_attention.py").write_text(USERS)
+    monkeypatch.chdir(tmp_path)
+    # Loading a module puts its folder on the path, and it in the table of modules.
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.delitem(sys.modules, "users_attention", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "source", ["users_attention", "users_attention.py", "{}/users_attention.py"]
+)
+def test_a_mechanism_of_the_user(users_folder, source):
+    name = f"{source.format(users_folder)}:Mean"
+    module = attentions.build(name, dim=12, num_heads=3, gain=2.0)
+    assert type(module).__name__ == "Mean"
+    assert module.gain == 2.0
+    assert module(torch.zeros(2, 49, 12), GRID).shape == (2, 49, 12)
+    assert attentions.options(name) == ("gain",)
+    assert attentions.find(name) is attentions.find(name)
+    with pytest.raises(ValueError, match=r"'gian' \(did you mean 'gain'\?\)"):
+        attentions.build(name, dim=12, num_heads=3, gian=2.0)
+
+    vil = ViL("l1,h1,d4,p4_l2,h1,d4,s0_l3,h1,d4", attention=name, image_size=32, gain=0.5)
+    assert [type(place.module).__name__ for place in vil.attention_places()] == [
+        "Mean",
+        "FullAttention",
+        "Mean",
+    ]
+    assert vil(torch.zeros(1, 3, 32, 32))["layer3"].shape == (1, 4, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.py:Mean", "no such file: missing.py"),
+        ("missing_module:Mean", "No module named 'missing_module'"),
+        ("users_attention.py:Median", "has no torch module class 'Median'"),
+        ("users_attention:not_a_class", "has no torch module class 'not_a_class'"),
+        ("broken.py:Mean", "SyntaxError"),
+        ("raises.py:Mean", "RuntimeError: two lines"),
+        (":Mean", "cannot import ''"),
+        ("users_attention:", "has no torch module class ''"),
+    ],
+)
+def test_a_mechanism_that_cannot_be_loaded(users_folder, name, message):
+    (users_folder / "broken.py").write_text("class Mean(:\n")
+    (users_folder / "raises.py").write_text("raise RuntimeError('two\\nlines')\n")
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        attentions.find(name)
+    assert "\n" not in str(caught.value)
+    assert repr(name) in str(caught.value)
+
+
+def test_a_mechanism_with_the_base_class_needs_its_two_forms():
+    class Nothing(Attention):
+        pass
+
+    for implementation, method in (("fast", "attend"), ("reference", "reference")):
+        module = Nothing(dim=4, num_heads=1, implementation=implementation)
+        with pytest.raises(NotImplementedError, match=f"Nothing.{method}"):
+            module(torch.zeros(1, 2, 4), (1, 1))

@@ -1,0 +1,218 @@
+import contextlib
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import attentions
+
+EXAMPLES = [
+    pytest.param(name, options, id=f"{name}-{'-'.join(map(str, options.values()))}")
+    for name in attentions.names()
+    for options in getattr(attentions.find(name), "examples", ({},))
+]
+LONGFORMER = [
+    {"window": window, "position": position, "padding": padding, "neighbours": neighbours}
+    for window in (1, 2, 5)
+    for position in ("absolute", "relative")
+    for padding in ("zero", "exact", "cyclic")
+    for neighbours in ("all", "self", "random")
+]
+every_example = pytest.mark.parametrize(("name", "options"), EXAMPLES)
+sides = st.integers(1, 9)
+grids = st.tuples(sides, sides)
+globals_ = st.sampled_from([0, 1, 3])
+batches = st.sampled_from([1, 3])
+seeds = st.integers(0, 2**16)
+
+
+def pair(name, options, *, grid, num_global, num_heads=2, spread=0.7, seed=0, dtype=torch.float64):
+    """The fast form and the oracle of a mechanism, with the same random parameters."""
+    least = getattr(attentions.find(name), "least_globals", 0)
+    torch.manual_seed(seed)
+    modules = [
+        attentions.build_for(
+            name,
+            grid=grid,
+            dim=num_heads * 4,
+            num_heads=num_heads,
+            num_global=max(num_global, least),
+            **{"position": "absolute", **options},
+            implementation=implementation,
+        )
+        for implementation in ("fast", "reference")
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in modules[0].parameters():
+        # Biases and tables too, which start at zero or nearly so.
+        torch.nn.init.uniform_(parameter, -spread, spread, generator=generator)
+    modules[1].load_state_dict(modules[0].state_dict())
+    return [module.to(dtype).eval() for module in modules]
+
+
+def tokens(module, grid, batch, seed, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed + 1)
+    shape = (batch, module.num_global + grid[0] * grid[1], module.dim)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def too_small(options, grid):
+    return min(grid) < options.get("reduction", 1)
+
+
+def run(module, x, grid, *, context=contextlib.nullcontext, seed=None):
+    """Output, and the gradients of the input and of every parameter, by name."""
+    x = x.clone().requires_grad_()
+    if seed is not None:
+        torch.manual_seed(seed)
+    with context():
+        y = module(x, grid)
+    weights = torch.arange(y.numel(), dtype=torch.float64).cos().view_as(y).to(y.dtype)
+    module.zero_grad()
+    y.backward(weights)
+    gradients = {name: p.grad for name, p in module.named_parameters()}
+    return {"output": y.detach(), "input": x.grad, **gradients}
+
+
+def assert_near(actual, expected, tolerance):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (actual[name] is None) == (value is None), name
+        if value is None:
+            continue
+        assert torch.isfinite(actual[name]).all(), name
+        error = (actual[name].double() - value.double()).abs().max()
+        # Gradients that cancel to nothing have no size of their own to be compared with.
+        allowed = tolerance * max(1.0, float(value.abs().max()))
+        assert error <= allowed, f"{name}: off by {error:.1e}, allowed {allowed:.1e}"
+
+
+@every_example
+@settings(max_examples=40)
+@given(grid=grids, num_global=globals_, batch=batches, heads=st.sampled_from([1, 2, 3]), seed=seeds)
+def test_fast_form_equals_oracle(name, options, grid, num_global, batch, heads, seed):
+    fast, oracle = pair(name, options, grid=grid, num_global=num_global, num_heads=heads, seed=seed)
+    x = tokens(fast, grid, batch, seed)
+    if too_small(options, grid):
+        message = f"grid {grid[0]}x{grid[1]} .* {options['reduction']}"
+        for module in (fast, oracle):
+            with pytest.raises(ValueError, match=message):
+                module(x, grid)
+        return
+    assert_near(run(fast, x, grid), run(oracle, x, grid), 1e-9)
+
+
+@pytest.mark.parametrize("options", LONGFORMER, ids=lambda o: "-".join(map(str, o.values())))
+@settings(max_examples=8)
+@given(grid=grids, num_global=globals_, share=st.booleans(), train=st.booleans(), seed=seeds)
+def test_longformer_in_all_its_options(options, grid, num_global, share, train, seed):
+    options = options | {"share_weights": share}
+    fast, oracle = pair("longformer", options, grid=grid, num_global=num_global, seed=seed)
+    x = tokens(fast, grid, 2, seed)
+    # Training, both draw the same random neighbours from the same seed.
+    results = [run(module.train(train), x, grid, seed=seed) for module in (fast, oracle)]
+    assert_near(*results, 1e-9)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (5, 7), (9, 4)], ids=str)
+@pytest.mark.parametrize("num_global", [0, 3])
+@every_example
+def test_single_precision(name, options, num_global, grid):
+    if too_small(options, grid):
+        pytest.skip("the grid is smaller than the reduction")
+    exact, _ = pair(name, options, grid=grid, num_global=num_global)
+    expected = run(exact, tokens(exact, grid, 2, 0), grid)
+    for module in pair(name, options, grid=grid, num_global=num_global, dtype=torch.float32):
+        x = tokens(module, grid, 2, 0, torch.float32)
+        assert_near(run(module, x, grid), expected, 1e-4)
+
+
+# Grids that leave several tokens when they are reduced: what is left of two, normalised, is mostly
+# rounding.
+@pytest.mark.parametrize("grid", [(1, 1), (10, 7), (7, 13)], ids=str)
+@pytest.mark.parametrize("num_global", [0, 3])
+@every_example
+def test_bfloat16_autocast(name, options, num_global, grid):
+    if too_small(options, grid):
+        pytest.skip("the grid is smaller than the reduction")
+    same = {"grid": grid, "num_global": num_global, "spread": 0.4}
+    exact, _ = pair(name, options, **same)
+    expected = run(exact, tokens(exact, grid, 2, 0), grid)
+    for module in pair(name, options, **same, dtype=torch.float32):
+        x = tokens(module, grid, 2, 0, torch.float32)
+        result = run(module, x, grid, context=lambda: torch.autocast("cpu", torch.bfloat16))
+        assert_near(result, expected, 0.05)
+
+
+@pytest.mark.gpu
+@every_example
+def test_gpu(name, options):
+    grid = (10, 7)
+    same = {"grid": grid, "num_global": 3, "spread": 0.4}
+    exact, _ = pair(name, options, **same)
+    expected = run(exact, tokens(exact, grid, 2, 0), grid)
+
+    def on_gpu(module, dtype, **how):
+        x = tokens(module, grid, 2, 0, dtype).cuda()
+        return {key: value.cpu() for key, value in run(module.cuda(), x, grid, **how).items()}
+
+    for module in pair(name, options, **same):
+        assert_near(on_gpu(module, torch.float64), expected, 1e-9)
+    for half in (torch.float16, torch.bfloat16):
+        for module in pair(name, options, **same, dtype=torch.float32):
+            context = functools.partial(torch.autocast, "cuda", half)
+            assert_near(on_gpu(module, torch.float32, context=context), expected, 0.05)
+
+
+def test_random_neighbours_are_the_own_chunk_and_one_of_eight():
+    options = {"window": 2, "position": "relative"}
+    grid = (6, 6)
+    everyone, _ = pair("longformer", options, grid=grid, num_global=1)
+    own, _ = pair("longformer", options | {"neighbours": "self"}, grid=grid, num_global=1)
+    drawn, _ = pair("longformer", options | {"neighbours": "random"}, grid=grid, num_global=1)
+    x = tokens(drawn, grid, 1, 0)
+    torch.testing.assert_close(drawn(x, grid), everyone(x, grid))
+
+    drawn.train()
+    torch.manual_seed(0)
+    # The centre chunk has all eight neighbours, so that each draw gives it another output.
+    centre = 1 + 2 * 6 + 2
+    outputs = [drawn(x, grid)[0, centre] for _ in range(100)]
+    distinct = {tuple(output.round(decimals=6).tolist()) for output in outputs}
+    assert len(distinct) == 8
+    # A corner chunk has five neighbours outside, all masked: then it sees itself alone.
+    alone = own(x, grid)[0, 1]
+    same = sum(bool(torch.allclose(drawn(x, grid)[0, 1], alone)) for _ in range(100))
+    assert 40 < same < 85
+
+
+@every_example
+def test_dropout_only_while_training(name, options):
+    grid = (6, 5)
+    plain = pair(name, options, grid=grid, num_global=2)
+    dropping = pair(name, options | {"attn_drop": 0.3, "proj_drop": 0.4}, grid=grid, num_global=2)
+    x = tokens(plain[0], grid, 2, 0)
+    for module, other in zip(plain, dropping, strict=True):
+        expected = module(x, grid)
+        torch.testing.assert_close(other(x, grid), expected, rtol=0, atol=0)
+        other.train()
+        torch.manual_seed(0)
+        share = (other(x, grid) == 0).double().mean()
+        assert 0.3 < share < 0.5, "proj_drop"
+
+
+@pytest.mark.parametrize("implementation", [0, 1], ids=["fast", "reference"])
+@every_example
+def test_attention_dropout_keeps_the_mean(name, options, implementation):
+    grid = (4, 3)
+    plain = pair(name, options, grid=grid, num_global=2)[implementation]
+    dropping = pair(name, options | {"attn_drop": 0.2}, grid=grid, num_global=2)[implementation]
+    x = tokens(plain, grid, 1, 0)
+    torch.manual_seed(0)
+    many = dropping.train()(x.expand(1500, -1, -1), grid)
+    expected = plain.train()(x, grid)[0]
+    if name != "performer":
+        assert many.std(dim=0).min() > 0.01
+    assert (many.mean(dim=0) - expected).abs().max() < 6 * many.std(dim=0).max() / 1500**0.5 + 1e-9

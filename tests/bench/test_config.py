@@ -1,0 +1,288 @@
+import csv
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import attentions
+import configs
+from bench.arch import parse
+from bench.backbone import ViL
+from bench.config import RunConfig, build_config, load_suite, suites
+from bench.errors import InputError
+
+FOLDER = Path(configs.__file__).parent
+FILES = sorted(FOLDER.rglob("*.yaml"))
+with (FOLDER.parent / "results" / "published.csv").open(newline="") as _table:
+    PUBLISHED = {row["row"]: row for row in csv.DictReader(_table) if row["table"] == "ablation"}
+ROWS = (*PUBLISHED, "full", "linformer", "Partial linformer")
+USERS = """
+from torch import nn
+
+
+class Mean(nn.Module):
+    def __init__(self, *, dim, num_heads, num_global=1, gain=1.0):
+        super().__init__()
+"""
+
+
+def read(path):
+    return yaml.safe_load((FOLDER / path).read_text(encoding="utf-8"))
+
+
+def load(*overrides, suite="quick", rows=("ViL",), **more):
+    return load_suite(suite, rows=rows, overrides=overrides, **more).runs
+
+
+def refuse(*overrides, **more):
+    """The message of an InputError, which is one line."""
+    with pytest.raises(InputError) as caught:
+        load(*overrides, **more)
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_files_are_mappings(path):
+    assert isinstance(read(path), dict)
+
+
+def test_all_suites_are_found():
+    assert suites() == tuple(sorted(path.stem for path in (FOLDER / "suites").glob("*.yaml")))
+    assert {"ablation", "quick"} <= set(suites())
+
+
+@pytest.mark.parametrize("suite", suites())
+def test_suites(suite):
+    loaded = load_suite(suite)
+    assert loaded.name == suite
+    for run in loaded.runs:
+        assert run.suite == suite
+        assert build_config(run.as_dict()) == run
+        # As records keep it.
+        assert build_config(json.loads(json.dumps(run.as_dict()))) == run
+    assert len({run.row for run in loaded.runs}) == len(loaded.runs)
+
+
+@pytest.mark.parametrize("suite", ["quick", "ablation"])
+def test_rows_of_a_suite_of_all(suite):
+    rows = [run.row for run in load_suite(suite).runs]
+    assert tuple(rows[:12]) == ROWS
+    # A mechanism that no row names has two rows by itself.
+    named = {"srformer", "global", "performer", "longformer", "full", "linformer"}
+    others = [name for name in attentions.names() if name not in named]
+    assert rows[12:] == [row for name in others for row in (name, f"Partial {name}")]
+
+
+@pytest.mark.parametrize("row", PUBLISHED)
+def test_ablation_is_the_published(row):
+    (run,) = load(suite="ablation", rows=[row])
+    published = PUBLISHED[row]
+    assert run.model.arch == published["arch"]
+    assert run.model.attention == published["attention"]
+    assert run.model.drop_path == float(published["drop_path"])
+    assert run.model.backbone == published["backbone"]
+    assert run.train.schedule == published["schedule"]
+    assert run.model.method == "mask_rcnn"
+
+
+def test_the_published_recipe():
+    (run,) = load(suite="ablation")
+    train = run.train
+    assert (train.steps, train.milestones, train.gamma) == (90000, [60000, 80000], 0.1)
+    assert (train.batch_size, train.lr, train.weight_decay) == (16, 1e-4, 0.05)
+    assert (train.warmup_steps, train.warmup_factor, train.clip_norm) == (1000, 0.01, 0.5)
+    assert (run.data.min_sizes, run.data.max_size) == ([800], 1333)
+    recipe = read("recipes.yaml")["3x"]
+    assert (recipe["train"]["steps"], recipe["train"]["milestones"]) == (270000, [180000, 240000])
+    assert recipe["data"]["min_sizes"] == [640, 672, 704, 736, 768, 800]
+
+
+@pytest.mark.parametrize("suite", suites())
+def test_every_row_builds_a_backbone(suite):
+    for run in load_suite(suite).runs:
+        size = run.data.fixed_size or run.data.max_size
+        names = run.model.attention.split(",")
+        with torch.device("meta"):
+            vil = ViL(
+                run.model.arch,
+                attention=names[0] if len(names) == 1 else names,
+                image_size=tuple(size) if isinstance(size, list) else size,
+                **run.model.options,
+            )
+            height, width = run.data.fixed_size or (run.data.min_sizes[-1], run.data.max_size)
+            vil(torch.zeros(1, 3, height, width))
+
+
+def test_rows_that_work_for_one_size_only_have_a_fixed_one():
+    for suite, size in (("quick", [128, 160]), ("ablation", [800, 1344])):
+        for run in load_suite(suite).runs:
+            fixed = "linformer" in run.row
+            assert run.data.fixed_size == (size if fixed else None)
+    (run,) = load("data.fixed_size=[64,96]", rows=["linformer"])
+    assert run.data.fixed_size == [64, 96]
+    (run,) = load("data.min_sizes=[100]", "data.max_size=170", rows=["linformer"])
+    assert run.data.fixed_size == [128, 192]
+
+
+def test_later_sources_win(tmp_path):
+    recipe = read("recipes.yaml")["quick"]
+    suite = read("suites/quick.yaml")
+    (run,) = load()
+    assert (run.train.steps, run.train.lr) == (recipe["train"]["steps"], recipe["train"]["lr"])
+    assert run.model.detector.fpn_channels == suite["run"]["model"]["detector"]["fpn_channels"]
+    assert (run.data.path, run.seed, run.device) == (None, 0, "auto")
+
+    own_data = suite["with_data"]
+    (run,) = load(data=str(tmp_path), seed=7, device="cpu")
+    assert (run.data.path, run.seed, run.device) == (str(tmp_path), 7, "cpu")
+    assert run.data.min_sizes == own_data["data"]["min_sizes"] != recipe["data"]["min_sizes"]
+
+    (run,) = load("train.steps=9", "seed=8", "data.min_sizes=[32, 64]", data=str(tmp_path), seed=7)
+    assert (run.train.steps, run.seed, run.data.min_sizes) == (9, 8, [32, 64])
+    assert (run.data.max_size, run.train.lr) == (
+        own_data["data"]["max_size"],
+        recipe["train"]["lr"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "is_read"),
+    [
+        ("train.lr=1e-3", lambda run: run.train.lr == 1e-3),
+        ("train.lr=1", lambda run: run.train.lr == 1.0),
+        ("data.flip=false", lambda run: run.data.flip is False),
+        ("data.path=/some where/a=b", lambda run: run.data.path == "/some where/a=b"),
+        ("train.precision=bf16-mixed", lambda run: run.train.precision == "bf16-mixed"),
+        ("model.options.window=5", lambda run: run.model.options == {"window": 5}),
+        ("train={steps: 3, lr: 0.1}", lambda run: (run.train.steps, run.train.lr) == (3, 0.1)),
+        ("evaluate.splits=[a,b]", lambda run: run.evaluate.splits == ["a", "b"]),
+        (
+            "model.attention='longformer,full,full,full'",
+            lambda run: (
+                parse(run.model.arch, run.model.attention.split(","))[1].attention == "full"
+            ),
+        ),
+    ],
+)
+def test_overrides(override, is_read):
+    (run,) = load(override)
+    assert is_read(run)
+
+
+def test_rows_are_chosen_in_the_order_given_and_once():
+    chosen = load(rows=["Partial ViL", "ViL", "Partial ViL"])
+    assert [run.row for run in chosen] == ["Partial ViL", "ViL"]
+
+
+def test_a_mechanism_of_the_user_is_a_row(tmp_path):
+    (tmp_path / "users.py").write_text(USERS)
+    name = f"{tmp_path}/users.py:Mean"
+    (run,) = load("model.options.gain=2.0", rows=[name])
+    assert (run.row, run.model.attention, run.model.options) == (name, name, {"gain": 2.0})
+    assert {stage.attention for stage in parse(run.model.arch, name)} == {name}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["nonsense"], ["'nonsense'", "key=value"]),
+        (["=3"], ["'=3'", "key=value"]),
+        (["train.stpes=3"], ["'train.stpes'", "command line", "'train.steps'", "warmup_steps"]),
+        (["trian.steps=3"], ["'trian.steps'", "'train.steps'", "evaluate"]),
+        (["evalute.batch_size=3"], ["'evalute.batch_size'", "'evaluate.batch_size'"]),
+        (["steps=3"], ["'steps'", "'train.steps'"]),
+        (["lr=3"], ["'lr'", "'train.lr'"]),
+        (["train={stpes: 3}"], ["'train.stpes'", "'train.steps'"]),
+        (["train.steps.x=3"], ["train.steps", "one value", "x"]),
+        (["train.steps={}"], ["train.steps", "one value"]),
+        (["train=3"], ["train=3", "group", "steps"]),
+        (["model=null"], ["model=None", "group", "arch"]),
+        (["train.steps=many"], ["train.steps", "'many'", "Integer"]),
+        (["train.steps=1.5"], ["train.steps", "1.5", "Integer"]),
+        (["train.steps="], ["train.steps", "None"]),
+        (["train.steps=["], ["train.steps=["]),
+        (["data.flip=maybe"], ["data.flip", "maybe", "bool"]),
+        (["data.min_sizes=3"], ["data.min_sizes"]),
+        (["data.min_sizes=[a]"], ["data.min_sizes", "'a'"]),
+        (["data.min_sizes=[]"], ["data.min_sizes", "empty"]),
+        (["data.min_sizes=[64,-1]"], ["data.min_sizes", "-1", "positive"]),
+        (["data.fixed_size=[1]"], ["data.fixed_size=[1]", "(height, width)"]),
+        (["profile.image_size=[0,9]"], ["profile.image_size=[0, 9]", "positive"]),
+        (["evaluate.splits=[]"], ["evaluate.splits", "empty"]),
+        (["train.steps=0"], ["train.steps=0", "positive"]),
+        (["train.lr=nan"], ["train.lr=nan", "positive"]),
+        (["train.lr=inf"], ["train.lr=inf", "finite"]),
+        (["train.warmup_steps=-1"], ["train.warmup_steps=-1", "negative"]),
+        (["data.workers=-2"], ["data.workers=-2", "negative"]),
+        (["seed=-1"], ["seed=-1", "negative"]),
+        (["seed=x"], ["seed", "'x'"]),
+        (["model.drop_path=1"], ["model.drop_path=1.0", "[0, 1)"]),
+        (["model.method=maskrcnn"], ["model.method", "'maskrcnn'", "'mask_rcnn'", "retinanet"]),
+        (["model.library=detectron"], ["model.library", "'detectron2'", "torchvision"]),
+        (["train.precision=16"], ["train.precision", "'16'", "16-mixed"]),
+        (["train.decay=step"], ["train.decay", "'step'", "'steps'", "cosine"]),
+        (["data.degenerate_boxes=keep"], ["data.degenerate_boxes", "'keep'", "error, drop"]),
+        (["model.attention=longfromer"], ["'longfromer'", "'longformer'", "srformer"]),
+        (["model.attention='longformer,full'"], ["2 mechanisms", "4 stages"]),
+        (["model.arch=l1_l2,q3_l3"], ["ARCH", "character 7", ">>>q3<<<"]),
+        (["model.options.windw=3"], ["model.options.windw", "'ViL'", "'window'", "padding"]),
+        (["model.options.dim=3"], ["model.options.dim", "'ViL'"]),
+        (["model.options=3"], ["model.options"]),
+        (["model.backbone=${oc.env:NO_SUCH_NAME}"], ["model.backbone", "NO_SUCH_NAME"]),
+        (["row=other"], ["'row=other'", "--rows"]),
+        (["suite=other"], ["'suite=other'", "--suite"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_wrong_values_are_refused_by_one_clear_line(overrides, parts):
+    message = refuse(*overrides)
+    for part in parts:
+        assert part in message
+
+
+def test_unknown_suites_and_rows():
+    message = refuse(suite="quik")
+    assert "unknown suite 'quik' (did you mean 'quick'?); allowed: ablation, quick" in message
+    message = refuse(rows=["ViL", "partial vil"])
+    assert "unknown row 'partial vil' of suite quick (did you mean 'Partial ViL'?)" in message
+    assert all(row in message for row in ROWS)
+    assert "no_such.py:Mean" in refuse(rows=["no_such.py:Mean"])
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({}, ["ARCH"]),
+        ({"modle": {}}, ["'modle'", "allowed", "model"]),
+        ({"train": {"stpes": 3}}, ["'train.stpes'", "'train.steps'"]),
+        ({"train": 3}, ["train=3"]),
+        ({"train": {"steps": "x"}}, ["train.steps", "'x'"]),
+    ],
+    ids=str,
+)
+def test_records_with_wrong_configurations(values, parts):
+    with pytest.raises(InputError) as caught:
+        build_config(values)
+    assert "\n" not in str(caught.value)
+    assert all(part in str(caught.value) for part in parts)
+
+
+def test_configurations_are_frozen():
+    (run,) = load()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        run.seed = 3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        run.train.steps = 3
+
+
+def test_as_dict_is_plain():
+    values = load_suite("quick").runs[0].as_dict()
+    assert values.keys() == {field.name for field in dataclasses.fields(RunConfig)}
+    assert math.isfinite(json.loads(json.dumps(values, allow_nan=False))["train"]["lr"])

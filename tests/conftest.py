@@ -1,0 +1,30 @@
+import importlib.util
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("suite")
+
+# The tests' tensors are small: threads wait for each other, and on a machine that does anything
+# else besides, two of them take thirty times as long as one.
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--run-slow", action="store_true", help="run tests marked slow too")
+
+
+def pytest_collection_modifyitems(config, items):
+    reasons = {}
+    if not config.getoption("--run-slow"):
+        reasons["slow"] = "takes more than a minute; run with --run-slow"
+    if not torch.cuda.is_available():
+        reasons["gpu"] = f"needs a CUDA device; torch {torch.__version__} sees none"
+    if importlib.util.find_spec("detectron2") is None:
+        reasons["detectron2"] = "detectron2 is not importable"
+    for item in items:
+        for name, reason in reasons.items():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,0 +1,60 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OURS = {"attentions", "bench", "configs", "report", "results", "run_all", "tests"}
+# What each package may import of ours.
+ALLOWED = {
+    "attentions": ("attentions",),
+    "bench": ("bench", "attentions"),
+    "configs": (),
+    "report": ("report", "bench.record", "bench.errors"),
+    "run_all": ("configs", "bench", "report"),
+}
+
+
+def imported(path):
+    """Modules that a file imports, as `package.module` where a module is taken from a package."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join((*above, *filter(None, [node.module])))
+            is_package = (ROOT / base.replace(".", "/")).is_dir()
+            yield from (f"{base}.{alias.name}" if is_package else base for alias in node.names)
+
+
+def files(package):
+    single = ROOT / f"{package}.py"
+    return [single] if single.is_file() else sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_go_one_way(package):
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in files(package)
+        for name in imported(path)
+        if name.partition(".")[0] in OURS
+        and not any(name == ok or name.startswith(f"{ok}.") for ok in ALLOWED[package])
+    ]
+    assert wrong == []
+
+
+def test_attentions_import_torch_alone():
+    outside = {
+        name.partition(".")[0] for path in files("attentions") for name in imported(path)
+    } - sys.stdlib_module_names
+    assert outside == {"attentions", "torch", "performer_pytorch"}
+
+
+@pytest.mark.parametrize("module", ["bench.record", "bench.errors", "report.page"])
+def test_records_and_reports_need_no_torch(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
