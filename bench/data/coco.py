@@ -1,33 +1,42 @@
 """A split of a data set in COCO layout.
 
 `root/annotations/instances_{split}.json` and the images in `root/{split}/`. Crowds, images without
-annotations and gaps in category ids are as in COCO itself; what is wrong is said in one line that names
-the file and the annotation.
+annotations and gaps in category ids are as in COCO itself; what is wrong is said in one line that
+names the file and the annotation.
 """
 
 import hashlib
 import json
-import os
+import struct
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from faster_coco_eval.core import mask as mask_api
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from bench.errors import InputError
+from bench.errors import InputError, choose
 
 Target = dict[str, Tensor]
 
 _SHOWN = 5
 _LEAST_POLYGON = 6
-_DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
+# Pixels from the origin. The rasteriser allocates in proportion to a polygon's length: a wild
+# coordinate would take gigabytes.
+_FARTHEST = 1e5
+_DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+_DEEPEST = 65535
+
+_IMAGE_KEYS = {"id": int, "file_name": str, "height": int, "width": int}
+_CATEGORY_KEYS = {"id": int, "name": str}
+_ANNOTATION_KEYS = {"id": int, "image_id": int, "category_id": int, "bbox": list}
+_KINDS = {int: "a whole number", str: "a text", list: "a list"}
 
 
 class CocoDataset(Dataset[tuple[Tensor, Target]]):
@@ -38,18 +47,18 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         split: name of the annotation file and the image folder, such as "train2017".
         degenerate_boxes: "error", or "drop" to leave out boxes without area.
 
-    `dataset[i]` is an image, uint8 (3, height, width), and its target: `image_id` (), `boxes` (n, 4)
-    as x1, y1, x2, y2 in pixels, `labels` (n,) from 1 in the order of category ids, `masks` uint8
-    (n, height, width), `area` (n,) in pixels and `iscrowd` (n,).
+    `dataset[i]` is an image, uint8 (3, height, width), and its target: `image_id` (), `boxes`
+    (n, 4) as x1, y1, x2, y2 in pixels, `labels` (n,) from 1 in the order of category ids, `masks`
+    uint8 (n, height, width), `area` (n,) in pixels and `iscrowd` (n,). Boxes are cut off at the
+    image's edge; an annotation without a segmentation has its box as its mask.
 
     Raises:
-        InputError: for a missing or malformed file, an image that is not there, or an annotation that
-            cannot be right; naming it.
+        InputError: for a missing or malformed file, an image that is not there, or an annotation
+            that cannot be right; naming it.
     """
 
-    def __init__(
-        self, root: str | Path, split: str, *, degenerate_boxes: str = "error"
-    ) -> None:
+    def __init__(self, root: str | Path, split: str, *, degenerate_boxes: str = "error") -> None:
+        choose(degenerate_boxes, ("error", "drop"), "degenerate_boxes")
         self.root = Path(root)
         self.split = split
         self.annotation_file = self.root / "annotations" / f"instances_{split}.json"
@@ -58,10 +67,9 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         content, self.fingerprint = _read(self.annotation_file, self.root, split)
         self._content = content
         self._images = {image["id"]: image for image in self._section("images", _IMAGE_KEYS)}
-        self._no_duplicates("images")
-        categories = sorted(self._section("categories", ("id", "name")), key=lambda c: c["id"])
-        self._no_duplicates("categories")
-        self.categories = tuple((category["id"], str(category["name"])) for category in categories)
+        self._check_sizes()
+        categories = sorted(self._section("categories", _CATEGORY_KEYS), key=lambda c: c["id"])
+        self.categories = tuple((category["id"], category["name"]) for category in categories)
         if not self.categories:
             raise InputError(f"{self.annotation_file}: no categories")
         self._labels = {id_: label for label, (id_, _) in enumerate(self.categories, start=1)}
@@ -107,25 +115,30 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         return int(image["height"]), int(image["width"])
 
     def ground_truth(self) -> dict[str, Any]:
-        """The split as a COCO dictionary, without the annotations that were left out."""
-        annotations = [a for group in self._annotations.values() for a in group]
+        """The split as a COCO dictionary, without the annotations that were left out.
+
+        Every annotation has a segmentation, and they are numbered anew from 1: to the rules of
+        COCO's evaluation, a match with annotation 0 is no match.
+        """
+        kept = (a for group in self._annotations.values() for a in group)
         return {
-            "images": list(self._images.values()),
-            "categories": list(self._content["categories"]),
-            "annotations": annotations,
+            "images": [dict(image) for image in self._images.values()],
+            "categories": [dict(category) for category in self._content["categories"]],
+            "annotations": [{**a, "id": number} for number, a in enumerate(kept, start=1)],
         }
 
     def check(self, *, decode: bool = False) -> list[str]:
-        """Return what is odd but usable, a line each; with `decode`, read every image.
+        """Return what is odd but usable, a line each; with `decode`, read every image and mask.
 
         Raises:
-            InputError: for an image that cannot be read.
+            InputError: for an image or a mask that cannot be read.
         """
         if decode:
-            for id_ in self.ids:
-                self._decode(id_)
-        used = Counter(a["category_id"] for g in self._annotations.values() for a in g)
-        unused = [name for id_, name in self.categories if not used[id_]]
+            for index in range(len(self)):
+                self[index]
+        groups = self._annotations.values()
+        used = {a["category_id"] for group in groups for a in group if not a["iscrowd"]}
+        unused = [name for id_, name in self.categories if id_ not in used]
         empty = [id_ for id_ in self.ids if not self._annotations.get(id_)]
         crowds = [
             id_
@@ -142,22 +155,33 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
                 lines.append(f"{self.annotation_file}: {len(found)} {what} ({_some(found)})")
         return lines
 
-    def _section(self, name: str, keys: Iterable[str]) -> list[dict[str, Any]]:
+    def _section(self, name: str, keys: Mapping[str, type]) -> list[dict[str, Any]]:
         section = self._content.get(name)
         if not isinstance(section, list):
             raise InputError(f"{self.annotation_file}: no list {name!r}")
         for position, item in enumerate(section):
             if not isinstance(item, dict):
                 raise InputError(f"{self.annotation_file}: {name}[{position}] is no object")
-            for key in keys:
+            for key, kind in keys.items():
                 if key not in item:
                     raise InputError(f"{self.annotation_file}: {name}[{position}] has no {key!r}")
+                if not isinstance(item[key], kind):
+                    raise InputError(
+                        f"{self.annotation_file}: {name}[{position}] has {key!r} {item[key]!r},"
+                        f" which is not {_KINDS[kind]}"
+                    )
+        twice = [id_ for id_, n in Counter(item["id"] for item in section).items() if n > 1]
+        if twice:
+            raise InputError(f"{self.annotation_file}: {name} id {_some(twice)} stands twice")
         return section
 
-    def _no_duplicates(self, section: str) -> None:
-        twice = [k for k, n in Counter(i["id"] for i in self._content[section]).items() if n > 1]
-        if twice:
-            raise InputError(f"{self.annotation_file}: {section} id {_some(twice)} stands twice")
+    def _check_sizes(self) -> None:
+        for id_, image in self._images.items():
+            if min(image["height"], image["width"]) < 1:
+                raise InputError(
+                    f"{self.annotation_file}: image {id_} has the size"
+                    f" {image['height']}x{image['width']} (height x width)"
+                )
 
     def _check_annotations(self, degenerate_boxes: str) -> dict[int, list[dict[str, Any]]]:
         groups: dict[int, list[dict[str, Any]]] = defaultdict(list)
@@ -172,12 +196,12 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             if annotation["category_id"] not in self._labels:
                 raise InputError(f"{where} has the unknown category {annotation['category_id']}")
             box = annotation["bbox"]
-            if not _is_box(box):
-                raise InputError(f"{where} has bbox {box}, which is no [x, y, width, height]")
+            if len(box) != 4 or not all(_is_number(value, _FARTHEST) for value in box):
+                raise InputError(f"{where} has bbox {box!r}, which is no [x, y, width, height]")
             # What lies outside the image is cut off, as COCO's own boxes reach a little over it.
-            width = min(box[0] + box[2], image["width"]) - max(box[0], 0)
-            height = min(box[1] + box[3], image["height"]) - max(box[1], 0)
-            if width <= 0 or height <= 0:
+            x1, y1 = max(box[0], 0), max(box[1], 0)
+            x2, y2 = min(box[0] + box[2], image["width"]), min(box[1] + box[3], image["height"])
+            if x1 >= x2 or y1 >= y2:
                 if degenerate_boxes == "error":
                     raise InputError(
                         f"{where} (image {annotation['image_id']}) has a box without area in the"
@@ -185,10 +209,16 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
                     )
                 dropped.append(annotation["id"])
                 continue
-            complete = {"iscrowd": 0, "area": box[2] * box[3]} | annotation
-            _check_segmentation(complete, image, where)
+            complete = {"iscrowd": 0, "area": (x2 - x1) * (y2 - y1)} | annotation
+            if complete["iscrowd"] not in (0, 1):
+                raise InputError(f"{where} has iscrowd {complete['iscrowd']!r}; 0 or 1 is needed")
+            if not _is_number(complete["area"], _FARTHEST**2) or complete["area"] < 0:
+                raise InputError(f"{where} has area {complete['area']!r}, which is no area")
+            # Data without segmentations trains and scores boxes, and masks that fill them.
+            if not complete.get("segmentation"):
+                complete["segmentation"] = [[x1, y1, x2, y1, x2, y2, x1, y2]]
+            _check_segmentation(complete["segmentation"], image, where)
             groups[annotation["image_id"]].append(complete)
-        self._no_duplicates("annotations")
         if dropped:
             self.warnings.append(
                 f"{self.annotation_file}: {len(dropped)} annotations with a box without area left"
@@ -197,10 +227,12 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         return dict(groups)
 
     def _check_files(self) -> None:
-        if not self.folder.is_dir():
-            raise InputError(f"no image folder {self.folder} for split {self.split!r}")
-        with os.scandir(self.folder) as entries:
-            there = {entry.name for entry in entries}
+        try:
+            there = {path.name for path in self.folder.iterdir()}
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise InputError(f"no image folder {self.folder} for split {self.split!r}") from error
+        except OSError as error:
+            raise InputError(f"cannot read image folder {self.folder}: {error.strerror}") from error
         for image in self._images.values():
             if image["file_name"] in there or (self.folder / image["file_name"]).is_file():
                 continue
@@ -216,7 +248,13 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             with Image.open(path) as image:
                 upright = ImageOps.exif_transpose(image)
                 tensor = pil_to_tensor(_to_rgb(upright))
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            struct.error,
+            Image.DecompressionBombError,
+        ) as error:
             raise InputError(f"cannot read image {path}: {_one_line(error)}") from error
         size = (entry["height"], entry["width"])
         if tuple(tensor.shape[-2:]) != size:
@@ -227,24 +265,20 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         return tensor
 
     def _mask(self, annotation: Mapping[str, Any], height: int, width: int) -> Any:
-        segmentation = annotation.get("segmentation")
-        if not segmentation:
-            # A box alone is its own mask, so that data without segmentation trains boxes.
-            x, y, w, h = (round(value) for value in annotation["bbox"])
-            mask = np.zeros((height, width), dtype=np.uint8)
-            mask[max(y, 0) : y + h, max(x, 0) : x + w] = 1
-            return mask
-        if isinstance(segmentation, list):
-            run = mask_api.merge(mask_api.frPyObjects(segmentation, height, width))
-        elif isinstance(segmentation["counts"], list):
-            run = mask_api.frPyObjects(segmentation, height, width)
-        else:
-            run = segmentation
-        return mask_api.decode(run)
-
-
-_IMAGE_KEYS = ("id", "file_name", "height", "width")
-_ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox")
+        segmentation = annotation["segmentation"]
+        try:
+            if isinstance(segmentation, list):
+                run = mask_api.merge(mask_api.frPyObjects(segmentation, height, width))
+            elif isinstance(segmentation["counts"], list):
+                run = mask_api.frPyObjects(segmentation, height, width)
+            else:
+                run = segmentation
+            return mask_api.decode(run)
+        except (ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{self.annotation_file}: annotation {annotation['id']} has a segmentation that"
+                f" cannot be read: {_one_line(error)}"
+            ) from error
 
 
 def _read(path: Path, root: Path, split: str) -> tuple[dict[str, Any], str]:
@@ -253,67 +287,75 @@ def _read(path: Path, root: Path, split: str) -> tuple[dict[str, Any], str]:
     try:
         raw = path.read_bytes()
     except FileNotFoundError as error:
-        there = sorted(p.stem.removeprefix("instances_") for p in path.parent.glob("instances_*.json"))
-        listed = f"; splits there: {', '.join(there)}" if there else ""
-        raise InputError(f"no annotation file {path} for split {split!r}{listed}") from error
+        found = path.parent.glob("instances_*.json")
+        there = ", ".join(sorted(p.stem.removeprefix("instances_") for p in found)) or "none"
+        raise InputError(
+            f"no annotation file {path} for split {split!r}; splits there: {there}"
+        ) from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     try:
         content = json.loads(raw)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no valid JSON: {_one_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object")
     return content, hashlib.sha256(raw).hexdigest()
 
 
-def _is_box(box: Any) -> bool:
-    return (
-        isinstance(box, list)
-        and len(box) == 4
-        and all(isinstance(v, int | float) and np.isfinite(v) for v in box)
-    )
+def _is_number(value: Any, limit: float) -> bool:
+    """Whether it is a number within the limit, which NaN is not."""
+    return isinstance(value, int | float) and abs(value) < limit
 
 
-def _check_segmentation(
-    annotation: Mapping[str, Any], image: Mapping[str, Any], where: str
-) -> None:
-    segmentation = annotation.get("segmentation")
-    if not segmentation:
-        return
+def _check_segmentation(segmentation: Any, image: Mapping[str, Any], where: str) -> None:
     if isinstance(segmentation, list):
         for polygon in segmentation:
-            if (
-                not isinstance(polygon, list)
-                or len(polygon) < _LEAST_POLYGON
-                or len(polygon) % 2
-                or not all(isinstance(v, int | float) for v in polygon)
-            ):
-                raise InputError(
-                    f"{where} has a polygon of {len(polygon) // 2 if isinstance(polygon, list) else 0}"
-                    " points; at least 3 points, as x, y in turn, are needed"
-                )
+            _check_polygon(polygon, where)
         return
     size = segmentation.get("size") if isinstance(segmentation, dict) else None
     expected = [image["height"], image["width"]]
-    if not isinstance(segmentation, dict) or "counts" not in segmentation or size != expected:
-        raise InputError(f"{where} has a run-length mask of size {size}; its image is {expected}")
-    counts = segmentation["counts"]
-    if isinstance(counts, list) and sum(counts) != expected[0] * expected[1]:
+    if size != expected:
+        raise InputError(f"{where} has a run-length mask of size {size!r}; its image is {expected}")
+    counts = segmentation.get("counts")
+    if isinstance(counts, str):
+        return
+    if not isinstance(counts, list) or not all(isinstance(n, int) and n >= 0 for n in counts):
+        raise InputError(f"{where} has a run-length mask whose counts are no text and no numbers")
+    if sum(counts) != expected[0] * expected[1]:
         raise InputError(
             f"{where} has a run-length mask of {sum(counts)} pixels; its image has"
             f" {expected[0] * expected[1]}"
         )
 
 
+def _check_polygon(polygon: Any, where: str) -> None:
+    if not isinstance(polygon, list):
+        raise InputError(f"{where} has the polygon {polygon!r}; a list of x, y in turn is needed")
+    if len(polygon) < _LEAST_POLYGON or len(polygon) % 2:
+        raise InputError(
+            f"{where} has a polygon of {len(polygon)} numbers ({len(polygon) // 2} points);"
+            " at least 3 points, as x, y in turn, are needed"
+        )
+    for value in polygon:
+        if not _is_number(value, _FARTHEST):
+            raise InputError(
+                f"{where} has a polygon with the coordinate {value!r}; a number of pixels is needed"
+            )
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("the range of floating-point pixels is not known; 8 or 16 bit are needed")
     if image.mode in _DEEP_MODES:
         # Pillow clips deep pixels at 255 instead of scaling them.
-        values = np.asarray(image, dtype=np.float64)
-        top = max(float(values.max(initial=0.0)), 255.0)
-        scale = 65535.0 if top > 255 else 255.0
-        image = Image.fromarray((values.clip(0, scale) * (255 / scale)).astype(np.uint8))
-    return image.convert("RGB")
+        values = np.asarray(image, dtype=np.int64)
+        low, high = values.min(), values.max()
+        if low < 0 or high > _DEEPEST:
+            raise ValueError(f"pixels of {low} to {high}, which are not of 8 or 16 bit")
+        image = Image.fromarray(np.rint(values * (255 / _DEEPEST)).astype(np.uint8))
+    # Straight to RGB, Pillow warns of the transparency that it drops.
+    return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 
 def _some(found: list[Any]) -> str:

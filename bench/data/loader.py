@@ -5,6 +5,7 @@ So a run that resumes at a step sees exactly what an undisturbed one would have 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,7 +120,10 @@ def training_batches(
 
     Raises:
         InputError: where no image is left, or an image cannot be read.
+        ValueError: for a batch of no images.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
     usable = [index for index in range(len(dataset)) if dataset.instances(index)]
     if not usable:
         raise InputError(
@@ -152,20 +156,32 @@ def evaluation_batches(
     yield from _load(_EvaluationSamples(dataset), batches, num_workers)
 
 
-def _load(samples: Dataset[Sample | InputError], batches: Iterator[list], workers: int) -> Iterator[Batch]:  # type: ignore[type-arg]
+def _load(
+    samples: Dataset[Sample | InputError], batches: Iterator[list[Any]], workers: int
+) -> Iterator[Batch]:
     loader = DataLoader(
         samples,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_collate,
-        # A generator of its own: drawing the workers' seed must not move the training's random state.
+        # A generator of its own: drawing the workers' seed must not move the caller's random state.
         generator=torch.Generator().manual_seed(0),
+        worker_init_fn=_share_by_name,
         pin_memory=torch.cuda.is_available(),
     )
     for batch in loader:
         if isinstance(batch, InputError):
             raise batch
         yield batch
+
+
+def _share_by_name(_: int) -> None:
+    """Let a worker pass tensors by file name.
+
+    By default each tensor takes an open file in both processes, and a few batches of images with
+    their targets come to more than the 1024 that are usually allowed.
+    """
+    torch.multiprocessing.set_sharing_strategy("file_system")
 
 
 def _collate(samples: Sequence[Sample | InputError]) -> Batch | InputError:
