@@ -38,7 +38,7 @@ HUE_SPREAD = 0.3
 SMALLEST_SIDE = 64
 
 _MARK = "generated.json"
-_VERSION = 2
+_VERSION = 3
 _SUPERSAMPLING = 4
 _TRIES = 12
 _SPECK = 1.0
@@ -202,13 +202,19 @@ def _place(
         alpha = _raster(outline - low + rng.uniform(0, 1, 2) * room, image_size)
         visible = [item.alpha * (1 - alpha) for item in placed]
         pairs = zip(visible, placed, strict=True)
-        if all(seen.sum() >= LEAST_VISIBLE * item.alpha.sum() for seen, item in pairs):
+        if all(seen.sum() >= _least(item.alpha.sum()) for seen, item in pairs):
             below = [
                 _Object(item.shape, seen, item.colour)
                 for seen, item in zip(visible, placed, strict=True)
             ]
             return [*below, _Object(shape, alpha, _colour(rng, shape))]
     return placed
+
+
+def _least(area: float) -> float:
+    """How much of an object has to stay visible; a large one has to stay a large one."""
+    large = AREAS[-1][0]
+    return max(LEAST_VISIBLE * area, large if area >= large else 0.0)
 
 
 def _crowd(
