@@ -159,6 +159,7 @@ def _sections(records: Sequence[Record], drawn: Sequence[Plot]) -> list[Section]
         Section("Comparison", (Text(counts), *map(TableBlock, tables.comparison(records)))),
         Section("Plots", (Text(_LEGEND), *(_picture(plot) for plot in drawn))),
         Section("All COCO figures, %", tuple(map(TableBlock, tables.figures(records)))),
+        *_further(records),
         Section("Details", tuple(map(TableBlock, tables.details(records)))),
         Section("Published numbers", _published(records)),
         Section("How the numbers were counted", tuple(map(Text, _counting(records)))),
@@ -172,6 +173,11 @@ def _sections(records: Sequence[Record], drawn: Sequence[Plot]) -> list[Section]
     again = Text("The same command again runs only what has no record yet.")
     sections.append(Section("Run it again", (again, Code("\n".join(commands)))))
     return sections
+
+
+def _further(records: Sequence[Record]) -> tuple[Section, ...]:
+    table = tables.further_splits(records)
+    return () if table is None else (Section(table.title, (TableBlock(table),)),)
 
 
 _LEGEND = (

@@ -67,6 +67,29 @@ def figures(records: Sequence[Record]) -> list[Table]:
     return _by_library(records, _figures)
 
 
+def further_splits(records: Sequence[Record]) -> Table | None:
+    """Return the figures of the splits evaluated besides the first, or None if there are none."""
+    data = frame(records)
+    lines = [
+        {
+            "row": f"{label} ({library})",
+            "split": entry["split"],
+            "images": entry["images"],
+            "of": kind,
+            **{figure: entry[kind].get(figure) for figure in FIGURES},
+        }
+        for label, library, record in zip(data["label"], data["library"], records, strict=True)
+        for entry in (record.evaluation or {}).get("also", ())
+        for kind in ("box", "mask")
+        if entry.get(kind)
+    ]
+    if not lines:
+        return None
+    raw = pd.DataFrame(lines).astype(dict.fromkeys(FIGURES, "Float64"))
+    shown = raw[["row", "split", "of"]].join(raw[list(FIGURES)].map(_number(1)))
+    return Table("further_splits", "Further splits, %", raw, shown)
+
+
 def details(records: Sequence[Record]) -> list[Table]:
     """Return training time, quartiles, memory and notes, one table for each library."""
     return _by_library(records, _details)

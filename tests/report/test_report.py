@@ -424,3 +424,15 @@ def test_page_says_why_it_cannot_be_written(records: list[Record], tmp_path: Pat
     blocked.write_text("")
     with pytest.raises(ValueError, match="cannot write the report"):
         page.write(records[:1], blocked, title="Blocked")
+
+
+def test_further_splits_have_a_table_of_their_own(records: list[Record]) -> None:
+    first, *others = records
+    assert tables.further_splits(records) is None
+    seen = {"split": "train2017", "images": 33, "box": first.evaluation["box"], "mask": None}
+    both = [make(first.row, evaluation={**first.evaluation, "also": [seen]}), *others]
+    table = tables.further_splits(both)
+    assert table is not None
+    assert table.shown[["row", "split", "of"]].values.tolist() == [
+        [f"{first.row} (torchvision)", "train2017", "box"]
+    ]
