@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import run_all
+from bench.data.generated import generate
 
 ROOT = Path(__file__).parents[1]
 # A suite of seconds: few steps, few images, little measured.
@@ -191,6 +193,35 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     assert said in error
     assert len(error.strip().splitlines()) == 1
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda root: (root / "annotations/instances_val2017.json").write_text("{"), "JSON"),
+        (lambda root: (root / "annotations/instances_val2017.json").unlink(), "instances_val2017"),
+        (lambda root: next((root / "train2017").iterdir()).unlink(), "is missing"),
+        (lambda root: _truncate(next((root / "train2017").iterdir())), "cannot read image"),
+    ],
+)
+def test_broken_data_is_one_line_and_exit_code_2(
+    damage: Callable[[Path], object],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = generate(tmp_path / "data", train_images=2, val_images=1)
+    damage(root)
+    command = ["--data", str(root), "--rows", "ViL", "--output", str(tmp_path / "out"), *TINY]
+    assert run_all.main(command) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert str(root) in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-500])
 
 
 def test_an_output_that_cannot_be_written_is_said_at_once(
