@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             overrides=options.overrides,
         )
         output = options.output or Path("results") / suite.name
-        command = [Path(sys.argv[0]).name, *(sys.argv[1:] if arguments is None else arguments)]
+        command = ["python", "run_all.py", *(sys.argv[1:] if arguments is None else arguments)]
         return run_suite(suite, output, console, command=command, retry_failed=options.retry_failed)
     except InputError as error:
         print(f"run_all.py: error: {error}", file=sys.stderr)

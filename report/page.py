@@ -213,7 +213,8 @@ def _counting(records: Sequence[Record]) -> list[str]:
         "Average precision and recall: COCO's, in percent"
         f" ({_facts(evaluation, split='split', images='images')}).",
         "Parameters: of the whole detector, the backbone's classification head included, in 10^6.",
-        f"FLOPs: {_list(part.get('unit') for part in flops)}, in 10^9, of one image"
+        f"FLOPs: {_list(part.get('unit') for part in flops)}, in 10^9, of one image, the"
+        " mask head left out as in published tables"
         f" ({_facts(flops, convention='convention', image_size='size', proposals='proposals')}).",
         f"Memory: the peak, MB = 10^6 and GB = 10^9 bytes ({_facts(memory, **_CONDITIONS)}).",
         "Latency: the median of one batch; its spread is the interquartile range"
@@ -227,8 +228,11 @@ def _counting(records: Sequence[Record]) -> list[str]:
     }
     if uncounted:
         sentences.append(f"Operators without a formula, not counted: {_list(sorted(uncounted))}.")
-    notes = {note for part in latency for note in part.get("notes") or ()}
-    sentences += [f"Latency: {note}" for note in sorted(notes)]
+    sentences += [
+        f"Latency of {label}: {note}."
+        for label, record in zip(_labels(records), records, strict=True)
+        for note in (record.latency or {}).get("notes") or ()
+    ]
     return sentences
 
 
