@@ -16,6 +16,8 @@ import run_all
 from bench.data.generated import generate
 
 ROOT = Path(__file__).parents[1]
+# As many threads as the tests' own process has: with another number, sums round differently.
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 # A suite of seconds: few steps, few images, little measured.
 TINY = [
     "--device", "cpu", "train.steps=4", "train.batch_size=2", "train.checkpoint_every=1",
@@ -98,7 +100,7 @@ def test_killed_in_the_second_row_it_continues_to_the_same_numbers(
     command = [sys.executable, str(ROOT / "run_all.py"), "--rows", "ViL,linformer",
                "--output", str(tmp_path), *TINY]  # fmt: skip
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command, cwd=ROOT, env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 240
     while not list(tmp_path.glob("checkpoints/linformer-*/step-00000002.pt")):
@@ -109,7 +111,9 @@ def test_killed_in_the_second_row_it_continues_to_the_same_numbers(
     process.wait()
     first = records(tmp_path)
     assert set(first) == {"ViL"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "1 of 2 rows to run" in done.stdout
     again, undisturbed = records(tmp_path), records(finished)
