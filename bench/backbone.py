@@ -255,14 +255,26 @@ class ViL(nn.Module):
         features: dict[str, Tensor] = {}
         for stage in self.stages:
             name = f"layer{stage.number}"
-            embed, *blocks = self.get_submodule(name).children()
-            tokens, grid = embed(image)
-            for block in blocks:
-                tokens = block(tokens, grid)
-            image = tokens[:, stage.num_global :].transpose(1, 2).unflatten(2, grid)
+            tokens, image = self._run_stage(stage, image)
             stride = self.strides[name]
             features[name] = image[..., : -(-height // stride), : -(-width // stride)]
         return features, tokens
+
+    def _run_stage(self, stage: StageSpec, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens of a stage (B, N, dim), and its grid as the next stage's image."""
+        embed, *blocks = self.get_submodule(f"layer{stage.number}").children()
+        tokens, grid = embed(image)
+        for block in blocks:
+            tokens = block(tokens, grid)
+        return tokens, tokens[:, stage.num_global :].transpose(1, 2).unflatten(2, grid)
+
+    def run_stage(self, number: int, image: Tensor) -> Tensor:
+        """One stage alone, as a profile of the parts needs it.
+
+        Shapes: image (B, channels of the stage before, rows, columns), both multiples of the
+        stage's patch -> (B, dim, rows / patch, columns / patch).
+        """
+        return self._run_stage(self.stages[number - 1], image)[1]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Feature maps.

@@ -219,6 +219,60 @@ def load_suite(
     return Suite(name, tuple(runs))
 
 
+def profile_configs(
+    names: Sequence[str],
+    *,
+    backbone: str = "small",
+    image_size: tuple[int, int] | None = None,
+    values: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+) -> tuple[RunConfig, ...]:
+    """Return a configuration for each name, to be measured and not trained.
+
+    Args:
+        names: rows of `configs/rows.yaml`, mechanisms (the first row that has it in all stages), or
+            mechanisms of the user; "all" for every row.
+        backbone: one of `configs/backbones.yaml`.
+        image_size: (height, width) of every image in pixels, which the detector takes as it is.
+        values: nested values besides, such as {"model": {"method": "retinanet"}}.
+        overrides: `key=value`.
+
+    Raises:
+        InputError: for an unknown name, backbone or key, or a value of the wrong type.
+    """
+    known_backbones = _read("backbones.yaml")
+    choose(backbone, known_backbones, "backbone")
+    table = _rows()
+    first = {spec["attention"]: row for row, spec in reversed(table.items()) if "dense" not in spec}
+    rows = [row for name in names for row in (table if name == "all" else [first.get(name, name)])]
+    if not all(row in table or ":" in row for row in rows):
+        wrong = next(row for row in rows if row not in table and ":" not in row)
+        known = [*attentions.names(), *(row for row in table if row not in attentions.names())]
+        raise InputError(
+            f"unknown attention {wrong!r}{nearest(wrong, known)}; allowed: {', '.join(known)},"
+            " all, or a mechanism of yours as package.module:Class or file.py:Class"
+        )
+    size: dict[str, Any] = {}
+    if image_size is not None:
+        size = {
+            "data": {"min_sizes": [min(image_size)], "max_size": max(image_size)},
+            "profile": {"image_size": list(image_size)},
+        }
+    command_line = _dotlist(overrides)
+    configs = []
+    for row in dict.fromkeys(rows):
+        layer = _row_layer(table.get(row, {"attention": row}), known_backbones[backbone])
+        top = {"suite": "profile", "row": row}
+        config = _merge([size, values or {}, layer, top, command_line])
+        configs.append(_validated(_fixed(config, image_size)))
+    return tuple(configs)
+
+
+def backbones() -> tuple[str, ...]:
+    """Names of the backbones in `configs/backbones.yaml`."""
+    return tuple(_read("backbones.yaml"))
+
+
 def build_config(values: Mapping[str, Any]) -> RunConfig:
     """Return the `RunConfig` of nested plain values, such as those of a record.
 
@@ -391,14 +445,17 @@ def _mechanisms(config: RunConfig) -> tuple[StageSpec, ...]:
     return stages
 
 
-def _fixed(config: RunConfig) -> RunConfig:
-    """Give a fixed image size to a row whose mechanism works for one size only."""
+def _fixed(config: RunConfig, image_size: tuple[int, int] | None = None) -> RunConfig:
+    """Give a fixed image size to a row whose mechanism works for one size only.
+
+    It is `image_size` (height, width) or else the size of evaluation, rounded up to the stride.
+    """
     stages = _mechanisms(config)
     needs = any(getattr(attentions.find(s.attention), "fixed_size", False) for s in stages)
     if not needs or config.data.fixed_size is not None:
         return config
     stride = math.prod(stage.patch for stage in stages)
-    size = [config.data.min_sizes[-1], config.data.max_size]
+    size = image_size or (config.data.min_sizes[-1], config.data.max_size)
     values = config.as_dict()
     values["data"]["fixed_size"] = [math.ceil(side / stride) * stride for side in size]
     values["profile"]["image_size"] = values["data"]["fixed_size"]

@@ -26,7 +26,8 @@ from bench.data.loader import evaluation_batches
 from bench.errors import InputError
 from bench.evaluate import CocoEvaluator
 from bench.record import Record
-from bench.train import DivergedError, optimizer, to_float, train
+from bench.train import DivergedError, to_float, train
+from bench.workload import Workload, timing_section
 
 # Data sets up to this size are read whole before the first run.
 _DECODED_AT_START = 2000
@@ -70,13 +71,8 @@ def run(
     try:
         _measure(config, output, checkpoints, sections, notes, progress or _silent)
     except (Exception, KeyboardInterrupt) as caught:
-        kind = _kind(caught)
-        error = {
-            "kind": kind,
-            "message": " ".join(str(caught).split()) or type(caught).__name__,
-            "traceback": traceback.format_exc(),
-        }
-        raised = caught if kind in ("input", "interrupted") else None
+        error = error_section(caught)
+        raised = caught if error["kind"] in ("input", "interrupted") else None
     result = Record(
         suite=config.suite,
         row=config.row,
@@ -90,7 +86,7 @@ def run(
             command=list(command or sys.argv), device=_device_name(sections)
         )
         | {"threads": torch.get_num_threads()},
-        model=_model_section(config),
+        model=model_section(config),
         notes=notes,
         **{name: value for name, value in sections.items() if name != "device"},
     )
@@ -225,8 +221,8 @@ def _measure(
         notes.append(f"works for one sequence length: every image is resized to {size}")
 
     detector = build_detector(config, training.num_classes)
-    sections["parameters"] = _parameters(detector)
-    sections["flops"] = _flops(detector, config.profile)
+    sections["parameters"] = parameters_section(detector)
+    sections["flops"] = flops_section(detector, config.profile)
 
     model, result = train(
         detector,
@@ -254,7 +250,9 @@ def _measure(
     progress(1.0, "done")
 
 
-def _parameters(detector: detectors.Detector) -> dict[str, Any]:
+def parameters_section(detector: detectors.Detector) -> dict[str, Any]:
+    """The `parameters` section of a record."""
+
     def count(module: nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 
@@ -262,7 +260,8 @@ def _parameters(detector: detectors.Detector) -> dict[str, Any]:
     return {"total": count(detector), "by_part": parts}
 
 
-def _flops(detector: detectors.Detector, profile: ProfileConfig) -> dict[str, Any]:
+def flops_section(detector: detectors.Detector, profile: ProfileConfig) -> dict[str, Any]:
+    """The `flops` section of a record."""
     report = flops.count(
         detector, image_size=_pair(profile.image_size), proposals=profile.proposals
     )
@@ -309,45 +308,21 @@ def _profile(
     """Peak memory and latency of inference and of a training step, on images of one stated size."""
     profile, device = config.profile, fabric.device
     images, targets = profile_batch(dataset, _pair(profile.image_size), profile.batch_size)
-    images = [image.to(device) for image in images]
-    targets = [{key: value.to(device) for key, value in t.items()} for t in targets]
-    optimiser: Any = fabric.setup_optimizers(optimizer(detector, config.train))
-
-    def infer() -> None:
-        with torch.no_grad():
-            model(images)
-
-    def step() -> None:
-        torch.manual_seed(config.seed)
-        losses = model(images, targets)
-        optimiser.zero_grad(set_to_none=True)
-        fabric.backward(torch.stack(list(losses.values())).sum())
-        optimiser.step()
-
+    workload = Workload(
+        detector, fabric=fabric, config=config, images=images, targets=targets, model=model
+    )
     peaks: dict[str, int | None] = {"inference": None, "training": None}
     timings: dict[str, dict[str, Any] | None] = {"inference": None, "training": None}
     kind = ""
-    modes: dict[str, tuple[Callable[[], None], bool]] = {"inference": (infer, False)}
-    if profile.training:
-        modes["training"] = (step, True)
     notes: list[str] = []
-    for mode, (call, training) in modes.items():
-        model.train(training)
-        # Once before, so that lazily made state, such as the optimiser's, is there.
-        call()
-        live = [detector, images, targets, *([optimiser.state] if training else [])]
-        peak = memory.peak(call, device=device, live=live)
+    for mode in ("inference", "training") if profile.training else ("inference",):
+        call = workload.call(mode)
+        peak = memory.peak(call, device=device, live=workload.live(mode))
         peaks[mode], kind = peak.bytes, peak.kind
         timing = latency.measure(
             call, device=device, min_repeats=profile.repeats, min_seconds=profile.seconds
         )
-        timings[mode] = {
-            "samples": list(timing.samples),
-            "median": timing.median,
-            "q1": timing.q1,
-            "q3": timing.q3,
-            "stable": timing.stable,
-        }
+        timings[mode] = timing_section(timing)
         notes += [f"{mode}: {note}" for note in timing.notes]
     common = {
         "device": str(device),
@@ -390,7 +365,8 @@ def profile_batch(
     return images, targets
 
 
-def _model_section(config: RunConfig) -> dict[str, Any]:
+def model_section(config: RunConfig) -> dict[str, Any]:
+    """The `model` section of a record."""
     model = config.model
     library = model.library
     # Where the library cannot be had, that is the error of the record.
@@ -415,6 +391,15 @@ def _attention_label(config: RunConfig) -> str:
     except ValueError:
         return config.model.attention
     return " / ".join(dict.fromkeys(stage.attention for stage in stages))
+
+
+def error_section(error: BaseException) -> dict[str, Any]:
+    """The `error` section of a record."""
+    return {
+        "kind": _kind(error),
+        "message": " ".join(str(error).split()) or type(error).__name__,
+        "traceback": "".join(traceback.format_exception(error)),
+    }
 
 
 def _kind(error: BaseException) -> str:

@@ -15,6 +15,8 @@ ALLOWED = {
     "report": ("report", "bench.record", "bench.errors"),
     "run_all": ("configs", "bench", "report"),
 }
+# The command line stands above all, as run_all.py does, and prints tables and draws plots.
+COMMAND_LINE = ("bench/cli.py", "bench/__main__.py", "bench/commands/")
 
 
 def imported(path):
@@ -30,6 +32,11 @@ def imported(path):
             yield from (f"{base}.{alias.name}" if is_package else base for alias in node.names)
 
 
+def allowed(package, path):
+    above = path.relative_to(ROOT).as_posix().startswith(COMMAND_LINE)
+    return ALLOWED["run_all"] + ALLOWED["bench"] if above else ALLOWED[package]
+
+
 def files(package):
     single = ROOT / f"{package}.py"
     return [single] if single.is_file() else sorted((ROOT / package).rglob("*.py"))
@@ -42,7 +49,7 @@ def test_imports_go_one_way(package):
         for path in files(package)
         for name in imported(path)
         if name.partition(".")[0] in OURS
-        and not any(name == ok or name.startswith(f"{ok}.") for ok in ALLOWED[package])
+        and not any(name == ok or name.startswith(f"{ok}.") for ok in allowed(package, path))
     ]
     assert wrong == []
 

@@ -1,0 +1,40 @@
+"""`python -m bench report`: records to tables, plots and pages."""
+
+import argparse
+from pathlib import Path
+
+from bench.errors import InputError
+
+HELP = "make tables, plots and pages of a folder of records, or of several"
+EPILOG = """\
+examples:
+  python -m bench report results/quick
+  python -m bench report run_on_a run_on_b --output both
+
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="output folders")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="where the report goes (default: the first DIR)"
+    )
+    parser.add_argument("--title", default="Report", help="heading of the page (%(default)s)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the report and print its table."""
+    from report import load, page, tables
+
+    for folder in options.folders:
+        if not folder.is_dir():
+            raise InputError(f"{folder} is no folder; name the output folder of a run")
+    records = load.ordered(entry for folder in options.folders for entry in load.load(folder))
+    if not records:
+        raise InputError(f"no record in {', '.join(map(str, options.folders))}")
+    path = page.write(records, options.output or options.folders[0], title=options.title)
+    for table in tables.comparison(records):
+        print(tables.to_text(table.shown))
+    print(f"report: {path} and {path.with_suffix('.html')}")
+    return 0
