@@ -25,7 +25,7 @@ for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 _SIZE = ("dim", "num_heads", "num_global")
-_PLACE = ("grid", "seq_len", "position")
+_PLACE = ("grid", "seq_len", "position", "block_index")
 
 
 def names() -> tuple[str, ...]:
@@ -96,17 +96,23 @@ def build_for(
     *,
     grid: Grid,
     position: str = "absolute",
+    block_index: int = 0,
     dim: int,
     num_heads: int,
     num_global: int = 1,
     **options: Any,
 ) -> nn.Module:
-    """Build a mechanism for a place: its largest grid and its kind of positions.
+    """Build a mechanism for a place: its largest grid, kind of positions and block in its stage.
 
-    `grid`, `seq_len` and `position` reach the mechanism where its constructor takes them and
-    `options` does not say otherwise.
+    `grid`, `seq_len`, `position` and `block_index` reach the mechanism where its constructor takes
+    them and `options` does not say otherwise.
     """
-    place = {"grid": grid, "seq_len": num_global + grid[0] * grid[1], "position": position}
+    place = {
+        "grid": grid,
+        "seq_len": num_global + grid[0] * grid[1],
+        "position": position,
+        "block_index": block_index,
+    }
     accepted = accepted_options(find(name))
     fitted = {key: value for key, value in place.items() if key in accepted} | options
     return build(name, dim=dim, num_heads=num_heads, num_global=num_global, **fitted)

@@ -26,15 +26,20 @@ class AttentionModule(Protocol):
 
     The constructor takes keyword arguments only: `dim`, `num_heads`, `num_global` and options of
     its own, each with a default. `grid` (the largest grid of the stage), `seq_len` (its tokens,
-    global ones included) and `position` ("absolute" or "relative") are given when the constructor
-    has a parameter of that name.
+    global ones included), `position` ("absolute" or "relative") and `block_index` (the block of
+    its stage, from 0) are given when the constructor has a parameter of that name.
 
     Optional, found by name:
         arch_option: the option that `f` in an ARCH string sets (for example "window").
         positions: the kinds of positions it has, ("absolute",) or ("absolute", "relative").
+        least_globals: the fewest global tokens it works with.
         fixed_size: True for one that works for a single image size.
+        has_weights: False for one without attention weights that could be dropped.
         multiply_adds(grid): multiply-adds of one image, in closed form, of what runs.
         published_multiply_adds(grid): the same in the convention of the published table.
+        published_note: why the two differ, in one sentence.
+        window, reach: side of its windows, and how many windows to each side a window sees (0 if
+            it does not say), for what padding to whole windows costs.
         set_training_step(step): told by the backbone before each training step, for random parts
             that are redrawn.
         examples: option sets that the conformance tests run.
@@ -48,7 +53,7 @@ class Redrawing(Protocol):
     """A mechanism with random parts that are redrawn while training."""
 
     def set_training_step(self, step: int) -> None:
-        """Say which training step, counted from 0, comes next."""
+        """Say which training step, counted from 0, comes next; redraw what is due, once a step."""
 
 
 class Attention(nn.Module):
@@ -69,6 +74,8 @@ class Attention(nn.Module):
     arch_option: ClassVar[str | None] = None
     positions: ClassVar[tuple[str, ...]] = ("absolute",)
     fixed_size: ClassVar[bool] = False
+    has_weights: ClassVar[bool] = True
+    published_note: ClassVar[str] = ""
     examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
     least_globals: ClassVar[int] = 0
 

@@ -44,6 +44,7 @@ class FullAttention(Attention):
     relative_position_index: Tensor
 
     positions: ClassVar = POSITIONS
+    published_note: ClassVar = "the published formula counts biases"
     examples: ClassVar = ({"position": "absolute"}, {"position": "relative"})
 
     def __init__(

@@ -21,6 +21,7 @@ from attentions.full import POSITIONS
 from attentions.parts import (
     add_relative_positions,
     gather_bias,
+    global_bias,
     grid_positions,
     merge_heads,
     relative_index,
@@ -53,6 +54,11 @@ class GlobalTokens(Attention):
     Args:
         share_weights: the global tokens use the projections of the grid tokens.
     """
+
+    published_note: ClassVar = (
+        "the published formula has channels less global tokens, C - g, in the place of grid tokens,"
+        " N - g, and so leaves out nearly all of what the grid tokens' attention costs"
+    )
 
     def __init__(self, *, share_weights: bool = True, **common: Any) -> None:
         super().__init__(**common)
@@ -167,6 +173,11 @@ class LongformerAttention(GlobalTokens):
             query, key = self._offsets(None)
             self.register_buffer("relative_position_index", relative_index(query, key, extent))
 
+    @property
+    def reach(self) -> int:
+        """Chunks seen to each side of the own one, when evaluating."""
+        return 0 if self.neighbours == "self" else 1
+
     def _offsets(self, device: torch.device | None) -> tuple[Tensor, Tensor]:
         """Positions in a chunk (w², 2), and of its 3x3 neighbourhood chunk by chunk (9 w², 2)."""
         own = grid_positions((self.window, self.window), device)
@@ -230,8 +241,7 @@ class LongformerAttention(GlobalTokens):
         """Additive bias of what the global tokens see: (H, g, N)."""
         if self.position == "absolute":
             return None
-        local = self.g2l_relative_position_bias[0][..., None].expand(-1, -1, cells)
-        return torch.cat([self.g2g_relative_position_bias, local], dim=-1)
+        return global_bias(self.g2g_relative_position_bias, self.g2l_relative_position_bias, cells)
 
     def _neighbourhood(self, chunks: Tensor, seen: tuple[int, ...]) -> Tensor:
         """(B, R, S, w², C) -> (B, R, S, len(seen) w², C): the chunks around each chunk."""

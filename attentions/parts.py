@@ -1,4 +1,7 @@
-"""Pieces that several mechanisms share: heads, the grid, relative positions."""
+"""Pieces that several mechanisms share: heads, the grid, relative positions, precision."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +70,26 @@ def add_relative_positions(
         nn.init.trunc_normal_(table, std=0.02)
 
 
+def global_bias(g2g: Tensor, g2l: Tensor, cells: int) -> Tensor:
+    """Additive bias of what the global tokens see, themselves and then the grid.
+
+    Shapes: g2g (H, g, g), g2l (2, H, g) -> (H, g, g + cells).
+    """
+    return torch.cat([g2g, g2l[0][..., None].expand(-1, -1, cells)], dim=-1)
+
+
 def gather_bias(table: Tensor, index: Tensor) -> Tensor:
     """Read a bias table: table (rows, H), index (Q, K) -> (H, Q, K)."""
     # The gradient of `table[index]` adds up entry by entry: hundreds of times slower on a CPU.
     return nn.functional.embedding(index, table).permute(2, 0, 1)
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """No autocast; the meta device has none, and needs nothing."""
+    # Not `is_autocast_available`, which torch.compile cannot see through.
+    if x.is_meta:
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def resize_square_table(table: Tensor, rows: int) -> Tensor:

@@ -9,7 +9,6 @@ The features are computed in float32 under autocast too: their exponentials span
 precision holds.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -17,17 +16,10 @@ from performer_pytorch import FastAttention
 from torch import Tensor, nn
 
 from attentions.contract import Attention, Grid
-from attentions.parts import merge_heads, split_heads
+from attentions.parts import full_precision, merge_heads, split_heads
 from attentions.registry import register
 
 KERNEL_EPS = 1e-4
-
-
-def _full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """No autocast; a device without autocast, such as meta, needs nothing."""
-    if not torch.amp.is_autocast_available(x.device.type):
-        return nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
 
 
 @register("performer")
@@ -41,6 +33,11 @@ class PerformerAttention(Attention):
     """
 
     arch_option: ClassVar = "num_features"
+    has_weights: ClassVar = False
+    published_note: ClassVar = (
+        "the published formula counts five products of tokens, features and channels where four"
+        " run, and elementwise operations"
+    )
     examples: ClassVar = ({"num_features": 32}, {"num_features": 7})
 
     def __init__(
@@ -55,6 +52,7 @@ class PerformerAttention(Attention):
         self.num_features = num_features
         self.redraw_interval = redraw_interval
         self.training_step = 0
+        self._redrawn_at = 0
         # The library draws by a QR decomposition, which the meta device does not have.
         with torch.device("cpu"):
             fast_attention = FastAttention(self.dim // self.num_heads, num_features)
@@ -63,29 +61,34 @@ class PerformerAttention(Attention):
         self.proj = nn.Linear(self.dim, self.dim)
 
     def set_training_step(self, step: int) -> None:
-        """Say which training step comes next, so that a resumed run redraws when it should."""
+        """Say which training step comes next, and redraw if that is due and was not done for it."""
         self.training_step = step
+        self._redraw_if_due()
 
-    def _redraw_if_due(self, device: torch.device) -> None:
-        if not self.training:
-            return
+    def _redraw_if_due(self) -> None:
         interval, step = self.redraw_interval, self.training_step
-        if interval and step and step % interval == 0:
-            self.fast_attention.redraw_projection_matrix(device)
-        self.training_step += 1
+        if interval and step % interval == 0 and step not in (0, self._redrawn_at):
+            matrix: Tensor = self.fast_attention.projection_matrix
+            self.fast_attention.redraw_projection_matrix(matrix.device)
+            self._redrawn_at = step
+
+    def _count_call(self) -> None:
+        if self.training:
+            self._redraw_if_due()
+            self.training_step += 1
 
     def attend(self, x: Tensor, grid: Grid) -> Tensor:
-        self._redraw_if_due(x.device)
+        self._count_call()
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
-        with _full_precision(x):
+        with full_precision(x):
             wide = torch.promote_types(q.dtype, torch.float32)
             out = self.fast_attention(q.to(wide), k.to(wide), v.to(wide))
         return self.proj(merge_heads(out).to(q.dtype))
 
     def reference(self, x: Tensor, grid: Grid) -> Tensor:
-        self._redraw_if_due(x.device)
+        self._count_call()
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
-        with _full_precision(x):
+        with full_precision(x):
             wide = torch.promote_types(q.dtype, torch.float32)
             q, k, v = q.to(wide), k.to(wide), v.to(wide)
             features_q = self._features(q, over=(-1,))

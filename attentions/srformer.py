@@ -34,6 +34,10 @@ class SpatialReductionAttention(Attention):
     """
 
     arch_option: ClassVar = "reduction"
+    published_note: ClassVar = (
+        "the published formula counts biases, and divides sides of the grid from left to right,"
+        " which is not the size of the reduced grid"
+    )
     examples: ClassVar = ({"reduction": 1}, {"reduction": 2}, {"reduction": 3})
 
     def __init__(self, *, reduction: int = 2, **common: Any) -> None:

@@ -179,9 +179,9 @@ class ViL(nn.Module):
             layer = nn.ModuleList(
                 [PatchEmbed(channels=channels, stage=stage, grid=grid, norm_embed=norm_embed)]
             )
-            for _ in range(stage.blocks):
+            for index in range(stage.blocks):
                 rate = next(rates)
-                module = _build_attention(stage, grid, attention_options)
+                module = _build_attention(stage, grid, index, attention_options)
                 layer.append(AttentionBlock(module, dim=stage.dim, drop_path=rate))
                 layer.append(MlpBlock(dim=stage.dim, drop_path=rate))
             name = f"layer{stage.number}"
@@ -199,6 +199,7 @@ class ViL(nn.Module):
             # should. The count itself is a plain number, so that reading it does not wait for the
             # device.
             self._training_calls = 0
+            self._steps_are_told = False
             self.register_buffer("calls_since_last_redraw", torch.tensor(0))
             self.register_load_state_dict_post_hook(self._restore_training_calls)
 
@@ -236,11 +237,26 @@ class ViL(nn.Module):
                         f"{name}.{i}.attn", block.attn, stage, self.strides[name], self.stride
                     )
 
-    def _count_training_call(self) -> None:
+    def start_training_step(self, step: int) -> None:
+        """Say which step, counted from 0, the next training calls belong to, and redraw what is due.
+
+        Without it every training call is a step of its own. A step of several calls, or of several
+        processes, needs it: what is redrawn is drawn now, once, from the random state of now.
+        """
+        if self._redrawing:
+            self._steps_are_told = True
+            self._training_calls = step
+            self._tell_step()
+
+    def _tell_step(self) -> None:
         for module in self._redrawing:
             module.set_training_step(self._training_calls)
-        self._training_calls += 1
-        self.calls_since_last_redraw.fill_(self._training_calls)
+
+    def _count_training_call(self) -> None:
+        self._tell_step()
+        self.calls_since_last_redraw.fill_(self._training_calls + 1)
+        if not self._steps_are_told:
+            self._training_calls += 1
 
     def _restore_training_calls(self, *_: Any) -> None:
         if not self.calls_since_last_redraw.is_meta:
@@ -299,7 +315,9 @@ class ViL(nn.Module):
         return scores
 
 
-def _build_attention(stage: StageSpec, grid: Grid, options: dict[str, Any]) -> nn.Module:
+def _build_attention(
+    stage: StageSpec, grid: Grid, block_index: int, options: dict[str, Any]
+) -> nn.Module:
     factory = attentions.find(stage.attention)
     accepted = attentions.options(stage.attention)
     own = {key: value for key, value in options.items() if key in accepted}
@@ -318,6 +336,7 @@ def _build_attention(stage: StageSpec, grid: Grid, options: dict[str, Any]) -> n
         stage.attention,
         grid=grid,
         position=position,
+        block_index=block_index,
         dim=stage.dim,
         num_heads=stage.heads,
         num_global=stage.num_global,

@@ -85,6 +85,14 @@ BAD_OPTIONS = [
     ("srformer", {"reduction": 0}, "reduction 0"),
     ("performer", {"num_features": 0}, "num_features 0"),
     ("performer", {"redraw_interval": -1}, "redraw_interval -1"),
+    ("swin", {"window": 0}, "window 0"),
+    ("swin", {"shift": 7}, r"shift 7 is outside \[0, 7\)"),
+    ("swin", {"shift": -1}, "shift -1"),
+    ("swin", {"position": "rotary"}, "'rotary'.*absolute, relative"),
+    ("focused_linear", {"power": 0.5}, "power 0.5"),
+    ("focused_linear", {"power": float("inf")}, "power inf"),
+    ("focused_linear", {"kernel": 4}, "kernel 4 must be odd"),
+    ("focused_linear", {"kernel": -1}, "kernel -1"),
     ("linformer", {"num_features": 0}, "num_features 0"),
     ("linformer", {"seq_len": 0}, "seq_len 0"),
 ]
@@ -187,6 +195,8 @@ def test_options_leave_out_size_and_place():
         "reduction",
     )
     assert not {"seq_len", "grid", "position"} & set(attentions.options("linformer"))
+    assert "shift" in attentions.options("swin")
+    assert "block_index" not in attentions.options("swin")
 
 
 def test_a_name_is_registered_once():

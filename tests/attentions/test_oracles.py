@@ -1,5 +1,6 @@
 import contextlib
 import functools
+import itertools
 
 import pytest
 import torch
@@ -19,6 +20,14 @@ LONGFORMER = [
     for position in ("absolute", "relative")
     for padding in ("zero", "exact", "cyclic")
     for neighbours in ("all", "self", "random")
+]
+SWIN = [
+    {"window": window, "position": position, "shift": shift}
+    for window, shift in ((1, 0), (2, 1), (3, 2), (5, 0), (5, 1), (5, 4))
+    for position in ("absolute", "relative")
+]
+LINEAR = [
+    {"power": power, "kernel": kernel} for power in (1.0, 3.0, 5.5) for kernel in (0, 1, 3, 7)
 ]
 every_example = pytest.mark.parametrize(("name", "options"), EXAMPLES)
 sides = st.integers(1, 9)
@@ -114,6 +123,67 @@ def test_longformer_in_all_its_options(options, grid, num_global, share, train, 
     # Training, both draw the same random neighbours from the same seed.
     results = [run(module.train(train), x, grid, seed=seed) for module in (fast, oracle)]
     assert_near(*results, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("swin", options) for options in SWIN] + [("focused_linear", options) for options in LINEAR],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+@settings(max_examples=12)
+@given(grid=grids, num_global=globals_, batch=batches, seed=seeds)
+def test_shifted_windows_and_linear_attention_in_all_their_options(
+    name, options, grid, num_global, batch, seed
+):
+    fast, oracle = pair(name, options, grid=grid, num_global=num_global, seed=seed)
+    x = tokens(fast, grid, batch, seed)
+    assert_near(run(fast, x, grid), run(oracle, x, grid), 1e-9)
+
+
+SIZE_FREE = [
+    example
+    for example in EXAMPLES
+    if not getattr(attentions.find(example.values[0]), "fixed_size", False)
+]
+
+
+@pytest.mark.parametrize(("name", "options"), SIZE_FREE)
+@settings(max_examples=10)
+@given(grid=grids, num_global=globals_, seed=seeds)
+def test_other_grids_than_the_one_made_for(name, options, grid, num_global, seed):
+    made_for, smallest = (9, 9), options.get("reduction", 1)
+    grid = (max(grid[0], smallest), max(grid[1], smallest))
+    fast, oracle = pair(name, options, grid=made_for, num_global=num_global, seed=seed)
+    x = tokens(fast, grid, 1, seed)
+    assert_near(run(fast, x, grid), run(oracle, x, grid), 1e-9)
+
+
+def test_performers_redraw_alike():
+    options = {"num_features": 5, "redraw_interval": 2}
+    fast, oracle = pair("performer", options, grid=(4, 5), num_global=1)
+    drawn = []
+    for step in range(6):
+        x = tokens(fast, (4, 5), 2, step)
+        results = [run(module.train(), x, (4, 5), seed=step) for module in (fast, oracle)]
+        assert_near(*results, 1e-9)
+        drawn.append(fast.fast_attention.projection_matrix.clone())
+    same = [torch.equal(*both) for both in itertools.pairwise(drawn)]
+    assert same == [True, False, True, False, True]
+
+
+def test_what_a_reduction_leaves_over_is_seen_by_nobody_else():
+    # 5x7 reduced by 2: the last row and the last column are in no whole square.
+    fast, oracle = pair("srformer", {"reduction": 2}, grid=(5, 7), num_global=1)
+    x = tokens(fast, (5, 7), 1, 0)
+    for module in (fast, oracle):
+        before = module(x, (5, 7))
+        for cell, alone in (((4, 0), True), ((0, 6), True), ((4, 6), True), ((3, 5), False)):
+            place = 1 + cell[0] * 7 + cell[1]
+            other = x.clone()
+            other[0, place] += 1.0
+            changed = ((module(other, (5, 7)) - before).abs().amax(dim=-1) > 1e-9)[0]
+            assert changed[place]
+            assert (int(changed.sum()) == 1) == alone, cell
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (5, 7), (9, 4)], ids=str)
@@ -213,6 +283,8 @@ def test_attention_dropout_keeps_the_mean(name, options, implementation):
     torch.manual_seed(0)
     many = dropping.train()(x.expand(1500, -1, -1), grid)
     expected = plain.train()(x, grid)[0]
-    if name != "performer":
+    if getattr(attentions.find(name), "has_weights", True):
         assert many.std(dim=0).min() > 0.01
+    else:
+        assert torch.equal(many, many[:1].expand_as(many))
     assert (many.mean(dim=0) - expected).abs().max() < 6 * many.std(dim=0).max() / 1500**0.5 + 1e-9

@@ -174,6 +174,52 @@ def test_stages_may_name_different_mechanisms():
         ViL(ABSOLUTE, attention=mix[:3], image_size=96)
 
 
+@pytest.mark.parametrize(
+    ("mix", "globals_"),
+    [
+        (["longformer", "longformer", "swin", "full"], "1110"),
+        (["swin", "focused_linear", "longformer", "full"], "1110"),
+        (["focused_linear", "global", "swin", "swin"], "0123"),
+    ],
+    ids=lambda value: "-".join(value),
+)
+@pytest.mark.parametrize("arch", [ABSOLUTE, RELATIVE], ids=["a1", "a0"])
+@pytest.mark.filterwarnings("ignore:stage .* has no relative positions")
+def test_any_mix_of_mechanisms_over_the_stages(arch, mix, globals_):
+    parts = [
+        re.sub("g[01]", f"g{few}", part)
+        for part, few in zip(arch.split("_"), globals_, strict=True)
+    ]
+    vil, oracle = (
+        ViL("_".join(parts), attention=mix, image_size=96, num_classes=3, implementation=form)
+        for form in ("fast", "reference")
+    )
+    oracle.load_state_dict(vil.state_dict())
+    blocks = [1, 1, 2, 1]
+    assert [place.stage.attention for place in vil.attention_places()] == [
+        name for name, count in zip(mix, blocks, strict=True) for _ in range(count)
+    ]
+    image = images(47, 90).double()
+    results = []
+    for module in (vil.double(), oracle.double()):
+        maps = module(image)
+        sum(value.square().sum() for value in maps.values()).backward()
+        results.append((maps, {name: p.grad for name, p in module.named_parameters()}))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(gradient, results[1][1][name], msg=name)
+    outside = ("norm.", "head.")
+    reached = {name for name, gradient in results[0][1].items() if gradient is not None}
+    assert {name for name, _ in vil.named_parameters() if not name.startswith(outside)} == reached
+
+
+def test_blocks_know_their_place_in_the_stage():
+    arch = ABSOLUTE.replace("n2", "n5").replace("f3", "f5")
+    vil = ViL(arch, attention=["swin", "longformer", "swin", "swin"], image_size=96)
+    shifts = [getattr(place.module, "shift", None) for place in vil.attention_places()]
+    assert shifts == [0, None, 0, 2, 0, 2, 0, 0]
+
+
 def test_f_sets_the_parameter_of_each_mechanism():
     arch = ABSOLUTE.replace("f3", "f2")
     parameters = {"longformer": "window", "performer": "num_features", "srformer": "reduction"}
@@ -252,9 +298,10 @@ def test_an_option_that_no_stage_knows():
     with pytest.raises(ValueError, match=r"'windw' \(did you mean 'window'\?\).*longformer: .*"):
         ViL(ABSOLUTE, windw=3)
     # What ARCH and image_size decide is no option.
-    for option in ("dim", "num_heads", "num_global", "grid", "position", "seq_len"):
+    decided = ("dim", "num_heads", "num_global", "grid", "position", "seq_len", "block_index")
+    for option in decided:
         with pytest.raises(ValueError, match=f"no stage's attention has an option '{option}'"):
-            ViL(ABSOLUTE, attention=["full", "linformer", "full", "full"], **{option: 8})
+            ViL(ABSOLUTE, attention=["full", "linformer", "swin", "full"], **{option: 8})
 
 
 def test_wrong_arguments_are_named():

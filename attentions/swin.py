@@ -1,0 +1,241 @@
+"""Attention in windows of the grid that every other block shifts (Swin).
+
+Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows",
+https://arxiv.org/abs/2103.14030, section 3.2: the grid is cut into `w x w` windows, and a token
+attends to the tokens of its own window; every second block of a stage moves the windows by
+`⌊w / 2⌋` rows and columns, by rolling the grid. Relative positions by equation 4. Cost with `P`
+grid tokens after padding to whole windows: `2 P (w² + g) C + 2 g N C` for attention and `4 N C²`
+for projections.
+
+Deviations: keys that pad the grid are never attended, where they are tokens of the published code.
+Global tokens are an extension of ours, by longformer's rule: each grid token attends to them too,
+under one softmax, and they attend to all tokens; all share one projection. A stage of a single
+block never shifts, such as stages 1 and 4 of every published ViL.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from attentions.contract import Attention, Grid
+from attentions.full import POSITIONS
+from attentions.longformer import from_chunks, to_chunks
+from attentions.parts import (
+    add_relative_positions,
+    gather_bias,
+    global_bias,
+    grid_positions,
+    merge_heads,
+    relative_index,
+    split_heads,
+)
+from attentions.registry import register
+
+
+@register("swin")
+class ShiftedWindowAttention(Attention):
+    """Attention in windows, shifted or not, and to global tokens.
+
+    Along a side of the grid that one window covers nothing is shifted.
+
+    Args:
+        window: side of a window.
+        shift: rows and columns by which the windows are moved; None alternates between 0 in even
+            blocks of a stage and half a window in odd ones.
+        block_index: the block of its stage, from 0.
+        position: "absolute" (positions are in x already) or "relative" (a learned bias).
+
+    Raises:
+        ValueError: for a shift that is no part of a window.
+    """
+
+    local_relative_position_bias_table: Tensor
+    g2l_relative_position_bias: Tensor
+    g2g_relative_position_bias: Tensor
+    relative_position_index: Tensor
+
+    arch_option: ClassVar = "window"
+    positions: ClassVar = POSITIONS
+    examples: ClassVar = (
+        {"window": 4, "position": "relative", "shift": 2},
+        {"window": 3, "position": "relative", "shift": 0},
+        {"window": 3, "position": "absolute", "shift": 1},
+        {"window": 2, "position": "absolute", "shift": 0},
+    )
+
+    def __init__(
+        self,
+        *,
+        window: int = 7,
+        shift: int | None = None,
+        block_index: int = 0,
+        position: str = "absolute",
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        if window < 1:
+            raise ValueError(f"window {window} is not positive")
+        if shift is not None and not 0 <= shift < window:
+            raise ValueError(f"shift {shift} is outside [0, {window}), the window")
+        if position not in POSITIONS:
+            raise ValueError(f"unknown position {position!r}; allowed: {', '.join(POSITIONS)}")
+        self.window = window
+        self.shift = window // 2 * (block_index % 2) if shift is None else shift
+        self.position = position
+        self.qkv = nn.Linear(self.dim, 3 * self.dim)
+        self.proj = nn.Linear(self.dim, self.dim)
+        if position == "relative":
+            extent = (window, window)
+            add_relative_positions(
+                self, extent=extent, num_heads=self.num_heads, num_global=self.num_global
+            )
+            places = grid_positions(extent)
+            self.register_buffer("relative_position_index", relative_index(places, places, extent))
+
+    def _shifts(self, grid: Grid) -> Grid:
+        """Rows and columns to shift by: none along a side that one window covers."""
+        rows, columns = (self.shift if side > self.window else 0 for side in grid)
+        return rows, columns
+
+    def _to_windows(self, image: Tensor, shifts: Grid) -> Tensor:
+        """(B, rows, columns, C) -> (B, R, S, w², C), zero-padded, then rolled by `shifts`."""
+        rows, columns = (-side % self.window for side in image.shape[1:3])
+        if rows or columns:
+            image = nn.functional.pad(image, (0, 0, 0, columns, 0, rows))
+        if any(shifts):
+            image = image.roll((-shifts[0], -shifts[1]), dims=(1, 2))
+        return to_chunks(image, self.window)
+
+    def _from_windows(self, windows: Tensor, grid: Grid, shifts: Grid) -> Tensor:
+        """(B, R, S, w², C) -> (B, rows, columns, C): the inverse of `_to_windows`."""
+        rows, columns = (count * self.window for count in windows.shape[1:3])
+        image = from_chunks(windows, self.window, (rows, columns))
+        if any(shifts):
+            image = image.roll(shifts, dims=(1, 2))
+        return image[:, : grid[0], : grid[1]]
+
+    def _visible(self, grid: Grid, shifts: Grid, device: torch.device) -> Tensor | None:
+        """Which keys of its window a query sees: (R S, w², w²), bool; None for all of them.
+
+        Rolling brings the first rows below the last ones, and the first columns beside the last
+        ones; these do not see each other.
+        """
+        if not any(shifts) and not any(side % self.window for side in grid):
+            return None
+        kinds = []
+        for side, shift in zip(grid, shifts, strict=True):
+            length = -(-side // self.window) * self.window
+            place = torch.arange(length, device=device) + shift
+            padding = place % length >= side
+            # 0 as it was, 1 rolled, 2 padding: only padding sees padding, so that every query sees
+            # a key.
+            kinds.append((place >= length).long().masked_fill(padding, 2))
+        regions = (3 * kinds[0][:, None] + kinds[1])[None, ..., None]
+        regions = to_chunks(regions, self.window).flatten(0, 2)
+        return regions == regions.transpose(1, 2)
+
+    def _local_mask(self, grid: Grid, shifts: Grid, like: Tensor) -> Tensor | None:
+        """What a query sees of global tokens and its window: (R S or 1, H or 1, w², g + w²).
+
+        With relative positions an additive bias, else bool; None where all is seen alike.
+        """
+        g, visible = self.num_global, self._visible(grid, shifts, like.device)
+        if self.position == "absolute":
+            return (
+                None if visible is None else nn.functional.pad(visible, (g, 0), value=True)[:, None]
+            )
+        bias = gather_bias(self.local_relative_position_bias_table, self.relative_position_index)
+        bias = bias.to(like.dtype)[None]
+        if visible is not None:
+            bias = bias.masked_fill(~visible[:, None], float("-inf"))
+        if not g:
+            return bias
+        to_global = self.g2l_relative_position_bias[1][:, None].to(like.dtype)
+        return torch.cat([to_global.expand(*bias.shape[:3], -1), bias], dim=-1)
+
+    def _global_bias(self, cells: int) -> Tensor | None:
+        """Additive bias of what the global tokens see: (H, g, N)."""
+        if self.position == "absolute":
+            return None
+        return global_bias(self.g2g_relative_position_bias, self.g2l_relative_position_bias, cells)
+
+    def _attend_locally(self, qkv: Tensor, grid: Grid) -> Tensor:
+        """What the grid tokens get: qkv (B, N, 3 C) -> (B, rows * columns, C)."""
+        g, shifts = self.num_global, self._shifts(grid)
+        windows = self._to_windows(qkv[:, g:].unflatten(1, grid), shifts)
+        batch, rows, columns = windows.shape[:3]
+        q, keys_values = windows.split((self.dim, 2 * self.dim), dim=-1)
+        if g:
+            to_all = qkv[:, None, None, :g, self.dim :].expand(-1, rows, columns, -1, -1)
+            keys_values = torch.cat([to_all, keys_values], dim=3)
+        q, k, v = (
+            split_heads(part.flatten(0, 2), self.num_heads)
+            for part in (q, *keys_values.chunk(2, dim=-1))
+        )
+        mask = self._local_mask(grid, shifts, q)
+        if mask is not None and len(mask) > 1:
+            # Batch and windows are one batch dimension, which SDPA needs in full.
+            mask = mask[None].expand(batch, *mask.shape).flatten(0, 1)
+        out = nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=self.dropout_p
+        )
+        out = merge_heads(out).unflatten(0, (batch, rows, columns))
+        return self._from_windows(out, grid, shifts).flatten(1, 2)
+
+    def _attend_globally(self, qkv: Tensor, cells: int) -> Tensor:
+        """What the global tokens get: qkv (B, N, 3 C) -> (B, g, C)."""
+        q, k, v = (split_heads(part, self.num_heads) for part in qkv.chunk(3, dim=-1))
+        bias = self._global_bias(cells)
+        out = nn.functional.scaled_dot_product_attention(
+            q[:, :, : self.num_global],
+            k,
+            v,
+            attn_mask=None if bias is None else bias.to(q.dtype)[None],
+            dropout_p=self.dropout_p,
+        )
+        return merge_heads(out)
+
+    def attend(self, x: Tensor, grid: Grid) -> Tensor:
+        qkv = self.qkv(x)
+        out = self._attend_locally(qkv, grid)
+        if self.num_global:
+            out = torch.cat([self._attend_globally(qkv, grid[0] * grid[1]), out], dim=1)
+        return self.proj(out)
+
+    def reference(self, x: Tensor, grid: Grid) -> Tensor:
+        """Full attention under a mask: shifting the windows is tiling the grid from elsewhere."""
+        g, w = self.num_global, self.window
+        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
+        scores = self.scale * (q @ k.transpose(-2, -1))
+        places = grid_positions(grid, x.device)
+        if self.position == "relative":
+            scores = scores + self._plain_bias(places)
+        tile = (places - torch.tensor(self._shifts(grid), device=x.device)).div(
+            w, rounding_mode="floor"
+        )
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device)
+        visible[g:, g:] = (tile[:, None] == tile).all(dim=-1)
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+        return self.proj(merge_heads(nn.functional.dropout(weights, self.dropout_p) @ v))
+
+    def _plain_bias(self, places: Tensor) -> Tensor:
+        """The table as an image of differences, read for every pair of `places`: (H, N, N)."""
+        g, side = self.num_global, 2 * self.window - 1
+        table = self.local_relative_position_bias_table
+        # Pairs further apart see each other in no window.
+        differences = (places[:, None] - places).clamp(1 - self.window, self.window - 1)
+        dx, dy = (differences + self.window - 1).unbind(-1)
+        bias = table.new_zeros(self.num_heads, g + len(places), g + len(places))
+        bias[:, g:, g:] = table.unflatten(0, (side, side))[dx, dy].permute(2, 0, 1)
+        if g:
+            bias[:, :g, :g] = self.g2g_relative_position_bias
+            bias[:, :g, g:] = self.g2l_relative_position_bias[0, :, :, None]
+            bias[:, g:, :g] = self.g2l_relative_position_bias[1, :, None]
+        return bias
+
+    def multiply_adds(self, grid: Grid) -> int:
+        """Of what runs: whole windows, the padded rows and columns included."""
+        g, w, tokens = self.num_global, self.window, self.num_global + grid[0] * grid[1]
+        padded = -(-grid[0] // w) * -(-grid[1] // w) * w * w
+        return 2 * (padded * (w * w + g) + g * tokens) * self.dim + 4 * tokens * self.dim**2

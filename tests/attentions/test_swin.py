@@ -1,0 +1,167 @@
+"""What shifted windows do, derived by hand and from torchvision's own."""
+
+import pytest
+import torch
+from torchvision.models.swin_transformer import ShiftedWindowAttention
+
+import attentions
+from bench.backbone import ViL
+from bench.checkpoints import convert_classifier
+
+LONG, WIDE = (3, 9), (9, 3)
+
+
+def build(grid=(6, 9), *, num_global=0, **options):
+    torch.manual_seed(0)
+    module = attentions.build_for(
+        "swin", grid=grid, dim=8, num_heads=2, num_global=num_global, **options
+    )
+    for parameter in module.parameters():
+        torch.nn.init.uniform_(parameter, -0.7, 0.7)
+    return module.double().eval()
+
+
+def tokens(module, grid, batch=2):
+    generator = torch.Generator().manual_seed(1)
+    count = module.num_global + grid[0] * grid[1]
+    return torch.randn(batch, count, module.dim, generator=generator, dtype=torch.float64)
+
+
+def seen(module, grid, token):
+    """The tokens, by their number, that the output of one depends on."""
+    x = tokens(module, grid, batch=1).requires_grad_()
+    module(x, grid)[0, token].sum().backward()
+    return set(x.grad[0].abs().sum(dim=-1).nonzero().flatten().tolist())
+
+
+def cells(grid, rows, columns, num_global=0):
+    """The numbers of the grid tokens in some rows and columns."""
+    return {num_global + row * grid[1] + column for row in rows for column in columns}
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("grid", [(6, 9), (3, 3), LONG, WIDE], ids=str)
+def test_equals_torchvision_on_whole_windows(grid, shift):
+    ours = build(grid, window=3, shift=shift, position="relative")
+    theirs = ShiftedWindowAttention(8, [3, 3], [shift, shift], num_heads=2).double().eval()
+    names = {"local_relative_position_bias_table": "relative_position_bias_table"}
+    state = {names.get(name, name): value for name, value in ours.state_dict().items()}
+    state["relative_position_index"] = state["relative_position_index"].flatten()
+    theirs.load_state_dict(state)
+
+    x = tokens(ours, grid)
+    results = []
+    for call in (lambda y: ours(y, grid), lambda y: theirs(y.unflatten(1, grid)).flatten(1, 2)):
+        y = x.clone().requires_grad_()
+        out = call(y)
+        (out * out.detach().cos()).sum().backward()
+        results += [out, y.grad]
+    torch.testing.assert_close(results[0], results[2])
+    torch.testing.assert_close(results[1], results[3])
+    own = ours.local_relative_position_bias_table.grad
+    torch.testing.assert_close(own, theirs.relative_position_bias_table.grad)
+
+
+@pytest.mark.parametrize("position", ["absolute", "relative"])
+@pytest.mark.parametrize(
+    ("grid", "shift", "token", "rows", "columns"),
+    [
+        ((6, 9), 0, (4, 7), (3, 4, 5), (6, 7, 8)),
+        # What hangs over the edge of the grid is never seen.
+        ((5, 7), 0, (4, 6), (3, 4), (6,)),
+        ((2, 2), 0, (1, 0), (0, 1), (0, 1)),
+        # Shifted by one, the windows begin at 1, 4, 7; what is before and behind them is rolled
+        # into one window and does not see each other.
+        ((6, 9), 1, (0, 0), (0,), (0,)),
+        ((6, 9), 1, (5, 8), (4, 5), (7, 8)),
+        ((6, 9), 1, (0, 5), (0,), (4, 5, 6)),
+        ((6, 9), 1, (2, 8), (1, 2, 3), (7, 8)),
+        ((5, 7), 1, (4, 5), (4,), (4, 5, 6)),
+        ((5, 7), 1, (0, 6), (0,), (4, 5, 6)),
+        ((4, 4), 2, (0, 3), (0, 1), (2, 3)),
+        # One window along a side: nothing is shifted along it.
+        (LONG, 1, (0, 0), (0, 1, 2), (0,)),
+        (WIDE, 1, (0, 2), (0,), (0, 1, 2)),
+        ((2, 2), 2, (0, 0), (0, 1), (0, 1)),
+    ],
+)
+def test_a_token_sees_its_window_exactly(grid, shift, token, rows, columns, position):
+    module = build(grid, window=3, shift=shift, position=position)
+    assert seen(module, grid, token[0] * grid[1] + token[1]) == cells(grid, rows, columns)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_global_tokens_see_all_and_are_seen_by_all(shift):
+    grid, every = (5, 7), set(range(2 + 5 * 7))
+    module = build(grid, num_global=2, window=3, shift=shift, position="relative")
+    assert seen(module, grid, 0) == seen(module, grid, 1) == every
+    last = cells(grid, (3, 4) if shift == 0 else (4,), (6,) if shift == 0 else (4, 5, 6), 2)
+    assert seen(module, grid, 2 + 4 * 7 + 6) == {0, 1} | last
+
+
+def test_odd_blocks_of_a_stage_shift_by_half_a_window():
+    arch = "l1,h1,d4,n1,f7,p4_l2,h1,d4,n3,f7_l3,h1,d4,n4,f4"
+    vil = ViL(arch, attention="swin", image_size=32, num_classes=2)
+    shifts = [place.module.shift for place in vil.attention_places()]
+    assert shifts == [0, 0, 3, 0, 0, 2, 0, 2]
+    for fixed in (0, 2):
+        vil = ViL(arch, attention="swin", image_size=32, num_classes=2, shift=fixed)
+        assert {place.module.shift for place in vil.attention_places()} == {fixed}
+
+
+def test_two_blocks_join_what_one_keeps_apart():
+    grid = (8, 8)
+    blocks = [build(grid, window=4, block_index=index) for index in (0, 1)]
+    x = tokens(blocks[0], grid, batch=1).requires_grad_()
+    blocks[1](blocks[0](x, grid), grid)[0, 27].sum().backward()
+    # Token (3, 3) ends its window of the first block; the second one's reaches over all four.
+    assert (x.grad.abs().sum(dim=-1) > 0).all()
+    assert len(seen(blocks[0], grid, 27)) == len(seen(blocks[1], grid, 27)) == 16
+
+
+@pytest.mark.parametrize(
+    ("grid", "options", "shape"),
+    [
+        ((6, 9), {"position": "absolute", "shift": 0}, None),
+        ((6, 9), {"position": "relative", "shift": 0}, (1, 2, 9, 10)),
+        ((6, 9), {"position": "absolute", "shift": 1}, (12, 1, 9, 10)),
+        ((5, 9), {"position": "absolute", "shift": 0}, (12, 1, 9, 10)),
+        ((5, 9), {"position": "relative", "shift": 1}, (12, 2, 9, 10)),
+    ],
+)
+def test_a_mask_is_made_only_where_something_is_hidden(monkeypatch, grid, options, shape):
+    masks = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*tensors, attn_mask=None, **more):
+        masks.append(attn_mask if attn_mask is None else tuple(attn_mask.shape))
+        return fused(*tensors, attn_mask=attn_mask, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    module = build(grid, num_global=1, window=3, **options)
+    module(tokens(module, grid), grid)
+    # Windows, then global tokens.
+    assert masks[0] == shape
+    assert len(masks) == 2
+
+
+def test_cost_grows_with_the_grid_and_not_with_its_square():
+    module = build((14, 14), window=7)
+    small = module.multiply_adds((14, 14))
+    # By hand: 4 windows of 49 queries and 49 keys, twice; four projections of 8 to 8 channels.
+    assert small == 2 * 4 * 49 * 49 * 8 + 4 * 196 * 8 * 8
+    assert module.multiply_adds((28, 28)) == 4 * small
+
+
+def test_its_table_of_positions_is_resized_when_converted():
+    arch = "l1,h1,d4,n1,f{0},a0,p4_l2,h1,d4,n2,f{0},a0_l3,h1,d4,f{0},a0"
+    source, target = (
+        ViL(arch.format(window), attention="swin", image_size=32, num_classes=2)
+        for window in (3, 5)
+    )
+    converted = convert_classifier({"net": source.state_dict()}, target)
+    name = "backbone.bottom_up.layer2.3.attn.local_relative_position_bias_table"
+    before = source.state_dict()[name.removeprefix("backbone.bottom_up.")]
+    assert (before.shape, converted[name].shape) == ((25, 1), (81, 1))
+    # The centre of the image of differences, no difference, stays where it is.
+    torch.testing.assert_close(converted[name][40], before[12])
