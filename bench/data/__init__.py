@@ -1,1 +1,5 @@
-"""Data sets in COCO format: reading, generating, batching."""
+"""Data sets in COCO format: reading, checking, downloading, generating, batching."""
+
+
+class DataError(RuntimeError):
+    """Data could not be read or loaded, for a reason that is no mistake of the user."""

@@ -5,38 +5,80 @@ annotations and gaps in category ids are as in COCO itself; what is wrong is sai
 names the file and the annotation.
 """
 
+import gc
 import hashlib
 import json
-import struct
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+import os
+import pickle
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from faster_coco_eval.core import mask as mask_api
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2.functional import pil_to_tensor
 
+from bench.data import images
+from bench.data.annotations import (
+    ANNOTATION_KEYS,
+    CATEGORY_KEYS,
+    IMAGE_KEYS,
+    AnnotationReader,
+    Entry,
+    Finding,
+    Report,
+    decode_mask,
+    listed,
+)
 from bench.errors import InputError, choose
+
+DATASETS_VARIABLE = "DETECTRON2_DATASETS"
+LAYOUT = "annotations/instances_SPLIT.json and the images in SPLIT/, for example train2017"
 
 Target = dict[str, Tensor]
 
 _SHOWN = 5
-_LEAST_POLYGON = 6
-# Pixels from the origin. The rasteriser allocates in proportion to a polygon's length: a wild
-# coordinate would take gigabytes.
-_FARTHEST = 1e5
-_DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
-_DEEPEST = 65535
 
-_IMAGE_KEYS = {"id": int, "file_name": str, "height": int, "width": int}
-_CATEGORY_KEYS = {"id": int, "name": str}
-_ANNOTATION_KEYS = {"id": int, "image_id": int, "category_id": int, "bbox": list}
-_KINDS = {int: "a whole number", str: "a text", list: "a list"}
+
+def default_root() -> Path | None:
+    """COCO's folder by detectron2's convention, `$DETECTRON2_DATASETS/coco`, if there is one."""
+    value = os.environ.get(DATASETS_VARIABLE)
+    if not value:
+        return None
+    root = Path(value).expanduser() / "coco"
+    return root if root.is_dir() else None
+
+
+def splits(root: Path) -> tuple[str, ...]:
+    """The splits that have an annotation file."""
+    found = (root / "annotations").glob("instances_*.json")
+    return tuple(sorted(path.stem.removeprefix("instances_") for path in found))
+
+
+class Packed(Sequence[Any]):
+    """Plain objects as one block of bytes, unpacked one at a time.
+
+    Worker processes share the block with their parent. A list of objects they would copy, page by
+    page, as reading an object counts its references; and a block takes a fifth of the memory.
+    """
+
+    def __init__(self, objects: Iterable[Any]) -> None:
+        block, ends = bytearray(), [0]
+        for item in objects:
+            block += pickle.dumps(item, protocol=pickle.HIGHEST_PROTOCOL)
+            ends.append(len(block))
+        self._block = np.frombuffer(block, dtype=np.uint8)
+        self._ends = np.array(ends)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        start, end = self._ends[range(len(self))[index]], self._ends[range(len(self))[index] + 1]
+        return pickle.loads(self._block[start:end].data)
 
 
 class CocoDataset(Dataset[tuple[Tensor, Target]]):
@@ -46,6 +88,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         root: folder in COCO layout.
         split: name of the annotation file and the image folder, such as "train2017".
         degenerate_boxes: "error", or "drop" to leave out boxes without area.
+        report: told of everything wrong or odd; an error then leaves out what it concerns instead
+            of being raised.
 
     `dataset[i]` is an image, uint8 (3, height, width), and its target: `image_id` (), `boxes`
     (n, 4) as x1, y1, x2, y2 in pixels, `labels` (n,) from 1 in the order of category ids, `masks`
@@ -57,45 +101,69 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             that cannot be right; naming it.
     """
 
-    def __init__(self, root: str | Path, split: str, *, degenerate_boxes: str = "error") -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        degenerate_boxes: str = "error",
+        report: Report | None = None,
+    ) -> None:
         choose(degenerate_boxes, ("error", "drop"), "degenerate_boxes")
         self.root = Path(root)
         self.split = split
         self.annotation_file = self.root / "annotations" / f"instances_{split}.json"
         self.folder = self.root / split
-        self.warnings: list[str] = []
-        content, self.fingerprint = _read(self.annotation_file, self.root, split)
-        self._content = content
-        self._images = {image["id"]: image for image in self._section("images", _IMAGE_KEYS)}
-        self._check_sizes()
-        categories = sorted(self._section("categories", _CATEGORY_KEYS), key=lambda c: c["id"])
+        self._left_out: dict[tuple[str, str], list[int]] = defaultdict(list)
+        self._report = report or self._refuse
+        with _no_garbage_collection():
+            self._open(drop_degenerate=degenerate_boxes == "drop")
+        # What it is told stays with the caller; workers need no copy.
+        del self._report
+
+    def _open(self, *, drop_degenerate: bool) -> None:
+        content, self.fingerprint = _read(self.annotation_file, self.root, self.split)
+        entries = {
+            image["id"]: image
+            for image in listed(content, "images", IMAGE_KEYS, self._report)
+            if self._has_size(image)
+        }
+        categories = sorted(
+            listed(content, "categories", CATEGORY_KEYS, self._report), key=lambda c: int(c["id"])
+        )
+        if content.get("categories") == []:
+            self._report(Finding("section missing", "no categories"))
         self.categories = tuple((category["id"], category["name"]) for category in categories)
-        if not self.categories:
-            raise InputError(f"{self.annotation_file}: no categories")
+        self._category_entries = categories
         self._labels = {id_: label for label, (id_, _) in enumerate(self.categories, start=1)}
-        self._annotations = self._check_annotations(degenerate_boxes)
-        self._check_files()
-        self.ids = tuple(self._images)
+        groups = self._groups(content, entries, drop=drop_degenerate)
+        del content
+        self._check_files(entries.values())
+        self._keep(entries, groups)
 
     @property
     def num_classes(self) -> int:
         """Number of categories; labels are 1 to this number."""
         return len(self.categories)
 
+    @property
+    def num_annotations(self) -> int:
+        """Number of annotations that are used, crowds included."""
+        return int(self._annotated.sum())
+
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        id_ = self.ids[index]
-        image = self._decode(id_)
+        entry, annotations = self.entry(index)
+        image = self._decode(entry)
         height, width = image.shape[-2:]
-        annotations = self._annotations.get(id_, [])
         boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         limit = torch.tensor([width, height, width, height], dtype=torch.float32)
         masks = [self._mask(a, height, width) for a in annotations]
         return image, {
-            "image_id": torch.tensor(id_),
+            "image_id": torch.tensor(entry["id"]),
             "boxes": torch.minimum(boxes.clamp(min=0), limit),
             "labels": torch.tensor([self._labels[a["category_id"]] for a in annotations]).long(),
             "masks": torch.from_numpy(np.stack(masks))
@@ -105,14 +173,22 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             "iscrowd": torch.tensor([int(a["iscrowd"]) for a in annotations]).long(),
         }
 
+    def entry(self, index: int) -> tuple[Entry, list[Entry]]:
+        """What the annotation file says of an image, and its annotations that are used."""
+        entry, annotations = self._packed[index]
+        return entry, annotations
+
     def instances(self, index: int) -> int:
         """How many annotations that are no crowd the image has."""
-        return sum(not a["iscrowd"] for a in self._annotations.get(self.ids[index], []))
+        return int(self._instances[index])
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width that the annotation file gives, without reading the image."""
-        image = self._images[self.ids[index]]
-        return int(image["height"]), int(image["width"])
+        return int(self._sizes[index, 0]), int(self._sizes[index, 1])
+
+    def path(self, entry: Entry) -> Path:
+        """The file of an image."""
+        return self.folder / str(entry["file_name"])
 
     def ground_truth(self) -> dict[str, Any]:
         """The split as a COCO dictionary, without the annotations that were left out.
@@ -120,11 +196,15 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         Every annotation has a segmentation, and they are numbered anew from 1: to the rules of
         COCO's evaluation, a match with annotation 0 is no match.
         """
-        kept = (a for group in self._annotations.values() for a in group)
+        entries: list[Entry] = []
+        annotations: list[Entry] = []
+        for entry, own in self._packed:
+            entries.append(entry)
+            annotations += own
         return {
-            "images": [dict(image) for image in self._images.values()],
-            "categories": [dict(category) for category in self._content["categories"]],
-            "annotations": [{**a, "id": number} for number, a in enumerate(kept, start=1)],
+            "images": entries,
+            "categories": [dict(category) for category in self._category_entries],
+            "annotations": [{**a, "id": number} for number, a in enumerate(annotations, start=1)],
         }
 
     def check(self, *, decode: bool = False) -> list[str]:
@@ -136,149 +216,131 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         if decode:
             for index in range(len(self)):
                 self[index]
-        groups = self._annotations.values()
-        used = {a["category_id"] for group in groups for a in group if not a["iscrowd"]}
-        unused = [name for id_, name in self.categories if id_ not in used]
-        empty = [id_ for id_ in self.ids if not self._annotations.get(id_)]
-        crowds = [
-            id_
-            for id_, group in self._annotations.items()
-            if group and all(a["iscrowd"] for a in group)
+        lines = [
+            f"{self.annotation_file}: {len(found)} of: {kind} ({_some(found)}); {handled}"
+            for (kind, handled), found in self._left_out.items()
         ]
-        lines = list(self.warnings)
         for what, found in (
-            ("classes without an instance", unused),
-            ("images without annotations", empty),
-            ("images with crowds only", crowds),
+            ("classes without an instance", self.unused_classes()),
+            ("images without annotations", self.empty_images()),
+            ("images with crowds only", self.crowded_images()),
         ):
             if found:
                 lines.append(f"{self.annotation_file}: {len(found)} {what} ({_some(found)})")
         return lines
 
-    def _section(self, name: str, keys: Mapping[str, type]) -> list[dict[str, Any]]:
-        section = self._content.get(name)
-        if not isinstance(section, list):
-            raise InputError(f"{self.annotation_file}: no list {name!r}")
-        for position, item in enumerate(section):
-            if not isinstance(item, dict):
-                raise InputError(f"{self.annotation_file}: {name}[{position}] is no object")
-            for key, kind in keys.items():
-                if key not in item:
-                    raise InputError(f"{self.annotation_file}: {name}[{position}] has no {key!r}")
-                if not isinstance(item[key], kind):
-                    raise InputError(
-                        f"{self.annotation_file}: {name}[{position}] has {key!r} {item[key]!r},"
-                        f" which is not {_KINDS[kind]}"
-                    )
-        twice = [id_ for id_, n in Counter(item["id"] for item in section).items() if n > 1]
-        if twice:
-            raise InputError(f"{self.annotation_file}: {name} id {_some(twice)} stands twice")
-        return section
+    def unused_classes(self) -> list[str]:
+        """Names of the categories of which there is no instance but crowds."""
+        return [name for id_, name in self.categories if id_ not in self._used]
 
-    def _check_sizes(self) -> None:
-        for id_, image in self._images.items():
-            if min(image["height"], image["width"]) < 1:
-                raise InputError(
-                    f"{self.annotation_file}: image {id_} has the size"
-                    f" {image['height']}x{image['width']} (height x width)"
-                )
+    def empty_images(self) -> list[int]:
+        """Ids of the images without annotations."""
+        return [self.ids[index] for index in np.flatnonzero(self._annotated == 0)]
 
-    def _check_annotations(self, degenerate_boxes: str) -> dict[int, list[dict[str, Any]]]:
-        groups: dict[int, list[dict[str, Any]]] = defaultdict(list)
-        dropped: list[int] = []
-        for annotation in self._section("annotations", _ANNOTATION_KEYS):
-            where = f"{self.annotation_file}: annotation {annotation['id']}"
-            image = self._images.get(annotation["image_id"])
-            if image is None:
-                raise InputError(
-                    f"{where} points to image {annotation['image_id']}, which is not listed"
-                )
-            if annotation["category_id"] not in self._labels:
-                raise InputError(f"{where} has the unknown category {annotation['category_id']}")
-            box = annotation["bbox"]
-            if len(box) != 4 or not all(_is_number(value, _FARTHEST) for value in box):
-                raise InputError(f"{where} has bbox {box!r}, which is no [x, y, width, height]")
-            # What lies outside the image is cut off, as COCO's own boxes reach a little over it.
-            x1, y1 = max(box[0], 0), max(box[1], 0)
-            x2, y2 = min(box[0] + box[2], image["width"]), min(box[1] + box[3], image["height"])
-            if x1 >= x2 or y1 >= y2:
-                if degenerate_boxes == "error":
-                    raise InputError(
-                        f"{where} (image {annotation['image_id']}) has a box without area in the"
-                        f" image, {box}; data.degenerate_boxes=drop leaves such boxes out"
-                    )
-                dropped.append(annotation["id"])
-                continue
-            complete = {"iscrowd": 0, "area": (x2 - x1) * (y2 - y1)} | annotation
-            if complete["iscrowd"] not in (0, 1):
-                raise InputError(f"{where} has iscrowd {complete['iscrowd']!r}; 0 or 1 is needed")
-            if not _is_number(complete["area"], _FARTHEST**2) or complete["area"] < 0:
-                raise InputError(f"{where} has area {complete['area']!r}, which is no area")
-            # Data without segmentations trains and scores boxes, and masks that fill them.
-            if not complete.get("segmentation"):
-                complete["segmentation"] = [[x1, y1, x2, y1, x2, y2, x1, y2]]
-            _check_segmentation(complete["segmentation"], image, where)
-            groups[annotation["image_id"]].append(complete)
-        if dropped:
-            self.warnings.append(
-                f"{self.annotation_file}: {len(dropped)} annotations with a box without area left"
-                f" out ({_some(dropped)})"
+    def crowded_images(self) -> list[int]:
+        """Ids of the images whose annotations are all crowds."""
+        chosen = (self._annotated > 0) & (self._instances == 0)
+        return [self.ids[index] for index in np.flatnonzero(chosen)]
+
+    def _refuse(self, finding: Finding) -> None:
+        """Stop at an error, and remember what is left out."""
+        if finding.handled is None:
+            raise InputError(f"{self.annotation_file}: {finding.text}")
+        if finding.left_out and finding.annotation is not None:
+            self._left_out[finding.kind, finding.handled].append(finding.annotation)
+
+    def _has_size(self, image: Entry) -> bool:
+        if min(image["height"], image["width"]) >= 1:
+            return True
+        self._report(
+            Finding(
+                "image without a size",
+                f"image {image['id']} has the size {image['height']}x{image['width']}"
+                " (height x width)",
+                image=image["id"],
             )
-        return dict(groups)
+        )
+        return False
 
-    def _check_files(self) -> None:
+    def _groups(
+        self, content: dict[str, Any], entries: dict[int, Entry], *, drop: bool
+    ) -> dict[int, list[Entry]]:
+        reader = AnnotationReader(entries, self._labels, drop_degenerate=drop, report=self._report)
+        groups: dict[int, list[Entry]] = defaultdict(list)
+        self._used: set[int] = set()
+        for raw in listed(content, "annotations", ANNOTATION_KEYS, self._report):
+            complete = reader.read(raw)
+            if complete is None:
+                continue
+            groups[complete["image_id"]].append(complete)
+            if not complete["iscrowd"]:
+                self._used.add(complete["category_id"])
+        return groups
+
+    def _keep(self, entries: dict[int, Entry], groups: dict[int, list[Entry]]) -> None:
+        """Put away what is needed later, in a form that takes little memory."""
+        self.ids = tuple(entries)
+        self._sizes = np.array([(e["height"], e["width"]) for e in entries.values()]).reshape(-1, 2)
+        self._annotated = np.array([len(groups.get(id_, ())) for id_ in entries], dtype=np.int64)
+        self._instances = np.array(
+            [sum(not a["iscrowd"] for a in groups.get(id_, ())) for id_ in entries], dtype=np.int64
+        )
+        self._packed = Packed((entries[id_], groups.pop(id_, [])) for id_ in self.ids)
+
+    def _check_files(self, entries: Iterable[Entry]) -> None:
         try:
             there = {path.name for path in self.folder.iterdir()}
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise InputError(f"no image folder {self.folder} for split {self.split!r}") from error
+        except (FileNotFoundError, NotADirectoryError):
+            others = sorted(path.name for path in self.root.iterdir() if path.is_dir())
+            self._report(
+                Finding(
+                    "image folder missing",
+                    f"no image folder {self.folder} for split {self.split!r}, where the images"
+                    f" belong; folders there: {', '.join(others)}",
+                )
+            )
+            return
         except OSError as error:
             raise InputError(f"cannot read image folder {self.folder}: {error.strerror}") from error
-        for image in self._images.values():
-            if image["file_name"] in there or (self.folder / image["file_name"]).is_file():
+        for image in entries:
+            if image["file_name"] in there or self.path(image).is_file():
                 continue
-            raise InputError(
-                f"image {image['id']} of {self.annotation_file} is missing:"
-                f" {self.folder / image['file_name']}"
+            self._report(
+                Finding(
+                    "image missing",
+                    f"image {image['id']} is missing: {self.path(image)}",
+                    image=image["id"],
+                )
             )
 
-    def _decode(self, id_: int) -> Tensor:
-        entry = self._images[id_]
-        path = self.folder / entry["file_name"]
-        try:
-            with Image.open(path) as image:
-                upright = ImageOps.exif_transpose(image)
-                tensor = pil_to_tensor(_to_rgb(upright))
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            struct.error,
-            Image.DecompressionBombError,
-        ) as error:
-            raise InputError(f"cannot read image {path}: {_one_line(error)}") from error
-        size = (entry["height"], entry["width"])
-        if tuple(tensor.shape[-2:]) != size:
+    def _decode(self, entry: Entry) -> Tensor:
+        picture = images.read(self.path(entry))
+        expected = (entry["height"], entry["width"])
+        if picture.size != expected:
             raise InputError(
-                f"image {path} is {tensor.shape[-2]}x{tensor.shape[-1]} (height x width), but"
-                f" {self.annotation_file} says {size[0]}x{size[1]}"
+                f"image {self.path(entry)} is {picture.size[0]}x{picture.size[1]} (height x width),"
+                f" but {self.annotation_file} says {expected[0]}x{expected[1]}"
+                f"{picture.hint(expected)}"
             )
-        return tensor
+        return picture.pixels
 
-    def _mask(self, annotation: Mapping[str, Any], height: int, width: int) -> Any:
-        segmentation = annotation["segmentation"]
+    def _mask(self, annotation: Entry, height: int, width: int) -> Any:
         try:
-            if isinstance(segmentation, list):
-                run = mask_api.merge(mask_api.frPyObjects(segmentation, height, width))
-            elif isinstance(segmentation["counts"], list):
-                run = mask_api.frPyObjects(segmentation, height, width)
-            else:
-                run = segmentation
-            return mask_api.decode(run)
-        except (ValueError, RuntimeError) as error:
-            raise InputError(
-                f"{self.annotation_file}: annotation {annotation['id']} has a segmentation that"
-                f" cannot be read: {_one_line(error)}"
-            ) from error
+            return decode_mask(annotation, height, width)
+        except InputError as error:
+            raise InputError(f"{self.annotation_file}: {error}") from error
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Millions of objects are made and none of them is garbage: do not look for it all the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _read(path: Path, root: Path, split: str) -> tuple[dict[str, Any], str]:
@@ -287,8 +349,7 @@ def _read(path: Path, root: Path, split: str) -> tuple[dict[str, Any], str]:
     try:
         raw = path.read_bytes()
     except FileNotFoundError as error:
-        found = path.parent.glob("instances_*.json")
-        there = ", ".join(sorted(p.stem.removeprefix("instances_") for p in found)) or "none"
+        there = ", ".join(splits(root)) or "none"
         raise InputError(
             f"no annotation file {path} for split {split!r}; splits there: {there}"
         ) from error
@@ -297,71 +358,13 @@ def _read(path: Path, root: Path, split: str) -> tuple[dict[str, Any], str]:
     try:
         content = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no valid JSON: {_one_line(error)}") from error
+        text = " ".join(str(error).split())
+        raise InputError(f"{path} is no valid JSON: {text}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object")
     return content, hashlib.sha256(raw).hexdigest()
 
 
-def _is_number(value: Any, limit: float) -> bool:
-    """Whether it is a number within the limit, which NaN is not."""
-    return isinstance(value, int | float) and abs(value) < limit
-
-
-def _check_segmentation(segmentation: Any, image: Mapping[str, Any], where: str) -> None:
-    if isinstance(segmentation, list):
-        for polygon in segmentation:
-            _check_polygon(polygon, where)
-        return
-    size = segmentation.get("size") if isinstance(segmentation, dict) else None
-    expected = [image["height"], image["width"]]
-    if size != expected:
-        raise InputError(f"{where} has a run-length mask of size {size!r}; its image is {expected}")
-    counts = segmentation.get("counts")
-    if isinstance(counts, str):
-        return
-    if not isinstance(counts, list) or not all(isinstance(n, int) and n >= 0 for n in counts):
-        raise InputError(f"{where} has a run-length mask whose counts are no text and no numbers")
-    if sum(counts) != expected[0] * expected[1]:
-        raise InputError(
-            f"{where} has a run-length mask of {sum(counts)} pixels; its image has"
-            f" {expected[0] * expected[1]}"
-        )
-
-
-def _check_polygon(polygon: Any, where: str) -> None:
-    if not isinstance(polygon, list):
-        raise InputError(f"{where} has the polygon {polygon!r}; a list of x, y in turn is needed")
-    if len(polygon) < _LEAST_POLYGON or len(polygon) % 2:
-        raise InputError(
-            f"{where} has a polygon of {len(polygon)} numbers ({len(polygon) // 2} points);"
-            " at least 3 points, as x, y in turn, are needed"
-        )
-    for value in polygon:
-        if not _is_number(value, _FARTHEST):
-            raise InputError(
-                f"{where} has a polygon with the coordinate {value!r}; a number of pixels is needed"
-            )
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("the range of floating-point pixels is not known; 8 or 16 bit are needed")
-    if image.mode in _DEEP_MODES:
-        # Pillow clips deep pixels at 255 instead of scaling them.
-        values = np.asarray(image, dtype=np.int64)
-        low, high = values.min(), values.max()
-        if low < 0 or high > _DEEPEST:
-            raise ValueError(f"pixels of {low} to {high}, which are not of 8 or 16 bit")
-        image = Image.fromarray(np.rint(values * (255 / _DEEPEST)).astype(np.uint8))
-    # Straight to RGB, Pillow warns of the transparency that it drops.
-    return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
-
-
-def _some(found: list[Any]) -> str:
+def _some(found: Sequence[Any]) -> str:
     shown = ", ".join(map(str, found[:_SHOWN]))
     return shown if len(found) <= _SHOWN else f"{shown}, …"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -3,7 +3,10 @@
 So a run that resumes at a step sees exactly what an undisturbed one would have seen.
 """
 
+import signal
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import horizontal_flip_image, horizontal_flip_mask
 
+from bench.data import DataError
 from bench.data.coco import CocoDataset, Target
 from bench.errors import InputError
 
@@ -20,6 +24,45 @@ Sample = tuple[Tensor, Target]
 Batch = tuple[list[Tensor], list[Target]]
 
 _FLIP = 0.5
+
+
+class DataWorkerError(DataError):
+    """A process that reads data died, most often killed for want of memory."""
+
+
+class Timed(Iterator[Batch]):
+    """Batches, and how long the caller waited for them.
+
+    Where `waited` is near zero the data keeps up with the training; where it is near the whole
+    time, more workers would help.
+
+    Attributes:
+        waited: seconds spent in `next` since the last reset.
+        images: how many images were delivered since the last reset.
+    """
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self.waited = 0.0
+        self.images = 0
+
+    def __iter__(self) -> "Timed":
+        return self
+
+    def __next__(self) -> Batch:
+        start = time.perf_counter()
+        try:
+            batch = next(self._batches)
+        finally:
+            self.waited += time.perf_counter() - start
+        self.images += len(batch[0])
+        return batch
+
+    def reset(self) -> tuple[float, int]:
+        """Return `waited` and `images`, and begin again at zero."""
+        values = self.waited, self.images
+        self.waited, self.images = 0.0, 0
+        return values
 
 
 @dataclass(frozen=True)
@@ -112,18 +155,33 @@ def training_batches(
     num_workers: int = 0,
     flip: bool = True,
     aspect_ratio_grouping: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool | None = None,
 ) -> Iterator[Batch]:
     """Yield the batches of steps `start_step` to `steps - 1`.
 
     Images without an instance that is no crowd are left out, and so are crowds. With
     `aspect_ratio_grouping` landscape and portrait images do not share a batch, which saves padding.
 
+    Args:
+        batch_size: images of a step, of all processes together.
+        num_workers: processes that decode, which live as long as the iterator; 0 decodes here.
+        rank: which of `world_size` processes this one is; each has its own part of every batch, and
+            the parts in order of rank are the batch of a single process.
+        pin_memory: put batches where a GPU copies them from fastest; None where there is a GPU.
+
     Raises:
         InputError: where no image is left, or an image cannot be read.
-        ValueError: for a batch of no images.
+        DataWorkerError: where a worker died.
+        ValueError: for a batch that does not divide into `world_size` parts of an image or more.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; at least 1 is needed")
+    if batch_size < 1 or batch_size % world_size:
+        raise ValueError(
+            f"batch_size is {batch_size}; a multiple of the {world_size} processes is needed"
+            if world_size > 1
+            else f"batch_size is {batch_size}; at least 1 is needed"
+        )
     usable = [index for index in range(len(dataset)) if dataset.instances(index)]
     if not usable:
         raise InputError(
@@ -136,28 +194,67 @@ def training_batches(
             tuple(index for index in usable if landscape[index] is wide) for wide in (True, False)
         )
     order = _Order(groups, batch_size, seed)
+    share = batch_size // world_size
+    own = slice(rank * share, (rank + 1) * share)
     yield from _load(
         _TrainingSamples(dataset, seed=seed, flip=flip),
-        order.batches(start_step, steps),
+        (batch[own] for batch in order.batches(start_step, steps)),
         num_workers,
+        pin_memory,
     )
 
 
 def evaluation_batches(
-    dataset: CocoDataset, *, batch_size: int, num_workers: int = 0
+    dataset: CocoDataset,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool | None = None,
 ) -> Iterator[Batch]:
     """Yield every image once, in the order of the annotation file.
 
+    A batch is read when its turn is near and given up when the caller is done with it.
+
+    Args:
+        batch_size: images of a batch of this process.
+        rank: of `world_size` processes, each of which has every `world_size`-th image; no image is
+            given to two.
+        num_workers, pin_memory: as in `training_batches`.
+
     Raises:
         InputError: for an image that cannot be read.
+        DataWorkerError: where a worker died.
     """
-    indices = range(len(dataset))
-    batches = (list(indices[i : i + batch_size]) for i in range(0, len(dataset), batch_size))
-    yield from _load(_EvaluationSamples(dataset), batches, num_workers)
+    own = range(rank, len(dataset), world_size)
+    batches = (list(own[start : start + batch_size]) for start in range(0, len(own), batch_size))
+    yield from _load(_EvaluationSamples(dataset), batches, num_workers, pin_memory)
+
+
+@contextmanager
+def clear_worker_errors() -> Iterator[None]:
+    """Turn PyTorch's errors about a dead worker into one clear `DataWorkerError`.
+
+    The iterators here do so themselves; but PyTorch raises from a signal's handler, wherever the
+    main thread is, so that a loop over batches has to stand in this as well.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataWorkerError(
+            f"a process that reads data died ({' '.join(str(error).split())}); it is often killed"
+            " for want of memory, which fewer data.workers need less of"
+        ) from error
 
 
 def _load(
-    samples: Dataset[Sample | InputError], batches: Iterator[list[Any]], workers: int
+    samples: Dataset[Sample | InputError],
+    batches: Iterator[list[Any]],
+    workers: int,
+    pin_memory: bool | None,
 ) -> Iterator[Batch]:
     loader = DataLoader(
         samples,
@@ -166,22 +263,23 @@ def _load(
         collate_fn=_collate,
         # A generator of its own: drawing the workers' seed must not move the caller's random state.
         generator=torch.Generator().manual_seed(0),
-        worker_init_fn=_share_by_name,
-        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=prepare_worker,
+        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
     )
-    for batch in loader:
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch
+    with clear_worker_errors():
+        for batch in loader:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
 
 
-def _share_by_name(_: int) -> None:
-    """Let a worker pass tensors by file name.
-
-    By default each tensor takes an open file in both processes, and a few batches of images with
-    their targets come to more than the 1024 that are usually allowed.
-    """
+def prepare_worker(_: int) -> None:
+    """Set up a process that reads data."""
+    # By default each tensor takes an open file in both processes, and a few batches of images with
+    # their targets come to more than the 1024 that are usually allowed.
     torch.multiprocessing.set_sharing_strategy("file_system")
+    # Ctrl-C reaches every process of the terminal; the main one ends its workers when it is done.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collate(samples: Sequence[Sample | InputError]) -> Batch | InputError:

@@ -14,7 +14,8 @@ from PIL import Image
 from pycocotools import coco as reference_coco
 from pycocotools import mask as reference
 
-from bench.data.coco import CocoDataset
+from bench.data import images
+from bench.data.coco import CocoDataset, Packed, default_root
 from bench.errors import InputError
 from bench.evaluate import CocoEvaluator
 
@@ -241,6 +242,20 @@ def test_the_annotations_themselves_score_everything(
         assert figures[kind]["AP"] == pytest.approx(100)
 
 
+@pytest.mark.parametrize("bad", [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7], []], ids=str)
+def test_polygons_of_fewer_than_three_points_are_left_out(tmp_path: Path, bad: list[int]) -> None:
+    """As detectron2 leaves them out, and an annotation that has no other."""
+    plain = dataset(tmp_path, content())[0][1]
+    data = dataset(tmp_path, edited(segmentation=[bad, TRIANGLE]))
+    assert torch.equal(data[0][1]["masks"], plain["masks"])
+    assert data.ground_truth()["annotations"][0]["segmentation"] == [TRIANGLE]
+    assert sum("(1); the polygon is left out" in line for line in data.check()) == 1
+    data = dataset(tmp_path, edited(segmentation=[bad]))
+    assert data[0][1]["labels"].tolist() == [1, 1]
+    assert [a["area"] for a in data.ground_truth()["annotations"]] == [48, 150, 144]
+    assert any("without a valid polygon (1); the annotation" in line for line in data.check())
+
+
 def test_fingerprint_follows_the_annotation_file(tmp_path: Path) -> None:
     first = dataset(tmp_path, content()).fingerprint
     assert dataset(tmp_path, content()).fingerprint == first
@@ -291,7 +306,7 @@ def test_a_box_without_area_is_refused_or_dropped(tmp_path: Path, box: list[floa
     assert data[0][1]["labels"].tolist() == [1, 1]
     assert [a["area"] for a in data.ground_truth()["annotations"]] == [48, 150, 144]
     (line,) = [line for line in data.check() if "left out" in line]
-    assert "1 annotations with a box without area left out (1)" in line
+    assert "1 of: box without area in the image (1); the annotation is left out" in line
 
 
 def test_an_image_whose_boxes_are_all_dropped_is_empty(tmp_path: Path) -> None:
@@ -363,9 +378,6 @@ SIZE = [HEIGHT, WIDTH]
         (("annotations", 2, "area"), -1, ["annotation 3", "area -1"]),
         (("annotations", 2, "area"), 10**400, ["annotation 3", "area 1000"]),
         (("annotations", 2, "area"), "big", ["annotation 3", "area 'big'"]),
-        (("annotations", 0, "segmentation"), [[1, 2, 3, 4]], ["annotation 1", "2 points"]),
-        (("annotations", 0, "segmentation"), [[1, 2, 3, 4, 5, 6, 7]], ["annotation 1"]),
-        (("annotations", 0, "segmentation"), [TRIANGLE, []], ["annotation 1"]),
         (("annotations", 0, "segmentation"), [1, 2, 3, 4, 5, 6], ["annotation 1", "polygon 1"]),
         (("annotations", 0, "segmentation"), [["a", 2, 3, 4, 5, 6]], ["annotation 1", "'a'"]),
         (("annotations", 0, "segmentation"), [[float("nan"), *TRIANGLE[1:]]], ["nan"]),
@@ -434,6 +446,39 @@ def test_a_malformed_compressed_mask_is_named_when_read(tmp_path: Path, counts: 
         with pytest.raises(InputError, match=r"instances_train2017\.json: annotation 3 ") as caught:
             read()
         assert "\n" not in str(caught.value)
+
+
+def test_detectron2_s_variable_names_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    assert default_root() is None
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    assert default_root() is None
+    write(tmp_path / "coco", content())
+    assert default_root() == tmp_path / "coco"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DETECTRON2_DATASETS", "~")
+    assert default_root() == tmp_path / "coco"
+
+
+def test_packed_objects_come_out_as_they_went_in() -> None:
+    objects: list[Any] = [{"a": [1.5, "b"]}, [], None, content()]
+    packed = Packed(objects)
+    assert list(packed) == objects
+    assert packed[-1] == objects[-1]
+    assert len(packed) == 4
+    with pytest.raises(IndexError):
+        packed[4]
+
+
+def test_what_one_reader_does_to_a_target_another_does_not_see(tmp_path: Path) -> None:
+    data = dataset(tmp_path, content())
+    entry, annotations = data.entry(0)
+    entry.clear()
+    annotations.clear()
+    data.ground_truth()["annotations"].clear()
+    assert len(data[0][1]["boxes"]) == 3
 
 
 def test_a_missing_root_is_named(tmp_path: Path) -> None:
@@ -587,6 +632,41 @@ def test_exif_orientation_is_applied(tmp_path: Path, name: str, orientation: int
     pixels = put(tmp_path, image, name, exif=exif)
     assert pixels.shape == (3, HEIGHT, WIDTH)
     np.testing.assert_allclose(pixels[0].int(), scene, atol=3 if name.endswith("jpg") else 0)
+
+
+def test_malformed_exif_does_not_hide_the_pixels(tmp_path: Path) -> None:
+    malformed = b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff"
+    image = picture("RGB")
+    write(tmp_path, content())
+    image.save(tmp_path / "train2017" / "odd.jpg", exif=malformed)
+    data = dataset(tmp_path, broken(("images", 1, "file_name"), "odd.jpg"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert data[1][0].shape == (3, HEIGHT, WIDTH)
+
+
+def test_the_size_is_that_of_the_upright_image(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with pytest.raises(InputError, match=r"turned\.jpg is 60x40 .*without its EXIF orientation"):
+        put(tmp_path, picture("RGB"), "turned.jpg", exif=exif)
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "LA", "P", "RGBA", "CMYK"])
+def test_images_are_those_of_detectron2(tmp_path: Path, mode: str) -> None:
+    from detectron2.data.detection_utils import read_image
+
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    name = "odd.jpg" if mode == "CMYK" else "odd.png"
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = tmp_path / name
+        Image.fromarray(pixels).convert(mode).save(path, exif=exif)
+        expected = read_image(str(path), format="RGB")
+        assert torch.equal(images.read(path).pixels, torch.tensor(expected).permute(2, 0, 1))
 
 
 def test_deep_images_are_turned_too(tmp_path: Path) -> None:

@@ -1,8 +1,14 @@
 """Batches: a function of seed and step alone; errors in workers arrive as they are."""
 
 import json
+import multiprocessing
+import os
 import random
+import signal
+import time
+import weakref
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +247,123 @@ def test_a_run_may_stop_early(data: CocoDataset) -> None:
     first = next(found)
     found.close()
     assert same([first], batches(data, steps=1))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("grouped", [True, False])
+def test_the_parts_of_the_processes_are_the_batch_of_one(
+    data: CocoDataset, world_size: int, grouped: bool
+) -> None:
+    options: dict[str, Any] = {
+        "batch_size": 2 * world_size,
+        "aspect_ratio_grouping": grouped,
+        "start_step": 2,
+    }
+    parts = [batches(data, **options, rank=n, world_size=world_size) for n in range(world_size)]
+    joined = [
+        (
+            [image for images, _ in step for image in images],
+            [target for _, targets in step for target in targets],
+        )
+        for step in zip(*parts, strict=True)
+    ]
+    assert same(joined, batches(data, **options))
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(data: CocoDataset) -> None:
+    with pytest.raises(ValueError, match=r"batch_size is 5; a multiple of the 2 processes"):
+        batches(data, batch_size=5, world_size=2)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 9])
+def test_evaluation_gives_each_image_to_one_process(data: CocoDataset, world_size: int) -> None:
+    seen: list[int] = []
+    for rank in range(world_size):
+        found = ids(
+            list(loader.evaluation_batches(data, batch_size=2, rank=rank, world_size=world_size))
+        )
+        assert all(len(batch) <= 2 for batch in found)
+        seen += [image_id for batch in found for image_id in batch]
+    assert sorted(seen) == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_holds_no_more_than_what_is_near(data: CocoDataset, workers: int) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    for images, _ in loader.evaluation_batches(data, batch_size=1, num_workers=workers):
+        alive += (weakref.ref(image) for image in images)
+        most = max(most, sum(reference() is not None for reference in alive))
+    assert len(alive) == COUNT
+    # The batch in hand, and the one before while its place in the loop is not yet taken.
+    assert most <= 2
+
+
+def until_killed(found: Iterator[loader.Batch], busy: float) -> None:
+    """Read batches, kill a worker at the fourth, and be busy for some seconds then."""
+    for step, _ in enumerate(found):
+        if step == 3:
+            os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+            time.sleep(busy)
+
+
+@pytest.mark.parametrize("busy", [0.0, 0.3])
+def test_a_killed_worker_is_one_clear_error(data: CocoDataset, busy: float) -> None:
+    """Whether PyTorch notices while the caller is at work or while it waits for the next batch."""
+    found = loader.training_batches(data, batch_size=2, seed=0, steps=10_000, num_workers=2)
+    with pytest.raises(loader.DataWorkerError) as caught, loader.clear_worker_errors():
+        until_killed(found, busy)
+    assert "killed" in str(caught.value)
+    assert "fewer data.workers" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    found.close()
+
+
+def test_other_errors_pass_unchanged() -> None:
+    with pytest.raises(RuntimeError, match=r"^something else$"), loader.clear_worker_errors():
+        raise RuntimeError("something else")
+
+
+def test_ctrl_c_does_not_reach_the_workers(data: CocoDataset) -> None:
+    """A terminal sends it to every process; the main one needs its workers until it is done."""
+    found = loader.training_batches(data, batch_size=2, seed=0, steps=40, num_workers=1)
+    first = next(found)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid or 0, signal.SIGINT)
+    assert same([first, *found], batches(data, steps=40))
+
+
+def test_the_time_waited_is_added_up() -> None:
+    batch: loader.Batch = ([torch.zeros(3, 2, 2)] * 3, [{}] * 3)
+
+    def slow() -> Iterator[loader.Batch]:
+        for _ in range(4):
+            time.sleep(0.02)
+            yield batch
+
+    timed = loader.Timed(slow())
+    next(timed)
+    time.sleep(0.2)
+    next(timed)
+    waited, images = timed.reset()
+    assert 0.04 <= waited < 0.2
+    assert images == 6
+    assert (timed.waited, timed.images) == (0, 0)
+    assert len(list(timed)) == 2
+    assert timed.images == 6
+    assert timed.waited >= 0.04
+
+
+@pytest.mark.gpu
+def test_batches_are_pinned_where_there_is_a_gpu(data: CocoDataset) -> None:
+    for pin in (None, True, False):
+        images, targets = next(
+            loader.training_batches(
+                data, batch_size=2, seed=0, steps=1, num_workers=1, pin_memory=pin
+            )
+        )
+        assert images[0].is_pinned() is (pin is not False)
+        assert targets[0]["masks"].is_pinned() is (pin is not False)
 
 
 def test_a_batch_of_nothing_is_refused(data: CocoDataset) -> None:

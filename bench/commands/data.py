@@ -1,0 +1,333 @@
+"""`python -m bench data`: check, download and time a data set."""
+
+import argparse
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.errors import InputError, choose
+from bench.options import names, positive, seconds
+
+if TYPE_CHECKING:
+    from bench.data.check import SplitReport
+
+HELP = "check a data set, download COCO, or time how fast data is read"
+EPILOG = """\
+examples:
+  python -m bench data check my_data
+  python -m bench data check /datasets/coco --split val2017 --format json
+  python -m bench data coco --root /datasets/coco
+  python -m bench data speed /datasets/coco --workers 0,2,4,8
+
+`python -m bench data ACTION --help` explains an action. A data set is a folder in COCO layout:
+annotations/instances_SPLIT.json and the images in SPLIT/, for example train2017.
+
+"""
+FORMATS = ("table", "json")
+_VARIABLE = "DETECTRON2_DATASETS"
+_WIDTH = 120
+_LIMIT = 20
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the actions and their options."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    _configure_check(_action(actions, "check", "report everything wrong or odd in a data set"))
+    _configure_coco(_action(actions, "coco", "download COCO 2017, or what is missing of it"))
+    _configure_speed(_action(actions, "speed", "measure how many images a second are read"))
+
+
+def _action(actions: Any, name: str, help_: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = actions.add_parser(name, help=help_, description=help_)
+    return parser
+
+
+def _configure_check(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(act=check)
+    parser.epilog = (
+        "exit code: 0 fine, or odd but handled; 1 errors found; 2 no such folder or split"
+    )
+    _add_path(parser)
+    _add_splits(parser)
+    parser.add_argument(
+        "--no-images", action="store_true", help="read the annotations and masks only"
+    )
+    parser.add_argument(
+        "--degenerate-boxes",
+        default="drop",
+        metavar="drop|error",
+        help="what boxes without area are: left out, as in training by the published recipes, or"
+        " errors (%(default)s)",
+    )
+    parser.add_argument(
+        "--workers", type=_count, metavar="N", help="processes that decode (default: one a core)"
+    )
+    parser.add_argument(
+        "--limit",
+        type=_count,
+        default=_LIMIT,
+        metavar="N",
+        help="places to list of each kind; 0 lists all, as JSON always does (%(default)s)",
+    )
+    parser.add_argument("--format", default="table", help=", ".join(FORMATS))
+
+
+def _configure_coco(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(act=coco)
+    parser.epilog = (
+        "exit code: 0 all is there; 1 the download failed, the same command continues it"
+    )
+    parser.add_argument(
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="where to put it (default: $DETECTRON2_DATASETS/coco)",
+    )
+    parser.add_argument(
+        "--splits",
+        type=names,
+        default=("train2017", "val2017"),
+        metavar="A,B",
+        help="whose images and annotations (default: train2017,val2017)",
+    )
+    parser.add_argument(
+        "--base-url",
+        default="http://images.cocodataset.org",
+        metavar="URL",
+        help="a mirror (%(default)s)",
+    )
+    parser.add_argument(
+        "--keep-archives", action="store_true", help="keep the zip files after extraction"
+    )
+
+
+def _configure_speed(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(act=speed)
+    _add_path(parser)
+    parser.add_argument("--split", default="train2017", help="which (%(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=_counts,
+        default=(0, 1, 2, 4),
+        metavar="A,B",
+        help="numbers of processes to try (default: 0,1,2,4)",
+    )
+    parser.add_argument("--batch-size", type=positive, default=16, help="images (%(default)s)")
+    parser.add_argument(
+        "--seconds", type=seconds, default=10.0, help="to measure each number (%(default)s)"
+    )
+    parser.add_argument("--format", default="table", help=", ".join(FORMATS))
+
+
+def _add_path(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "path",
+        type=Path,
+        nargs="?",
+        metavar="PATH",
+        help="folder in COCO layout (default: $DETECTRON2_DATASETS/coco)",
+    )
+
+
+def _add_splits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--split",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="which (default: every annotations/instances_NAME.json)",
+    )
+
+
+def _count(text: str) -> int:
+    """A whole number, 0 or more."""
+    return 0 if text == "0" else positive(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_count(part) for part in names(text))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do the action; 1 where it failed for a reason that is no wrong input."""
+    from bench.data import DataError
+
+    try:
+        code: int = options.act(options)
+    except DataError as error:
+        print(f"python -m bench data {options.action}: failed: {error}", file=sys.stderr)
+        return 1
+    return code
+
+
+def check(options: argparse.Namespace) -> int:
+    """Check and print; 1 where there are errors."""
+    choose(options.format, FORMATS, "--format")
+    choose(options.degenerate_boxes, ("drop", "error"), "--degenerate-boxes")
+    root = _root(options.path)
+
+    from bench.data import check as checks
+
+    workers = _cores() if options.workers is None else options.workers
+    reports = checks.check(
+        root,
+        options.split,
+        decode=not options.no_images,
+        # One process beside this one would only cost the passing of messages.
+        workers=0 if workers == 1 else workers,
+        degenerate_boxes=options.degenerate_boxes,
+    )
+    if options.format == "json":
+        print(_json(root, reports))
+    else:
+        _print(root, reports, options.limit)
+    return 1 if any(report.errors for report in reports) else 0
+
+
+def _root(path: Path | None) -> Path:
+    if path is not None:
+        return path
+    value = os.environ.get(_VARIABLE)
+    if not value:
+        raise InputError(f"no folder was named, and ${_VARIABLE} is not set")
+    return Path(value).expanduser() / "coco"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _json(root: Path, reports: Sequence["SplitReport"]) -> str:
+    import dataclasses
+
+    return json.dumps(
+        {
+            "path": str(root),
+            "errors": sum(len(report.errors) for report in reports),
+            "odd": sum(len(report.odd) for report in reports),
+            "splits": [
+                dataclasses.asdict(report)
+                | {
+                    "findings": [
+                        {"error": finding.is_error, **dataclasses.asdict(finding)}
+                        for finding in report.findings
+                    ]
+                }
+                for report in reports
+            ],
+        },
+        indent=1,
+    )
+
+
+def _print(root: Path, reports: Sequence["SplitReport"], limit: int) -> None:
+    import pandas as pd
+
+    from bench.data.check import by_kind
+    from report import tables
+
+    summary = [
+        {
+            "split": report.split,
+            "images": str(report.images),
+            "decoded": str(report.decoded),
+            "annotations": str(report.annotations),
+            "classes": str(len(report.categories)),
+            "errors": str(len(report.errors)),
+            "odd": str(len(report.odd)),
+        }
+        for report in reports
+    ]
+    print(f"{root}\n\n{tables.to_text(pd.DataFrame(summary), _WIDTH)}")
+    kinds = [
+        {
+            "split": report.split,
+            "what": kind,
+            "count": str(len(found)),
+            "result": "error" if found[0].handled is None else found[0].handled,
+        }
+        for report in reports
+        for kind, found in by_kind(report.findings).items()
+    ]
+    if kinds:
+        print(tables.to_text(pd.DataFrame(kinds), _WIDTH))
+    for report in reports:
+        for kind, found in by_kind(report.findings).items():
+            print(f"{report.split}, {kind} ({'error' if found[0].is_error else 'handled'}):")
+            _print_places([finding.text for finding in found], limit)
+    errors = sum(len(report.errors) for report in reports)
+    odd = sum(len(report.odd) for report in reports)
+    print(
+        f"{errors or 'no'} error{'' if errors == 1 else 's'}; {odd} odd, but handled"
+        + ("; the data cannot be used before the errors are mended" if errors else "")
+    )
+
+
+def _print_places(texts: Sequence[str], limit: int) -> None:
+    shown = texts[:limit] if limit else texts
+    for text in shown:
+        print(
+            textwrap.fill(
+                text,
+                _WIDTH,
+                initial_indent="  ",
+                subsequent_indent="    ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        )
+    if len(shown) < len(texts):
+        print(f"  and {len(texts) - len(shown)} more; --limit 0 lists all")
+    print()
+
+
+def coco(options: argparse.Namespace) -> int:
+    """Download and say where it is."""
+    from bench.data.download import Downloader
+
+    root = _root(options.root)
+    downloader = Downloader(root, base_url=options.base_url, keep_archives=options.keep_archives)
+    downloader.download(options.splits)
+    print(f"COCO is in {root}: --data {root}, or nothing where ${_VARIABLE}/coco is that folder")
+    return 0
+
+
+def speed(options: argparse.Namespace) -> int:
+    """Measure and print."""
+    choose(options.format, FORMATS, "--format")
+    root = _root(options.path)
+
+    from bench.data.coco import CocoDataset
+    from bench.data.speed import measure
+
+    dataset = CocoDataset(root, options.split, degenerate_boxes="drop")
+    speeds = measure(
+        dataset, options.workers, batch_size=options.batch_size, seconds=options.seconds
+    )
+    rows = [
+        {
+            "workers": str(found.workers),
+            "images/s": f"{found.images_per_second:.1f}",
+            "ms an image": f"{1000 / found.images_per_second:.2f}",
+            "images": str(found.images),
+            "seconds": f"{found.seconds:.1f}",
+        }
+        for found in speeds
+    ]
+    if options.format == "json":
+        print(json.dumps([{key: float(value) for key, value in row.items()} for row in rows]))
+        return 0
+
+    import pandas as pd
+
+    from report import tables
+
+    print(f"{root}, {options.split}: {len(dataset)} images, {_cores()} cores\n")
+    print(tables.to_text(pd.DataFrame(rows), _WIDTH))
+    print("0 workers: the process that trains reads. A GPU is kept fed where this is more than it")
+    print("trains with; the log of a training says how long it waited.")
+    return 0

@@ -1,0 +1,456 @@
+"""The check of a whole data set: everything wrong or odd is found, and where it is."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from bench import cli
+from bench.data.annotations import Finding
+from bench.data.bar import Bar
+from bench.data.check import SplitReport, check
+from bench.data.coco import CocoDataset
+from bench.errors import InputError
+
+HEIGHT, WIDTH = 40, 60
+# Of an annotation in the sound data set: a rectangle as box, polygon and area.
+BOX = [10, 5, 20, 12]
+POLYGON = [10, 5, 30, 5, 30, 17, 10, 17]
+
+
+def annotation(id_: int, image_id: int, **changes: Any) -> dict[str, Any]:
+    sound = {
+        "id": id_,
+        "image_id": image_id,
+        "category_id": 3,
+        "bbox": BOX,
+        "area": 240,
+        "iscrowd": 0,
+        "segmentation": [POLYGON],
+    }
+    return {key: value for key, value in (sound | changes).items() if value is not None}
+
+
+def content(count: int = 4) -> dict[str, Any]:
+    """`count` images from 1 with an instance each, numbered from 101; classes of ids 3 and 8."""
+    return {
+        "categories": [{"id": 3, "name": "train"}, {"id": 8, "name": "cup"}],
+        "images": [
+            {"id": n, "file_name": f"{n}.png", "height": HEIGHT, "width": WIDTH}
+            for n in range(1, count + 1)
+        ],
+        "annotations": [
+            annotation(100 + n, n, category_id=3 if n % 2 else 8) for n in range(1, count + 1)
+        ],
+    }
+
+
+def picture(number: int, mode: str = "RGB") -> Image.Image:
+    rng = np.random.default_rng(number)
+    return Image.fromarray(rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)).convert(mode)
+
+
+def write(root: Path, data: dict[str, Any], split: str = "train2017", first: int = 0) -> Path:
+    folder = root / split
+    folder.mkdir(parents=True)
+    for image in data["images"]:
+        picture(first + int(image["id"])).save(folder / image["file_name"])
+    path = root / "annotations" / f"instances_{split}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(data))
+    return folder
+
+
+def only(root: Path, **options: Any) -> SplitReport:
+    (report,) = check(root, **options)
+    return report
+
+
+def kinds(findings: tuple[Finding, ...]) -> Counter[str]:
+    return Counter(finding.kind for finding in findings)
+
+
+def test_sound_data_has_no_findings(tmp_path: Path) -> None:
+    write(tmp_path, content())
+    report = only(tmp_path)
+    assert report.findings == ()
+    assert (report.images, report.annotations, report.decoded) == (4, 4, 4)
+    assert report.categories == ((3, "train"), (8, "cup"))
+
+
+RUN = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH - 240, 240]}
+
+# What is changed in annotation 101 of image 1, the kind that is found, and words of its text.
+ERRORS: list[tuple[dict[str, Any], str, str]] = [
+    ({"image_id": 99}, "annotation of no image", "image 99"),
+    ({"category_id": 5}, "unknown category", "category 5"),
+    ({"bbox": [1, 2, 3]}, "malformed box", "[1, 2, 3]"),
+    ({"bbox": ["a", 2, 3, 4]}, "malformed box", "'a'"),
+    ({"iscrowd": 2}, "malformed iscrowd", "iscrowd 2"),
+    ({"area": -1}, "malformed area", "area -1"),
+    ({"segmentation": [[1, 2, "a", 4, 5, 6]]}, "malformed polygon", "'a'"),
+    ({"segmentation": [1, 2, 3]}, "malformed polygon", "polygon 1"),
+    ({"segmentation": RUN | {"size": [9, 9]}}, "run-length mask of the wrong size", "[9, 9]"),
+    ({"segmentation": RUN | {"counts": [7]}}, "run-length mask of the wrong size", "7 pixels"),
+    ({"segmentation": RUN | {"counts": [-1, 2]}}, "malformed run-length mask", "counts"),
+    ({"segmentation": RUN | {"counts": "zz"}}, "malformed run-length mask", "cannot be read"),
+    ({"bbox": None}, "malformed entry", "annotations[0]"),
+    ({"id": 102}, "id used twice", "annotations id 102"),
+]
+
+ODD: list[tuple[dict[str, Any], str, str, int]] = [
+    ({"bbox": [10, 5, 0, 12]}, "box without area in the image", "left out", 0),
+    ({"bbox": [70, 5, 9, 12]}, "box without area in the image", "left out", 0),
+    ({"segmentation": [POLYGON, [1, 2, 3, 4]]}, "polygon of fewer than 3 points", "left out", 1),
+    (
+        {"segmentation": [POLYGON, [1, 2, 3, 4, 5, 6, 7]]},
+        "polygon of an odd count of numbers",
+        "left out",
+        1,
+    ),
+    ({"segmentation": None}, "annotation without a segmentation", "its box is its mask", 1),
+    ({"segmentation": []}, "annotation without a segmentation", "its box is its mask", 1),
+    ({"area": None}, "annotation without an area", "its box's area", 1),
+    ({"iscrowd": 1}, "crowd outlined by polygons", "crowd", 1),
+    ({"ignore": 1}, "marked 'ignore'", "it counts", 1),
+    ({"area": 600}, "area that does not fit its mask", "small, medium or large", 1),
+    ({"bbox": [10, 5, 30, 17]}, "box that does not fit its mask", "both are used", 1),
+    (
+        {"segmentation": [[12.1, 6.1, 12.2, 6.1, 12.2, 6.2]]},
+        "mask without a pixel",
+        "empty mask",
+        1,
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "kind", "words"), ERRORS, ids=str)
+def test_an_error_is_found_by_the_annotation_s_id(
+    tmp_path: Path, changes: dict[str, Any], kind: str, words: str
+) -> None:
+    data = content()
+    data["annotations"][0] = annotation(101, 1) | changes
+    data["annotations"][0] = {k: v for k, v in data["annotations"][0].items() if v is not None}
+    write(tmp_path, data)
+    (error,) = only(tmp_path).errors
+    assert error.kind == kind
+    assert words in error.text
+    if kind != "malformed entry":
+        assert error.annotation == data["annotations"][0]["id"]
+        assert str(error.annotation) in error.text
+    if kind != "malformed run-length mask":
+        with pytest.raises(InputError, match=r"instances_train2017\.json: "):
+            CocoDataset(tmp_path, "train2017")
+
+
+@pytest.mark.parametrize(("changes", "kind", "words", "used"), ODD, ids=str)
+def test_what_is_odd_is_said_with_how_it_is_handled(
+    tmp_path: Path, changes: dict[str, Any], kind: str, words: str, used: int
+) -> None:
+    data = content()
+    data["annotations"][0] = annotation(101, 1, **changes)
+    write(tmp_path, data)
+    report = only(tmp_path)
+    assert report.errors == ()
+    # Another class would be without instances besides.
+    (found,) = [finding for finding in report.odd if finding.annotation is not None]
+    assert found.kind == kind
+    assert found.annotation == 101
+    assert found.image == 1
+    assert words in str(found.handled)
+    dataset = CocoDataset(tmp_path, "train2017", degenerate_boxes="drop")
+    assert len(dataset[0][1]["boxes"]) == used
+    assert report.annotations == 3 + used
+
+
+@pytest.mark.parametrize(
+    ("box", "polygon", "over"),
+    [
+        ([-5, 5, 20, 12], [-5, 5, 15, 5, 15, 17, -5, 17], "5 pixels"),
+        ([50, 5, 14, 12], [50, 5, 64, 5, 64, 17, 50, 17], "4 pixels"),
+        ([10, 30, 20, 13], [10, 30, 30, 30, 30, 43, 10, 43], "3 pixels"),
+    ],
+)
+def test_what_reaches_over_the_edge_is_cut_off(
+    tmp_path: Path, box: list[int], polygon: list[int], over: str
+) -> None:
+    data = content()
+    data["annotations"][0] = annotation(101, 1, bbox=box, segmentation=[polygon])
+    write(tmp_path, data)
+    report = only(tmp_path)
+    assert report.errors == ()
+    assert kinds(report.odd)["box over the image's edge"] == 1
+    assert kinds(report.odd)["polygon over the image's edge"] == 1
+    assert all(over in finding.text for finding in report.odd if "edge" in finding.kind)
+
+
+def test_a_pixel_over_the_edge_is_rounding(tmp_path: Path) -> None:
+    data = content()
+    wide = [-0.5, 0, WIDTH + 1, HEIGHT + 0.9]
+    edge = [0, 0, WIDTH + 0.9, 0, WIDTH, HEIGHT + 0.5, -0.5, HEIGHT]
+    data["annotations"][0] = annotation(101, 1, bbox=wide, segmentation=[edge], area=2400)
+    write(tmp_path, data)
+    assert only(tmp_path).findings == ()
+
+
+def test_boxes_without_area_may_be_errors(tmp_path: Path) -> None:
+    data = content()
+    data["annotations"][0] = annotation(101, 1, bbox=[10, 5, 0, 12])
+    write(tmp_path, data)
+    (error,) = only(tmp_path, degenerate_boxes="error").errors
+    assert error.annotation == 101
+    assert "degenerate_boxes=drop" in error.text
+
+
+Spoil = Callable[[Path], None]
+
+
+def saved(image: Image.Image, **options: Any) -> Spoil:
+    return lambda path: image.save(path, "PNG", **options)
+
+
+def orientation(value: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+FILES: list[tuple[Spoil, str, str, bool]] = [
+    (Path.unlink, "image missing", "image 2 is missing", True),
+    (truncate, "image unreadable", "truncated", True),
+    (lambda path: path.write_bytes(b""), "image unreadable", "image 2: ", True),
+    (lambda path: path.write_text("no"), "image unreadable", "unknown format", True),
+    (saved(Image.new("RGB", (60, 41))), "image of another size", "41x60", True),
+    (
+        saved(picture(9), exif=orientation(6)),
+        "image of another size",
+        "without its EXIF orientation (6) it would fit",
+        True,
+    ),
+    (saved(picture(9), exif=orientation(3)), "image turned by EXIF", "orientation 3", False),
+    (saved(picture(9, "L")), "grey image", "mode L", False),
+    (saved(picture(9, "LA")), "grey image with transparency", "mode LA", False),
+    (saved(picture(9, "1")), "black-and-white image", "mode 1", False),
+    (saved(picture(9, "P")), "image with a palette", "mode P", False),
+    (saved(picture(9, "RGBA")), "transparent image", "mode RGBA", False),
+    (
+        saved(Image.fromarray(np.full((HEIGHT, WIDTH), 9000, dtype=np.uint16))),
+        "16-bit image",
+        "mode I;16",
+        False,
+    ),
+    (lambda path: picture(9, "CMYK").save(path, "JPEG"), "CMYK image", "mode CMYK", False),
+]
+
+
+@pytest.mark.parametrize(("spoil", "kind", "words", "is_error"), FILES)
+def test_a_file_is_found_by_the_image_s_id(
+    tmp_path: Path, spoil: Spoil, kind: str, words: str, is_error: bool
+) -> None:
+    folder = write(tmp_path, content())
+    spoil(folder / "2.png")
+    report = only(tmp_path)
+    (found,) = [finding for finding in report.findings if finding.kind == kind]
+    assert (found.image, found.is_error) == (2, is_error)
+    assert words in found.text
+    assert "\n" not in found.text
+    assert only(tmp_path, decode=False).findings == ((found,) if kind == "image missing" else ())
+
+
+def test_everything_is_found_at_once(tmp_path: Path) -> None:
+    """One of every kind, in one data set: neither hides the other."""
+    data = content(len(ERRORS) + len(ODD) + len(FILES))
+    expected: Counter[str] = Counter()
+    changes = [*ERRORS, *[odd[:3] for odd in ODD]]
+    for number, (change, kind, _) in enumerate(changes):
+        changed = data["annotations"][number] | change
+        if "id" in change:
+            changed["id"] = 101
+        data["annotations"][number] = {k: v for k, v in changed.items() if v is not None}
+        expected[kind] += 1
+    folder = write(tmp_path, data)
+    for number, (spoil, kind, _, _) in enumerate(FILES, start=len(changes) + 1):
+        spoil(folder / f"{number}.png")
+        expected[kind] += 1
+    # One of the files that is turned is of another size too.
+    expected["image turned by EXIF"] += 1
+    for workers in (0, 2):
+        report = only(tmp_path, workers=workers)
+        found = kinds(report.findings)
+        assert {kind: found[kind] for kind in expected} == expected
+        assert report.decoded == len(data["images"]) - sum(
+            kind in ("image missing", "image unreadable") for _, kind, _, _ in FILES
+        )
+
+
+def test_images_and_classes_without_instances(tmp_path: Path) -> None:
+    data = content()
+    data["categories"].append({"id": 9, "name": "cup"})
+    crowd = annotation(101, 1, iscrowd=1, segmentation=RUN, bbox=[54, 0, 6, 40])
+    data["annotations"] = [crowd, annotation(102, 2), annotation(103, 3)]
+    write(tmp_path, data)
+    report = only(tmp_path)
+    assert report.errors == ()
+    by_kind = {finding.kind: finding for finding in report.odd}
+    assert by_kind["image with crowds only"].image == 1
+    assert by_kind["image without annotations"].image == 4
+    assert "'cup'" in by_kind["class name used twice"].text
+    assert kinds(report.odd)["class without an instance"] == 2
+
+
+def test_broken_structure_is_found(tmp_path: Path) -> None:
+    data = content()
+    data["images"][1] = {"id": 2}
+    data["images"].append(data["images"][0])
+    data["images"][3]["height"] = 0
+    data["categories"].append("cup")
+    folder = write(tmp_path, content())
+    (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(data))
+    assert kinds(only(tmp_path).errors) == {
+        "malformed entry": 2,
+        "id used twice": 1,
+        "image without a size": 1,
+        # Of the images that cannot be used.
+        "annotation of no image": 2,
+    }
+    for broken in ("", "[1, 2]"):
+        (tmp_path / "annotations" / "instances_train2017.json").write_text(broken)
+        (error,) = only(tmp_path).errors
+        assert error.kind == "annotation file unreadable"
+    (tmp_path / "annotations" / "instances_train2017.json").write_text("{}")
+    assert kinds(only(tmp_path).errors) == {"section missing": 3}
+    assert folder.is_dir()
+
+
+def test_files_that_no_image_names_and_files_that_are_the_same(tmp_path: Path) -> None:
+    folder = write(tmp_path, content())
+    (folder / "3.png").write_bytes((folder / "1.png").read_bytes())
+    (folder / "extra.png").write_bytes(b"")
+    write(tmp_path, content(), split="val2017", first=50)
+    (tmp_path / "val2017" / "2.png").write_bytes((folder / "2.png").read_bytes())
+    train, val = check(tmp_path)
+    assert kinds(train.findings) == {"image twice in a split": 1, "file that no image names": 1}
+    assert train.findings[0].image == 3
+    assert "extra.png" in train.findings[1].text
+    assert kinds(val.findings) == {"image in two splits": 1}
+    assert "2.png of train2017" in val.findings[0].text
+
+
+def test_splits_of_other_classes_do_not_go_together(tmp_path: Path) -> None:
+    write(tmp_path, content())
+    other = content()
+    other["categories"][1]["name"] = "mug"
+    write(tmp_path, other, split="val2017", first=50)
+    train, val = check(tmp_path)
+    assert train.findings == ()
+    (error,) = val.errors
+    assert error.kind == "classes of the splits differ"
+    assert "8 'cup', 8 'mug'" in error.text
+    assert [report.split for report in check(tmp_path, ["val2017"])] == ["val2017"]
+    assert check(tmp_path, ["val2017"])[0].findings == ()
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(["data", "check", *arguments, "--workers", "0"])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_command_prints_and_returns_what_it_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = content(30)
+    root = tmp_path / "data"
+    folder = write(root, data)
+    code, out, _ = run(capsys, str(root))
+    assert code == 0
+    assert out.endswith("no errors; 0 odd, but handled\n")
+    data["annotations"] = [annotation(100 + n, n, category_id=5) for n in range(1, 31)]
+    (root / "annotations" / "instances_train2017.json").write_text(json.dumps(data))
+    picture(9, "L").save(folder / "7.png")
+    code, out, _ = run(capsys, str(root))
+    assert code == 1
+    assert max(map(len, out.splitlines())) <= 120
+    assert "annotation 120 (image 20) has the unknown category 5" in out
+    assert "annotation 121 " not in out
+    assert "and 10 more; --limit 0 lists all" in out
+    assert "grey image" in out
+    assert "three equal channels" in out
+    code, out, _ = run(capsys, str(root), "--limit", "0")
+    assert all(f"annotation {100 + n} (image {n}) has" in out for n in range(1, 31))
+    code, out, _ = run(capsys, str(root), "--format", "json")
+    read = json.loads(out)
+    assert code == 1
+    assert (read["errors"], read["odd"]) == (30, 3)
+    first = read["splits"][0]["findings"][0]
+    assert (first["error"], first["annotation"], first["image"]) == (True, 101, 1)
+
+
+def test_the_command_without_a_folder_or_a_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "coco", content())
+    for arguments, words in (
+        ([str(tmp_path / "nowhere")], "no data folder"),
+        ([str(tmp_path)], "needed: annotations/instances_SPLIT.json and the images in SPLIT/"),
+        ([str(tmp_path / "coco"), "--split", "val"], "no split 'val' in"),
+        ([str(tmp_path / "coco"), "--format", "jsn"], "did you mean 'json'"),
+    ):
+        code, _, err = run(capsys, *arguments)
+        assert code == 2
+        assert words in err
+        assert err.count("\n") == 1
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    code, _, err = run(capsys)
+    assert code == 2
+    assert "$DETECTRON2_DATASETS is not set" in err
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    assert run(capsys)[0] == 0
+
+
+def test_a_folder_of_images_of_another_name_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, content())
+    (tmp_path / "train2017").rename(tmp_path / "images")
+    code, out, _ = run(capsys, str(tmp_path))
+    assert code == 1
+    assert "for split 'train2017', where the images belong" in " ".join(out.split())
+    assert "folders there: annotations, images" in " ".join(out.split())
+
+
+def test_speed_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, content())
+    options = ["data", "speed", str(tmp_path), "--seconds", "0.1", "--batch-size", "2"]
+    assert cli.main([*options, "--workers", "0,1"]) == 0
+    out = capsys.readouterr().out
+    assert "images/s" in out
+    assert cli.main([*options, "--workers", "0", "--format", "json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["workers"] == 0
+    assert row["images/s"] == pytest.approx(row["images"] / row["seconds"], rel=0.6)
+    assert row["images"] % 2 == 0
+
+
+def test_a_bar_without_a_terminal_prints_lines_with_the_time_left() -> None:
+    now = [0.0]
+    console = Console(width=120, force_terminal=False, record=True, quiet=False)
+    with Bar("checking", 100, done=20, console=console, clock=lambda: now[0]) as bar:
+        for _ in range(4):
+            now[0] += 10
+            bar.advance(10)
+    lines = console.export_text().splitlines()
+    assert lines == [
+        "checking: 40 of 100, left 0:01:00",
+        "checking: 60 of 100, left 0:00:40",
+    ]
