@@ -1,0 +1,218 @@
+"""`python -m bench check`: whether a mechanism keeps the contract."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from bench.errors import InputError, choose
+from bench.options import image_size, positive
+
+if TYPE_CHECKING:
+    from bench.conformance import Report
+
+HELP = "run the conformance test on a mechanism, yours or the package's"
+EPILOG = """\
+examples:
+  python -m bench check my_attention.py:MyAttention
+  python -m bench check my_package.my_module:MyAttention --option window=5 share=true
+  python -m bench check longformer performer
+  python -m bench check all --format json
+
+Each failure says what to change. Warnings do not count as failures.
+
+"""
+FORMATS = ("table", "json")
+_WIDTH = 120
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument(
+        "mechanisms",
+        nargs="+",
+        metavar="MECHANISM",
+        help="a name, package.module:Class or file.py:Class; all for every one of the package",
+    )
+    parser.add_argument(
+        "--option",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="key=value",
+        help="options of the mechanism (default: each set of its examples)",
+    )
+    parser.add_argument(
+        "--grid",
+        type=image_size,
+        default=(6, 8),
+        metavar="RxC",
+        help="rows and columns of the ordinary calls; odd grids are near it (6x8)",
+    )
+    parser.add_argument("--dim", type=positive, default=48, help="channels (%(default)s)")
+    parser.add_argument("--num-heads", type=positive, default=3, help="heads (%(default)s)")
+    parser.add_argument("--format", default="table", help=", ".join(FORMATS))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check and print; 1 where a check failed."""
+    choose(options.format, FORMATS, "--format")
+    if options.dim % options.num_heads:
+        raise InputError(f"--dim {options.dim} is no multiple of --num-heads {options.num_heads}")
+    if min(options.grid) < 2:
+        raise InputError(
+            f"--grid {options.grid[0]}x{options.grid[1]}: both sides must be 2 or more"
+        )
+
+    from bench import conformance
+
+    chosen = _names(options.mechanisms)
+    reports = [
+        conformance.check(
+            name, own, grid=options.grid, dim=options.dim, num_heads=options.num_heads
+        )
+        for name, own in _with_options(chosen, _parsed(options.option))
+    ]
+    if options.format == "json":
+        print(_json(reports))
+    else:
+        _print(reports)
+    return 0 if all(report.passed for report in reports) else 1
+
+
+def _names(mechanisms: Sequence[str]) -> list[str]:
+    import attentions
+
+    every = [
+        own for name in mechanisms for own in (attentions.names() if name == "all" else [name])
+    ]
+    return list(dict.fromkeys(every))
+
+
+def _parsed(options: Sequence[str]) -> dict[str, Any]:
+    """`key=value` as YAML reads values: numbers, true and false, null, lists."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    values: dict[str, Any] = {}
+    for option in options:
+        key, equals, _ = option.partition("=")
+        if not (equals and key.isidentifier()):
+            raise InputError(f"--option {option!r} is no key=value, for example window=5")
+        try:
+            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([option]))
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise InputError(f"--option {option!r}: {str(error).splitlines()[0]}") from error
+        if isinstance(parsed, dict):
+            values |= {str(name): value for name, value in parsed.items()}
+    return values
+
+
+def _with_options(
+    chosen: Sequence[str], values: Mapping[str, Any]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Each mechanism with those of the options that it knows; one must know each."""
+    import attentions
+    from attentions.contract import accepted_options
+    from bench.errors import nearest
+
+    try:
+        known = {name: set(accepted_options(attentions.find(name))) for name in chosen}
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    decided = {"dim", "num_heads", "num_global"}
+    for key in values:
+        every = sorted(set().union(*known.values()) - decided)
+        if key not in every:
+            raise InputError(
+                f"--option {key}: {', '.join(chosen)} has no such option{nearest(key, every)};"
+                f" allowed: {', '.join(every) or 'none'}"
+            )
+    return [
+        (name, {key: value for key, value in values.items() if key in known[name]})
+        for name in chosen
+    ]
+
+
+def _print(reports: Sequence["Report"]) -> None:
+    import pandas as pd
+
+    from report import tables
+
+    shown = _one(reports[0]) if len(reports) == 1 else _many(reports)
+    for title, rows in shown:
+        if rows:
+            print(f"{title}\n\n{tables.to_text(pd.DataFrame(rows, dtype=str), _WIDTH)}")
+    failed = [report.mechanism for report in reports if not report.passed]
+    passed = len(reports) - len(failed)
+    if len(reports) == 1:
+        report = reports[0]
+        print(
+            f"passed {report.count('passed')}, warning {report.count('warning')},"
+            f" failed {report.count('failed')}, skipped {report.count('skipped')}"
+            + (f", not run {report.not_run}" if report.not_run else "")
+        )
+    else:
+        print(f"{passed} of {len(reports)} mechanisms pass" + (": not " if failed else ""), end="")
+        print(", ".join(failed))
+
+
+_Rows = list[dict[str, str]]
+
+
+def _one(report: "Report") -> list[tuple[str, _Rows]]:
+    rows = [
+        {"check": result.check, "result": result.status, "what": _what(result)}
+        for result in report.results
+    ]
+    return [(f"Conformance of {report.mechanism}{_sets(report)}", rows)]
+
+
+def _many(reports: Sequence["Report"]) -> list[tuple[str, _Rows]]:
+    counts = [
+        {
+            "mechanism": report.mechanism,
+            "options": str(len(report.options)),
+            **{
+                name: str(report.count(name)) for name in ("passed", "warning", "failed", "skipped")
+            },
+        }
+        for report in reports
+    ]
+    said = [
+        {
+            "mechanism": report.mechanism,
+            "check": result.check,
+            "result": result.status,
+            "what": _what(result),
+        }
+        for report in reports
+        for result in report.results
+        if result.status in ("failed", "warning")
+    ]
+    return [
+        ("Conformance: checks by result, over all sets of options", counts),
+        ("Failures and warnings", said),
+    ]
+
+
+def _what(result: Any) -> str:
+    return f"{result.detail}\n→ {result.advice}" if result.advice else str(result.detail)
+
+
+def _sets(report: "Report") -> str:
+    if len(report.options) > 1:
+        return f", {len(report.options)} sets of options"
+    said = ", ".join(f"{key}={value}" for key, value in report.options[0].items())
+    return f" with {said}" if said else ""
+
+
+def _json(reports: Sequence["Report"]) -> str:
+    import dataclasses
+    import json
+
+    return json.dumps(
+        [{**dataclasses.asdict(report), "passed": report.passed} for report in reports],
+        indent=1,
+        default=str,
+    )
