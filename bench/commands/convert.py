@@ -1,0 +1,254 @@
+"""`python -m bench convert`: from a classification checkpoint to the start of a detector."""
+
+import argparse
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench.errors import InputError, choose
+from bench.options import image_size
+
+if TYPE_CHECKING:
+    from bench.backbone import ViL
+    from bench.checkpoints import Conversion, Step
+    from bench.config import RunConfig
+
+HELP = "convert a classification checkpoint for the training of a detector"
+EPILOG = """\
+examples:
+  python -m bench convert --source cls.pth --output det.pth --backbone small
+  python -m bench convert --source cls.pth --output det.pth --backbone tiny --position relative
+  python -m bench convert --source cls.pth --output det.pth --attention "Partial global"
+
+Global tokens are expanded, position tables resized, and qkv split where the backbone keeps queries
+apart. The file holds {"model": tensors by their published names}. The source is read without
+running any code that it may hold.
+
+"""
+FORMATS = ("table", "json")
+POSITIONS = ("absolute", "relative")
+_WIDTH = 120
+_MANY_KINDS = 12
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument(
+        "--source", type=Path, required=True, metavar="FILE", help="classification checkpoint"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="where the result goes"
+    )
+    parser.add_argument("--backbone", default="small", help="of configs/backbones.yaml (small)")
+    parser.add_argument(
+        "--attention",
+        default="ViL",
+        metavar="ROW",
+        help="a row of configs/rows.yaml or a mechanism, yours too (ViL)",
+    )
+    parser.add_argument(
+        "--position", default=None, help="absolute (that of the rows) or relative, in all stages"
+    )
+    parser.add_argument(
+        "--image-size",
+        type=image_size,
+        metavar="N",
+        help="longest side of the images to come, or HEIGHTxWIDTH (1333)",
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite the output")
+    parser.add_argument(
+        "--every", action="store_true", help="one line for each tensor, not for each kind"
+    )
+    parser.add_argument("--format", default="table", help=", ".join(FORMATS))
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="of bench/config.py, for example model.arch=…",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Convert, write and print."""
+    choose(options.format, FORMATS, "--format")
+    if options.position is not None:
+        choose(options.position, POSITIONS, "--position")
+    _check_output(options.source, options.output, force=options.force)
+
+    from bench.checkpoints import convert, load_file, save_file
+
+    config = _config(options)
+    vil = _backbone(config)
+    conversion = convert(load_file(options.source), vil)
+    if not any(_is_of_a_stage(step) for step in conversion.steps):
+        raise InputError(
+            f"--source {options.source}: no tensor of it fits a stage of --backbone"
+            f" {options.backbone} with --attention {options.attention}"
+            f"{_first_misfit(conversion.steps)}"
+        )
+    save_file(conversion.tensors, options.output)
+    if options.format == "json":
+        print(_json(conversion, config))
+    else:
+        _print(conversion, config, options)
+    return 0
+
+
+def _check_output(source: Path, output: Path, *, force: bool) -> None:
+    if output.exists() and source.exists() and output.samefile(source):
+        raise InputError(f"--output {output} is the source itself; name another file")
+    if output.is_dir():
+        raise InputError(f"--output {output} is a folder; name a file")
+    if output.exists() and not force:
+        raise InputError(f"--output {output} is there already; --force overwrites it")
+
+
+def _config(options: argparse.Namespace) -> "RunConfig":
+    import dataclasses
+
+    from bench.config import profile_configs
+
+    if options.attention == "all":
+        raise InputError("--attention all: a checkpoint is converted for one row; name it")
+    (config,) = profile_configs(
+        [options.attention],
+        backbone=options.backbone,
+        image_size=options.image_size,
+        overrides=options.overrides,
+    )
+    if options.position is None:
+        return config
+    switch = int(options.position == "absolute")
+    arch = re.sub(r",a[01](?=_|$)", f",a{switch}", config.model.arch)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, arch=arch))
+
+
+def _backbone(config: "RunConfig") -> "ViL":
+    """The backbone that is converted for, with nothing allocated."""
+    import torch
+
+    from bench.runner import build_detector
+
+    with torch.device("meta"):
+        detector = build_detector(config, num_classes=80)
+    vil: ViL = detector.backbone.bottom_up
+    return vil
+
+
+def _is_of_a_stage(step: "Step") -> bool:
+    """Whether a tensor found its place in a stage, where nothing fits by chance."""
+    return (
+        step.action != "left out"
+        and step.target.startswith("layer")
+        and not step.target.endswith("cls_pos_embed")
+    )
+
+
+def _first_misfit(steps: Sequence["Step"]) -> str:
+    found = next((step for step in steps if step.action == "left out" and step.target), None)
+    return f"; for example, {found.source}: {found.reason}" if found else ""
+
+
+def _print(conversion: "Conversion", config: "RunConfig", options: argparse.Namespace) -> None:
+    import pandas as pd
+
+    from bench.checkpoints import ACTIONS
+    from report import tables
+
+    model = config.model
+    print(f"{options.source} → {options.output}, for {model.backbone} with {config.row}\n")
+    if options.every:
+        rows = [_row([step], named=str) for step in conversion.steps]
+    else:
+        rows = [_row(group, named=_kind) for group in _groups(conversion.steps)]
+    print(tables.to_text(pd.DataFrame(rows, dtype=str), _WIDTH))
+    counts = ", ".join(f"{conversion.count(action)} {action}" for action in ACTIONS)
+    print(f"{len(conversion.tensors)} tensors written: {counts}")
+    if conversion.untouched:
+        total = len(conversion.untouched) + len(conversion.tensors)
+        said = (
+            f"{len(conversion.untouched)} of {total} tensors of the backbone get nothing and start"
+            f" at random: {_counted(conversion.untouched)}"
+        )
+        print(textwrap.fill(said, _WIDTH, break_long_words=False))
+
+
+def _counted(names: Sequence[str]) -> str:
+    """Names by their kind with their number, or by their stage where there are many kinds."""
+    kinds = Counter(map(_kind, names))
+    if len(kinds) > _MANY_KINDS:
+        kinds = Counter(name.partition(".")[0] for name in names)
+    return ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items())
+
+
+def _groups(steps: Sequence["Step"]) -> list[list["Step"]]:
+    """Plain copies by their stage; what was changed or left out by its kind."""
+    groups: dict[tuple[object, ...], list[Step]] = {}
+    for step in steps:
+        plain = step.action == "copied" and not step.reason
+        key: tuple[object, ...] = (step.action, step.source.partition(".")[0])
+        if not plain:
+            key = (step.action, _kind(step.source), step.source_shape, step.reason)
+        groups.setdefault(key, []).append(step)
+    return list(groups.values())
+
+
+def _row(steps: Sequence["Step"], *, named: Callable[[str], str]) -> dict[str, str]:
+    """The line of some steps of one action."""
+    action = steps[0].action
+    sources = list(dict.fromkeys(named(step.source) for step in steps))
+    places = list(dict.fromkeys(named(step.target) for step in steps))
+    shapes = [
+        list(dict.fromkeys(map(_shape, found)))
+        for found in ((step.source_shape for step in steps), (step.target_shape for step in steps))
+    ]
+    same = len(sources) > 1
+    if same:
+        sources = [sources[0].partition(".")[0] + ".…"]
+    return {
+        "tensor": sources[0],
+        "result": action,
+        "place": "same" if same or places == sources else _joined(places),
+        "count": str(len({step.source for step in steps})),
+        "from": "" if same else ", ".join(shapes[0]),
+        "to": "" if same else ", ".join(shapes[1]),
+        # Its shapes are in the columns before.
+        "why": "does not fit" if action == "left out" and steps[0].target else steps[0].reason,
+    }
+
+
+def _joined(names: Sequence[str]) -> str:
+    """Names that differ in one part as one: a.query.weight, a.kv.weight -> a.{query,kv}.weight."""
+    columns = zip(*(name.split(".") for name in names), strict=True)
+    parts = [list(dict.fromkeys(column)) for column in columns]
+    return ".".join(part[0] if len(part) == 1 else f"{{{','.join(part)}}}" for part in parts)
+
+
+def _kind(name: str) -> str:
+    """A name without the number of its block: layer3.5.norm.bias -> layer3.*.norm.bias."""
+    return re.sub(r"^(layer\d+)\.[1-9]\d*\.", r"\1.*.", name)
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "" if shape is None else "x".join(map(str, shape)) or "one"
+
+
+def _json(conversion: "Conversion", config: "RunConfig") -> str:
+    import dataclasses
+    import json
+
+    from bench.checkpoints import ACTIONS
+
+    return json.dumps(
+        {
+            "arch": config.model.arch,
+            "attention": config.model.attention,
+            "counts": {action: conversion.count(action) for action in ACTIONS},
+            "steps": [dataclasses.asdict(step) for step in conversion.steps],
+            "untouched": conversion.untouched,
+        },
+        indent=1,
+    )
