@@ -13,6 +13,7 @@ process.
 import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,18 +91,23 @@ def _allocator_peak(fn: Callable[[], object], device: torch.device) -> MemoryPea
 
 
 def _live_peak(fn: Callable[[], object], live: Iterable[object]) -> MemoryPeak:
-    watch = _LiveTensors()
+    watch = LiveTensors()
     watch.found_before(live)
-    # Tensors in reference cycles would be freed whenever the collector happens to run.
+    with no_collector(), watch:
+        fn()
+    return MemoryPeak(bytes=watch.peak, kind=LIVE_TENSORS, device="cpu", before=watch.before)
+
+
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """Without it, tensors in reference cycles are freed whenever the collector happens to run."""
     collecting = gc.isenabled()
     gc.disable()
     try:
-        with watch:
-            fn()
+        yield
     finally:
         if collecting:
             gc.enable()
-    return MemoryPeak(bytes=watch.peak, kind=LIVE_TENSORS, device="cpu", before=watch.before)
 
 
 def _tensors(things: object) -> Iterator[Tensor]:
@@ -121,21 +127,60 @@ def _tensors(things: object) -> Iterator[Tensor]:
             yield from _tensors(thing)
 
 
-class _LiveTensors(TorchDispatchMode):
-    """Keeps the sum of the CPU storages that are alive, and its peak, in bytes."""
+@dataclass(eq=False)
+class Storage:
+    """A storage that is or was alive.
 
-    def __init__(self) -> None:
+    Attributes:
+        size: in bytes.
+        label: what `LiveTensors.label` was when it was first seen.
+    """
+
+    size: int
+    label: str
+
+
+class LiveTensors(TorchDispatchMode):
+    """Keeps the sum of the CPU storages that are alive, and its peak, in bytes.
+
+    Tensors without memory count like others: those of `FakeTensorMode` that claim to be on the CPU.
+
+    Args:
+        block: storages count as whole multiples of so many bytes.
+
+    Attributes:
+        before: bytes of what was alive before the watch began.
+        current: bytes alive now.
+        peak: the largest `current` so far; it may be set back to `current` in between.
+        label: given to storages that are first seen from now on.
+    """
+
+    def __init__(self, *, block: int = 1) -> None:
         super().__init__()
+        self.block = block
         self.before = 0
         self.current = 0
         self.peak = 0
-        self._sizes: dict[int, int] = {}
-        self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.label = ""
+        self._alive: dict[int, Storage] = {}
+        self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def found_before(self, things: object) -> None:
         """Count tensors that were alive all the time."""
         for tensor in _tensors(things):
             self._add_before(tensor)
+
+    def storages(self, things: object) -> set[Storage]:
+        """The storages of tensors in nested containers, modules and optimisers."""
+        keys = {self._key(tensor) for tensor in _tensors(things)}
+        return {self._alive[key] for key in keys if key in self._alive}
+
+    def alive(self) -> tuple[Storage, ...]:
+        """The storages that are alive now."""
+        return tuple(self._alive.values())
+
+    def peaked(self, operator: object) -> None:
+        """Called after each operator that made a new peak."""
 
     def _add_before(self, tensor: Tensor) -> None:
         added = self._update(tensor)
@@ -152,13 +197,15 @@ class _LiveTensors(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if func not in _JUST_MADE:
             for value in tree_leaves((args, kwargs)):
-                if isinstance(value, Tensor) and self._key(value) not in self._watched:
+                if isinstance(value, Tensor) and self._key(value) not in self._alive:
                     self._add_before(value)
         result = func(*args, **kwargs)
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
                 self._update(value)
-        self.peak = max(self.peak, self.current)
+        if self.current > self.peak:
+            self.peak = self.current
+            self.peaked(func)
         return result
 
     @staticmethod
@@ -171,14 +218,15 @@ class _LiveTensors(TorchDispatchMode):
             return 0
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key not in self._watched:
-            self._sizes[key] = 0
-            self._watched[key] = weakref.ref(storage, lambda _: self._freed(key))
-        grown = storage.nbytes() - self._sizes[key]
-        self._sizes[key] += grown
+        if key not in self._alive:
+            self._alive[key] = Storage(0, self.label)
+            self._references[key] = weakref.ref(storage, lambda _: self._freed(key))
+        entry = self._alive[key]
+        grown = -(-storage.nbytes() // self.block) * self.block - entry.size
+        entry.size += grown
         self.current += grown
         return grown
 
     def _freed(self, key: int) -> None:
-        self.current -= self._sizes.pop(key)
-        del self._watched[key]
+        self.current -= self._alive.pop(key).size
+        del self._references[key]
