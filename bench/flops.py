@@ -14,13 +14,14 @@ listed in `uncounted`.
 
 On the meta device `scaled_dot_product_attention` splits into two `bmm`. A fused operator that a
 module calls itself, or that runs on a real device, is counted by `FORMULAS`, which adds what torch
-lacks.
+lacks. A block mask for FlexAttention that would be made on the meta device is made on the CPU, so
+that its sparsity is known.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -47,7 +48,9 @@ _META = torch.device("meta")
 aten = torch.ops.aten
 _FLEX = torch.ops.higher_order.flex_attention
 
-FLEX_DENSE = "flex_attention (counted as dense: its block mask is on the meta device)"
+FLEX_DENSE = "flex_attention (counted as dense: its block mask has no values on the meta device)"
+# A block mask is computed from every pair of tokens, a byte each; beyond this it has no values.
+LARGEST_MASK = 2**26
 
 FREE = {
     "normalisation": (
@@ -81,6 +84,7 @@ FREE = {
         " _softmax_backward_data _log_softmax_backward_data avg_pool2d_backward"
         " _adaptive_avg_pool2d_backward max_pool2d_with_indices_backward embedding_dense_backward"
         " upsample_nearest2d_backward upsample_bilinear2d_backward native_dropout_backward"
+        " slice_backward select_backward"
     ),
     "scans": "cumsum cumprod cummax cummin _cummax_helper _cummin_helper logcumsumexp",
     "reductions": "var_mean std_mean aminmax linalg_vector_norm equal",
@@ -255,7 +259,7 @@ def count(
 def audit(attention: nn.Module, grid: tuple[int, int]) -> Audit:
     """Compare what a mechanism declares with what its operators do, for one image on `grid`."""
     declare = getattr(attention, "multiply_adds", None)
-    counted = count_call(attention, (_tokens(attention, grid), grid))
+    counted = count_call(attention, (tokens(attention, grid), grid))
     return Audit(
         declared=None if declare is None else declare(grid),
         operators=counted.total,
@@ -280,13 +284,19 @@ def count_call(module: nn.Module, inputs: tuple[object, ...]) -> OperatorCount:
             if id(tensor) not in copies:
                 copies[id(tensor)] = tensor.to(_META)
             state[f"{path}.{name}" if path else name] = copies[id(tensor)]
+    with evaluating(module), torch.no_grad():
+        return count_operators(
+            lambda: torch.func.functional_call(module, state, inputs, tie_weights=False)
+        )
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put every part of `module` into evaluation, and back into its own mode at the end."""
     training = {part: part.training for part in module.modules()}
     module.eval()
     try:
-        with torch.no_grad():
-            return count_operators(
-                lambda: torch.func.functional_call(module, state, inputs, tie_weights=False)
-            )
+        yield
     finally:
         for part, mode in training.items():
             part.training = mode
@@ -386,23 +396,27 @@ def _merge(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
 
 
 def _count_attention(module: nn.Module, grid: tuple[int, int], convention: Convention) -> _Part:
-    counted = count_call(module, (_tokens(module, grid), grid))
+    counted = count_call(module, (tokens(module, grid), grid))
     by_operator = counted.by_operator
     if convention == "published":
         by_operator = {_formula_name(module): _published_formula(module, grid)}
     return _Part("attention", by_operator, counted.uncounted)
 
 
-def _tokens(attention: nn.Module, grid: tuple[int, int]) -> Tensor:
-    """Tokens of one image on the meta device: (1, num_global + rows * columns, dim)."""
+def tokens(attention: nn.Module, grid: tuple[int, int], *, device: torch.device = _META) -> Tensor:
+    """Tokens of one image for a mechanism: zeros (1, num_global + rows * columns, dim).
+
+    Raises:
+        InputError: for a module that does not say its `dim` and `num_global`.
+    """
     num_global, dim = getattr(attention, "num_global", None), getattr(attention, "dim", None)
     if not (isinstance(num_global, int) and isinstance(dim, int)):
         raise InputError(
             f"cannot count {type(attention).__name__}: it is no ViL, has no part_calls as detectors"
             " have, and no whole numbers dim and num_global as attention modules have"
         )
-    return torch.empty(
-        1, num_global + grid[0] * grid[1], dim, device=_META, dtype=_dtype(attention)
+    return torch.zeros(
+        1, num_global + grid[0] * grid[1], dim, device=device, dtype=_dtype(attention)
     )
 
 
@@ -458,7 +472,7 @@ class _Watch(TorchDispatchMode):
         if func is _FLEX:
             for name in self.counter.mod_tracker.parents:
                 self.counter.flop_counts[name][_FLEX] += 2 * _flex_multiply_adds(*args, **kwargs)
-            if args[4][2].device == _META:
+            if not _knows_blocks(*args, **kwargs):
                 self.uncounted[FLEX_DENSE] += 1
             return _flex_outputs(*args, **kwargs)
         if isinstance(func, torch._ops.HigherOrderOperator):
@@ -512,7 +526,31 @@ def _product_flops(left: Shape, right: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(left) * right[-1]
 
 
+def _convolution_backward_flops(
+    grad: Shape,
+    image: Shape,
+    weight: Shape,
+    _bias: Any,
+    _stride: Any,
+    _padding: Any,
+    _dilation: Any,
+    transposed: bool,
+    _output_padding: Any,
+    _groups: int,
+    wanted: Sequence[bool],
+    **__: Any,
+) -> int:
+    """As much as the forward pass for each gradient wanted, of the image and of the weight.
+
+    torch's own formula takes the weight's gradient of a grouped convolution for that of a dense
+    one, too much by the number of groups.
+    """
+    places = image[2:] if transposed else grad[2:]
+    return 2 * sum(wanted[:2]) * grad[0] * math.prod(places) * math.prod(weight)
+
+
 FORMULAS: Mapping[Any, Callable[..., int]] = {
+    aten.convolution_backward: _convolution_backward_flops,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_fused_attention_overrideable: _attention_flops,
     aten._scaled_dot_product_attention_math_for_mps: _attention_flops,
@@ -539,7 +577,7 @@ from the shapes of their arguments."""
 def _flex_multiply_adds(
     query: Tensor, key: Tensor, value: Tensor, _score_mod: Any, block_mask: tuple[Any, ...], *_: Any
 ) -> int:
-    """Scores and values of the blocks that the block mask keeps; all, if the mask is on meta.
+    """Scores and values of the blocks that the block mask keeps; all, if it has no values.
 
     `block_mask` is `BlockMask.as_tuple()`: the two lengths, then the numbers of kept key blocks for
     each block of queries (B, H, Q blocks), partly masked ones at 2 and full ones at 4; the block
@@ -561,6 +599,19 @@ def _flex_multiply_adds(
     return kept * (query.shape[3] + value.shape[3])
 
 
+def _knows_blocks(
+    query: Tensor,
+    key: Tensor,
+    _value: Tensor,
+    _score_mod: Any,
+    block_mask: tuple[Any, ...],
+    *_: Any,
+) -> bool:
+    """Whether the block mask has values, or is one block, as that of a call without any is."""
+    single = block_mask[-3] >= query.shape[2] and block_mask[-2] >= key.shape[2]
+    return single or block_mask[2].device != _META
+
+
 def _flex_outputs(query: Tensor, _key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
     """What the operator returns: output (B, H, L, V), log-sum-exp and maximum score (B, H, L)."""
     shape = query.shape[:3]
@@ -577,7 +628,55 @@ def _accept_meta_device() -> Iterator[None]:
         autocast(self, "cpu" if device_type == "meta" else device_type, *args, **kwargs)
 
     with (
-        patch.object(flex_attention, "_validate_device", lambda *_: None),
+        _accept_masks_with_values(),
         patch.object(torch.autocast, "__init__", autocast_of_cpu),
     ):
         yield
+
+
+@contextmanager
+def _accept_masks_with_values() -> Iterator[None]:
+    """Make block masks on the CPU where meta is asked for, and let queries on meta meet them."""
+    create_mask, as_tuple = flex_attention.create_mask, flex_attention.BlockMask.as_tuple
+    blocks = _BlockCounts()
+
+    def with_values(
+        function: Any, batch: int, heads: int, queries: int, keys: int, device: Any = None
+    ) -> Tensor:
+        small = (batch or 1) * (heads or 1) * queries * keys <= LARGEST_MASK
+        if device is not None and torch.device(device) == _META and small:
+            with suppress(RuntimeError, NotImplementedError):
+                mask: Tensor = create_mask(function, batch, heads, queries, keys, "cpu")
+                return mask
+            # The function reads tensors on the meta device: its values cannot be known.
+        return create_mask(function, batch, heads, queries, keys, device)
+
+    def with_own_devices(mask: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        blocks.shown_on = None
+        parts: tuple[Any, ...] = as_tuple(mask, *args, **kwargs)
+        return parts
+
+    def note_device(query: Tensor, _key: Tensor, _value: Tensor) -> None:
+        blocks.shown_on = query.device
+
+    with (
+        patch.object(flex_attention, "_validate_device", note_device),
+        patch.object(flex_attention, "create_mask", with_values),
+        patch.object(flex_attention.BlockMask, "kv_num_blocks", blocks, create=True),
+        patch.object(flex_attention.BlockMask, "as_tuple", with_own_devices),
+    ):
+        yield
+
+
+class _BlockCounts:
+    """`BlockMask.kv_num_blocks`, shown on the device that `flex_attention` compares it with."""
+
+    def __init__(self) -> None:
+        self.shown_on: torch.device | None = None
+
+    def __get__(self, mask: Any, _owner: type) -> Any:
+        counts = vars(mask)["kv_num_blocks"]
+        return counts.to(_META) if self.shown_on == _META else counts
+
+    def __set__(self, mask: Any, counts: Tensor) -> None:
+        vars(mask)["kv_num_blocks"] = counts

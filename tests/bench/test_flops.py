@@ -22,13 +22,19 @@ ROWS = {
 }
 METHODS = {"Mask R-CNN": "mask_rcnn", "RetinaNet": "retinanet"}
 TOLERANCES = {"srformer/64": 5e-3}
-# Matrix products and convolutions that run, in 1e9 multiply-adds at 800x1344.
+# Matrix products and convolutions that run, in 1e9 multiply-adds at 800x1344, counted elsewhere,
+# and how near that comes.
 ACTUAL = {
-    "srformer/64": 223.1,
-    "srformer/32": 268.2,
-    "Partial srformer/32": 352.0,
-    "performer": 243.8,
-    "Partial performer": 339.8,
+    "srformer/64": (223.1, 2e-3),
+    "srformer/32": (268.2, 2e-3),
+    "Partial srformer/32": (352.0, 2e-3),
+    "global": (249.4, 2e-3),
+    "Partial global": (343.8, 2e-3),
+    "performer": (243.8, 2e-3),
+    "Partial performer": (339.8, 2e-3),
+    # Counted with full attention in stage 4, where the published row has windows.
+    "ViL": (256.3, 5e-3),
+    "Partial ViL": (342.0, 2e-3),
 }
 TINY = (
     "l1,h1,d12,n1,s1,g1,p4,f4,a1_l2,h2,d24,n1,s1,g1,p2,f4,a1"
@@ -37,24 +43,26 @@ TINY = (
 SHAPE = (2, 3, 10, 8)
 
 
-@functools.cache
-def published_detector(row, arch=None):
+def count_published(row, arch=None, convention="actual"):
     fields = ROWS[row]
-    arch = arch or fields["arch"]
-    if fields["table"] == "zoo":
-        # Published counts are those of the twin with absolute positions.
-        arch = arch.replace("a0", "a1")
+    # Published counts of the zoo are those of the twin with absolute positions.
+    arch = (arch or fields["arch"]).replace("a0", "a1")
+    return count_arch(arch, fields["attention"], METHODS[fields["method"]], convention)
+
+
+@functools.cache
+def count_arch(arch, attention, method, convention, library="torchvision"):
     with torch.device("meta"):
-        vil = ViL(arch, attention=fields["attention"])
-        return detectors.build(vil, method=METHODS[fields["method"]])
+        detector = detectors.build(ViL(arch, attention=attention), method=method, library=library)
+    return flops.count(detector, convention=convention)
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_published_convention(row):
-    # The published FLOPs of this row are those of a stage 4 half as wide, as its note says.
-    narrow = row == "Partial global"
-    arch = ROWS[row]["arch"].replace("h12,d768", "h6,d384") if narrow else None
-    report = flops.count(published_detector(row, arch), convention="published")
+    # The published FLOPs of one row are those of a stage 4 half as wide, as its note says.
+    arch = ROWS[row]["counted_arch"]
+    assert bool(arch) == (row == "Partial global")
+    report = count_published(row, arch, "published")
     expected = float(ROWS[row]["flops_g"])
     assert report.total / 1e9 == pytest.approx(expected, rel=TOLERANCES.get(row, 2e-3))
     assert report.uncounted == {}
@@ -62,9 +70,44 @@ def test_published_convention(row):
 
 @pytest.mark.parametrize("row", ACTUAL)
 def test_actual_convention(row):
-    report = flops.count(published_detector(row))
-    assert report.total / 1e9 == pytest.approx(ACTUAL[row], rel=2e-3)
+    report = count_published(row)
+    expected, tolerance = ACTUAL[row]
+    assert report.total / 1e9 == pytest.approx(expected, rel=tolerance)
     assert report.uncounted == {}
+
+
+def test_vil_with_full_attention_in_its_last_stage():
+    windows = ROWS["ViL"]["arch"]
+    report = count_published("ViL", windows.replace("n1,s1,g0", "n1,s0,g0"))
+    assert report.total / 1e9 == pytest.approx(ACTUAL["ViL"][0], rel=2e-4)
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("row", ["ViL-Small Mask R-CNN 1x", "ViL-Small RetinaNet 1x", "performer"])
+def test_detectors_of_both_libraries_cost_the_same(row):
+    fields = ROWS[row]
+    ours, theirs = (
+        count_arch(
+            fields["arch"], fields["attention"], METHODS[fields["method"]], "actual", library
+        )
+        for library in ("torchvision", "detectron2")
+    )
+    assert theirs.uncounted == {}
+    assert list(theirs.by_part) == list(ours.by_part)
+    for part, count in ours.by_part.items():
+        assert theirs.by_part[part] == pytest.approx(count, rel=5e-3), part
+    assert theirs.total == pytest.approx(ours.total, rel=5e-3)
+
+
+def test_every_row_of_the_ablation_is_counted_as_it_runs():
+    assert set(ACTUAL) == {row for row, fields in ROWS.items() if fields["table"] == "ablation"}
+
+
+def test_rows_of_one_backbone_differ_by_their_stages_alone():
+    heads = ("fpn", "rpn", "box_head", "mask_head")
+    parts = [count_published(row).by_part for row in ACTUAL]
+    assert len({tuple(part[head] for head in heads) for part in parts}) == 1
+    assert len({part["stage1"] for part in parts}) > 1
 
 
 EXAMPLES = [
@@ -133,7 +176,7 @@ def test_backward_of_attention(device):
 def test_formulas_are_of_operators_that_torch_lacks_or_miscounts(operator):
     from torch.utils.flop_counter import flop_registry
 
-    grouped = "_scaled_dot_product" in str(operator)
+    grouped = "_scaled_dot_product" in str(operator) or "convolution_backward" in str(operator)
     assert operator not in flop_registry or grouped
 
 
@@ -152,11 +195,61 @@ def test_flex_attention_by_its_blocks():
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_without_values_is_dense_and_says_so():
+def test_flex_attention_without_a_mask_is_dense():
     tensors = sdpa_inputs("meta", (1, 2, 512, 16))
     counted = flops.count_operators(lambda: flex_attention(*tensors))
     assert counted.total == 2 * 512 * 512 * 32
+    assert counted.uncounted == {}
+
+
+def band(length, device, near=64):
+    return create_block_mask(
+        lambda _b, _h, q, k: (q - k).abs() < near, 1, 1, length, length, device, BLOCK_SIZE=128
+    )
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("made_while_counting", [True, False])
+def test_flex_attention_on_meta_by_its_blocks(made_while_counting):
+    tensors = sdpa_inputs("meta", (1, 2, 512, 16))
+    mask = band(512, "cpu")
+
+    def run():
+        block_mask = band(512, tensors[0].device) if made_while_counting else mask
+        out = flex_attention(*tensors, block_mask=block_mask)
+        assert out.device.type == "meta"
+
+    counted = flops.count_operators(run)
+    assert counted.total == 2 * 10 * 128 * 128 * 32
+    assert counted.uncounted == {}
+    # What was patched for the count is as before.
+    assert band(256, "meta").kv_num_blocks.device.type == "meta"
+    assert band(256, "cpu").as_tuple()[2].tolist() == [[[2, 2]]]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_without_values_is_dense_and_says_so(monkeypatch):
+    monkeypatch.setattr(flops, "LARGEST_MASK", 512 * 512 - 1)
+    tensors = sdpa_inputs("meta", (1, 2, 512, 16))
+    counted = flops.count_operators(
+        lambda: flex_attention(*tensors, block_mask=band(512, tensors[0].device))
+    )
+    assert counted.total == 2 * 512 * 512 * 32
     assert counted.uncounted == {flops.FLEX_DENSE: 1}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_mask_that_reads_tensors_on_meta_has_no_values():
+    documents = torch.zeros(256, dtype=torch.long, device="meta")
+    tensors = sdpa_inputs("meta", (1, 2, 256, 16))
+
+    def run():
+        mask = create_block_mask(
+            lambda _b, _h, q, k: documents[q] == documents[k], 1, 1, 256, 256, device="meta"
+        )
+        flex_attention(*tensors, block_mask=mask)
+
+    assert flops.count_operators(run).uncounted == {flops.FLEX_DENSE: 1}
 
 
 @pytest.mark.parametrize(

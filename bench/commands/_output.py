@@ -1,0 +1,97 @@
+"""What commands print and write: the same tables in every format, and plots."""
+
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.errors import InputError
+
+if TYPE_CHECKING:
+    from report.plots import Plot
+    from report.tables import Table
+
+FORMATS = ("table", "json", "csv", "markdown")
+WIDTH = 120
+
+
+def show(
+    form: str,
+    lines: Sequence[Mapping[str, Any]],
+    shown: "Sequence[Table]",
+    *,
+    drawn: "Sequence[Plot]" = (),
+    text: Sequence[str] = (),
+    output: Path | None = None,
+) -> None:
+    """Print tables in one of FORMATS, and write all of them below `output`.
+
+    Args:
+        form: "json" prints `lines` instead of tables.
+        lines: plain values.
+        shown: tables, with their notes.
+        drawn: plots, for the folder alone.
+        text: paragraphs for the terminal alone.
+        output: folder, or None.
+
+    Raises:
+        InputError: where the folder cannot be written.
+    """
+    from report import tables
+
+    writers: dict[str, Callable[[Any], str]] = {
+        "table": lambda t: f"{t.title}\n\n{tables.to_text(t.shown, WIDTH)}",
+        "markdown": lambda t: f"## {t.title}\n\n{tables.to_markdown(t.shown)}",
+        "csv": lambda t: tables.to_csv(t.raw),
+    }
+    if form == "json":
+        print(json.dumps(lines, indent=1))
+    else:
+        for table in shown:
+            print(writers[form](table))
+            for note in table.notes if form != "csv" else ():
+                print(textwrap.fill(note, WIDTH) if form == "table" else f"- {note}")
+            print()
+        if form == "table" and text:
+            print("\n".join(text))
+    if output is not None:
+        write(output, shown, drawn)
+
+
+def write(folder: Path, shown: "Sequence[Table]", drawn: "Sequence[Plot]" = ()) -> None:
+    """Write tables as CSV, Markdown and LaTeX, and plots as PNG and SVG.
+
+    Raises:
+        InputError: where the folder cannot be written.
+    """
+    from bench.record import slug
+    from report import tables
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for table in shown:
+            stem = folder / slug(table.name)
+            stem.with_suffix(".csv").write_text(tables.to_csv(table.raw), encoding="utf-8")
+            stem.with_suffix(".md").write_text(tables.to_markdown(table.shown), encoding="utf-8")
+            stem.with_suffix(".tex").write_text(tables.to_latex(table.shown), encoding="utf-8")
+        for plot in drawn:
+            if plot.skipped:
+                continue
+            (folder / f"{plot.name}.png").write_bytes(plot.png)
+            (folder / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--output {folder}: {error.strerror or error}") from error
+    print(f"tables and plots: {folder}", file=sys.stderr)
+
+
+def progress(found: Iterable[Any], name: Callable[[Any], str]) -> Iterator[Any]:
+    """Pass through what is found, with the last name on stderr where that is a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("counting") as status:
+        for one in found:
+            status.update(f"counted {name(one)}")
+            yield one

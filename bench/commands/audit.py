@@ -1,0 +1,232 @@
+"""`python -m bench audit`: three counts of FLOPs beside each other, and where they differ."""
+
+import argparse
+import dataclasses
+import re
+from argparse import ArgumentTypeError
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.commands._output import FORMATS, progress, show
+from bench.errors import InputError, choose
+from bench.options import image_size, names, positive
+
+if TYPE_CHECKING:
+    from bench.config import RunConfig
+    from bench.sizes import SizesReport
+
+HELP = "count FLOPs in three independent ways, and fail where they disagree"
+EPILOG = """\
+Each mechanism is counted with each of its example options: in closed form, from the operators that
+run, and by fvcore with handles for what it lacks; beside them, what fvcore and torch's counter miss
+as they come. All counts are multiply-adds of one image.
+
+examples:
+  python -m bench audit
+  python -m bench audit --attention longformer,my_attention.py:Mine --grid 25x42
+  python -m bench audit --attention ViL,performer --image-size 256x320
+  python -m bench audit --published
+  python -m bench audit --attention ViL,swin --sizes val2017 --output sizes
+
+With --image-size, whole detectors are counted instead. fvcore has to run what it counts, so keep
+images small; grids beyond 8192 tokens are counted without it. --published and --sizes run nothing.
+
+"""
+METHODS = ("mask_rcnn", "retinanet")
+
+
+def grid(text: str) -> tuple[int, int]:
+    """`50x84` -> (50, 84), rows before columns."""
+    found = re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", text.strip())
+    if found is None:
+        raise ArgumentTypeError(f"{text!r} is no grid; allowed: ROWSxCOLUMNS, for example 50x84")
+    return int(found[1]), int(found[2])
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument(
+        "--attention",
+        type=names,
+        default=("all",),
+        metavar="A,B",
+        help="mechanisms, or mechanisms of yours as package.module:Class or file.py:Class; with"
+        " --image-size or --sizes, rows such as 'Partial ViL' too (default: all)",
+    )
+    parser.add_argument(
+        "--grid",
+        type=grid,
+        metavar="RxC",
+        help="tokens that a mechanism is counted on (50x84, that of stage 3 at 800x1344)",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--image-size", type=image_size, metavar="HxW", help="count whole detectors at this size"
+    )
+    what.add_argument(
+        "--published",
+        action="store_true",
+        help="the 25 published rows: as published, counted again the same way, and as they are",
+    )
+    what.add_argument(
+        "--sizes", metavar="val2017", help="whole detectors over the image sizes of a data set"
+    )
+    parser.add_argument("--backbone", default="small", help="of configs/backbones.yaml (small)")
+    parser.add_argument("--method", default="mask_rcnn", help="mask_rcnn (default) or retinanet")
+    parser.add_argument("--proposals", type=positive, default=1000, help="in the box head (1000)")
+    parser.add_argument("--format", default="table", help=", ".join(FORMATS))
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="write tables and plots there too"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Count, compare and print."""
+    choose(options.format, FORMATS, "--format")
+    choose(options.method, METHODS, "--method")
+    whole = options.image_size or options.published or options.sizes
+    if options.grid and whole:
+        raise InputError(
+            "--grid is for mechanisms alone: it excludes --image-size, --published and --sizes"
+        )
+    if options.published:
+        if options.attention != ("all",):
+            raise InputError("--published counts all published rows; leave --attention out")
+        return _published(options)
+    return _sizes(options) if options.sizes else _audit(options)
+
+
+def _audit(options: argparse.Namespace) -> int:
+    import attentions
+    from bench import audit
+    from report import counts
+
+    if options.image_size:
+        size = options.image_size
+        found = audit.audit_rows(
+            options.attention,
+            backbone=options.backbone,
+            method=options.method,
+            image_size=size,
+            proposals=options.proposals,
+        )
+        title = (
+            f"Audit of detectors, {options.backbone}, {options.method}, image {size[0]}x{size[1]},"
+            f" {options.proposals} proposals, mask head included; multiply-adds"
+        )
+    else:
+        size = options.grid or (50, 84)
+        chosen = [
+            name
+            for given in options.attention
+            for name in (attentions.names() if given == "all" else [given])
+        ]
+        found = audit.audit_mechanisms(list(dict.fromkeys(chosen)), size)
+        title = (
+            f"Audit of mechanisms, grid {size[0]}x{size[1]}, {audit.DIM} channels,"
+            f" {audit.NUM_HEADS} heads, {audit.NUM_GLOBAL} global tokens; multiply-adds"
+        )
+    done = list(progress(found, lambda line: line.name))
+    failed = [line for line in done if line.error]
+    if len(failed) == len(done):
+        raise InputError(f"{failed[0].name}: {failed[0].error}")
+    lines = [_audit_line(line) for line in done]
+    show(options.format, lines, [counts.audit(lines, title=title)], output=options.output)
+    return 0 if all(line.passed for line in done) else 1
+
+
+def _audit_line(line: Any) -> dict[str, Any]:
+    counted = line.counts
+    if counted is None:
+        numbers = ("declared", "operators", "fvcore", "disagreement")
+        missed = ("fvcore_alone_missed", "torch_on_cpu_missed")
+        values: dict[str, Any] = {
+            **dict.fromkeys((*numbers, *missed)),
+            "uncounted": {},
+            "failures": {},
+        }
+    else:
+        values = {
+            "unit": counted.unit,
+            "declared": counted.declared,
+            "operators": counted.operators,
+            "fvcore": counted.fvcore,
+            "disagreement": counted.disagreement,
+            "fvcore_alone_missed": counted.missed(counted.fvcore_alone),
+            "torch_on_cpu_missed": counted.missed(counted.torch_on_cpu),
+            "uncounted": counted.uncounted,
+            "failures": counted.failures,
+        }
+    return {
+        "name": line.name,
+        "options": dict(line.options),
+        "error": line.error,
+        "passed": line.passed,
+        **values,
+    }
+
+
+def _published(options: argparse.Namespace) -> int:
+    from bench import published
+    from report import counts
+
+    done = list(progress(published.recount(), lambda row: row.row))
+    lines = [
+        dataclasses.asdict(row) | {"family": row.differences[0].attention, "library": "torchvision"}
+        for row in done
+    ]
+    table, plot = counts.conventions(lines), counts.conventions_plot(lines)
+    show(options.format, lines, [table], drawn=[plot], output=options.output)
+    return 0 if all(row.reproduced for row in done) else 1
+
+
+def _sizes(options: argparse.Namespace) -> int:
+    from bench.config import profile_configs
+
+    values = {"model": {"method": options.method}, "profile": {"proposals": options.proposals}}
+    return show_sizes(
+        options, profile_configs(options.attention, backbone=options.backbone, values=values)
+    )
+
+
+def show_sizes(options: argparse.Namespace, configs: "Sequence[RunConfig]") -> int:
+    """Print what rows cost over the image sizes of the data set `options.sizes`.
+
+    Raises:
+        InputError: for an unknown data set.
+    """
+    from bench import sizes
+    from report import counts
+
+    sizes.image_sizes(options.sizes)
+    reports = ((config, sizes.count_row(config, options.sizes)) for config in configs)
+    lines = [
+        _sizes_line(config, report)
+        for config, report in progress(reports, lambda pair: pair[0].row)
+    ]
+    tables = [table for table in (counts.sizes(lines), counts.windows(lines)) if table is not None]
+    varying = [line for line in lines if not line["fixed_size"]]
+    show(
+        options.format,
+        lines,
+        tables,
+        drawn=[counts.sizes_plot(varying)] if varying else [],
+        text=[counts.histogram(line) for line in varying],
+        output=options.output,
+    )
+    return 0
+
+
+def _sizes_line(config: "RunConfig", report: "SizesReport") -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(report),
+        "row": config.row,
+        "family": config.model.attention.partition(",")[0],
+        "images": report.images,
+        "mean": report.mean,
+        "deviation": report.deviation,
+        "minimum": report.minimum,
+        "maximum": report.maximum,
+        "histogram": report.histogram(),
+    }

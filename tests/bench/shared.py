@@ -1,0 +1,61 @@
+"""Train a small detector in one process or as one of several; the first saves its weights.
+
+A program of its own: `python shared.py DATA FILE DEVICES ACCUMULATE ROW/METHOD/LIBRARY`.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from bench import runner
+from bench.checkpoints import Checkpoints
+from bench.config import DataConfig, RunConfig, TrainConfig, build_config, load_suite
+from bench.data.coco import CocoDataset
+from bench.train import train
+
+STEPS = 4
+
+
+def config(row: str, method: str, library: str, devices: int, accumulate: int) -> RunConfig:
+    options = [f"model.method={method}", f"model.library={library}", "model.drop_path=0.2"]
+    suite = load_suite("quick", rows=[row], device="cpu", overrides=options)
+    values = suite.runs[0].as_dict()
+    if row == "performer":
+        values["model"]["options"] = {"redraw_interval": 2}
+    values["train"] |= {"batch_size": 4, "devices": devices, "accumulate": accumulate}
+    return build_config(values)
+
+
+def main(data: str, file: str, devices: int, accumulate: int, model: str) -> None:
+    torch.set_num_threads(1)
+    run = config(*model.split("/"), devices=devices, accumulate=accumulate)
+    dataset = CocoDataset(data, "train2017")
+    fabric = runner.make_fabric(run)
+    detector = runner.build_detector(run, dataset.num_classes)
+    losses = []
+    train(
+        detector,
+        dataset,
+        fabric=fabric,
+        config=TrainConfig(
+            steps=STEPS,
+            batch_size=4,
+            devices=devices,
+            accumulate=accumulate,
+            lr=1e-3,
+            clip_norm=1.0,
+            warmup_steps=2,
+            decay="cosine",
+        ),
+        data=DataConfig(),
+        seed=5,
+        checkpoints=Checkpoints(Path(file).with_suffix(".checkpoints")),
+        progress=lambda _, loss: losses.append(loss),
+    )
+    if fabric.is_global_zero:
+        torch.save({"weights": detector.state_dict(), "losses": losses}, file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])

@@ -1,0 +1,32 @@
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from bench import published
+
+# What counting all published rows may take, in seconds of a processor and bytes.
+SECONDS, BYTES = 30, 3e9
+
+
+@pytest.mark.slow
+def test_parameters_and_both_counts_of_the_published_rows(benchmark):
+    def count():
+        published._count.cache_clear()
+        return list(published.recount())
+
+    rows = benchmark.pedantic(count, rounds=1)
+    assert len(rows) == 25
+
+
+@pytest.mark.slow
+def test_counting_the_published_rows_is_cheap():
+    code = "from bench import published; assert len(list(published.recount())) == 25"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", code], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Time of a processor: what else the machine does meanwhile is not counted.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < SECONDS
+    # Of the largest process so far, in KiB.
+    assert 1024 * after.ru_maxrss < BYTES
