@@ -1,0 +1,234 @@
+"""The report of a sweep, of made-up points whose growth is known."""
+
+import re
+from itertools import pairwise
+
+import pytest
+
+from bench.errors import InputError
+from bench.record import Record, key, write
+from report import sweep, tables
+
+SIDES = (224, 320, 448, 640, 896)
+# Multiply-adds, bytes and nanoseconds: factor and exponent of the pixels.
+COSTS = {
+    "full": {"flops": (1.0, 2.0), "memory": (1e3, 1.0), "latency": (1e-3, 2.0)},
+    "performer": {"flops": (1e5, 1.0), "memory": (2e3, 1.0), "latency": (1e3, 1.0)},
+    "ViL": {"flops": (2e5, 1.0), "memory": (5e2, 1.0), "latency": (2e2, 1.0)},
+}
+FAMILY = {"ViL": "longformer"}
+QUANTITIES = ("flops", "memory", "latency")
+
+
+def point(row, side, mode="inference", *, batch=1, what=QUANTITIES, error=None, created=0, scale=1):
+    cost = {name: f * (side * side) ** e * scale for name, (f, e) in COSTS[row].items()}
+    config = {
+        "profile": {"image_size": [side, side], "batch_size": batch},
+        "train": {"precision": "32-true"},
+        "sweep": {"scope": "backbone", "mode": mode, "what": list(what)},
+    }
+    seconds = cost["latency"] * 1e-9
+    measured = error is None
+    modes = {"inference": None, "training": None}
+    return Record(
+        suite="sweep",
+        row=row,
+        key=key({**config, "row": row, "created": created}),
+        status="done" if measured else "failed",
+        error=None if measured else {"kind": error, "message": f"why {side}"},
+        created=f"2025-01-01T00:00:{created:02d}",
+        seed=0,
+        config=config,
+        environment={
+            "device": "cpu",
+            "command": "python -m bench sweep",
+            "packages": {"torch": "2.11"},
+            "limits": {"memory": side, "seconds": 60.0},
+        },
+        model={
+            **dict.fromkeys(("arch", "schedule"), ""),
+            **dict.fromkeys(("method", "library"), "none"),
+            "backbone": "ViL-Tiny",
+            "drop_path": 0.0,
+            "attention": FAMILY.get(row, row),
+        },
+        flops={"unit": "multiply-adds", "convention": "actual", "total": round(cost["flops"])}
+        if "flops" in what
+        else None,
+        memory={"unit": "bytes", "kind": "live tensor bytes", **modes, mode: round(cost["memory"])}
+        if "memory" in what and measured
+        else None,
+        latency={
+            "unit": "s",
+            **modes,
+            mode: {
+                "samples": [seconds] * 3,
+                "median": seconds,
+                "q1": 0.98 * seconds,
+                "q3": 1.05 * seconds,
+            },
+            "ran": {"sdpa": {"flash": 3}, "dtypes": ["float32"], "compiled": False},
+        }
+        if "latency" in what and measured
+        else None,
+        notes=["made for one size"] if row == "ViL" else [],
+    )
+
+
+def points(rows=tuple(COSTS), sides=SIDES, mode="inference", **options):
+    return [point(row, side, mode, **options) for row in rows for side in sides]
+
+
+def out_of_memory():
+    """Full attention runs out of memory at 640."""
+    ends = [point("full", 640, error="out_of_memory"), point("full", 896, error="skipped")]
+    return [*points(["full"], SIDES[:3]), *ends, *points(["performer", "ViL"])]
+
+
+def test_growth_and_crossover_of_each_quantity():
+    (table,) = sweep.summaries(points())
+    raw = table.raw.set_index("row")
+    assert raw.loc["full", "flops_exponent"] == pytest.approx(2.0, abs=1e-6)
+    assert raw.loc["performer", "latency_exponent"] == pytest.approx(1.0, abs=1e-6)
+    assert raw.loc["performer", "flops_crossover_pixels"] == pytest.approx(1e5, rel=1e-6)
+    shown = table.shown.set_index("row")
+    assert shown.loc["performer"].tolist() == [
+        "1.00 ± 0.00",
+        "1.00 ± 0.00",
+        "1.00 ± 0.00",
+        "from 316",
+        "not up to 896",
+        "not up to 896",
+        "896",
+    ]
+    assert shown.loc["ViL (longformer)", "memory below full"] == "below 224"
+    assert shown.loc["ViL (longformer)", "latency below full"] == "from 447"
+    assert (shown.loc["full"].filter(like="below full") == tables.MISSING).all()
+
+
+def test_modes_and_batch_sizes_stand_apart():
+    data = [*points(), *points(mode="training"), *points(mode="training", batch=4)]
+    titles = [table.title for table in sweep.summaries(data)]
+    assert [title.removeprefix("Growth and crossover, ") for title in titles] == [
+        "inference, batch of 1",
+        "training, batch of 1",
+        "training, batch of 4",
+    ]
+    assert len({table.name for table in sweep.summaries(data)}) == 3
+
+
+def test_without_full_attention_there_are_no_crossovers():
+    (table,) = sweep.summaries(points(["performer"]))
+    assert table.shown.filter(like="below full").eq(tables.MISSING).all(axis=None)
+    assert any("without the row 'full'" in note for note in table.notes)
+
+
+def test_out_of_memory_is_said_and_compared_only_where_both_were_measured():
+    (table,) = sweep.summaries(out_of_memory())
+    shown = table.shown.set_index("row")
+    assert shown.loc["full", "measured up to"] == "448; 640 out of memory"
+    # Nothing is claimed of sizes at which full attention has no latency.
+    assert shown.loc["performer", "latency below full"] == "not up to 448"
+    assert shown.loc["ViL (longformer)", "latency below full"] == "from 447"
+    raw = sweep.points(out_of_memory()).raw
+    assert raw["error"].dropna().tolist() == ["out_of_memory", "skipped"]
+    assert raw["flops_multiply_adds"].notna().all()
+
+
+def test_a_quantity_comes_from_the_newest_record_that_has_it():
+    old = point("full", 224, created=1)
+    newer = point("full", 224, created=2, what=("flops", "memory"), scale=3)
+    failed = point("full", 224, created=3, error="too_slow", what=("latency",))
+    data = sweep.frame([old, newer, failed])
+    assert len(data) == 1
+    assert data.loc[0, "memory"] == newer.memory["inference"]
+    assert data.loc[0, "latency"] == old.latency["inference"]["median"]
+    assert data.loc[0, "error"] == "too_slow"
+
+
+def test_only_points_under_the_same_conditions_share_a_page(tmp_path):
+    every = [*points(), *points(mode="training")]
+    for one in every:
+        write(one, tmp_path / "records")
+    other = point("full", 1000)
+    other.config["train"]["precision"] = "bf16-mixed"
+    write(other, tmp_path / "records")
+    assert len(sweep.alike(every[:1], tmp_path)) == len(every)
+    assert sweep.alike([other], tmp_path) == [other]
+
+
+def test_the_page_has_everything_and_the_same_bytes_twice(tmp_path):
+    data = out_of_memory()
+    page = sweep.write(data, tmp_path / "one")
+    sweep.write(data, tmp_path / "two")
+    text = page.read_text()
+    assert text.startswith("# Cost against resolution: ViL-Tiny, 32-true, cpu\n")
+    assert "out of memory" in text
+    assert "made for one size" in text
+    assert re.search(r"full +\| inference +\| +640 +\| out of memory +\| why 640", text)
+    names = {path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*")}
+    assert len([name for name in names if name.suffix == ".png"]) == 3
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@pytest.fixture
+def axes():
+    """The axes of a plot."""
+
+    def draw(data, quantity="latency"):
+        style = sweep.looks(list(data["family"].unique()))
+        return sweep.against_resolution(data, style, quantity).axes[0]
+
+    return draw
+
+
+def test_a_plot_marks_crossovers_failures_and_labels(axes):
+    ax = axes(sweep.frame(out_of_memory()))
+    labels = [text.get_text() for text in ax.texts]
+    assert [label.split(" ")[0] for label in labels] == ["full", "ViL", "performer"]
+    assert "from 447" in labels[1]
+    rings = [line for line in ax.lines if line.get_markersize() == 11]
+    assert [round(float(ring.get_xdata()[0])) for ring in rings] == [447]
+    (failure,) = [line for line in ax.lines if line.get_marker() == "X" and len(line.get_xdata())]
+    # Where the growth of the sizes before would put it: 2 ms of pixels squared.
+    assert float(failure.get_xdata()[0]) == pytest.approx(640)
+    assert float(failure.get_ydata()[0]) == pytest.approx(1e-12 * 640**4 * 1e3, rel=1e-3)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["out of memory"]
+
+
+def test_labels_of_many_lines_do_not_overlap(axes):
+    every = [*COSTS, *(f"{row} {i}" for i in range(3) for row in COSTS)]
+    data = sweep.frame(
+        [
+            Record(**vars(point(row.split(" ")[0], side)) | {"row": row})
+            for row in every
+            for side in SIDES
+        ]
+    )
+    heights = sorted(text.xyann[1] for text in axes(data, "memory").texts)
+    assert len(heights) == 12
+    assert min(b - a for a, b in pairwise(heights)) > 0.05
+    assert 0 <= heights[0] <= heights[-1] <= 1
+
+
+@pytest.mark.parametrize(
+    ("heights", "moved"),
+    [
+        ([], []),
+        ([0.5], [0.5]),
+        ([0.2, 0.8], [0.2, 0.8]),
+        ([0.5, 0.5], [0.45, 0.55]),
+        ([0.5, 0.52, 0.9], [0.46, 0.56, 0.9]),
+        ([0.0, 0.0], [0.0, 0.1]),
+        ([1.0, 1.0, 1.0], [0.8, 0.9, 1.0]),
+    ],
+)
+def test_labels_move_apart_as_little_as_it_takes(heights, moved):
+    assert sweep.spread(heights, 0.1) == pytest.approx(moved)
+
+
+def test_an_output_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write the report"):
+        sweep.write(points(), tmp_path / "file")
