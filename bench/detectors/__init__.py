@@ -19,7 +19,15 @@ from bench.backbone import ViL
 from bench.detectors.contract import Detector, PartCall, Settings, pyramid_strides
 from bench.errors import InputError, choose
 
-__all__ = ["LIBRARIES", "METHODS", "Detector", "PartCall", "build", "resolve_library"]
+__all__ = [
+    "LIBRARIES",
+    "METHODS",
+    "Detector",
+    "PartCall",
+    "build",
+    "library_version",
+    "resolve_library",
+]
 
 METHODS = ("mask_rcnn", "retinanet")
 LIBRARIES = ("torchvision", "detectron2", "auto")
@@ -111,6 +119,16 @@ def resolve_library(library: str) -> str:
         InputError: an unknown library, or detectron2 where it is not importable.
     """
     return _library(library).__name__.rpartition(".")[2]
+
+
+def library_version(library: str) -> str:
+    """Return the version of the library that `build(library=library)` takes.
+
+    Raises:
+        InputError: an unknown library, or detectron2 where it is not importable.
+    """
+    version: str = _library(library).VERSION
+    return version
 
 
 def _library(library: str) -> ModuleType:

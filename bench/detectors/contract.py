@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -60,9 +60,11 @@ class Settings:
 class Detector(nn.Module, ABC):
     """What a detector offers besides `forward`, which `bench.detectors` describes.
 
-    `backbone` is the pyramid with ViL as its `bottom_up`, in both libraries.
+    `backbone` is the pyramid with ViL as its `bottom_up`, in both libraries. `running` names plain
+    numbers that a training call changes and no state dict keeps.
     """
 
+    running: ClassVar[tuple[str, ...]] = ()
     library: str
     library_version: str
     method: str
@@ -165,6 +167,41 @@ def check_targets(targets: Sequence[Target], *, num_classes: int, masks: bool) -
             raise InputError(
                 f"{name}: the label {int(labels[foreign][0])} is not within 1..{num_classes}"
             )
+
+
+def network_size(height: int, width: int, settings: Settings, *, training: bool) -> tuple[int, int]:
+    """Return the size that an image gets: (rows, columns), before padding.
+
+    The shortest edge becomes one of `min_sizes`, drawn in training and the last in evaluation, or
+    less where the longest edge would be more than `max_size`; the other edge is rounded.
+    """
+    if settings.fixed_size is not None:
+        return settings.fixed_size
+    shortest = settings.min_sizes[-1]
+    if training:
+        shortest = settings.min_sizes[int(torch.randint(len(settings.min_sizes), ()))]
+    scale = min(shortest / min(height, width), settings.max_size / max(height, width))
+    return int(height * scale + 0.5), int(width * scale + 0.5)
+
+
+def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize (3, H, W), antialiased, as the resize of PIL that the published models saw."""
+    resized: Tensor = nn.functional.interpolate(
+        image[None], size, mode="bilinear", antialias=True, align_corners=False
+    )[0]
+    return resized
+
+
+def resize_target(target: Target, given: tuple[int, int], size: tuple[int, int]) -> Target:
+    """Return boxes and masks of an image of the size `given` as of one of `size`."""
+    resized = dict(target)
+    scale = target["boxes"].new_tensor([size[1] / given[1], size[0] / given[0]] * 2)
+    resized["boxes"] = target["boxes"] * scale
+    if "masks" in target:
+        resized["masks"] = nn.functional.interpolate(
+            target["masks"][:, None], size, mode="nearest-exact"
+        )[:, 0]
+    return resized
 
 
 def octaves(anchor_sizes: Sequence[int]) -> list[list[float]]:

@@ -6,12 +6,13 @@ so that a published state dict fits as it is. Images and targets are converted i
 """
 
 import copy
+import logging
 import math
+import warnings
 from typing import Any
 
 import detectron2
 import torch
-from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import GeneralizedRCNN, RetinaNet
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
@@ -45,17 +46,25 @@ from bench.detectors.contract import (
     backbone_stages,
     check_targets,
     float32_outputs,
+    network_size,
     octaves,
     pyramid_features,
     pyramid_strides,
+    resize_image,
+    resize_target,
 )
+
+VERSION: str = detectron2.__version__
+# What detectron2's own calls of torch make torch say, at every start.
+warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 
 class Detectron2MaskRCNN(GeneralizedRCNN, Detector):
     """Mask R-CNN: FPN on every map of the backbone, P6 by subsampling."""
 
     library = "detectron2"
-    library_version = detectron2.__version__
+    library_version = VERSION
     method = "mask_rcnn"
     proposal_generator: RPN
     roi_heads: StandardROIHeads
@@ -98,8 +107,9 @@ class Detectron2RetinaNet(RetinaNet, Detector):
     `loss_normalizer`, which detectron2 keeps in no state dict.
     """
 
+    running = ("loss_normalizer",)
     library = "detectron2"
-    library_version = detectron2.__version__
+    library_version = VERSION
     method = "retinanet"
 
     def __init__(self, vil: ViL, settings: Settings) -> None:
@@ -128,6 +138,8 @@ class Detectron2RetinaNet(RetinaNet, Detector):
             pixel_std=PIXEL_STD,
             input_format="RGB",
         )
+        # What detectron2 begins with where the attribute is missing.
+        self.loss_normalizer = 100.0
         self.settings = settings
         self.fpn_channels = channels
 
@@ -287,43 +299,20 @@ def _to_detectron2(
     inputs: list[dict[str, Any]] = []
     for index, image in enumerate(images):
         height, width = image.shape[-2:]
-        size = _network_size(detector, height, width)
-        # Antialiased, as the resize of PIL that the published models saw.
-        pixels = nn.functional.interpolate(
-            255 * image[None], size, mode="bilinear", antialias=True, align_corners=False
-        )[0]
-        inputs.append({"image": pixels, "height": height, "width": width})
+        size = network_size(height, width, detector.settings, training=detector.training)
+        inputs.append({"image": resize_image(255 * image, size), "height": height, "width": width})
         if detector.training and targets is not None:
-            inputs[-1]["instances"] = _instances(targets[index], (height, width), size, masks)
+            target = resize_target(targets[index], (height, width), size)
+            inputs[-1]["instances"] = _instances(target, size, masks=masks)
     return inputs
 
 
-def _network_size(
-    detector: Detectron2MaskRCNN | Detectron2RetinaNet, height: int, width: int
-) -> tuple[int, int]:
-    settings = detector.settings
-    if settings.fixed_size is not None:
-        return settings.fixed_size
-    shortest = settings.min_sizes[-1]
-    if detector.training:
-        shortest = settings.min_sizes[int(torch.randint(len(settings.min_sizes), ()))]
-    size: tuple[int, int] = ResizeShortestEdge.get_output_shape(
-        height, width, shortest, settings.max_size
-    )
-    return size
-
-
-def _instances(
-    target: Target, given: tuple[int, int], size: tuple[int, int], masks: bool
-) -> Instances:
+def _instances(target: Target, size: tuple[int, int], *, masks: bool) -> Instances:
     instances = Instances(size)
-    boxes = Boxes(target["boxes"].clone())
-    boxes.scale(size[1] / given[1], size[0] / given[0])
-    instances.gt_boxes = boxes
+    instances.gt_boxes = Boxes(target["boxes"])
     instances.gt_classes = target["labels"] - 1
     if masks:
-        resized = nn.functional.interpolate(target["masks"][:, None], size, mode="nearest-exact")
-        instances.gt_masks = BitMasks(resized[:, 0])
+        instances.gt_masks = BitMasks(target["masks"])
     return instances
 
 

@@ -1,27 +1,11 @@
 """Mask R-CNN and RetinaNet of torchvision around ViL, configured as near to detectron2 as it goes.
 
-Made equal to detectron2 here: anchors (unrounded, at the nominal stride of every level), numbers
-of proposals, thresholds, adaptive sampling of RoIAlign, P6 from the last backbone map, L1 loss of
+Made equal to detectron2 here: the resize, anchors (unrounded, at the nominal stride of every
+level), numbers of proposals, thresholds, RoIAlign, P6 from the last backbone map, L1 loss of
 RetinaNet, exactly `num_classes` outputs of RetinaNet, initial weights of the heads, padding after
-normalisation, box arithmetic and losses in float32 under autocast.
-
-What remains different from detectron2:
-
-- The image is resized by bilinear interpolation without antialiasing, of float pixels, to sizes
-  rounded down; detectron2 resizes uint8 pixels with antialiasing and rounds to the nearest size.
-- RoIAlign is not shifted by half a pixel (`aligned=False`).
-- The box head regresses, and the mask head predicts, one more class, the background: 4,357
-  parameters more for 80 classes and the published widths.
-- The smooth L1 losses of the RPN and of the box head have beta 1/9; detectron2 has 0 (L1). Both
-  average the loss of the RPN over anchors that were sampled; detectron2 divides by 256 an image.
-- RetinaNet divides its losses by the positive anchors of each image, detectron2 by a moving
-  average over steps of those of the batch.
-- Mask targets are RoIAligned from bitmaps resized to the network's image and stay soft;
-  detectron2 rasterises polygons in the RoI, or thresholds.
-- Predicted masks are pasted with boxes rounded to whole pixels; detectron2 samples at pixel
-  centres.
-- RPN proposals narrower than 1e-3 and detections narrower than 1e-2 pixels are dropped; detectron2
-  drops only empty proposals.
+normalisation, box arithmetic and losses in float32 under autocast. With the same weights the
+detections are the same, but for the edges of masks. What remains different, most of it in losses,
+is listed in docs/detectors.md.
 """
 
 import math
@@ -39,7 +23,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, roi_align
 from torchvision.ops.feature_pyramid_network import (
     ExtraFPNBlock,
     LastLevelMaxPool,
@@ -60,11 +45,15 @@ from bench.detectors.contract import (
     backbone_stages,
     check_targets,
     float32_outputs,
+    network_size,
     octaves,
     pyramid_features,
     pyramid_strides,
+    resize_image,
+    resize_target,
 )
 
+VERSION: str = torchvision.__version__
 CPU = torch.device("cpu")
 
 
@@ -93,7 +82,7 @@ class PyramidAnchors(AnchorGenerator):
 
     torchvision rounds sizes to whole pixels and takes as stride the image size over the map size,
     61 instead of 64 for a map of 13 rows on an image of 800. It also makes anchors in the dtype
-    of the features, and bfloat16 cannot tell 1001 from 1000.
+    of the features, and bfloat16 cannot tell 1001 from 1000. Their order is detectron2's.
     """
 
     def __init__(self, sizes: Sequence[Sequence[float]], strides: Sequence[int]) -> None:
@@ -109,11 +98,11 @@ class PyramidAnchors(AnchorGenerator):
         dtype: torch.dtype = torch.float32,
         device: torch.device = CPU,
     ) -> Tensor:
-        """Return (len(aspect_ratios) * len(scales), 4) boxes around the origin."""
+        """Return (len(scales) * len(aspect_ratios), 4) boxes around the origin, sizes outermost."""
         shapes = [
             (size / math.sqrt(ratio), size * math.sqrt(ratio))
-            for ratio in aspect_ratios
             for size in scales
+            for ratio in aspect_ratios
         ]
         corners = [[-width / 2, -height / 2, width / 2, height / 2] for width, height in shapes]
         return torch.tensor(corners, dtype=dtype, device=device)
@@ -128,11 +117,65 @@ class PyramidAnchors(AnchorGenerator):
         return [torch.cat(levels)] * len(image_list.image_sizes)
 
 
+class PyramidRoIAlign(MultiScaleRoIAlign):
+    """RoIAlign shifted by half a pixel, at the true scales of the pyramid's levels.
+
+    torchvision leaves out the shift, and infers the scales from the first image it sees, wrongly
+    where the padding is a large share of that image.
+    """
+
+    def __init__(self, features: Sequence[str], strides: Sequence[int], resolution: int) -> None:
+        super().__init__(list(features), output_size=resolution, sampling_ratio=0)
+        used = strides[: len(self.featmap_names)]
+        self.scales: list[float] | None = [1 / stride for stride in used]
+        self.map_levels = LevelMapper(int(math.log2(used[0])), int(math.log2(used[-1])))
+
+    def forward(
+        self, maps: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        """Pool maps (B, C, h, w) in boxes (n, 4) of each image to (sum of n, C, side, side)."""
+        del image_shapes
+        levels = [maps[name] for name in self.featmap_names]
+        rois = torch.cat(
+            [nn.functional.pad(of_one, (1, 0), value=place) for place, of_one in enumerate(boxes)]
+        )
+        chosen = self.map_levels(boxes)
+        pooled = levels[0].new_zeros(len(rois), levels[0].shape[1], *self.output_size)
+        for number, (level, scale) in enumerate(zip(levels, self.scales or (), strict=True)):
+            (places,) = torch.where(chosen == number)
+            of_level = roi_align(
+                level, rois[places], self.output_size, scale, sampling_ratio=0, aligned=True
+            )
+            pooled[places] = of_level.to(pooled.dtype)
+        return pooled
+
+
+class Transform(GeneralizedRCNNTransform):
+    """Normalise, resize as both libraries do here, and pad."""
+
+    def __init__(self, vil: ViL, settings: Settings) -> None:
+        super().__init__(
+            settings.min_sizes,
+            settings.max_size,
+            image_mean=[value / 255 for value in PIXEL_MEAN],
+            image_std=[value / 255 for value in PIXEL_STD],
+            size_divisible=vil.stride,
+        )
+        self.settings = settings
+
+    def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
+        """Resize an image (3, H, W) and what is in it."""
+        height, width = image.shape[-2:]
+        size = network_size(height, width, self.settings, training=self.training)
+        resized = None if target is None else resize_target(target, (height, width), size)
+        return resize_image(image, size), resized
+
+
 class TorchvisionMaskRCNN(MaskRCNN, Detector):
     """Mask R-CNN: FPN on every map of the backbone, P6 by subsampling."""
 
     library = "torchvision"
-    library_version = torchvision.__version__
+    library_version = VERSION
     method = "mask_rcnn"
     backbone: Pyramid
     rpn: RegionProposalNetwork
@@ -150,7 +193,7 @@ class TorchvisionMaskRCNN(MaskRCNN, Detector):
             rpn_pre_nms_top_n_test=settings.rpn_proposals_test[0],
             rpn_post_nms_top_n_test=settings.rpn_proposals_test[1],
             rpn_batch_size_per_image=settings.rpn_batch,
-            box_roi_pool=_roi_align(features, strides, BOX_RESOLUTION),
+            box_roi_pool=PyramidRoIAlign(features, strides, BOX_RESOLUTION),
             box_head=TwoMLPHead(channels * BOX_RESOLUTION**2, settings.head_width),
             box_predictor=float32_outputs(
                 FastRCNNPredictor(settings.head_width, settings.num_classes + 1)
@@ -158,15 +201,15 @@ class TorchvisionMaskRCNN(MaskRCNN, Detector):
             box_score_thresh=settings.score_threshold,
             box_detections_per_img=settings.detections,
             box_batch_size_per_image=settings.roi_batch,
-            mask_roi_pool=_roi_align(features, strides, MASK_RESOLUTION),
+            mask_roi_pool=PyramidRoIAlign(features, strides, MASK_RESOLUTION),
             mask_head=MaskRCNNHeads(channels, (settings.mask_width,) * 4, 1),
             mask_predictor=float32_outputs(
                 MaskRCNNPredictor(
                     settings.mask_width, settings.mask_width, settings.num_classes + 1
                 )
             ),
-            **_transform_options(vil, settings),
         )
+        self.transform = Transform(vil, settings)
         self.num_classes, self.fpn_channels = settings.num_classes, channels
         self._initialise_heads()
 
@@ -213,7 +256,7 @@ class TorchvisionRetinaNet(RetinaNet, Detector):
     """RetinaNet: FPN on the maps from stride 8, P6 from the last of them, P7 from P6."""
 
     library = "torchvision"
-    library_version = torchvision.__version__
+    library_version = VERSION
     method = "retinanet"
     backbone: Pyramid
     head: RetinaNetHead
@@ -233,8 +276,8 @@ class TorchvisionRetinaNet(RetinaNet, Detector):
             ),
             score_thresh=settings.score_threshold,
             detections_per_img=settings.detections,
-            **_transform_options(vil, settings),
         )
+        self.transform = Transform(vil, settings)
         self.num_classes, self.fpn_channels = settings.num_classes, channels
 
     def forward(self, images: list[Tensor], targets: list[Target] | None = None) -> Any:
@@ -249,7 +292,7 @@ class TorchvisionRetinaNet(RetinaNet, Detector):
         outputs = super().forward(images, targets)
         if self.training:
             return outputs
-        return [{**output, "labels": output["labels"] + 1} for output in outputs]
+        return [_with_area({**output, "labels": output["labels"] + 1}) for output in outputs]
 
     def parts(self) -> dict[str, nn.Module]:
         return {
@@ -269,26 +312,8 @@ def retinanet(vil: ViL, settings: Settings) -> TorchvisionRetinaNet:
     return TorchvisionRetinaNet(vil, settings)
 
 
-def _transform_options(vil: ViL, settings: Settings) -> dict[str, Any]:
-    fixed = settings.fixed_size
-    return {
-        "min_size": settings.min_sizes,
-        "max_size": settings.max_size,
-        # torchvision's pair is (columns, rows).
-        "fixed_size": None if fixed is None else (fixed[1], fixed[0]),
-        "size_divisible": vil.stride,
-        "image_mean": [value / 255 for value in PIXEL_MEAN],
-        "image_std": [value / 255 for value in PIXEL_STD],
-    }
-
-
-def _roi_align(
-    features: Sequence[str], strides: Sequence[int], resolution: int
-) -> MultiScaleRoIAlign:
-    pool = MultiScaleRoIAlign(list(features), output_size=resolution, sampling_ratio=0)
-    # Left to itself the pool infers the scales from the first image it sees, wrongly where the
-    # padding is a large share of that image, and keeps them.
-    used = strides[: len(features)]
-    pool.scales = [1 / stride for stride in used]
-    pool.map_levels = LevelMapper(int(math.log2(used[0])), int(math.log2(used[-1])))
-    return pool
+def _with_area(output: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out boxes that nothing remained of when they were clipped to the image."""
+    boxes = output["boxes"]
+    keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    return {name: values[keep] for name, values in output.items()}

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import gzip
 import importlib.util
 import json
@@ -12,7 +13,8 @@ from torchvision.ops import box_iou
 
 from bench import detectors
 from bench.backbone import ViL
-from bench.detectors.torchvision import PyramidAnchors
+from bench.detectors.contract import Settings, network_size
+from bench.detectors.torchvision import PyramidAnchors, PyramidRoIAlign
 from bench.errors import InputError
 
 TINY = (
@@ -376,6 +378,14 @@ def test_rois_are_pooled_at_the_true_scale_where_padding_is_large():
     assert detector.roi_heads.box_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 
 
+def test_rois_are_pooled_half_a_pixel_further_left_than_torchvision_does():
+    ramp = torch.arange(32.0).expand(1, 1, 32, 32)
+    pool = PyramidRoIAlign(["layer1"], [4, 8], 2)
+    # On a map of stride 4 the pixel at 40 is 10 - 0.5, if pixel centres lie at halves.
+    pooled = pool({"layer1": ramp}, [torch.tensor([[36.0, 40, 44, 48]])], [(128, 128)])
+    assert pooled[0, 0].tolist() == [[9.0, 10.0]] * 2
+
+
 @pytest.mark.detectron2
 def test_detectron2_pools_bfloat16_maps_at_exact_rois():
     structures = pytest.importorskip("detectron2.structures")
@@ -441,3 +451,159 @@ def test_state_dicts_have_the_published_names_and_shapes(name):
 def test_with_detectron2_auto_takes_it():
     pytest.importorskip("detectron2")
     assert detectors.resolve_library("auto") == "detectron2"
+
+
+def places(method):
+    """Where torchvision keeps what detectron2 calls by its names, without weight and bias."""
+    first = 2 if method == "mask_rcnn" else 3
+    pairs = {
+        f"backbone.fpn.{ours}_blocks.{level - first}.0": f"backbone.fpn_{theirs}{level}"
+        for level in range(first, 6)
+        for ours, theirs in (("inner", "lateral"), ("layer", "output"))
+    }
+    if method == "retinanet":
+        pairs |= {f"backbone.fpn.extra_blocks.p{k}": f"backbone.top_block.p{k}" for k in (6, 7)}
+        for ours, theirs in (("classification", "cls"), ("regression", "bbox")):
+            for k in range(4):
+                pairs[f"head.{ours}_head.conv.{k}.0"] = f"head.{theirs}_subnet.{2 * k}"
+        pairs["head.classification_head.cls_logits"] = "head.cls_score"
+        pairs["head.regression_head.bbox_reg"] = "head.bbox_pred"
+        return pairs
+    pairs |= {
+        f"roi_heads.mask_head.{k}.0": f"roi_heads.mask_head.mask_fcn{k + 1}" for k in range(4)
+    }
+    return pairs | {
+        "rpn.head.conv.0.0": "proposal_generator.rpn_head.conv",
+        "rpn.head.cls_logits": "proposal_generator.rpn_head.objectness_logits",
+        "rpn.head.bbox_pred": "proposal_generator.rpn_head.anchor_deltas",
+        "roi_heads.box_head.fc6": "roi_heads.box_head.fc1",
+        "roi_heads.box_head.fc7": "roi_heads.box_head.fc2",
+        "roi_heads.box_predictor.cls_score": "roi_heads.box_predictor.cls_score",
+        "roi_heads.box_predictor.bbox_pred": "roi_heads.box_predictor.bbox_pred",
+        "roi_heads.mask_predictor.conv5_mask": "roi_heads.mask_head.deconv",
+        "roi_heads.mask_predictor.mask_fcn_logits": "roi_heads.mask_head.predictor",
+    }
+
+
+def twins(method, **options):
+    """The detectors of both libraries with the same weights, large enough to tell boxes apart."""
+    ours, theirs = (tiny(method, library, **options) for library in ("torchvision", "detectron2"))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if parameter.dim() > 1 and not name.startswith("backbone."):
+                parameter.normal_(0, 1.3 / parameter[0].numel() ** 0.5)
+    source, target = theirs.state_dict(), ours.state_dict()
+    for place, name in places(method).items():
+        for kind in ("weight", "bias"):
+            tensor = source[f"{name}.{kind}"]
+            if name.endswith("box_predictor.cls_score"):
+                # The background is the last class there, and the first here.
+                tensor = torch.roll(tensor, 1, dims=0)
+            extra = len(target[f"{place}.{kind}"]) - len(tensor)
+            target[f"{place}.{kind}"] = torch.cat([torch.zeros_like(tensor[:extra]), tensor])
+    target |= {name: tensor for name, tensor in source.items() if "bottom_up" in name}
+    ours.load_state_dict(target)
+    return ours.eval(), theirs.eval()
+
+
+@pytest.mark.detectron2
+@every_method
+@pytest.mark.parametrize("canvas", [{}, {"min_size": 40, "max_size": 70}])
+def test_both_libraries_find_the_same_with_the_same_weights(method, canvas):
+    pytest.importorskip("detectron2")
+    ours, theirs = twins(
+        method, score_threshold=0.0, detections=30, rpn_proposals_test=(100, 40), **canvas
+    )
+    images = [torch.rand(3, 50, 71), torch.rand(3, 43, 90)]
+    with torch.no_grad():
+        for found, expected in zip(ours(images), theirs(images), strict=True):
+            assert found["scores"].std() > 0.001
+            torch.testing.assert_close(found["scores"], expected["scores"], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found["boxes"], expected["boxes"], rtol=0, atol=1e-2)
+            assert torch.equal(found["labels"], expected["labels"])
+
+
+@pytest.mark.detectron2
+def test_both_libraries_predict_the_same_masks_before_they_are_pasted():
+    pytest.importorskip("detectron2")
+    ours, theirs = twins("mask_rcnn", score_threshold=0.0, detections=9)
+    logits = []
+    for head in (ours.roi_heads.mask_predictor, theirs.roi_heads.mask_head.predictor):
+        head.register_forward_hook(lambda _, __, output: logits.append(output))
+    with torch.no_grad():
+        ours([torch.ones(3, 64, 64)])
+        theirs([torch.ones(3, 64, 64)])
+    torch.testing.assert_close(logits[0][:, 1:], logits[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "expected"),
+    [
+        ((480, 640), {}, (800, 1067)),
+        ((427, 640), {}, (800, 1199)),
+        ((640, 427), {}, (1199, 800)),
+        ((300, 900), {}, (444, 1333)),
+        ((800, 1333), {}, (800, 1333)),
+        ((300, 900), {"fixed_size": (64, 96)}, (64, 96)),
+        ((500, 500), {"min_sizes": (640, 800)}, (800, 800)),
+    ],
+)
+def test_sizes_of_images_in_evaluation(size, options, expected):
+    # Neither field that is left out plays a part.
+    base = dict.fromkeys(field.name for field in dataclasses.fields(Settings))
+    settings = Settings(**{**base, "min_sizes": (800,), "max_size": 1333, **options})
+    assert network_size(*size, settings, training=False) == expected
+
+
+@pytest.mark.detectron2
+def test_sizes_of_images_are_those_of_detectron2():
+    transforms = pytest.importorskip("detectron2.data.transforms")
+    base = dict.fromkeys(field.name for field in dataclasses.fields(Settings))
+    random = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        height, width = torch.randint(80, 700, (2,), generator=random).tolist()
+        settings = Settings(**{**base, "min_sizes": (800,), "max_size": 1333})
+        expected = transforms.ResizeShortestEdge.get_output_shape(height, width, 800, 1333)
+        assert network_size(height, width, settings, training=False) == expected
+
+
+@pytest.mark.detectron2
+@every_method
+def test_a_resumed_detector_of_detectron2_trains_bit_by_bit_as_before(method, tmp_path):
+    """What a checkpoint keeps: weights, the optimiser, and the numbers named by `running`."""
+    pytest.importorskip("detectron2")
+    images, targets = batch()
+
+    def steps(detector, optimiser, numbers):
+        for number in numbers:
+            torch.manual_seed(number)
+            optimiser.zero_grad()
+            sum(detector(images, targets).values()).backward()
+            optimiser.step()
+
+    def fresh():
+        detector = tiny(method, "detectron2")
+        return detector, torch.optim.AdamW(detector.parameters(), lr=1e-2)
+
+    whole, optimiser = fresh()
+    steps(whole, optimiser, range(3))
+    state = {
+        "model": whole.state_dict(),
+        "optimizer": optimiser.state_dict(),
+        "running": {name: float(getattr(whole, name)) for name in whole.running},
+    }
+    torch.save(state, tmp_path / "state.pt")
+    steps(whole, optimiser, range(3, 6))
+    resumed, optimiser = fresh()
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed.load_state_dict(state["model"])
+    optimiser.load_state_dict(state["optimizer"])
+    for name, value in state["running"].items():
+        setattr(resumed, name, value)
+    steps(resumed, optimiser, range(3, 6))
+    for name, tensor in resumed.state_dict().items():
+        assert torch.equal(tensor, whole.state_dict()[name]), name
+    assert (method == "retinanet") == ("loss_normalizer" in state["running"])
+    for name in whole.running:
+        assert name not in whole.state_dict()

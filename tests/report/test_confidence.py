@@ -1,0 +1,172 @@
+"""Intervals of mAP and differences of rows, over made-up records."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench.record import Record
+from report import confidence, page, tables
+from tests.report.test_report import failed, make
+
+
+def evaluated(row: str, box: list[float | None], number: int = 0, **changes: Any) -> Record:
+    """A record of `row` with these draws; masks are two points lower."""
+    known = [value for value in box if value is not None]
+    low, middle, high = np.percentile(known, [2.5, 50, 97.5]).tolist()
+    evaluation: dict[str, Any] = {
+        "split": "val2017",
+        "images": 100,
+        "annotations_sha256": "abc",
+        "unit": "percent",
+        "box": {"AP": middle},
+        "mask": {"AP": middle - 2},
+        "box_interval": {"AP": [low, high], "level": 0.95, "resamples": len(box), "seed": 0},
+        "mask_interval": {"AP": [low - 2, high - 2], "level": 0.95, "resamples": 5, "seed": 0},
+        "bootstrap": {
+            "seed": 0,
+            "resamples": len(box),
+            "unit": "percent",
+            "box_AP": box,
+            "mask_AP": [None if value is None else value - 2 for value in box],
+        },
+    }
+    model = {"model": make(row).model | changes.pop("model", {})}
+    return make(row, number, evaluation=evaluation | changes, **model)
+
+
+def common(shift: float = 0.0, noise: float = 0.0, seed: int = 1) -> list[float | None]:
+    """200 draws that rows have in common, moved by `shift`, and noise of the row's own."""
+    images = np.random.default_rng(0).normal(30, 3, 200)
+    own = np.random.default_rng(seed).normal(shift, noise, 200)
+    return (images + own).tolist()
+
+
+def test_intervals_stand_beside_the_values() -> None:
+    records = [evaluated("ViL", common()), failed("full")]
+    (table,) = confidence.intervals(records)
+    line = table.raw.iloc[0]
+    assert line["box_low"] < line["box_AP"] < line["box_high"]
+    assert table.shown.iloc[0].tolist() == [
+        "ViL",
+        f"{line['box_AP']:.1f}",
+        f"{line['box_low']:.1f} to {line['box_high']:.1f}",
+        f"{line['mask_AP']:.1f}",
+        f"{line['mask_low']:.1f} to {line['mask_high']:.1f}",
+    ]
+    assert table.shown.iloc[1].tolist() == ["full", *[tables.MISSING] * 4]
+    assert "200 draws" in table.notes[0]
+
+
+def test_records_without_draws_have_no_tables() -> None:
+    records = [make("ViL"), make("full", 1), failed("performer")]
+    assert confidence.intervals(records) == confidence.differences(records) == []
+    assert confidence.differences([evaluated("ViL", common()), failed("full")]) == []
+
+
+def test_rows_are_told_apart_draw_by_draw() -> None:
+    records = [
+        evaluated("performer", common(-1, 0.2)),
+        evaluated("ViL", common()),
+        evaluated("full", common(0.1, 0.4, seed=2)),
+        evaluated("linformer", common(1, 0.2, seed=3)),
+    ]
+    (table,) = confidence.differences(records)
+    assert table.title == "Differences of mAP to ViL"
+    raw = table.raw.set_index("row")
+    # Apart, each row's interval is over ten points wide, and holds all the others.
+    verdicts = raw["box_verdict"].to_dict()
+    assert verdicts == {"performer": "worse", "full": confidence.SAME, "linformer": "better"}
+    assert raw["mask_verdict"].to_dict() == verdicts
+    assert raw.loc["performer", "box_low"] == pytest.approx(-1 - 0.4, abs=0.15)
+    assert raw.loc["performer", "box_high"] == pytest.approx(-1 + 0.4, abs=0.15)
+    assert "why not compared" not in table.shown
+    shown = table.shown.set_index("row")
+    assert shown.loc["linformer", "box mAP"].startswith("+")
+    assert shown.loc["performer", "box 95% interval"].startswith("-")
+
+
+def test_an_interval_that_touches_nought_tells_nothing_apart() -> None:
+    draws = [float(value) for value in range(10, 110)]
+    assert confidence.difference_interval(draws, draws) == (0, 0)
+    (table,) = confidence.differences([evaluated("ViL", draws), evaluated("full", draws)])
+    assert table.raw["box_verdict"].tolist() == [confidence.SAME]
+
+
+def test_draws_that_are_not_defined_for_both_are_left_out() -> None:
+    assert confidence.difference_interval([5, None, 7], [1, 2, None]) == (4, 4)
+    assert confidence.difference_interval([None], [1]) is None
+    with pytest.raises(ValueError, match="zip"):
+        confidence.difference_interval([1, 2], [1])
+
+
+@pytest.mark.parametrize(
+    ("rows", "reference"),
+    [
+        (["performer", "full", "ViL"], "ViL"),
+        (["performer", "full"], "full"),
+        (["performer", "linformer"], "performer"),
+    ],
+)
+def test_the_reference_is_vil_or_full_or_the_first(rows: list[str], reference: str) -> None:
+    (table,) = confidence.differences([evaluated(row, common(), n) for n, row in enumerate(rows)])
+    assert table.title == f"Differences of mAP to {reference}"
+    assert table.raw["row"].tolist() == [row for row in rows if row != reference]
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        (evaluated("full", common(), annotations_sha256="def"), "other images"),
+        (evaluated("full", common(), images=50), "other images"),
+        (evaluated("full", common()[:100]), "other draws"),
+        (make("full"), "no draws recorded"),
+        (failed("full"), "not evaluated"),
+    ],
+)
+def test_rows_on_other_images_are_not_compared(record: Record, why: str) -> None:
+    records = [evaluated("ViL", common()), evaluated("global", common(1), 1), record]
+    (table,) = confidence.differences(records)
+    shown = table.shown.set_index("row")
+    assert shown.loc["full", "why not compared"] == why
+    assert shown.loc["full", "box verdict"] == tables.MISSING
+    assert shown.loc["global", "why not compared"] == tables.MISSING
+
+
+def test_libraries_are_never_compared() -> None:
+    other = {"model": {"library": "detectron2"}}
+    records = [
+        evaluated("ViL", common()),
+        evaluated("full", common(), 1),
+        evaluated("ViL", common(), 2, **other),
+        evaluated("full", common(5), 3, **other),
+    ]
+    first, second = confidence.differences(records)
+    assert first.title.endswith(", torchvision")
+    assert second.title.endswith(", detectron2")
+    assert first.name != second.name
+    assert first.raw["box_verdict"].tolist() == [confidence.SAME]
+    assert second.raw["box_verdict"].tolist() == ["better"]
+    assert [len(table.raw) for table in confidence.intervals(records)] == [2, 2]
+
+
+def test_a_detector_without_masks_has_no_columns_for_them() -> None:
+    nothing = {"mask": None, "mask_interval": None}
+    records = []
+    for row in ("ViL", "full"):
+        record = evaluated(row, common(), **nothing)
+        record.evaluation["bootstrap"]["mask_AP"] = None  # type: ignore[index]
+        records.append(record)
+    for table in [*confidence.intervals(records), *confidence.differences(records)]:
+        assert not any("mask" in name for name in table.shown.columns)
+
+
+def test_the_page_says_how_sure_map_is(tmp_path: Any) -> None:
+    records = [evaluated("ViL", common()), evaluated("full", common(0.1, 1), 1)]
+    text = page.write(records, tmp_path, title="Suite").read_text(encoding="utf-8")
+    assert "## How sure mAP is" in text
+    assert "Differences of mAP to ViL" in text
+    assert confidence.SAME in text
+    assert (tmp_path / "tables" / "differences.csv").is_file()
+    plain = page.write([make("ViL")], tmp_path, title="Suite").read_text(encoding="utf-8")
+    assert "How sure mAP is" not in plain
