@@ -22,6 +22,7 @@ def find_commands() -> dict[str, ModuleType]:
     return {
         found.name: importlib.import_module(f"{commands.__name__}.{found.name}")
         for found in pkgutil.iter_modules(commands.__path__)
+        if not found.name.startswith("_")
     }
 
 
