@@ -15,14 +15,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import record
+from bench import jobs, launch, record, search
 from bench.config import RunConfig, Suite, load_suite, suites
 from bench.data.generated import SPLITS
 from bench.errors import InputError
+from bench.interrupt import EXIT_CODE
+from bench.options import names, positive
 from bench.progress import SuiteProgress
 from bench.record import Record
 from report import load, page, tables
 
+LAUNCHERS = ("none", "local", "slurm")
 # Not worth trying again before something changes: the same command would end the same way.
 _FINAL_ERRORS = ("error", "diverged", "out_of_memory")
 _WIDTH = 120
@@ -45,9 +48,20 @@ examples:
   python run_all.py --data my_data --rows ViL train.steps=200 model.method=retinanet
   python run_all.py --rows my_attention.py:MyAttention
   python run_all.py --suite ablation --data /datasets/coco --device cuda
+  python run_all.py --suite ablation --data /datasets/coco --devices 8
+  torchrun --nproc-per-node 8 run_all.py --suite ablation --data /datasets/coco
+  python run_all.py --suite ablation --data /datasets/coco --devices 8 --dry-run
+  python run_all.py --suite ablation --data /datasets/coco --search drop_path=0.05,0.1,0.2
+  python run_all.py --launcher local --jobs 2
+  python run_all.py --suite ablation --data /datasets/coco --devices 8 \\
+      --launcher slurm --slurm slurm_partition=gpu,timeout_min=4320
 
 The output folder then holds records/ (one JSON file a run), index.md and index.html (the report),
-tables/, plots/, checkpoints/ of unfinished runs and, for generated data, data/.
+tables/, plots/, logs/ (of each run a readable log, and a JSON line a step), checkpoints/ of
+unfinished runs and, for generated data, data/.
+
+Ctrl-C or SIGTERM ends a run after the step in hand, with a checkpoint; twice ends it at once. The
+same command continues.
 
 exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 130 interrupted""",
     )
@@ -68,12 +82,66 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
     result.add_argument(
         "--rows",
         metavar="A,B",
+        type=names,
+        default=(),
         help="rows of the suite, by name, or mechanisms of yours as package.module:Class or"
         " file.py:Class (default: all)",
     )
     result.add_argument(
         "--retry-failed", action="store_true", help="run again the rows whose record is a failure"
     )
+    result.add_argument(
+        "--init",
+        metavar="CHECKPOINT",
+        help="start from the backbone of a classifier, or from a detector (default: from scratch)",
+    )
+    result.add_argument(
+        "--search",
+        metavar="NAME=A,B",
+        help="run each row with each value of a setting, such as drop_path=0.05,0.1,0.2, and say"
+        " which is best",
+    )
+    processes = result.add_argument_group("processes and machines")
+    processes.add_argument(
+        "--devices",
+        metavar="N",
+        type=positive,
+        help="devices of this machine that share each run, a process each; under torchrun or srun"
+        " it is their number of processes (default: 1)",
+    )
+    processes.add_argument(
+        "--launcher",
+        choices=LAUNCHERS,
+        default="none",
+        help="none runs one row after the other; local runs --jobs of them side by side; slurm"
+        " submits each as a job, which requeues and resumes when preempted (default: %(default)s)",
+    )
+    processes.add_argument(
+        "--jobs", metavar="N", type=positive, default=2, help="rows side by side (default: 2)"
+    )
+    processes.add_argument(
+        "--slurm",
+        metavar="KEY=VALUE,…",
+        help="parameters of submitit's executor, such as slurm_partition=gpu,timeout_min=4320",
+    )
+    look = result.add_argument_group("looking")
+    look.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what would run, its schedule, memory and time, and run nothing",
+    )
+    look.add_argument(
+        "--measure-steps",
+        metavar="N",
+        type=positive,
+        default=0,
+        help="in a dry run, time N training steps of each row on one device here",
+    )
+    look.add_argument(
+        "--tensorboard", action="store_true", help="write TensorBoard's events, to tensorboard/"
+    )
+    # Of a row that was started for a suite, which writes its report itself.
+    result.add_argument("--no-report", action="store_true", help=argparse.SUPPRESS)
     result.add_argument(
         "overrides",
         nargs="*",
@@ -85,30 +153,148 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    options = parser().parse_intermixed_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    _quieten_libraries()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser().parse_intermixed_args(given)
+    launch.end_with_parent()
+    _set_up_logging()
     # A preempted job is told by SIGTERM; it ends as an interrupted one does.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    console = Console()
+    first = True
     try:
-        suite = load_suite(
-            options.suite,
-            rows=[row.strip() for row in options.rows.split(",")] if options.rows else (),
-            data=options.data,
-            seed=options.seed,
-            device=options.device,
-            overrides=options.overrides,
-        )
+        world = launch.world()
+        first = world.is_first
+        searched = search.parse(options.search) if options.search else None
+        plain = _load(options, world)
+        suite = plain if searched is None else search.expand(plain, searched)
         output = options.output or Path("results") / suite.name
-        command = ["python", "run_all.py", *(sys.argv[1:] if arguments is None else arguments)]
-        return run_suite(suite, output, console, command=command, retry_failed=options.retry_failed)
+        if options.dry_run:
+            return _dry_run(suite, output, options.measure_steps)
+        if options.launcher != "none":
+            code = _launch(suite, plain, searched, output, options)
+        elif suite.runs[0].train.devices > 1 and world.size == 1:
+            return launch.spawn(launch.this_command(given), suite.runs[0].train.devices)
+        else:
+            code = run_suite(
+                suite,
+                output,
+                Console(quiet=not first),
+                command=["python", "run_all.py", *given],
+                retry_failed=options.retry_failed,
+                report=not options.no_report and first,
+                tensorboard=options.tensorboard,
+            )
+        if searched is not None and not options.no_report and first:
+            for line in search.outcomes(plain, searched, load.load(output)):
+                print(line)
+        return code
     except InputError as error:
-        print(f"run_all.py: error: {error}", file=sys.stderr)
+        if first:
+            print(f"run_all.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
+        if first:
+            print("interrupted; the same command continues", file=sys.stderr)
+        return EXIT_CODE
+
+
+def _load(options: argparse.Namespace, world: launch.World) -> Suite:
+    overrides = list(options.overrides)
+    devices = options.devices or (world.size if world.size > 1 else None)
+    if devices is not None:
+        overrides.append(f"train.devices={devices}")
+    if options.init is not None:
+        overrides.append(f"train.init={options.init}")
+    return load_suite(
+        options.suite,
+        rows=options.rows,
+        data=options.data,
+        seed=options.seed,
+        device=options.device,
+        overrides=overrides,
+    )
+
+
+def _dry_run(suite: Suite, output: Path, measure_steps: int) -> int:
+    # Imported here, as in `run_suite`.
+    from bench import plan
+
+    if measure_steps:
+        _check_output(output)
+    shown = plan.table(suite.runs, output, measure_steps=measure_steps)
+    print(f"suite {suite.name}: what would run, to {output}")
+    print(tables.to_text(shown, _WIDTH))
+    for line in plan.schedules(suite.runs):
+        print(line)
+    print(plan.footnote(suite.runs, measure_steps))
+    return 0
+
+
+def _launch(
+    suite: Suite,
+    plain: Suite,
+    searched: search.Search | None,
+    output: Path,
+    options: argparse.Namespace,
+) -> int:
+    """Run the missing rows as processes of their own."""
+    _check_output(output)
+    bases = {config.row: config.row for config in plain.runs}
+    if searched is not None:
+        bases = {
+            searched.row(config.row, value): config.row
+            for config in plain.runs
+            for value in searched.values
+        }
+    missing = [run for run in suite.runs if not _is_settled(run, output, options.retry_failed)]
+    print(f"suite {suite.name}: {len(missing)} of {len(suite.runs)} rows to run")
+    found = []
+    for config in missing:
+        command = launch.this_command(_row_arguments(config, bases[config.row], output, options))
+        log = output / "logs" / f"{record.slug(config.row)}.out"
+        found.append(jobs.Job(config.row, tuple(command), log))
+    devices = suite.runs[0].train.devices
+    if options.launcher == "slurm":
+        handles = jobs.submit(
+            found,
+            folder=output / "slurm",
+            devices=devices,
+            options=jobs.slurm_options(options.slurm),
+        )
+        for job, handle in zip(found, handles, strict=True):
+            print(f"{job.row}: submitted as job {handle.job_id}")
+        print(
+            f"Their output is in {output / 'slurm'}; when they are done, the same command without"
+        )
+        print("--launcher writes the report.")
+        return 0
+    # Generated data is made once, before the rows ask for it.
+    from bench import runner
+
+    for line in runner.check_data(missing, output, processes=devices) if missing else ():
+        print(f"note: {line}")
+    code = jobs.run_local(
+        found, count=options.jobs, devices=devices, say=lambda line: print(line, flush=True)
+    )
+    if code in (0, 1):
+        return _report(suite, output)
+    return code
+
+
+def _row_arguments(
+    config: RunConfig, base: str, output: Path, options: argparse.Namespace
+) -> list[str]:
+    """The command line of one row of a suite, as a person would type it."""
+    arguments = ["--suite", options.suite, "--rows", base, "--output", str(output), "--no-report"]
+    for name in ("data", "device", "seed", "devices", "init"):
+        value = getattr(options, name)
+        if value is not None:
+            arguments += [f"--{name}", str(value)]
+    if config.row != base:
+        arguments += ["--search", config.row.removeprefix(f"{base} (").removesuffix(")")]
+    for name in ("retry_failed", "tensorboard"):
+        if getattr(options, name):
+            arguments.append(f"--{name.replace('_', '-')}")
+    return [*arguments, *options.overrides]
 
 
 def run_suite(
@@ -118,28 +304,51 @@ def run_suite(
     *,
     command: Sequence[str],
     retry_failed: bool = False,
+    report: bool = True,
+    tensorboard: bool = False,
 ) -> int:
-    """Run what is missing of a suite, write the report and print its table."""
-    _check_output(output)
-    missing = [run for run in suite.runs if not _is_settled(run, output, retry_failed)]
-    settled = len(suite.runs) - len(missing)
-    console.print(
-        f"suite {suite.name}: {len(missing)} of {len(suite.runs)} rows to run"
-        + (f", {settled} have their record" if settled else ""),
-        highlight=False,
-    )
+    """Run what is missing of a suite, write the report and print its table.
+
+    All processes that share the runs call this; the first decides what is missing.
+    """
     # Imported here: torch takes seconds, which `--help` and wrong input should not cost.
     from bench import runner
 
-    if missing:
-        for line in runner.check_data(missing, output):
-            console.print(f"note: {line}", highlight=False, soft_wrap=True)
+    def prepare() -> list[bool]:
+        _check_output(output)
+        settled = [_is_settled(run, output, retry_failed) for run in suite.runs]
+        missing = [run for run, done in zip(suite.runs, settled, strict=True) if not done]
+        console.print(
+            f"suite {suite.name}: {len(missing)} of {len(suite.runs)} rows to run"
+            + (f", {sum(settled)} have their record" if any(settled) else ""),
+            highlight=False,
+        )
+        if missing:
+            for line in runner.check_data(missing, output):
+                console.print(f"note: {line}", highlight=False, soft_wrap=True)
+        return settled
+
+    settled = runner.agree(suite.runs[0], prepare)
+    missing = [run for run, done in zip(suite.runs, settled, strict=True) if not done]
+    failed = False
     with SuiteProgress(len(missing), console=console) as progress:
         for config in missing:
             progress.row(config.row)
-            result = runner.run(config, output=output, progress=progress.update, command=command)
+            try:
+                result = runner.run(
+                    config,
+                    output=output,
+                    progress=progress.update,
+                    command=command,
+                    tensorboard=tensorboard,
+                )
+            except runner.AbandonedError as error:
+                print(f"{config.row}: failed in one process: {error}", file=sys.stderr, flush=True)
+                # The other processes hold what an orderly end would wait for.
+                os._exit(launch.ABANDONED)
             progress.finish_row(_outcome(result))
-    return _report(suite, output)
+            failed |= result.status == "failed"
+    return _report(suite, output) if report else int(failed)
 
 
 def _report(suite: Suite, output: Path) -> int:
@@ -187,8 +396,9 @@ def _outcome(result: Record) -> str:
     return f"done, box AP {box['AP']:.1f}" if box.get("AP") is not None else "done"
 
 
-def _quieten_libraries() -> None:
-    """Keep what libraries say of themselves out of the progress."""
+def _set_up_logging() -> None:
+    """Warnings to the terminal; what libraries say of themselves, not."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import attentions
+from attentions.contract import accepted_options
 from bench.arch import StageSpec, parse, render
 from bench.errors import InputError, choose, nearest
 
@@ -103,19 +104,40 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Schedule: steps are optimiser steps, batch_size images a step, lr the peak rate."""
+    """Schedule: steps are optimiser steps, batch_size images a step, lr the peak rate.
+
+    Attributes:
+        batch_size: of all processes and accumulated parts together.
+        devices: processes that share a step, one a GPU.
+        accumulate: parts that each process does its share of a step in, one after the other. The
+            result depends on `devices * accumulate` alone, not on how it is made up.
+        scale_from_batch: images a step that lr, steps, warmup_steps and milestones are meant for;
+            with another batch_size, lr is scaled by the ratio and the steps inversely.
+        no_decay: what has no weight decay: "norms", "biases", "tokens", "positions" or patterns of
+            parameter names such as "backbone.*".
+        lr_multipliers: factors of the rate by pattern of parameter names; the first that fits.
+        init: checkpoint that a new run starts from, of a classifier or a detector.
+        clip_norm: of the gradient of the full model, 0 for no clipping, None for the published one
+            of the method.
+    """
 
     schedule: str = "1x"
     steps: int = 90000
     batch_size: int = 16
+    devices: int = 1
+    accumulate: int = 1
     lr: float = 1e-4
+    scale_from_batch: int | None = None
     weight_decay: float = 0.05
+    no_decay: list[str] = field(default_factory=list)
+    lr_multipliers: dict[str, float] = field(default_factory=dict)
+    init: str | None = None
     warmup_steps: int = 1000
     warmup_factor: float = 0.01
     decay: str = "steps"
     milestones: list[int] = field(default_factory=list)
     gamma: float = 0.1
-    clip_norm: float = 0.5
+    clip_norm: float | None = None
     precision: str = "32-true"
     checkpoint_every: int = 2500
     log_every: int = 20
@@ -123,10 +145,15 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Splits to evaluate on; the first one fills the tables."""
+    """Splits to evaluate on; the first one fills the tables.
+
+    Attributes:
+        bootstrap: draws of images that the intervals of mAP come from; 0 for none.
+    """
 
     splits: list[str] = field(default_factory=lambda: ["val2017"])
     batch_size: int = 4
+    bootstrap: int = 1000
 
 
 @dataclass(frozen=True)
@@ -317,8 +344,12 @@ def _row_layer(spec: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[str
     """The model settings of a row in a backbone."""
     dense = spec.get("dense", [])
     count = len(backbone["stages"])
-    features = spec.get("feature", [_FEATURE] * count)
-    num_global = spec.get("num_global", _GLOBALS[:count])
+    feature, least = _needs(spec["attention"])
+    features = spec.get("feature", [feature] * count)
+    num_global = spec.get("num_global") or [
+        few if number in dense else max(few, least)
+        for number, few in enumerate(_GLOBALS[:count], start=1)
+    ]
     stages = [
         StageSpec(
             number=number,
@@ -341,6 +372,18 @@ def _row_layer(spec: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[str
     if "options" in spec:
         model["options"] = spec["options"]
     return {"model": model}
+
+
+def _needs(mechanism: str) -> tuple[int, int]:
+    """What `f` in an ARCH string says of a mechanism by default, and its least global tokens."""
+    try:
+        factory = attentions.find(mechanism)
+    except ValueError as error:
+        raise InputError(f"model: {error}") from error
+    parameter = accepted_options(factory).get(getattr(factory, "arch_option", None) or "")
+    own = None if parameter is None else parameter.default
+    feature = own if type(own) is int and own > 0 else _FEATURE
+    return feature, getattr(factory, "least_globals", 0)
 
 
 def _dotlist(overrides: Sequence[str]) -> DictConfig:
@@ -388,6 +431,11 @@ def _leaves(node: Any, prefix: str = "") -> list[str]:
         part, path = getattr(node, f.name), f"{prefix}{f.name}"
         names += _leaves(part, f"{path}.") if is_dataclass(part) else [path]
     return names
+
+
+def leaves() -> tuple[str, ...]:
+    """Dotted names of all values of a run's configuration."""
+    return tuple(_leaves(RunConfig()))
 
 
 def _nearest_key(key: str) -> str:
@@ -471,6 +519,9 @@ def _validated(config: RunConfig) -> RunConfig:
     positive = {
         "train.steps": config.train.steps,
         "train.batch_size": config.train.batch_size,
+        "train.devices": config.train.devices,
+        "train.accumulate": config.train.accumulate,
+        "train.scale_from_batch": config.train.scale_from_batch or 1,
         "train.checkpoint_every": config.train.checkpoint_every,
         "train.log_every": config.train.log_every,
         "train.lr": config.train.lr,
@@ -490,11 +541,20 @@ def _validated(config: RunConfig) -> RunConfig:
         "seed": config.seed,
         "train.warmup_steps": config.train.warmup_steps,
         "train.weight_decay": config.train.weight_decay,
+        "train.clip_norm": config.train.clip_norm or 0,
         "data.workers": config.data.workers,
+        "evaluate.bootstrap": config.evaluate.bootstrap,
+        **{f"train.lr_multipliers.{k}": v for k, v in config.train.lr_multipliers.items()},
     }
     for key, value in not_negative.items():
         if not 0 <= value < math.inf:
             raise InputError(f"{key}={value} must not be negative, nor infinite")
+    parts = config.train.devices * config.train.accumulate
+    if config.train.batch_size % parts:
+        raise InputError(
+            f"train.batch_size={config.train.batch_size} must be a multiple of train.devices="
+            f"{config.train.devices} times train.accumulate={config.train.accumulate}"
+        )
     pairs = {"data.min_sizes": config.data.min_sizes, "evaluate.splits": config.evaluate.splits}
     for key, values in pairs.items():
         if not values:

@@ -26,7 +26,15 @@ from bench.errors import InputError
 
 SCHEMA = 1
 STATUSES = ("done", "failed")
-ERROR_KINDS = ("input", "out_of_memory", "interrupted", "diverged", "error")
+ERROR_KINDS = (
+    "input",
+    "out_of_memory",
+    "too_slow",
+    "skipped",
+    "interrupted",
+    "diverged",
+    "error",
+)
 PACKAGES = (
     "torch",
     "torchvision",

@@ -14,7 +14,7 @@ import pandas as pd
 
 from bench.errors import InputError
 from bench.record import Record
-from report import plots, tables
+from report import confidence, counts, plots, tables
 from report.plots import Plot
 from report.tables import Table
 
@@ -96,8 +96,18 @@ def write(records: Sequence[Record], directory: Path, *, title: str) -> Path:
     """
     if not records:
         raise InputError(f"there are no records to report in {directory}")
-    drawn = plots.draw(records)
-    sections = _sections(records, drawn)
+    drawn = [*plots.draw(records), *counts.conventions_plots(records)]
+    return publish(_sections(records, drawn), drawn, directory, title=title)
+
+
+def publish(
+    sections: Sequence[Section], drawn: Sequence[Plot], directory: Path, *, title: str
+) -> Path:
+    """Write a page of `sections` with its tables and plots, and return its `index.md`.
+
+    Raises:
+        InputError: if the folder cannot be written.
+    """
     try:
         for table in _tables(sections):
             base = directory / "tables" / table.name
@@ -159,6 +169,7 @@ def _sections(records: Sequence[Record], drawn: Sequence[Plot]) -> list[Section]
         Section("Comparison", (Text(counts), *map(TableBlock, tables.comparison(records)))),
         Section("Plots", (Text(_LEGEND), *(_picture(plot) for plot in drawn))),
         Section("All COCO figures, %", tuple(map(TableBlock, tables.figures(records)))),
+        *_confidence(records),
         *_further(records),
         Section("Details", tuple(map(TableBlock, tables.details(records)))),
         Section("Published numbers", _published(records)),
@@ -173,6 +184,11 @@ def _sections(records: Sequence[Record], drawn: Sequence[Plot]) -> list[Section]
     again = Text("The same command again runs only what has no record yet.")
     sections.append(Section("Run it again", (again, Code("\n".join(commands)))))
     return sections
+
+
+def _confidence(records: Sequence[Record]) -> tuple[Section, ...]:
+    found = [*confidence.intervals(records), *confidence.differences(records)]
+    return (Section("How sure mAP is", tuple(map(TableBlock, found))),) if found else ()
 
 
 def _further(records: Sequence[Record]) -> tuple[Section, ...]:
@@ -191,9 +207,11 @@ def _picture(plot: Plot) -> Block:
 
 
 def _published(records: Sequence[Record]) -> tuple[Block, ...]:
-    table = tables.against_published(records)
-    if table is not None:
-        return (TableBlock(table),)
+    lines = counts.published_lines(records)
+    found = [tables.against_published(records), counts.conventions(lines) if lines else None]
+    blocks = tuple(TableBlock(table) for table in found if table is not None)
+    if blocks:
+        return blocks
     suites = _list(record.suite for record in records)
     return (
         Text(

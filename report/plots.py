@@ -110,7 +110,7 @@ def draw(records: Sequence[Record]) -> list[Plot]:
             ("loss", "Training loss over steps", partial(loss, part, losses, style)),
             ("accuracy_latency", "Box AP against latency", partial(accuracy_latency, part, style)),
         )
-        plots += [_plot(stem + name, text + title, make) for stem, text, make in drawings]
+        plots += [render(stem + name, text + title, make) for stem, text, make in drawings]
     return plots
 
 
@@ -326,7 +326,8 @@ def _paint(bar: Patch, colour: str, *, hollow: bool) -> None:
     bar.set_linewidth(1.4)
 
 
-def _plot(name: str, title: str, make: Callable[[], Figure | str]) -> Plot:
+def render(name: str, title: str, make: Callable[[], Figure | str]) -> Plot:
+    """Return the plot that `make` draws, or its sentence where there is nothing to draw."""
     with mpl.rc_context(_STYLE):
         figure = make()
         if isinstance(figure, str):

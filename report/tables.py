@@ -26,6 +26,8 @@ METHODS = {"mask_rcnn": "Mask R-CNN", "retinanet": "RetinaNet"}
 REASONS = {
     "input": "bad input",
     "out_of_memory": "out of memory",
+    "too_slow": "too slow",
+    "skipped": "skipped",
     "interrupted": "interrupted",
     "diverged": "diverged",
     "error": "error",

@@ -11,9 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import run_all
+from bench import runner
+from bench.config import load_suite
 from bench.data.generated import generate
+from bench.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 # As many threads as the tests' own process has: with another number, sums round differently.
@@ -69,6 +73,15 @@ def test_every_row_leaves_a_full_record(finished: Path) -> None:
         assert entry["seed"] == 0
 
 
+def test_every_row_has_its_logs(finished: Path) -> None:
+    for row in ("vil", "linformer"):
+        (steps,) = (finished / "logs").glob(f"{row}-*.jsonl")
+        assert [json.loads(line)["step"] for line in steps.read_text().splitlines()] == [1, 2, 3, 4]
+        text = steps.with_suffix(".log").read_text()
+        for said in ("environment:", "torch: ", "configuration:", "stage1 ", "step 4 of 4", "done"):
+            assert said in text
+
+
 def test_linformer_says_that_it_works_for_one_size(finished: Path) -> None:
     assert any("one sequence length" in note for note in records(finished)["linformer"]["notes"])
 
@@ -103,7 +116,7 @@ def test_killed_in_the_second_row_it_continues_to_the_same_numbers(
         command, cwd=ROOT, env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 240
-    while not list(tmp_path.glob("checkpoints/linformer-*/step-00000002.pt")):
+    while not list(tmp_path.glob("checkpoints/linformer-*/step-00000002-*.pt")):
         assert process.poll() is None, "ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -184,6 +197,14 @@ def test_the_mechanism_of_the_readme_trains(tmp_path: Path) -> None:
         (["--device", "tpu"], "tpu"),
         (["--data", "nowhere"], "nowhere"),
         (["--rows", "nowhere.py:Class"], "nowhere.py"),
+        (["train.accumulate=3"], "train.batch_size=4 must be a multiple"),
+        (["--devices", "3", "--device", "cpu"], "train.batch_size=4 must be a multiple"),
+        (["--init", "nowhere.pth"], "nowhere.pth"),
+        (["--search", "drop_pth=0.1"], "did you mean 'model.drop_path'"),
+        (["--search", "seed=0,1"], "one of seed, data.generated.seed"),
+        (["--search", "drop_path="], "no values"),
+        (["--search", "drop_path=2"], "model.drop_path=2"),
+        (["train.no_decay=[norm]", "--rows", "ViL", *TINY], "did you mean 'norms'"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(
@@ -263,3 +284,181 @@ def test_help_explains_the_options() -> None:
     assert done.returncode == 0
     for option in ("--suite", "--data", "--output", "--device", "--seed", "--rows", "key=value"):
         assert option in done.stdout
+
+
+def start(*arguments: str, output: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "run_all.py"), *arguments, "--output", str(output)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=ONE_THREAD, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def steps_done(output: Path, row: str) -> int:
+    return sum(len(path.read_text().splitlines()) for path in output.glob(f"logs/{row}-*.jsonl"))
+
+
+@pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, "1"), (signal.SIGINT, "2")])
+def test_told_to_stop_it_finishes_the_record_and_the_same_command_continues(
+    tmp_path: Path, number: signal.Signals, processes: str
+) -> None:
+    # No step is lost that no checkpoint was due for.
+    arguments = ["--rows", "ViL", "--devices", processes, *TINY, "train.steps=25",
+                 "train.checkpoint_every=1000", "profile.enabled=false"]  # fmt: skip
+    process = start(*arguments, output=tmp_path)
+    deadline = time.monotonic() + 240
+    while steps_done(tmp_path, "vil") < 2:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert error.splitlines()[-1] == "interrupted; the same command continues"
+    assert "Traceback" not in error
+    entry = records(tmp_path)["ViL"]
+    assert entry["error"]["kind"] == "interrupted"
+    (checkpoint,) = tmp_path.glob("checkpoints/vil-*/step-*.pt")
+    step = int(checkpoint.name.split("-")[1])
+    assert step >= 2
+    again = start(*arguments, output=tmp_path)
+    _, error = again.communicate(timeout=240)
+    assert again.returncode == 0, error
+    done = [json.loads(path.read_text()) for path in (tmp_path / "records").glob("*.json")]
+    (entry,) = (entry for entry in done if entry["status"] == "done")
+    assert entry["training"]["resumed"] == 1
+    assert steps_done(tmp_path, "vil") == 25
+
+
+def test_two_processes_make_the_records_of_one_that_takes_two_parts(tmp_path: Path) -> None:
+    row = ["--rows", "ViL", *TINY]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run_all.main([*row, "train.accumulate=2", "--output", str(one)]) == 0
+    process = start(*row, "--devices", "2", output=two)
+    out, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+    assert out.count("1 of 1 rows to run") == 1
+    assert out.count("report:") == 1
+    assert not error.strip()
+    single, shared = settled(records(one)["ViL"]), settled(records(two)["ViL"])
+    for entry, other in zip(single.pop("losses"), shared.pop("losses"), strict=True):
+        assert entry == pytest.approx(other, rel=1e-5)
+    # An untrained detector's figures are all near zero; the images are the same ones, once each.
+    for kind in ("box", "mask"):
+        ours, theirs = (run["evaluation"].pop(kind) for run in (single, shared))
+        assert ours == pytest.approx(theirs, abs=0.1)
+    for run in (single, shared):
+        run["evaluation"] = {k: run["evaluation"][k] for k in ("images", "split")}
+    assert single == shared
+    training = records(two)["ViL"]["training"]
+    assert (training["processes"], training["images_of_a_part"]) == (2, 1)
+    assert steps_done(two, "vil") == 4
+
+
+def test_a_row_that_fails_in_one_process_says_so_and_the_others_go_on(tmp_path: Path) -> None:
+    mechanism = tmp_path / "fragile.py"
+    mechanism.write_text(
+        "import os, torch\n"
+        "class Fragile(torch.nn.Module):\n"
+        "    def __init__(self, *, dim, num_heads, num_global=1):\n"
+        "        super().__init__()\n"
+        "        self.proj = torch.nn.Linear(dim, dim)\n"
+        "    def forward(self, x, grid):\n"
+        "        if os.environ.get('RANK') == '1' and not x.is_meta:\n"
+        "            raise RuntimeError('out of luck')\n"
+        "        return self.proj(x)\n"
+    )
+    output = tmp_path / "out"
+    process = start(
+        "--rows", f"{mechanism}:Fragile,ViL", "--devices", "2", *TINY, "profile.enabled=false",
+        output=output,
+    )  # fmt: skip
+    out, error = process.communicate(timeout=280)
+    assert process.returncode == 1, error
+    found = records(output)
+    assert found[f"{mechanism}:Fragile"]["error"]["message"] == "out of luck"
+    assert found["ViL"]["status"] == "done"
+    assert "out of luck" in out
+
+
+@pytest.mark.slow
+def test_under_torchrun_it_is_one_run(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "2", str(ROOT / "run_all.py"), "--rows", "ViL", *TINY,
+               "--output", str(tmp_path)]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert records(tmp_path)["ViL"]["training"]["processes"] == 2
+
+
+def test_a_search_runs_side_by_side_and_says_which_value_is_best(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = ["--rows", "ViL", "--search", "drop_path=0.0,0.1", "--output", str(tmp_path),
+                 *TINY, "profile.enabled=false"]  # fmt: skip
+    assert run_all.main([*arguments, "--launcher", "local", "--jobs", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "ViL: best drop_path=" in out
+    assert out.count("report:") == 1
+    found = records(tmp_path)
+    assert set(found) == {"ViL (drop_path=0.0)", "ViL (drop_path=0.1)"}
+    assert found["ViL (drop_path=0.1)"]["model"]["drop_path"] == 0.1
+    # The launcher changes nothing of what a run is.
+    assert run_all.main(arguments) == 0
+    assert "0 of 2 rows to run" in capsys.readouterr().out
+
+
+def test_a_run_starts_from_a_classifier(tmp_path: Path) -> None:
+    config = load_suite("quick", rows=["ViL"]).runs[0]
+    vil = runner.build_backbone(config)
+    # What a training of a millionth of a step does not move.
+    state = {f"module.{name}": value + 0.5 for name, value in vil.state_dict().items()
+             if value.is_floating_point()}  # fmt: skip
+    torch.save({"net": state}, tmp_path / "classifier.pth")
+    output = tmp_path / "out"
+    assert run_all.main(
+        ["--rows", "ViL", "--init", str(tmp_path / "classifier.pth"), "--output", str(output),
+         *TINY, "profile.enabled=false"]
+    ) == 0  # fmt: skip
+    (note,) = (n for n in records(output)["ViL"]["notes"] if n.startswith("initialised"))
+    assert "classifier.pth" in note
+    detector = runner.build_detector(config, 6)
+    runner.initialise(detector, tmp_path / "classifier.pth")
+    own = detector.vil.state_dict()
+    assert all(torch.equal(own[name.removeprefix("module.")], v) for name, v in state.items())
+
+
+def test_a_checkpoint_of_another_backbone_is_one_clear_line(tmp_path: Path) -> None:
+    torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    detector = runner.build_detector(load_suite("quick", rows=["ViL"]).runs[0], 6)
+    with pytest.raises(InputError, match="none of its 0 tensors fits the backbone"):
+        runner.initialise(detector, tmp_path / "other.pth")
+
+
+def test_a_dry_run_prints_the_plan_for_eight_gpus_and_makes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    arguments = ["--suite", "ablation", "--devices", "8", "--dry-run", "--output", str(output)]
+    assert run_all.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert not output.exists()
+    row = next(line for line in out.splitlines() if line.startswith("Partial performer"))
+    assert row.split()[2:3] == ["90000"]
+    assert row.split()[4:8] == ["16", "8", "1", "2"]
+    assert "1e-06 at 0, 0.0001 at 1000, 1e-05 at 60000, 1e-06 at 80000" in out
+
+
+def test_a_dry_run_measures_steps_for_its_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--rows", "ViL", "--output", str(tmp_path), *TINY, "--dry-run"]
+    assert run_all.main([*arguments, "--measure-steps", "2"]) == 0
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if line.startswith("ViL"))
+    assert row.split()[-1] in ("s", "min")
+    assert "the median of 2 steps on cpu" in out
+    assert not (tmp_path / "records").exists()

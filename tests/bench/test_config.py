@@ -10,9 +10,18 @@ import yaml
 
 import attentions
 import configs
+from attentions import registry
+from attentions.contract import Attention
 from bench.arch import parse
 from bench.backbone import ViL
-from bench.config import RunConfig, build_config, load_suite, suites
+from bench.config import (
+    RunConfig,
+    backbones,
+    build_config,
+    load_suite,
+    profile_configs,
+    suites,
+)
 from bench.errors import InputError
 
 FOLDER = Path(configs.__file__).parent
@@ -20,6 +29,10 @@ FILES = sorted(FOLDER.rglob("*.yaml"))
 with (FOLDER.parent / "results" / "published.csv").open(newline="") as _table:
     PUBLISHED = {row["row"]: row for row in csv.DictReader(_table) if row["table"] == "ablation"}
 ROWS = (*PUBLISHED, "full", "linformer", "Partial linformer")
+CURATED = {"srformer", "global", "performer", "longformer", "full", "linformer"}
+AUTOMATIC = tuple(
+    row for name in attentions.names() if name not in CURATED for row in (name, f"Partial {name}")
+)
 USERS = """
 from torch import nn
 
@@ -75,9 +88,50 @@ def test_rows_of_a_suite_of_all(suite):
     rows = [run.row for run in load_suite(suite).runs]
     assert tuple(rows[:12]) == ROWS
     # A mechanism that no row names has two rows by itself.
-    named = {"srformer", "global", "performer", "longformer", "full", "linformer"}
-    others = [name for name in attentions.names() if name not in named]
-    assert rows[12:] == [row for name in others for row in (name, f"Partial {name}")]
+    assert tuple(rows[12:]) == AUTOMATIC
+    assert {"swin", "Partial swin", "focused_linear", "Partial focused_linear"} <= set(AUTOMATIC)
+
+
+@pytest.mark.parametrize("backbone", backbones())
+def test_automatic_rows_build_in_every_backbone(backbone):
+    for run in profile_configs(AUTOMATIC, backbone=backbone):
+        with torch.device("meta"):
+            vil = ViL(run.model.arch, attention=run.model.attention, image_size=(47, 96))
+            maps = vil(torch.zeros(1, 3, 47, 96))
+        assert [tuple(value.shape[2:]) for value in maps.values()] == [
+            (12, 24),
+            (6, 12),
+            (3, 6),
+            (2, 3),
+        ]
+        dense = [stage.attention == "full" for stage in vil.stages]
+        assert dense == [False, False, *([run.row.startswith("Partial ")] * 2)]
+        if not getattr(attentions.find(run.model.attention), "least_globals", 0):
+            assert [stage.num_global for stage in vil.stages] == [1, 1, 1, 0]
+
+
+class NeedsGlobals(Attention):
+    """Stands for a mechanism that somebody adds."""
+
+    least_globals = 2
+    arch_option = "num_features"
+
+    def __init__(self, *, num_features: int = 96, **common) -> None:
+        super().__init__(**common)
+
+
+def test_automatic_rows_have_the_global_tokens_and_the_parameter_of_the_mechanism(monkeypatch):
+    monkeypatch.setitem(registry._CLASSES, "needy", NeedsGlobals)
+    everywhere, partial = (
+        parse(run.model.arch, "needy") for run in load(rows=["needy", "Partial needy"])
+    )
+    assert [stage.num_global for stage in everywhere] == [2, 2, 2, 2]
+    assert [stage.feature for stage in everywhere] == [96] * 4
+    # Full attention needs none.
+    assert [stage.num_global for stage in partial] == [2, 2, 1, 0]
+    assert [stage.attention for stage in partial] == ["needy", "needy", "full", "full"]
+    (run,) = profile_configs(["needy"], backbone="tiny")
+    assert run.model.arch.count("g2,") == run.model.arch.count("f96,") == 4
 
 
 @pytest.mark.parametrize("row", PUBLISHED)
@@ -97,7 +151,9 @@ def test_the_published_recipe():
     train = run.train
     assert (train.steps, train.milestones, train.gamma) == (90000, [60000, 80000], 0.1)
     assert (train.batch_size, train.lr, train.weight_decay) == (16, 1e-4, 0.05)
-    assert (train.warmup_steps, train.warmup_factor, train.clip_norm) == (1000, 0.01, 0.5)
+    assert (train.warmup_steps, train.warmup_factor) == (1000, 0.01)
+    # That of the method.
+    assert train.clip_norm is None
     assert (run.data.min_sizes, run.data.max_size) == ([800], 1333)
     recipe = read("recipes.yaml")["3x"]
     assert (recipe["train"]["steps"], recipe["train"]["milestones"]) == (270000, [180000, 240000])
@@ -187,6 +243,12 @@ def test_a_mechanism_of_the_user_is_a_row(tmp_path):
     (run,) = load("model.options.gain=2.0", rows=[name])
     assert (run.row, run.model.attention, run.model.options) == (name, name, {"gain": 2.0})
     assert {stage.attention for stage in parse(run.model.arch, name)} == {name}
+    assert [stage.num_global for stage in parse(run.model.arch, name)] == [1, 1, 1, 0]
+    needy = USERS.replace("    def", "    least_globals = 3\n    arch_option = 'gain'\n\n    def")
+    (tmp_path / "needy.py").write_text(needy.replace("gain=1.0", "gain=4"))
+    (run,) = load(rows=[f"{tmp_path}/needy.py:Mean"])
+    stages = parse(run.model.arch, name)
+    assert [(stage.num_global, stage.feature) for stage in stages] == [(3, 4)] * 4
 
 
 @pytest.mark.parametrize(

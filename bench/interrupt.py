@@ -1,0 +1,53 @@
+"""Ctrl-C and a job's end, held back until a good moment to stop at."""
+
+import logging
+import os
+import signal
+import threading
+from contextlib import suppress
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+EXIT_CODE = 130
+
+log = logging.getLogger(__name__)
+
+
+class Held:
+    """While it is entered, the first SIGINT or SIGTERM only sets `requested`; a second ends all.
+
+    Python runs handlers in the main thread alone; entered in another one it does nothing.
+
+    Args:
+        quiet: say nothing, as another process does.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.requested = False
+        self._quiet = quiet
+        self._before: dict[signal.Signals, Any] = {}
+        self._owner = os.getpid()
+
+    def __enter__(self) -> "Held":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # Processes that were forked meanwhile, such as those that read data, finish no step.
+        if self.requested or os.getpid() != self._owner:
+            os._exit(EXIT_CODE)
+        self.requested = True
+        if not self._quiet:
+            with suppress(OSError):
+                log.warning("stopping after this step; once more ends at once")
