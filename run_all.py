@@ -169,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output = options.output or Path("results") / suite.name
         if options.dry_run:
             return _dry_run(suite, output, options.measure_steps)
+        _check_needs(suite)
         if options.launcher != "none":
             code = _launch(suite, plain, searched, output, options)
         elif suite.runs[0].train.devices > 1 and world.size == 1:
@@ -212,6 +213,15 @@ def _load(options: argparse.Namespace, world: launch.World) -> Suite:
         device=options.device,
         overrides=overrides,
     )
+
+
+def _check_needs(suite: Suite) -> None:
+    if suite.needs is not None and any(config.data.path is None for config in suite.runs):
+        raise InputError(
+            f"suite {suite.name} needs {suite.needs}: name its folder with --data, or set"
+            " $DETECTRON2_DATASETS to the folder that holds coco/; `python -m bench data coco"
+            " --root DIR` downloads it"
+        )
 
 
 def _dry_run(suite: Suite, output: Path, measure_steps: int) -> int:

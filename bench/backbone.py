@@ -238,7 +238,7 @@ class ViL(nn.Module):
                     )
 
     def start_training_step(self, step: int) -> None:
-        """Say which step, counted from 0, the next training calls belong to, and redraw what is due.
+        """Say which step, from 0, the next training calls belong to, and redraw what is due.
 
         Without it every training call is a step of its own. A step of several calls, or of several
         processes, needs it: what is redrawn is drawn now, once, from the random state of now.

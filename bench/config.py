@@ -18,6 +18,7 @@ from yaml import YAMLError
 import attentions
 from attentions.contract import accepted_options
 from bench.arch import StageSpec, parse, render
+from bench.data.coco import default_root
 from bench.errors import InputError, choose, nearest
 
 METHODS = ("mask_rcnn", "retinanet")
@@ -190,10 +191,15 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Suite:
-    """A named list of runs."""
+    """A named list of runs.
+
+    Attributes:
+        needs: the data set that it cannot do without, or None where it generates its own.
+    """
 
     name: str
     runs: tuple[RunConfig, ...]
+    needs: str | None = None
 
 
 def suites() -> tuple[str, ...]:
@@ -216,7 +222,8 @@ def load_suite(
     Args:
         name: a file in `configs/suites`.
         rows: some of its rows, or mechanisms of the user as `package.module:Class`; empty for all.
-        data: folder in COCO layout, instead of the suite's data.
+        data: folder in COCO layout, instead of the suite's data; without it, a suite that needs
+            COCO takes `$DETECTRON2_DATASETS/coco` where that is a folder.
         seed: of everything random.
         device: "auto", "cpu", "cuda" or "cuda:N".
         overrides: `key=value`, for example `train.steps=100`.
@@ -230,6 +237,10 @@ def load_suite(
     every = list(table) if suite["rows"] == "all" else list(suite["rows"])
     chosen = list(dict.fromkeys(rows)) or every
     layers = [_read("recipes.yaml")[suite["recipe"]], suite.get("run", {})]
+    needs = suite.get("needs")
+    if data is None and needs is not None:
+        root = default_root()
+        data = None if root is None else str(root)
     if data is not None:
         layers += [suite.get("with_data", {}), {"data": {"path": data}}]
     command_line = _dotlist(overrides)
@@ -243,7 +254,7 @@ def load_suite(
         top |= {key: v for key, v in (("seed", seed), ("device", device)) if v is not None}
         config = _merge([*layers, layer, own, top, command_line])
         runs.append(_validated(_fixed(config)))
-    return Suite(name, tuple(runs))
+    return Suite(name, tuple(runs), needs)
 
 
 def profile_configs(

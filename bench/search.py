@@ -1,7 +1,7 @@
 """The same rows with several values of one setting, and which value came out best."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
@@ -64,7 +64,7 @@ def expand(suite: Suite, search: Search) -> Suite:
         InputError: for a value that the setting cannot have.
     """
     runs = [_with(config, search, value) for config in suite.runs for value in search.values]
-    return Suite(suite.name, tuple(runs))
+    return replace(suite, runs=tuple(runs))
 
 
 def outcomes(suite: Suite, search: Search, records: Sequence[Record]) -> list[str]:

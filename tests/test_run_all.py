@@ -462,3 +462,12 @@ def test_a_dry_run_measures_steps_for_its_time(
     assert row.split()[-1] in ("s", "min")
     assert "the median of 2 steps on cpu" in out
     assert not (tmp_path / "records").exists()
+
+
+def test_a_suite_without_the_data_it_needs_says_where_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    assert run_all.main(["--suite", "ablation", "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "suite ablation needs COCO 2017" in error
+    assert "bench data coco" in error
+    assert error.count("\n") == 1

@@ -348,3 +348,14 @@ def test_as_dict_is_plain():
     values = load_suite("quick").runs[0].as_dict()
     assert values.keys() == {field.name for field in dataclasses.fields(RunConfig)}
     assert math.isfinite(json.loads(json.dumps(values, allow_nan=False))["train"]["lr"])
+
+
+def test_a_suite_that_needs_coco_finds_it_by_detectron2s_convention(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    assert load_suite("ablation", rows=["ViL"]).runs[0].data.path is None
+    (tmp_path / "coco").mkdir()
+    suite = load_suite("ablation", rows=["ViL"])
+    assert suite.runs[0].data.path == str(tmp_path / "coco")
+    assert load_suite("quick", rows=["ViL"]).runs[0].data.path is None
+    own = load_suite("ablation", rows=["ViL"], data=str(tmp_path / "mine"))
+    assert own.runs[0].data.path == str(tmp_path / "mine")
