@@ -73,7 +73,7 @@ def test_types_of_arguments():
     ],
 )
 def test_wrong_arguments_are_named(kind, text):
-    with pytest.raises(argparse.ArgumentTypeError, match="no|names nothing"):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"no|names nothing"):
         kind(text)
 
 
