@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import logging
+import os
 import pkgutil
 import sys
 from argparse import RawDescriptionHelpFormatter
@@ -61,4 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Whoever reads the output has seen enough. Python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return code

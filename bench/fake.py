@@ -305,10 +305,8 @@ def data_free(detector: Any, counts: Counts, answers: Answers) -> Iterator[None]
 
 def fix_size(detector: Any, image_size: tuple[int, int]) -> None:
     """Make a copied detector take images of `image_size` (height, width) as they are."""
-    if detector.library == "torchvision":
-        detector.transform.fixed_size = (image_size[1], image_size[0])
-    else:
-        detector.settings = dataclasses.replace(detector.settings, fixed_size=image_size)
+    holder = detector.transform if detector.library == "torchvision" else detector
+    holder.settings = dataclasses.replace(holder.settings, fixed_size=image_size)
 
 
 def training_rois(detector: Any, counts: Counts) -> tuple[int, int]:

@@ -24,6 +24,7 @@ examples:
   python -m bench eval --weights model_final.pth --data /datasets/coco --attention performer
   python -m bench eval --weights model_final.pth --arch l1,h3,d96,n1,s1,g1,p4,f7,a0_… --limit 100
   python -m bench eval --weights step-00000400-….pt --record out/records/vil-….json --data my_data
+  torchrun --nproc-per-node 8 -m bench eval --weights model_final.pth --data /datasets/coco
 
 A checkpoint is a file of torch.save: tensors by name, alone or under "model". All of them must fit
 the detector, which --arch or --backbone and --attention describe, or --record: that of a run. No
@@ -183,12 +184,18 @@ def _root(data: Path | None) -> Path:
 def _config(options: argparse.Namespace, kind: tuple[str, str] | None, root: Path) -> "RunConfig":
     """The run's configuration; `kind` is library and method by the names of the weights."""
     from bench.config import build_config, profile_configs
+    from bench.launch import world
     from bench.record import read
 
     run: dict[str, Any] = {
         "device": options.device,
         "data": {"path": str(root), "workers": options.workers},
-        "train": {"precision": options.precision},
+        "train": {
+            "precision": options.precision,
+            "devices": world().size,
+            "batch_size": world().size,
+            "accumulate": 1,
+        },
         "evaluate": {"splits": [options.split], "batch_size": options.batch_size},
     }
     if options.record:

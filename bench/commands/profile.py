@@ -94,9 +94,9 @@ def run(options: argparse.Namespace) -> int:
         choose(mode, MODES, "--mode")
     for quantity in options.what:
         choose(quantity, QUANTITIES, "--what")
-    configs = _configs(options)
     if options.sizes is not None:
-        return _over_sizes(options, configs)
+        return _over_sizes(options)
+    configs = _configs(options)
     if options.memory_budget is not None:
         return _fit(options, configs)
     return _profile(options, configs)
@@ -219,8 +219,10 @@ def _fit(options: argparse.Namespace, configs: Sequence[Any]) -> int:
     return 0
 
 
-def _over_sizes(options: argparse.Namespace, configs: Sequence[Any]) -> int:
+def _over_sizes(options: argparse.Namespace) -> int:
     """FLOPs over the image sizes of a data set."""
     from bench.commands.audit import show_sizes
+    from bench.config import profile_configs
 
-    return show_sizes(options, configs)
+    # Positions for the largest image of the data set, whatever size is profiled otherwise.
+    return show_sizes(options, profile_configs(options.attention, **_given(options)))

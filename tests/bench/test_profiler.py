@@ -154,3 +154,20 @@ def test_a_size_that_is_not_positive_is_named(capsys):
         cli.main(["profile", "--image-size", "0x32"])
     assert ended.value.code == 2
     assert "'0x32'" in capsys.readouterr().err
+
+
+def test_the_largest_batch_within_a_budget(capsys):
+    fit = ["--memory-budget", "900MB", "--fit", "batch-size", "--mode", "inference"]
+    assert command("--attention", "ViL", *fit, "--format", "json") == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["prediction"]["total"] <= 900e6 < found["beyond"]["total"]
+    assert found["largest"] == found["prediction"]["batch_size"] > 1
+    assert command("--attention", "ViL", "--memory-budget", "1MB", "--mode", "inference") == 2
+    assert "too small" in capsys.readouterr().err
+
+
+def test_flops_over_the_sizes_of_a_data_set(capsys):
+    assert command("--attention", "ViL", "--sizes", "val2017", "--format", "json") == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["images"] == 5000
+    assert found["minimum"] < found["mean"] < found["maximum"]
