@@ -165,7 +165,7 @@ def _tell_start(config: RunConfig, command: Sequence[str] | None) -> None:
 @functools.cache
 def _meeting() -> Any:
     """A group of all processes in which a process can wait for a limited time."""
-    return torch.distributed.new_group(backend="gloo")
+    return torch.distributed.new_group(backend="gloo", timeout=_MEETING)
 
 
 def _all_failed(world: launch.World) -> bool:
