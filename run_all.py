@@ -230,7 +230,7 @@ def _dry_run(suite: Suite, output: Path, measure_steps: int) -> int:
 
     if measure_steps:
         _check_output(output)
-    shown = plan.table(suite.runs, output, measure_steps=measure_steps)
+    shown = plan.table(suite, output, measure_steps=measure_steps)
     print(f"suite {suite.name}: what would run, to {output}")
     print(tables.to_text(shown, _WIDTH))
     for line in plan.schedules(suite.runs):

@@ -1,9 +1,7 @@
 """What a suite would do, without doing it: steps, rates, memory and time."""
 
-import importlib
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +9,28 @@ import pandas as pd
 import torch
 
 from bench import runner
-from bench.config import RunConfig, TrainConfig
+from bench.config import RunConfig, Suite, TrainConfig
 from bench.data.coco import CocoDataset
 from bench.errors import InputError
+from bench.predict import predict
 from bench.train import effective, learning_rate, scaling_note
 from bench.workload import Workload
 
 UNKNOWN = "-"
-_GIB = 2**30
+# Of COCO's train2017, the images with an instance that is no crowd.
+_COCO_CLASSES, _COCO_IMAGES = 80, 117_266
 _DAY, _HOUR, _MINUTE = 86400, 3600, 60
 
 
-def table(configs: Sequence[RunConfig], output: Path, *, measure_steps: int = 0) -> pd.DataFrame:
-    """Return one row a run.
+def table(suite: Suite, output: Path, *, measure_steps: int = 0) -> pd.DataFrame:
+    """Return one row a run; a suite that needs COCO is planned for it, there or not.
 
     Args:
         output: where the runs' data is made, if it is generated.
         measure_steps: training steps that are timed, on one device here, for the time of a run;
             0 for none.
     """
-    rows = [_row(config, output, measure_steps) for config in configs]
+    rows = [_row(config, suite, output, measure_steps) for config in suite.runs]
     return pd.DataFrame([{name: str(value) for name, value in row.items()} for row in rows])
 
 
@@ -58,16 +58,20 @@ def footnote(configs: Sequence[RunConfig], measure_steps: int) -> str:
     )
 
 
-def _row(config: RunConfig, output: Path, measure_steps: int) -> dict[str, Any]:
+def _row(config: RunConfig, suite: Suite, output: Path, measure_steps: int) -> dict[str, Any]:
     recipe = effective(config.train, config.model.method)
     parts = recipe.devices * recipe.accumulate
     dataset = _dataset(config, output, needed=measure_steps > 0)
-    images = config.data.generated.train_images if config.data.path is None else None
-    if dataset is not None:
+    needs_coco = suite.needs is not None and config.data.path is None
+    images = None
+    if config.data.path is None:
+        images = _COCO_IMAGES if needs_coco else config.data.generated.train_images
+    if dataset is not None and not needs_coco:
         images = sum(dataset.instances(index) > 0 for index in range(len(dataset)))
+    classes = _COCO_CLASSES if dataset is None or needs_coco else dataset.num_classes
     seconds = None
     if dataset is not None and measure_steps:
-        seconds = _seconds(config, dataset, recipe.batch_size // parts, measure_steps)
+        seconds = _seconds(config, dataset, classes, recipe.batch_size // parts, measure_steps)
         seconds *= recipe.accumulate * recipe.steps
     epochs = UNKNOWN if not images else f"{recipe.steps * recipe.batch_size / images:.1f}"
     return {
@@ -79,7 +83,7 @@ def _row(config: RunConfig, output: Path, measure_steps: int) -> dict[str, Any]:
         "parts": recipe.accumulate,
         "images a part": recipe.batch_size // parts,
         "clip": recipe.clip_norm,
-        "memory": _memory(config, recipe.batch_size // parts),
+        "memory": _memory(config, recipe.batch_size // parts, classes),
         "time": UNKNOWN if seconds is None else _duration(seconds),
     }
 
@@ -109,10 +113,12 @@ def _dataset(config: RunConfig, output: Path, *, needed: bool) -> CocoDataset | 
         return None
 
 
-def _seconds(config: RunConfig, dataset: CocoDataset, images: int, steps: int) -> float:
+def _seconds(
+    config: RunConfig, dataset: CocoDataset, classes: int, images: int, steps: int
+) -> float:
     """Median time of a training step on one part of the images, of the profile's size."""
     fabric = runner.single_fabric(config)
-    detector = runner.build_detector(config, dataset.num_classes)
+    detector = runner.build_detector(config, classes)
     size = config.profile.image_size
     batch, targets = runner.profile_batch(dataset, (size[0], size[1]), images)
     workload = Workload(
@@ -134,11 +140,22 @@ def _seconds(config: RunConfig, dataset: CocoDataset, images: int, steps: int) -
     return sorted(times)[len(times) // 2]
 
 
-def _memory(config: RunConfig, images: int) -> str:
-    with suppress(ImportError):
-        predict = importlib.import_module("bench.predict")
-        return f"{predict.training_bytes(config, batch_size=images) / _GIB:.1f} GiB"
-    return UNKNOWN
+def _memory(config: RunConfig, images: int, num_classes: int) -> str:
+    """The predicted peak of a training step on one device."""
+    half = config.train.precision == "16-mixed"
+    cuda = half or config.device.startswith("cuda") or torch.cuda.is_available()
+    size = config.profile.image_size
+    with torch.device("meta"):
+        detector = runner.build_detector(config, num_classes)
+    prediction = predict(
+        detector,
+        image_size=(size[0], size[1]),
+        batch_size=images,
+        mode="training",
+        precision=config.train.precision,
+        device="cuda" if cuda and config.device != "cpu" else "cpu",
+    )
+    return f"{prediction.total / 1e9:.1f} GB"
 
 
 def _duration(seconds: float) -> str:

@@ -506,10 +506,16 @@ def training_bytes(config: RunConfig, *, batch_size: int) -> int:
 
 @dataclass
 class SeenRois:
-    """RoIs that went through the heads in the last call; None for a head that did not run."""
+    """RoIs of all images in the heads at the last call; None for a head that did not run."""
 
     box_head: int | None = None
     mask_head: int | None = None
+
+    def counts(self, mode: str, batch_size: int) -> dict[str, int]:
+        """The arguments of `predict` for what ran, an image, rounded up."""
+        names = ("rois", "mask_rois") if mode == "training" else ("proposals", "detections")
+        seen = zip(names, (self.box_head, self.mask_head), strict=True)
+        return {name: -(-number // batch_size) for name, number in seen if number is not None}
 
 
 @contextmanager

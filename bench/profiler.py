@@ -29,7 +29,7 @@ from bench.backends import what_ran
 from bench.config import RunConfig, build_config
 from bench.data.generated import SPLITS, generate
 from bench.latency import Effort, Latency
-from bench.predict import MemoryPrediction, predict
+from bench.predict import MemoryPrediction, predict, watch_rois
 from bench.record import Record
 from bench.runner import (
     build_detector,
@@ -142,21 +142,31 @@ def _count(row: Row, modes: Sequence[str], quantities: Sequence[str]) -> None:
             "device": device,
             **dict.fromkeys(MODES),
             "predicted": {mode: dataclasses.asdict(p) for mode, p in predicted.items()},
+            "predicted_most": {mode: p.total for mode, p in predicted.items()},
         }
 
 
 def predict_memory(
-    detector: detectors.Detector, config: RunConfig, mode: str, device: str
+    detector: detectors.Detector,
+    config: RunConfig,
+    mode: str,
+    device: str,
+    *,
+    counts: Mapping[str, int] | None = None,
 ) -> MemoryPrediction:
-    """The predicted peak of a row as it is profiled."""
+    """The predicted peak of a row as it is profiled.
+
+    Args:
+        counts: of `predict`, by default the most RoIs that there can be.
+    """
     return predict(
         detector,
         image_size=_size(config),
         batch_size=config.profile.batch_size,
         mode=mode,
         precision=config.train.precision,
-        proposals=config.profile.proposals,
         device=device,
+        **({"proposals": config.profile.proposals} | dict(counts or {})),
     )
 
 
@@ -194,6 +204,7 @@ def _measure_memory(row: Row, modes: Sequence[str], *, by_part: bool) -> None:
         return
     measured = _in_process(_memory_worker, row.config.as_dict(), wanted, by_part)
     row.notes += measured.pop("notes")
+    measured["predicted"] = section["predicted"] | measured["predicted"]
     row.sections["memory"] = section | measured
 
 
@@ -324,9 +335,17 @@ def _memory_worker(
     bench = Bench(build_config(values))
     device = bench.fabric.device
     section: dict[str, Any] = {"notes": [], "by_part": {}, "reserved": {}, "ran": {}}
+    section["predicted"] = {}
     for mode in modes:
         call = bench.workload.call(mode)
-        peak = memory.peak(call, device=device, live=bench.workload.live(mode))
+        with watch_rois(bench.detector) as rois:
+            peak = memory.peak(call, device=device, live=bench.workload.live(mode))
+        counts = rois.counts(mode, len(bench.workload.images))
+        if mode == "training":
+            objects = sum(len(target["boxes"]) for target in bench.workload.targets)
+            counts["targets"] = max(1, round(objects / len(bench.workload.targets)))
+        predicted = predict_memory(bench.detector, bench.config, mode, device.type, counts=counts)
+        section["predicted"][mode] = dataclasses.asdict(predicted)
         section |= {mode: peak.bytes, "kind": peak.kind, "device": peak.device}
         section["reserved"][mode] = peak.reserved
         ran = what_ran(call)

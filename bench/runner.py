@@ -93,6 +93,7 @@ def run(
     error: dict[str, Any] | None = None
     raised: BaseException | None = None
     key = record.key(config.as_dict())
+    failures = len(_failures(config, output))
     name = stem(config)
     checkpoints = Checkpoints(output / "checkpoints" / name, identity={"configuration": key})
     with ExitStack() as stack:
@@ -128,7 +129,9 @@ def run(
         **{name: value for name, value in sections.items() if name != "device"},
     )
     alone = error is not None and error["kind"] != "interrupted" and not _all_failed(world)
-    if world.is_first or alone:
+    # One that failed alone has written it; the next fails as that one is gone.
+    told = alone and len(_failures(config, output)) > failures
+    if (world.is_first or alone) and not told:
         record.write(result, output / "records")
     if alone and raised is None:
         raise AbandonedError(result.error["message"] if result.error else "")
@@ -142,6 +145,10 @@ def run(
 def stem(config: RunConfig) -> str:
     """What the files of a run are called: its row, and the head of its key."""
     return f"{record.slug(config.row)}-{record.key(config.as_dict())[:10]}"
+
+
+def _failures(config: RunConfig, output: Path) -> list[Path]:
+    return list((output / "records").glob(f"{stem(config)}-failed-*.json"))
 
 
 def _journal(config: RunConfig, output: Path, tensorboard: bool) -> StepLog:

@@ -209,7 +209,10 @@ def _notes(records: Sequence[Record]) -> list[str]:
         names = ", ".join(sorted(map(str, kinds)))
         notes.append(f"Peak memory is of a batch, measured as {names}.")
     if any((record.memory or {}).get("predicted") for record in records):
-        notes.append(f"Predicted memory: {PREDICTED}.")
+        notes.append(
+            f"Predicted memory is {PREDICTED}; for as many RoIs as ran where there is a"
+            " measurement, else for the most there can be."
+        )
     if any((record.latency or {}).get("group") for record in records):
         notes.append("Latencies with a letter in common cannot be told apart.")
     for record in records:

@@ -439,16 +439,18 @@ def test_a_checkpoint_of_another_backbone_is_one_clear_line(tmp_path: Path) -> N
 
 
 def test_a_dry_run_prints_the_plan_for_eight_gpus_and_makes_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
-    arguments = ["--suite", "ablation", "--devices", "8", "--dry-run", "--output", str(output)]
-    assert run_all.main(arguments) == 0
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    arguments = ["--suite", "ablation", "--rows", "Partial performer", "--devices", "8"]
+    assert run_all.main([*arguments, "--dry-run", "--output", str(output)]) == 0
     out = capsys.readouterr().out
     assert not output.exists()
     row = next(line for line in out.splitlines() if line.startswith("Partial performer"))
-    assert row.split()[2:3] == ["90000"]
-    assert row.split()[4:8] == ["16", "8", "1", "2"]
+    assert row.split()[2:9] == ["90000", "12.3", "16", "8", "1", "2", "0.5"]
+    assert row.split()[-2] == "GB"
+    assert float(row.split()[-3]) > 1
     assert "1e-06 at 0, 0.0001 at 1000, 1e-05 at 60000, 1e-06 at 80000" in out
 
 

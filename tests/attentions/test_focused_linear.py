@@ -64,6 +64,35 @@ def test_focus_keeps_lengths_and_turns_towards_the_largest_channel():
 
 
 @pytest.mark.parametrize("implementation", ["fast", "reference"])
+@pytest.mark.parametrize(
+    ("power", "expected"),
+    [
+        # Queries, keys and values (1, 2) and (2, 0): weights 5 and 2, and 2 and 4.
+        (1.0, [(9 / 7, 10 / 7), (10 / 6, 4 / 6)]),
+        # √5 / √65 (1, 8) and (2, 0): weights 5 and 2a, and 2a and 4, with a = √5 / √65 = 0.27735.
+        (3.0, [(6.1094 / 5.5547, 10 / 5.5547), (8.5547 / 4.5547, 1.1094 / 4.5547)]),
+    ],
+)
+def test_two_tokens_by_hand(power, expected, implementation):
+    module = attentions.build(
+        "focused_linear",
+        dim=2,
+        num_heads=1,
+        num_global=0,
+        power=power,
+        kernel=0,
+        implementation=implementation,
+    )
+    with torch.no_grad():
+        module.qkv.weight.copy_(torch.eye(2).repeat(3, 1))
+        module.qkv.bias.zero_()
+        module.proj.weight.copy_(torch.eye(2))
+        module.proj.bias.zero_()
+    out = module(torch.tensor([[[1.0, 2.0], [2.0, 0.0]]]), (1, 2))
+    torch.testing.assert_close(out[0], torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["fast", "reference"])
 def test_weights_are_positive_and_sum_to_one(implementation):
     module = build(plain_values=True, kernel=0, implementation=implementation)
     constant = torch.arange(8.0, dtype=torch.float64)

@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import math
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -109,12 +108,7 @@ def seen_and_measured(module, *, size, batch, mode, precision, device="cpu"):
     inputs = (images, targets_of(6, size, batch, device)) if mode == "training" else (images,)
     with watch_rois(module) as seen:
         peak = measured(module, *inputs, mode=mode, precision=precision, device=device)
-    box, mask = (
-        None if number is None else math.ceil(number / batch)
-        for number in (seen.box_head, seen.mask_head)
-    )
-    names = ("rois", "mask_rois") if mode == "training" else ("proposals", "detections")
-    return peak, {"targets": 6} | dict(zip(names, (box, mask), strict=True))
+    return peak, {"targets": 6} | seen.counts(mode, batch)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
