@@ -159,6 +159,7 @@ def predict_memory(
     Args:
         counts: of `predict`, by default the most RoIs that there can be.
     """
+    numbers: dict[str, Any] = {"proposals": config.profile.proposals, **(counts or {})}
     return predict(
         detector,
         image_size=_size(config),
@@ -166,7 +167,7 @@ def predict_memory(
         mode=mode,
         precision=config.train.precision,
         device=device,
-        **({"proposals": config.profile.proposals} | dict(counts or {})),
+        **numbers,
     )
 
 
@@ -348,7 +349,7 @@ def _memory_worker(
         section["predicted"][mode] = dataclasses.asdict(predicted)
         section |= {mode: peak.bytes, "kind": peak.kind, "device": peak.device}
         section["reserved"][mode] = peak.reserved
-        ran = what_ran(call)
+        ran = what_ran(call, device=device)
         section["ran"][mode] = dataclasses.asdict(ran)
         section["notes"] += [f"{mode}: {note}" for note in ran.notes]
         if by_part:

@@ -453,7 +453,7 @@ def _count(task: _Task) -> None:
     point = task.point
     if fixed := _fixed_size(point.config):
         task.notes.append(
-            f"{fixed} works for one size only: made anew, with other weights, for {point}"
+            f"{fixed} works for one size only: made anew for each, with other weights"
         )
     if "flops" not in point.what:
         return

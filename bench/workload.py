@@ -77,6 +77,7 @@ def timing_section(timing: Latency) -> dict[str, Any]:
     """One mode of a record's `latency`."""
     return {
         "samples": list(timing.samples),
+        "device_samples": list(timing.device_samples),
         "median": timing.median,
         "q1": timing.q1,
         "q3": timing.q3,

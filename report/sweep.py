@@ -1,6 +1,7 @@
 """The report of a sweep: cost against resolution, its growth, and where full attention loses."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -349,8 +350,11 @@ def _making(points: Sequence[Record]) -> list[str]:
             f"Latency is the median of {min(samples)} to {max(samples)} samples of a batch. Rows"
             " are measured one after the other, each in a process of its own."
         )
+    # Without the numbers, which differ from point to point.
     doubts = Counter(
-        note.partition(":")[0] for p in points for note in (p.latency or {}).get("notes", ())
+        re.split(r":| after | between ", note)[0]
+        for p in points
+        for note in (p.latency or {}).get("notes", ())
     )
     if doubts:
         listed = ", ".join(f"{name} ({count})" for name, count in doubts.most_common())

@@ -12,6 +12,7 @@ from bench import runner
 from bench.checkpoints import Checkpoints
 from bench.config import DataConfig, RunConfig, TrainConfig, build_config, load_suite
 from bench.data.coco import CocoDataset
+from bench.logs import StepLog, read_steps
 from bench.train import train
 
 STEPS = 4
@@ -33,7 +34,7 @@ def main(data: str, file: str, devices: int, accumulate: int, model: str) -> Non
     dataset = CocoDataset(data, "train2017")
     fabric = runner.make_fabric(run)
     detector = runner.build_detector(run, dataset.num_classes)
-    losses = []
+    journal = StepLog(Path(file).with_suffix(f".{fabric.global_rank}.jsonl"))
     train(
         detector,
         dataset,
@@ -51,10 +52,15 @@ def main(data: str, file: str, devices: int, accumulate: int, model: str) -> Non
         data=DataConfig(),
         seed=5,
         checkpoints=Checkpoints(Path(file).with_suffix(".checkpoints")),
-        progress=lambda _, loss: losses.append(loss),
+        progress=lambda *_: None,
+        journal=journal,
     )
     if fabric.is_global_zero:
-        torch.save({"weights": detector.state_dict(), "losses": losses}, file)
+        steps = [
+            {name: entry[name] for name in ("total", "gradient_norm", "lr")}
+            for entry in read_steps(journal.path)
+        ]
+        torch.save({"weights": detector.state_dict(), "steps": steps}, file)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def test_a_loss_that_is_no_number_changes_no_weight_and_names_its_images(
 
     # The second part of the fourth step.
     detector = Watched(lambda call, loss: loss * value if call == 8 else loss)
-    with pytest.raises(DivergedError, match="the newest checkpoint stays") as caught:
+    with pytest.raises(DivergedError, match=r"the loss was (nan|inf) at step 3") as caught:
         run(dataset, tmp_path, detector)
     assert same(weights(detector), detector.before)
     assert all(p.grad is None for p in detector.parameters())
@@ -217,7 +217,7 @@ def test_the_scale_of_half_precision_is_resumed(dataset: CocoDataset, tmp_path: 
     log = run(dataset, tmp_path / "whole", whole, fabric=half_precision(2.0**19))
 
     def stop(step: int, _: float) -> None:
-        if step == 3:
+        if step == 1:
             raise TimeoutError
 
     with pytest.raises(TimeoutError):
@@ -229,8 +229,8 @@ def test_the_scale_of_half_precision_is_resumed(dataset: CocoDataset, tmp_path: 
             progress=stop,
         )
     resumed = Meddled()
-    log_of_parts = run(dataset, tmp_path / "parts", resumed, fabric=half_precision(2.0**16))
-    assert log_of_parts.skipped == log.skipped > 0
+    log_of_parts = run(dataset, tmp_path / "parts", resumed, fabric=half_precision(2.0**4))
+    assert log_of_parts.skipped == log.skipped > 1
     assert same(weights(resumed), weights(whole))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.memory import LIVE_TENSORS, peak
+from bench.memory import LIVE_TENSORS, LiveTensors, peak
 
 FLOAT = 4
 
@@ -137,6 +137,48 @@ def test_agrees_with_the_tracker_of_torch():
     with tracker:
         step()
     assert ours.bytes == tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
+def test_storages_know_their_label_and_leave_when_freed():
+    x = torch.zeros(10)
+    watch = LiveTensors()
+    watch.label = "input"
+    watch.found_before([x])
+    with watch:
+        watch.label = "made"
+        y = x + 1
+        assert {s.label: s.size for s in watch.alive()} == {"input": 40, "made": 40}
+        (made,) = watch.storages({"y": y[:3]})
+        assert made.label == "made"
+        del y
+    assert [s.label for s in watch.alive()] == ["input"]
+    assert (watch.before, watch.current, watch.peak) == (40, 40, 80)
+
+
+def test_whole_blocks():
+    watch = LiveTensors(block=512)
+    with watch:
+        kept = torch.zeros(3), torch.zeros(128), torch.zeros(129)
+    assert [s.size for s in watch.alive()] == [512, 512, 1024]
+    del kept
+
+
+def test_a_peak_is_told():
+    class Watch(LiveTensors):
+        seen = ()
+
+        def peaked(self, operator):
+            self.seen += (str(operator),)
+
+    x = torch.zeros(10)
+    with Watch() as watch:
+        y = x + 1
+        y.mul_(2)
+        y = None
+        x.exp()
+        x.cos().sum()
+    # Neither what works in place nor what is no more than before is a new peak.
+    assert watch.seen == ("aten.add.Tensor", "aten.sum.default")
 
 
 def test_the_collector_is_left_as_it_was():
