@@ -193,7 +193,11 @@ def _wait(processes: Sequence["subprocess.Popen[bytes]"]) -> int:
             time.sleep(_POLL)
     if passed_on.received:
         return EXIT_CODE
-    code = first_code or next((p.returncode for p in processes if p.returncode), 0)
+    codes = [process.returncode for process in processes]
+    if ABANDONED in codes:
+        # What the others ended with is that this one was gone.
+        return ABANDONED
+    code = first_code or next((code for code in codes if code), 0)
     if code >= 0:
         return code
     print(

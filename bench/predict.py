@@ -615,37 +615,33 @@ def fit(
         _check_positive(limit=limit // unit)
         last = limit // unit
     found, beyond = _largest(predicted, budget_bytes, start=min(start, last), last=last)
-    if found is None:
-        assert beyond is not None
-        height, width = beyond.image_size
-        raise InputError(
-            f"a memory budget of {budget_bytes / 1e9:.2f} GB is too small: {mode} of"
-            f" {beyond.batch_size} x {height}x{width} is predicted to need"
-            f" {beyond.total / 1e9:.2f} GB"
-        )
     largest = found.image_size[0] if sides else found.batch_size
     return Fit(vary, largest, found, beyond, budget_bytes)
 
 
 def _largest(
     predicted: Callable[[int], MemoryPrediction], budget: int, *, start: int, last: int
-) -> tuple[MemoryPrediction | None, MemoryPrediction | None]:
+) -> tuple[MemoryPrediction, MemoryPrediction | None]:
     """The prediction at the largest number that fits, and at the next; doubling, then bisection."""
-    low, high, below, above = 0, start, None, None
-    while True:
-        prediction = predicted(high)
-        if prediction.total > budget:
-            above = prediction
-            break
-        low, below = high, prediction
+    low, high = 0, start
+    fits: MemoryPrediction | None = None
+    while (beyond := predicted(high)).total <= budget:
+        low, fits = high, beyond
         if high == last:
-            return below, None
+            return fits, None
         high = min(2 * high, last)
     while high - low > 1:
         middle = (low + high) // 2
         prediction = predicted(middle)
-        if prediction.total > budget:
-            high, above = middle, prediction
+        if prediction.total <= budget:
+            low, fits = middle, prediction
         else:
-            low, below = middle, prediction
-    return below, above
+            high, beyond = middle, prediction
+    if fits is None:
+        height, width = beyond.image_size
+        raise InputError(
+            f"a memory budget of {budget / 1e9:.2f} GB is too small: {beyond.mode} of"
+            f" {beyond.batch_size} x {height}x{width} is predicted to need"
+            f" {beyond.total / 1e9:.2f} GB"
+        )
+    return fits, beyond

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.plugins import MixedPrecision, Precision
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -350,8 +351,7 @@ def make_fabric(config: RunConfig) -> Fabric:
         # The backbone's classification head is no part of the detectors' losses. Buffers are the
         # same in all processes without being sent: what is random in them is drawn from the step.
         strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False),
-        precision=_precision(config),
-        plugins=[environments[world.launcher]()],
+        plugins=[_precision(config, name), environments[world.launcher]()],
     )
     # Importing them sets their level.
     for library in ("lightning.fabric", "lightning.pytorch"):
@@ -380,13 +380,22 @@ def _single(config: RunConfig, accelerator: str, index: int | None) -> Fabric:
     return Fabric(
         accelerator=accelerator,
         devices=1 if index is None else [index],
-        precision=_precision(config),
-        plugins=[LightningEnvironment()],
+        plugins=[_precision(config, accelerator), LightningEnvironment()],
     )
 
 
-def _precision(config: RunConfig) -> Any:
-    return config.train.precision
+class _MixedPrecision(MixedPrecision):
+    """Mixed precision that leaves inputs alone: coordinates of boxes are no numbers for half."""
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
+def _precision(config: RunConfig, accelerator: str) -> Precision:
+    precision: Any = config.train.precision
+    if precision == "32-true":
+        return Precision()
+    return _MixedPrecision(precision, device=accelerator)
 
 
 def _measure(

@@ -116,7 +116,10 @@ def seen_and_measured(module, *, size, batch, mode, precision, device="cpu"):
 @pytest.mark.parametrize("name", attentions.names())
 def test_mechanism(name, mode, precision):
     grid, batch = (9, 14), 2
-    for options in attentions.find(name).examples[:2]:
+    # All option sets in one mode, where nothing is lost by the others.
+    every = attentions.find(name).examples
+    thorough = mode == "training" and precision == "32-true"
+    for options in every if thorough else every[:1]:
         given = dict(options)
         position = given.pop("position", "absolute")
         module = attentions.build_for(
@@ -133,7 +136,7 @@ def test_mechanism(name, mode, precision):
 def test_backbone(name, mode):
     # No multiple of the stride, so that the image is padded.
     size = (60, 90)
-    module = vil(name)
+    module = vil(name, arch=LITTLE)
     images = torch.randn(2, 3, *size)
     peak = measured(module, images, mode=mode, precision="32-true")
     found = predict(module, image_size=size, batch_size=2, mode=mode)
@@ -264,15 +267,14 @@ def test_inference_saves_nothing():
 
 
 def test_what_a_stage_saves_is_its_own():
-    found = predict(vil(), image_size=(64, 96), mode="training")
-    wide = predict(
-        vil(arch=ARCH.replace("l3,h2,d32,n1", "l3,h2,d32,n2")), image_size=(64, 96), mode="training"
+    more = LITTLE.replace("l2,h2,d32,n1", "l2,h2,d32,n2")
+    found, deeper = (
+        predict(vil(arch=arch), image_size=(64, 96), mode="training").saved
+        for arch in (LITTLE, more)
     )
-    # A second block in stage 3 saves as much as the first, and elsewhere nothing changes.
-    assert wide.saved["stage3"] > 1.7 * found.saved["stage3"]
-    assert {k: v for k, v in wide.saved.items() if k != "stage3"} == {
-        k: v for k, v in found.saved.items() if k != "stage3"
-    }
+    # A second block saves about as much as the first, and elsewhere nothing changes.
+    assert deeper["stage2"] > 1.7 * found["stage2"]
+    assert deeper | {"stage2": 0} == found | {"stage2": 0}
 
 
 def test_the_module_stays_as_it_was():
@@ -309,7 +311,7 @@ def test_a_head_that_no_fused_kernel_takes():
 
 def test_mixed_precision_on_a_gpu():
     given = {"image_size": (64, 96), "mode": "training", "device": "cuda"}
-    full, half = (predict(vil(), **given, precision=p) for p in ("32-true", "16-mixed"))
+    full, half = (predict(vil(arch=LITTLE), **given, precision=p) for p in ("32-true", "16-mixed"))
     # Half the bytes, but for what stays in float32: the residual stream and layer norms.
     assert 0.5 < sum(half.saved.values()) / sum(full.saved.values()) < 0.9
     assert half.weights == full.weights
@@ -320,7 +322,7 @@ def test_mixed_precision_on_a_gpu():
 
 def test_momentum_is_one_state_less():
     with_adam, with_sgd = (
-        predict(vil(), image_size=(64, 96), mode="training", optimizer=name)
+        predict(vil(arch=LITTLE), image_size=(64, 96), mode="training", optimizer=name)
         for name in ("adamw", "sgd")
     )
     assert with_sgd.optimizer_state == pytest.approx(with_adam.optimizer_state / 2, rel=0.02)
@@ -435,6 +437,7 @@ print(found.total, seconds, kibibytes)
 """
 
 
+@pytest.mark.slow
 def test_a_large_detector_costs_little_to_predict():
     done = subprocess.run([sys.executable, "-c", LARGE], check=True, capture_output=True, text=True)
     total, seconds, kibibytes = map(float, done.stdout.split())

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 
 from bench import cli, profiler
 from bench.config import profile_configs
@@ -171,3 +172,24 @@ def test_flops_over_the_sizes_of_a_data_set(capsys):
     (found,) = json.loads(capsys.readouterr().out)
     assert found["images"] == 5000
     assert found["minimum"] < found["mean"] < found["maximum"]
+
+
+@pytest.mark.parametrize("method", ["mask_rcnn", "retinanet"])
+def test_mixed_precision_trains_and_keeps_coordinates(method):
+    (config,) = profile_configs(
+        ["ViL"],
+        backbone="quick",
+        image_size=(64, 96),
+        values={"model": {"method": method}, "train": {"precision": "bf16-mixed"}},
+        overrides=SMALL,
+    )
+    bench = profiler.Bench(config)
+    seen = []
+    bench.detector.register_forward_pre_hook(lambda _, given: seen.append(given))
+    bench.workload.call("training")
+    images, targets = seen[0]
+    assert {image.dtype for image in images} == {torch.float32}
+    assert {target["boxes"].dtype for target in targets} == {torch.float32}
+    gradients = [p.grad for p in bench.detector.parameters() if p.grad is not None]
+    assert gradients
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
