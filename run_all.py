@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import jobs, launch, record, search
+from bench import jobs, launch, logs, record, search
 from bench.config import RunConfig, Suite, load_suite, suites
 from bench.data.generated import SPLITS
 from bench.errors import InputError
@@ -163,6 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         world = launch.world()
         first = world.is_first
+        if options.tensorboard:
+            logs.check_tensorboard()
         searched = search.parse(options.search) if options.search else None
         plain = _load(options, world)
         suite = plain if searched is None else search.expand(plain, searched)

@@ -129,15 +129,23 @@ def table(rows: Sequence[tuple[str, int]]) -> str:
     return "\n".join(f"  {name:<{width}}  {number:>14,}" for name, number in rows)
 
 
-def _board(folder: Path) -> Any:
+def check_tensorboard() -> Any:
+    """Return the module that writes TensorBoard's events.
+
+    Raises:
+        InputError: where it is not importable.
+    """
     try:
-        module = importlib.import_module("torch.utils.tensorboard")
+        return importlib.import_module("torch.utils.tensorboard")
     except ImportError as error:
         raise InputError(
             f"--tensorboard: TensorBoard is not importable ({error}); install it with:"
             f" {TENSORBOARD_INSTALL}"
         ) from error
-    return module.SummaryWriter(str(folder))
+
+
+def _board(folder: Path) -> Any:
+    return check_tensorboard().SummaryWriter(str(folder))
 
 
 def _line(entry: Mapping[str, Any]) -> str:
