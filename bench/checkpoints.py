@@ -248,21 +248,33 @@ def load_published(vil: ViL, state_dict: Mapping[str, Tensor]) -> None:
             for name, tensor in state_dict.items()
             if name.startswith(DETECTOR_PREFIX)
         }
-    own = vil.state_dict()
-    misshapen = [
-        f"{name} {tuple(state_dict[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in state_dict and state_dict[name].shape != tensor.shape
-    ]
-    problems = {
-        "missing": [name for name in own if name not in state_dict],
-        "unexpected": [name for name in state_dict if name not in own],
-        "misshapen": misshapen,
-    }
-    if any(problems.values()):
-        parts = [f"{what}: {', '.join(names)}" for what, names in problems.items() if names]
+    problems = misfits(vil.state_dict(), state_dict)
+    if problems:
+        parts = [f"{what}: {', '.join(names)}" for what, names in problems.items()]
         raise InputError(f"the state dict does not fit the backbone; {'; '.join(parts)}")
     vil.load_state_dict(dict(state_dict))
+
+
+def misfits(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """What keeps a state dict from being loaded whole: "missing", "unexpected" and "misshapen".
+
+    Args:
+        own: of the module.
+        given: to be loaded.
+
+    Returns:
+        Names by what is wrong with them, in the order of the state dicts; empty if all fits.
+    """
+    found = {
+        "missing": [name for name in own if name not in given],
+        "unexpected": [name for name in given if name not in own],
+        "misshapen": [
+            f"{name} {tuple(given[name].shape)} instead of {tuple(tensor.shape)}"
+            for name, tensor in own.items()
+            if name in given and given[name].shape != tensor.shape
+        ],
+    }
+    return {what: names for what, names in found.items() if names}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ alike. A row that dies, for want of memory for one, harms no other.
 import dataclasses
 import datetime
 import multiprocessing
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +23,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from bench import detectors, latency, memory, record
+from bench import detectors, latency, machine, memory, record
 from bench.backends import what_ran
 from bench.config import RunConfig, build_config
 from bench.data.generated import SPLITS, generate
@@ -226,13 +225,7 @@ def free_memory(device: torch.device) -> int | None:
     """Bytes free on the device; None where the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):
-        return None
+    return machine.free_memory()
 
 
 class Bench:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.commands._output import FORMATS, WIDTH
 from bench.errors import InputError, choose
 from bench.options import ImageSize, image_size, memory_budget, names, positive, seconds
 
@@ -26,11 +27,9 @@ what is missing, and what ran out of a limit that is larger now. Sizes above one
 memory or time are skipped, and the page says so.
 
 """
-FORMATS = ("table", "json", "csv", "markdown")
 SCOPES = ("backbone", "attention", "detector")
 MODES = ("inference", "training")
 QUANTITIES = ("flops", "memory", "latency")
-_WIDTH = 120
 _STEP = 32
 _RATIO = math.sqrt(2)
 
@@ -183,8 +182,8 @@ def _table(points: Sequence[Any]) -> None:
     from report import sweep, tables
 
     for table in sweep.summaries(points):
-        print(f"{table.title}\n\n{tables.to_text(table.shown, _WIDTH)}")
-        print("\n".join((*(textwrap.fill(note, _WIDTH) for note in table.notes), "")))
+        print(f"{table.title}\n\n{tables.to_text(table.shown, WIDTH)}")
+        print("\n".join((*(textwrap.fill(note, WIDTH) for note in table.notes), "")))
 
 
 def _markdown(points: Sequence[Any]) -> None:

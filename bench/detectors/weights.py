@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from bench.checkpoints import DETECTOR_PREFIX, misfits
 from bench.detectors.contract import Detector
 from bench.errors import InputError
 
 _SHOWN = 20
-_BACKBONE = "backbone.bottom_up."
 # A name that the detectors of one library and method have alone.
 _SIGNS = {
     ("detectron2", "mask_rcnn"): "proposal_generator.rpn_head.conv.weight",
@@ -31,20 +31,9 @@ def load(detector: Detector, state_dict: Mapping[str, Tensor]) -> None:
         InputError: listing the names that are missing, unexpected or of another shape.
     """
     own = detector.state_dict()
-    misshapen = [
-        f"{name} {tuple(state_dict[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in state_dict and state_dict[name].shape != tensor.shape
-    ]
-    problems = {
-        "missing": [name for name in own if name not in state_dict],
-        "unexpected": [name for name in state_dict if name not in own],
-        "misshapen": misshapen,
-    }
-    if any(problems.values()):
-        parts = [
-            f"{len(names)} {what}: {_some(names)}" for what, names in problems.items() if names
-        ]
+    problems = misfits(own, state_dict)
+    if problems:
+        parts = [f"{len(names)} {what}: {_some(names)}" for what, names in problems.items()]
         raise InputError(
             f"the weights do not fit the {detector.library} {detector.method} that was built"
             f"{_hint(state_dict, own)}; {'; '.join(parts)}"
@@ -55,7 +44,7 @@ def load(detector: Detector, state_dict: Mapping[str, Tensor]) -> None:
 def _hint(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     """What is wrong in one phrase, where it can be told."""
     is_of = kind(given)
-    backbone = [name for name in own if name.startswith(_BACKBONE)]
+    backbone = [name for name in own if name.startswith(DETECTOR_PREFIX)]
     if is_of is None and any(name in given for name in backbone):
         return ": they are of a backbone alone, without pyramid and heads"
     if is_of is None:
