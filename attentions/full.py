@@ -16,10 +16,13 @@ from attentions.parts import (
     LARGEST_INDEX,
     add_relative_positions,
     gather_bias,
+    global_bias,
     grid_positions,
     merge_heads,
+    plain_bias,
     relative_index,
     split_heads,
+    with_global_keys,
 )
 from attentions.registry import register
 
@@ -93,25 +96,21 @@ class FullAttention(Attention):
         local = gather_bias(table, index)
         if not self.num_global:
             return local
-        length = local.shape[-1]
-        from_global = self.g2l_relative_position_bias[0][:, :, None].expand(-1, -1, length)
-        to_global = self.g2l_relative_position_bias[1][:, None, :].expand(-1, length, -1)
-        top = torch.cat([self.g2g_relative_position_bias, from_global], dim=2)
-        return torch.cat([top, torch.cat([to_global, local], dim=2)], dim=1)
+        g2g, g2l = self.g2g_relative_position_bias, self.g2l_relative_position_bias
+        return torch.cat(
+            [global_bias(g2g, g2l, local.shape[-1]), with_global_keys(local, g2l)], dim=1
+        )
 
     def plain_bias(self, grid: Grid) -> Tensor:
         """The oracle of `bias`: the table as an image of differences, read for every pair."""
-        table, g = self.local_relative_position_bias_table, self.num_global
+        table = self.local_relative_position_bias_table
         (rows, columns), places = self.extent, grid_positions(grid, table.device)
         dx, dy = (places[:, None] - places).unbind(-1)
         image = table.unflatten(0, (2 * rows - 1, 2 * columns - 1))
-        bias = table.new_zeros(self.num_heads, g + len(places), g + len(places))
-        bias[:, g:, g:] = image[dx + rows - 1, dy + columns - 1].permute(2, 0, 1)
-        if g:
-            bias[:, :g, :g] = self.g2g_relative_position_bias
-            bias[:, :g, g:] = self.g2l_relative_position_bias[0, :, :, None]
-            bias[:, g:, :g] = self.g2l_relative_position_bias[1, :, None]
-        return bias
+        local = image[dx + rows - 1, dy + columns - 1].permute(2, 0, 1)
+        if not self.num_global:
+            return local
+        return plain_bias(local, self.g2g_relative_position_bias, self.g2l_relative_position_bias)
 
     def attend(self, x: Tensor, grid: Grid) -> Tensor:
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))

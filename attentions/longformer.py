@@ -26,6 +26,7 @@ from attentions.parts import (
     merge_heads,
     relative_index,
     split_heads,
+    with_global_keys,
 )
 from attentions.registry import register
 
@@ -232,10 +233,9 @@ class LongformerAttention(GlobalTokens):
         table = self.local_relative_position_bias_table
         bias = gather_bias(table, index[:, list(chunks)].flatten(1)).to(like.dtype)
         local = masked + bias
-        if not self.num_global:
-            return local
-        to_global = self.g2l_relative_position_bias[1][:, None].to(like.dtype)
-        return torch.cat([to_global.expand(*local.shape[:3], -1), local], dim=-1)
+        return (
+            with_global_keys(local, self.g2l_relative_position_bias) if self.num_global else local
+        )
 
     def _global_bias(self, cells: int) -> Tensor | None:
         """Additive bias of what the global tokens see: (H, g, N)."""

@@ -78,6 +78,30 @@ def global_bias(g2g: Tensor, g2l: Tensor, cells: int) -> Tensor:
     return torch.cat([g2g, g2l[0][..., None].expand(-1, -1, cells)], dim=-1)
 
 
+def with_global_keys(local: Tensor, g2l: Tensor) -> Tensor:
+    """Put the bias of the global tokens as keys before that of the others.
+
+    Shapes: local (..., H, Q, K), g2l (2, H, g) -> (..., H, Q, g + K), in the dtype of `local`.
+    """
+    to_global = g2l[1][:, None].to(local.dtype)
+    return torch.cat([to_global.expand(*local.shape[:-1], -1), local], dim=-1)
+
+
+def plain_bias(local: Tensor, g2g: Tensor, g2l: Tensor) -> Tensor:
+    """The bias of all tokens for oracles, block by block.
+
+    Shapes: local (H, P, P), g2g (H, g, g), g2l (2, H, g) -> (H, g + P, g + P).
+    """
+    heads, g, _ = g2g.shape
+    length = g + local.shape[-1]
+    bias = local.new_zeros(heads, length, length)
+    bias[:, :g, :g] = g2g
+    bias[:, :g, g:] = g2l[0, :, :, None]
+    bias[:, g:, :g] = g2l[1, :, None]
+    bias[:, g:, g:] = local
+    return bias
+
+
 def gather_bias(table: Tensor, index: Tensor) -> Tensor:
     """Read a bias table: table (rows, H), index (Q, K) -> (H, Q, K)."""
     # The gradient of `table[index]` adds up entry by entry: hundreds of times slower on a CPU.

@@ -27,8 +27,10 @@ from attentions.parts import (
     global_bias,
     grid_positions,
     merge_heads,
+    plain_bias,
     relative_index,
     split_heads,
+    with_global_keys,
 )
 from attentions.registry import register
 
@@ -149,10 +151,7 @@ class ShiftedWindowAttention(Attention):
         bias = bias.to(like.dtype)[None]
         if visible is not None:
             bias = bias.masked_fill(~visible[:, None], float("-inf"))
-        if not g:
-            return bias
-        to_global = self.g2l_relative_position_bias[1][:, None].to(like.dtype)
-        return torch.cat([to_global.expand(*bias.shape[:3], -1), bias], dim=-1)
+        return with_global_keys(bias, self.g2l_relative_position_bias) if g else bias
 
     def _global_bias(self, cells: int) -> Tensor | None:
         """Additive bias of what the global tokens see: (H, g, N)."""
@@ -221,18 +220,15 @@ class ShiftedWindowAttention(Attention):
 
     def _plain_bias(self, places: Tensor) -> Tensor:
         """The table as an image of differences, read for every pair of `places`: (H, N, N)."""
-        g, side = self.num_global, 2 * self.window - 1
+        side = 2 * self.window - 1
         table = self.local_relative_position_bias_table
         # Pairs further apart see each other in no window.
         differences = (places[:, None] - places).clamp(1 - self.window, self.window - 1)
         dx, dy = (differences + self.window - 1).unbind(-1)
-        bias = table.new_zeros(self.num_heads, g + len(places), g + len(places))
-        bias[:, g:, g:] = table.unflatten(0, (side, side))[dx, dy].permute(2, 0, 1)
-        if g:
-            bias[:, :g, :g] = self.g2g_relative_position_bias
-            bias[:, :g, g:] = self.g2l_relative_position_bias[0, :, :, None]
-            bias[:, g:, :g] = self.g2l_relative_position_bias[1, :, None]
-        return bias
+        local = table.unflatten(0, (side, side))[dx, dy].permute(2, 0, 1)
+        if not self.num_global:
+            return local
+        return plain_bias(local, self.g2g_relative_position_bias, self.g2l_relative_position_bias)
 
     def multiply_adds(self, grid: Grid) -> int:
         """Of what runs: whole windows, the padded rows and columns included."""
