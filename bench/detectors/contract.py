@@ -18,6 +18,8 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 BOX_RESOLUTION = 7
 MASK_RESOLUTION = 14
+# The share of RoIs with an object that the loss of the box head is computed on, at most.
+POSITIVE_FRACTION = 0.25
 
 Target = dict[str, Tensor]
 Shapes = torch.Size | list[torch.Size] | dict[str, torch.Size]
@@ -60,8 +62,9 @@ class Settings:
 class Detector(nn.Module, ABC):
     """What a detector offers besides `forward`, which `bench.detectors` describes.
 
-    `backbone` is the pyramid with ViL as its `bottom_up`, in both libraries. `running` names plain
-    numbers that a training call changes and no state dict keeps.
+    `backbone` is the pyramid with ViL as its `bottom_up`, in both libraries. `settings` is what it
+    was built with. `running` names plain numbers that a training call changes and no state dict
+    keeps.
     """
 
     running: ClassVar[tuple[str, ...]] = ()
@@ -70,6 +73,7 @@ class Detector(nn.Module, ABC):
     method: str
     num_classes: int
     fpn_channels: int
+    settings: Settings
     backbone: Any
 
     @property

@@ -40,6 +40,7 @@ from bench.detectors.contract import (
     MASK_RESOLUTION,
     PIXEL_MEAN,
     PIXEL_STD,
+    POSITIVE_FRACTION,
     Detector,
     Settings,
     Target,
@@ -247,7 +248,7 @@ def _roi_heads(strides: tuple[int, ...], settings: Settings) -> StandardROIHeads
     return StandardROIHeads(
         num_classes=settings.num_classes,
         batch_size_per_image=settings.roi_batch,
-        positive_fraction=0.25,
+        positive_fraction=POSITIVE_FRACTION,
         proposal_matcher=Matcher([0.5], [0, 1], allow_low_quality_matches=False),
         box_in_features=levels,
         box_pooler=_pooler(BOX_RESOLUTION, strides),

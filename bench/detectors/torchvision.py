@@ -39,6 +39,7 @@ from bench.detectors.contract import (
     MASK_RESOLUTION,
     PIXEL_MEAN,
     PIXEL_STD,
+    POSITIVE_FRACTION,
     Detector,
     Settings,
     Target,
@@ -201,6 +202,7 @@ class TorchvisionMaskRCNN(MaskRCNN, Detector):
             box_score_thresh=settings.score_threshold,
             box_detections_per_img=settings.detections,
             box_batch_size_per_image=settings.roi_batch,
+            box_positive_fraction=POSITIVE_FRACTION,
             mask_roi_pool=PyramidRoIAlign(features, strides, MASK_RESOLUTION),
             mask_head=MaskRCNNHeads(channels, (settings.mask_width,) * 4, 1),
             mask_predictor=float32_outputs(
@@ -209,6 +211,7 @@ class TorchvisionMaskRCNN(MaskRCNN, Detector):
                 )
             ),
         )
+        self.settings = settings
         self.transform = Transform(vil, settings)
         self.num_classes, self.fpn_channels = settings.num_classes, channels
         self._initialise_heads()
@@ -277,6 +280,7 @@ class TorchvisionRetinaNet(RetinaNet, Detector):
             score_thresh=settings.score_threshold,
             detections_per_img=settings.detections,
         )
+        self.settings = settings
         self.transform = Transform(vil, settings)
         self.num_classes, self.fpn_channels = settings.num_classes, channels
 
