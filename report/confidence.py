@@ -226,7 +226,8 @@ def _number(value: Any) -> str:
 
 
 def _signed(value: Any) -> str:
-    return MISSING if pd.isna(value) else f"{value:+.1f}"
+    # What rounds to nothing is nothing: no sign before it.
+    return MISSING if pd.isna(value) else f"{value:+.1f}" if round(value, 1) else "0.0"
 
 
 def _slug(suffix: str) -> str:

@@ -1,7 +1,7 @@
 """Records from a folder, and as a data frame with one row a record."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import pandas as pd
 
 from bench.errors import InputError
 from bench.record import Record, read
+from report import searches
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -18,10 +19,11 @@ log = logging.getLogger(__name__)
 
 # fmt: off
 _TEXT = (
-    "row", "label", "suite", "key", "status", "error_kind", "error", "created", "backbone",
+    "row", "base", "label", "suite", "key", "status", "error_kind", "error", "created", "backbone",
     "method", "library", "library_version", "attention", "family", "arch", "schedule",
     "flops_convention", "memory_kind", "memory_device", "memory_precision", "latency_device",
-    "latency_precision", "split", "notes",
+    "latency_precision", "split", "device", "precision", "commit", "init", "notes",
+    "flops_as", "memory_as", "latency_as", "evaluated_as",
 )
 _WHOLE = (
     "seed", "parameters", "flops", "memory_inference", "memory_training", "memory_batch",
@@ -63,11 +65,13 @@ def ordered(records: Iterable[Record]) -> list[Record]:
     place = {row: number for number, row in enumerate(known)}
 
     def position(record: Record) -> tuple[Any, ...]:
-        name = record.row.removeprefix(PARTIAL)
+        row = searches.base(record)
+        name = row.removeprefix(PARTIAL)
         return (
-            place.get(record.row, len(place)),
+            place.get(row, len(place)),
             name.lower(),
-            record.row.startswith(PARTIAL),
+            row.startswith(PARTIAL),
+            record.row,
             record.suite,
             record.seed,
             record.key,
@@ -85,9 +89,11 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
     """Return one row a record, in the order given, with the units of the records.
 
     Parameters and FLOPs (multiply-adds) are counts, memory is in bytes, times are in seconds,
-    average precision in percent. What a record lacks is missing. `label` is the row's name, with
-    the first letters of the key where several records have that name. `family` is the mechanism of
-    its first stage, by which plots choose colours.
+    average precision in percent. What a record lacks is missing. `base` is the row's name without
+    the value of a search; `label` is the whole, with the first letters of the key where several
+    records have that name. `family` is the mechanism of its first stage, by which plots choose
+    colours. `best` marks the best of a search. `*_as` say how a number was made: rows are compared
+    where they are the same.
     """
     table = pd.DataFrame([_values(record) for record in records], columns=[*_TEXT, *_WHOLE, *_REAL])
     table = table.astype(
@@ -95,9 +101,20 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
         | dict.fromkeys(_WHOLE, "Int64")
         | dict.fromkeys(_REAL, "Float64")
     )
+    table["best"] = _best(records)
     twice = table["row"].duplicated(keep=False)
     table["label"] = table["row"].mask(twice, table["row"] + " #" + table["key"].str[:6])
     return table
+
+
+def _best(records: Sequence[Record]) -> pd.Series:
+    """Which rows are the best of their search, missing for those that are of none."""
+    marks: dict[int, bool] = {}
+    for search in searches.find(records):
+        best = search.best
+        for _, record in search.tried:
+            marks[id(record)] = best is not None and best[1] is record
+    return pd.Series([marks.get(id(record)) for record in records], dtype="boolean")
 
 
 def _rank(record: Record) -> tuple[bool, str]:
@@ -110,9 +127,12 @@ def _values(record: Record) -> dict[str, Any]:
     flops, memory, latency = record.flops or {}, record.memory or {}, record.latency or {}
     training, evaluation = record.training or {}, record.evaluation or {}
     inference, step = latency.get("inference") or {}, latency.get("training") or {}
+    recipe = record.config.get("train") or {}
+    place = {"cpu": record.environment.get("cpu"), "machine": record.environment.get("device")}
     steps, seconds = training.get("steps"), training.get("seconds")
     return {
         "row": record.row,
+        "base": searches.base(record),
         "suite": record.suite,
         "key": record.key,
         "status": record.status,
@@ -151,5 +171,20 @@ def _values(record: Record) -> dict[str, Any]:
             for kind in ("box", "mask")
             for figure in FIGURES
         },
+        "device": record.environment.get("device"),
+        **{name: recipe.get(name) for name in ("precision", "init")},
+        "commit": record.environment.get("commit"),
         "notes": "; ".join(record.notes),
+        "flops_as": _said(flops, "convention", "image_size", "proposals"),
+        "memory_as": _said(memory, *_CONDITIONS, "kind"),
+        "latency_as": _said({**latency, **place}, *_CONDITIONS, "threads", *place),
+        "evaluated_as": _said(evaluation, "split", "images", "annotations_sha256"),
     }
+
+
+_CONDITIONS = ("device", "batch_size", "image_size", "precision")
+
+
+def _said(section: Mapping[str, Any], *names: str) -> str:
+    """What numbers have to share to be compared, as text that is equal where they do."""
+    return ", ".join(f"{name} {section.get(name)}" for name in names)

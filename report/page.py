@@ -14,8 +14,9 @@ import pandas as pd
 
 from bench.errors import InputError
 from bench.record import Record
-from report import confidence, counts, plots, tables
+from report import confidence, counts, front, plots, provenance, tables
 from report.plots import Plot
+from report.searches import flat
 from report.tables import Table
 
 HERE = Path(__file__).resolve().parent
@@ -97,13 +98,27 @@ def write(records: Sequence[Record], directory: Path, *, title: str) -> Path:
     if not records:
         raise InputError(f"there are no records to report in {directory}")
     drawn = [*plots.draw(records), *counts.conventions_plots(records)]
-    return publish(_sections(records, drawn), drawn, directory, title=title)
+    sections = _sections(records, drawn)
+    made = provenance.sentence(records)
+    return publish(sections, drawn, directory, title=title, made=made)
 
 
 def publish(
-    sections: Sequence[Section], drawn: Sequence[Plot], directory: Path, *, title: str
+    sections: Sequence[Section],
+    drawn: Sequence[Plot],
+    directory: Path,
+    *,
+    title: str,
+    made: str = "",
 ) -> Path:
     """Write a page of `sections` with its tables and plots, and return its `index.md`.
+
+    Args:
+        sections: of the page.
+        drawn: plots that get files of their own.
+        directory: made if it is missing.
+        title: of the page.
+        made: where the numbers come from, for the page and each table's file.
 
     Raises:
         InputError: if the folder cannot be written.
@@ -112,15 +127,20 @@ def publish(
         for table in _tables(sections):
             base = directory / "tables" / table.name
             _replace(base.with_suffix(".csv"), tables.to_csv(table.raw))
-            _replace(base.with_suffix(".md"), tables.to_markdown(table.shown))
-            _replace(base.with_suffix(".tex"), tables.to_latex(table.shown))
+            notes = [*table.notes, *filter(None, [made])]
+            _replace(base.with_suffix(".md"), _standalone(table, notes))
+            caption = " ".join([f"{table.title}.", *notes])
+            _replace(
+                base.with_suffix(".tex"),
+                tables.to_latex(table.shown, caption=caption, label=table.name),
+            )
         for plot in drawn:
             if not plot.skipped:
                 base = directory / "plots" / plot.name
                 _replace(base.with_suffix(".png"), plot.png)
                 _replace(base.with_suffix(".svg"), plot.svg)
-        _replace(directory / "index.html", _render("page.html.jinja", title, sections))
-        markdown = _render("page.md.jinja", title, sections)
+        _replace(directory / "index.html", _render("page.html.jinja", title, sections, made))
+        markdown = _render("page.md.jinja", title, sections, made)
         page = directory / "index.md"
         _replace(page, markdown)
     except OSError as error:
@@ -130,7 +150,12 @@ def publish(
     return page
 
 
-def _render(template: str, title: str, sections: Sequence[Section]) -> str:
+def _standalone(table: Table, notes: Sequence[str]) -> str:
+    """A table as Markdown that says by itself what it is."""
+    return "\n\n".join([f"**{table.title}**", TableBlock(table).markdown, *notes]) + "\n"
+
+
+def _render(template: str, title: str, sections: Sequence[Section], made: str) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=jinja2.select_autoescape(enabled_extensions=("html.jinja",)),
@@ -139,7 +164,9 @@ def _render(template: str, title: str, sections: Sequence[Section]) -> str:
         lstrip_blocks=True,
     )
     css = (HERE / "page.css").read_text(encoding="utf-8").strip()
-    return environment.get_template(template).render(title=title, sections=sections, css=css)
+    return environment.get_template(template).render(
+        title=title, sections=sections, made=made, css=css
+    )
 
 
 def _replace(path: Path, content: str | bytes) -> None:
@@ -167,9 +194,13 @@ def _sections(records: Sequence[Record], drawn: Sequence[Plot]) -> list[Section]
     counts += " The rows that failed stay in the table; see Failures." if failures else ""
     sections = [
         Section("Comparison", (Text(counts), *map(TableBlock, tables.comparison(records)))),
+        *_tabled("Rows that no other beats", front.tables(records)),
+        *_tabled("Searched settings", tables.searches(records)),
         Section("Plots", (Text(_LEGEND), *(_picture(plot) for plot in drawn))),
         Section("All COCO figures, %", tuple(map(TableBlock, tables.figures(records)))),
-        *_confidence(records),
+        *_tabled(
+            "How sure mAP is", [*confidence.intervals(records), *confidence.differences(records)]
+        ),
         *_further(records),
         Section("Details", tuple(map(TableBlock, tables.details(records)))),
         Section("Published numbers", _published(records)),
@@ -186,9 +217,9 @@ def _sections(records: Sequence[Record], drawn: Sequence[Plot]) -> list[Section]
     return sections
 
 
-def _confidence(records: Sequence[Record]) -> tuple[Section, ...]:
-    found = [*confidence.intervals(records), *confidence.differences(records)]
-    return (Section("How sure mAP is", tuple(map(TableBlock, found))),) if found else ()
+def _tabled(title: str, found: Sequence[Table]) -> tuple[Section, ...]:
+    """A section of tables, or none without them."""
+    return (Section(title, tuple(map(TableBlock, found))),) if found else ()
 
 
 def _further(records: Sequence[Record]) -> tuple[Section, ...]:
@@ -198,7 +229,8 @@ def _further(records: Sequence[Record]) -> tuple[Section, ...]:
 
 _LEGEND = (
     "Colour and marker say the mechanism; hollow marks and bars are rows with full attention in"
-    " their later stages. Losses are drawn raw (light) and as a moving average (dark)."
+    " their later stages. Bars of latency are medians, with their quartiles. Losses are drawn raw"
+    " (light) and as a moving average (dark)."
 )
 
 
@@ -275,13 +307,13 @@ def _facts(parts: Sequence[Mapping[str, Any]], **names: str) -> str:
 
 def _differences(records: Sequence[Record]) -> tuple[Block, ...]:
     """Where the configurations differ: setting, value and the rows that have it."""
-    flat = [_flat({k: v for k, v in record.config.items() if k != "row"}) for record in records]
-    settings = dict.fromkeys(name for config in flat for name in config)
+    flats = [flat({k: v for k, v in record.config.items() if k != "row"}) for record in records]
+    settings = dict.fromkeys(name for config in flats for name in config)
     labels = _labels(records)
     lines = []
     for setting in settings:
         rows: dict[str, list[str]] = {}
-        for label, config in zip(labels, flat, strict=True):
+        for label, config in zip(labels, flats, strict=True):
             rows.setdefault(_say(config.get(setting)), []).append(label)
         if len(rows) > 1:
             lines += [(setting, value, ", ".join(having)) for value, having in rows.items()]
@@ -295,15 +327,15 @@ def _differences(records: Sequence[Record]) -> tuple[Block, ...]:
 
 
 def _environment(records: Sequence[Record]) -> tuple[Block, ...]:
-    flat = [
-        _flat({k: v for k, v in record.environment.items() if k != "command"}) for record in records
+    flats = [
+        flat({k: v for k, v in record.environment.items() if k != "command"}) for record in records
     ]
-    facts = dict.fromkeys(name for environment in flat for name in environment)
+    facts = dict.fromkeys(name for environment in flats for name in environment)
     labels = _labels(records)
     lines = []
     for fact in facts:
         rows: dict[str, list[str]] = {}
-        for label, environment in zip(labels, flat, strict=True):
+        for label, environment in zip(labels, flats, strict=True):
             rows.setdefault(_say(environment.get(fact)), []).append(label)
         same = len(rows) == 1
         value = "; ".join(v if same else f"{v} ({', '.join(rows[v])})" for v in rows)
@@ -317,24 +349,15 @@ def _environment(records: Sequence[Record]) -> tuple[Block, ...]:
 
 def _failure(record: Record) -> Iterable[Block]:
     error = record.error or {}
-    yield Text(f"{record.row}: {tables.reason(str(error.get('kind')))}.")
-    text = str(error.get("traceback") or "").rstrip()
     message = str(error.get("message"))
+    kind = tables.reason(str(error.get("kind")))
+    yield Text(f"{record.row} failed, {kind}: {' '.join(message.split())}")
+    text = str(error.get("traceback") or "").rstrip()
     yield Code(text if message in text else f"{message}\n{text}".rstrip())
 
 
 def _labels(records: Sequence[Record]) -> list[str]:
     return [str(label) for label in tables.frame(records)["label"]]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def _size(value: Any) -> str:

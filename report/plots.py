@@ -4,8 +4,9 @@ Colour and marker say the mechanism of a row, hollow says that its later stages 
 """
 
 import io
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.transforms import Bbox
 
 from bench.record import Record
+from report import front
 from report.load import PARTIAL, frame, published
 from report.tables import aligned, memory_column, memory_unit, reason
 
@@ -25,6 +27,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#666666", "#5
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h", "p")
 DPI = 150
 SMOOTHING = 5
+LEAST_AP = 1.0
 
 # Where a label may stand, in points from its point: nearer first, to the right first.
 NEAR = 16
@@ -33,6 +36,9 @@ OFFSETS = [
     for distance in (9, NEAR, 26, 38, 52)
     for right, up in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
 ]
+
+FRONT = "#BBBBBB"
+Point = tuple[float, float]
 
 _HORIZONTAL = {0.0: "left", 0.5: "center", 1.0: "right"}
 _VERTICAL = {0.0: "bottom", 0.5: "center", 1.0: "top"}
@@ -61,6 +67,7 @@ class Plot:
         svg: the same, scalable.
         skipped: a sentence, empty if there is a picture.
         width: of the picture, in the pixels of a web page.
+        note: a sentence that belongs under it, or nothing.
     """
 
     name: str
@@ -69,6 +76,7 @@ class Plot:
     svg: str
     skipped: str
     width: int = 0
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,29 +112,67 @@ def draw(records: Sequence[Record]) -> list[Plot]:
         losses = [_losses(r) for r, keep in zip(records, chosen, strict=True) if keep]
         several = len(libraries) > 1
         name, title = (f"-{library}", f", {library}") if several else ("", "")
-        drawings: tuple[tuple[str, str, Callable[[], Figure | str]], ...] = (
-            ("accuracy_flops", "Box AP against FLOPs", partial(accuracy_flops, part, style)),
-            ("cost", "Cost per row", partial(cost, part, style)),
-            ("loss", "Training loss over steps", partial(loss, part, losses, style)),
-            ("accuracy_latency", "Box AP against latency", partial(accuracy_latency, part, style)),
+        memory, _ = memory_column(part)
+        drawings: tuple[tuple[str, str, Callable[[], Figure | str], str], ...] = (
+            (
+                "accuracy_flops",
+                "Box AP against FLOPs",
+                partial(accuracy_flops, part, style),
+                _not_drawn(part, "flops"),
+            ),
+            (
+                "accuracy_memory",
+                "Box AP against memory",
+                partial(accuracy_memory, part, style),
+                _not_drawn(part, memory),
+            ),
+            (
+                "accuracy_latency",
+                "Box AP against latency",
+                partial(accuracy_latency, part, style),
+                _not_drawn(part, "latency"),
+            ),
+            ("cost", "Cost per row", partial(cost, part, style), ""),
+            ("loss", "Training loss over steps", partial(loss, part, losses, style), ""),
         )
-        plots += [render(stem + name, text + title, make) for stem, text, make in drawings]
+        plots += [
+            replace(render(stem + name, text + title, make), note=note)
+            for stem, text, make, note in drawings
+        ]
     return plots
+
+
+def _not_drawn(data: pd.DataFrame, cost: str) -> str:
+    """Which rows have no place in a plot of box AP against a cost, in a sentence."""
+    missing = data[["box_AP", cost]].isna().any(axis="columns")
+    rows = [name for name, out in zip(_names(data), missing, strict=True) if out]
+    return f"Not drawn, as a number is missing: {', '.join(rows)}." if rows else ""
 
 
 def accuracy_flops(data: pd.DataFrame, style: dict[str, Look]) -> Figure | str:
     """Draw box AP against FLOPs, one point a row."""
     data = data.assign(x=data["flops"] / 1e9)
-    return _scatter(data, style, "FLOPs (G multiply-adds, one image)", "FLOPs")
+    return _scatter(data, style, "FLOPs (G multiply-adds, one image)", "FLOPs", cost="flops")
+
+
+def accuracy_memory(data: pd.DataFrame, style: dict[str, Look]) -> Figure | str:
+    """Draw box AP against peak memory, of training where it was measured."""
+    column, mode = memory_column(data)
+    unit, size = memory_unit(data[column])
+    label = f"Peak memory, {mode} ({unit}, batch of {_batches(data, 'memory_batch')})"
+    return _scatter(data.assign(x=data[column] / size), style, label, "memory", cost=column)
 
 
 def accuracy_latency(data: pd.DataFrame, style: dict[str, Look]) -> Figure | str:
     """Draw box AP against the median latency of inference, with its quartiles."""
     scaled = {"x": "latency", "low": "latency_q1", "high": "latency_q3"}
     data = data.assign(**{name: data[column] * 1e3 for name, column in scaled.items()})
-    batches = ", ".join(str(size) for size in data["latency_batch"].dropna().unique())
-    unit = f"Latency (ms, batch of {batches}; median and quartiles)"
-    return _scatter(data, style, unit, "latency")
+    unit = f"Latency (ms, batch of {_batches(data, 'latency_batch')}; median and quartiles)"
+    return _scatter(data, style, unit, "latency", cost="latency")
+
+
+def _batches(data: pd.DataFrame, column: str) -> str:
+    return ", ".join(str(size) for size in data[column].dropna().unique())
 
 
 def cost(data: pd.DataFrame, style: dict[str, Look]) -> Figure | str:
@@ -137,7 +183,7 @@ def cost(data: pd.DataFrame, style: dict[str, Look]) -> Figure | str:
         "Parameters (M)": data["parameters"] / 1e6,
         "FLOPs (G multiply-adds)": data["flops"] / 1e9,
         f"Peak memory, {mode} ({unit})": data[memory] / size,
-        "Latency (ms, median and quartiles)": data["latency"] * 1e3,
+        f"Latency (ms, batch of {_batches(data, 'latency_batch')})": data["latency"] * 1e3,
     }
     if all(values.isna().all() for values in panels.values()):
         return "No row has a cost yet, so there is no plot of costs."
@@ -199,13 +245,16 @@ def loss(data: pd.DataFrame, losses: Sequence[pd.Series], style: dict[str, Look]
     return figure
 
 
-def _scatter(data: pd.DataFrame, style: dict[str, Look], unit: str, what: str) -> Figure | str:
+def _scatter(
+    data: pd.DataFrame, style: dict[str, Look], unit: str, what: str, *, cost: str
+) -> Figure | str:
     data = data.dropna(subset=["x", "box_AP"])
     if data.empty:
         return f"No row has both box AP and {what}, so there is no plot of them."
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     ax = figure.subplots()
     ax.margins(0.12)
+    steps = _draw_front(ax, data, cost)
     for row in data.to_dict("records"):
         look = style[row["family"]]
         ax.plot(
@@ -227,11 +276,28 @@ def _scatter(data: pd.DataFrame, style: dict[str, Look], unit: str, what: str) -
         ax.set_xscale("log")
     ax.set_xlabel(unit)
     ax.set_ylabel("Box AP (%)")
-    _label(figure, ax, data.assign(left=left, right=right, colour=colours))
+    low, high = ax.get_ylim()
+    if high - low < LEAST_AP:
+        # Drawn over the whole height, a difference within chance would look large.
+        ax.set_ylim((low + high - LEAST_AP) / 2, (low + high + LEAST_AP) / 2)
+    _label(figure, ax, data.assign(left=left, right=right, colour=colours), steps)
     return figure
 
 
-def _label(figure: Figure, ax: Axes, data: pd.DataFrame) -> None:
+def _draw_front(ax: Axes, data: pd.DataFrame, cost: str) -> list[Point]:
+    """Draw the highest box AP that each cost buys, as a line of steps, and return its corners."""
+    rows = [place.row for place in front.places(data, cost) if place.beaten_by is None]
+    points = [(float(x), float(y)) for x, y in data.loc[rows, ["x", "box_AP"]].to_numpy()]
+    corners = [(after[0], before[1]) for before, after in itertools.pairwise(points)]
+    steps = [point for pair in itertools.zip_longest(points, corners) for point in pair if point]
+    ax.plot(*zip(*steps, strict=True), color=FRONT, linewidth=1.4, zorder=1)
+    if len(points) > 1:
+        about = "Grey line: rows that no other beats"
+        ax.set_title(about, fontsize=8, loc="right", color="#777777")
+    return steps
+
+
+def _label(figure: Figure, ax: Axes, data: pd.DataFrame, steps: Sequence[Point]) -> None:
     """Write each point's name beside it, at the nearest place that covers nothing yet."""
     figure.draw_without_rendering()
     # Frozen, so that what was measured stays where it is.
@@ -244,6 +310,9 @@ def _label(figure: Figure, ax: Axes, data: pd.DataFrame) -> None:
         ends = [(point["left"], point["box_AP"]), (point["right"], point["box_AP"])]
         low, high = ax.transData.transform(ends)
         taken.append(Bbox([low - 6 * pixel, high + 6 * pixel]))
+    for corners in itertools.pairwise(steps):
+        low, high = sorted(ax.transData.transform(corners).tolist())
+        taken.append(Bbox([low, high]).padded(pixel))
     for point in points:
         text = ax.text(0, 0, point["label"], fontsize=8)
         size = text.get_window_extent()

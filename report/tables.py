@@ -20,8 +20,10 @@ from rich.table import Table as RichTable
 
 from bench.record import Record
 from report.load import FIGURES, frame, published
+from report.searches import Search, box_ap, find
 
 MISSING = "\N{EN DASH}"
+BEST = ", best"
 METHODS = {"mask_rcnn": "Mask R-CNN", "retinanet": "RetinaNet"}
 REASONS = {
     "input": "bad input",
@@ -30,6 +32,7 @@ REASONS = {
     "skipped": "skipped",
     "interrupted": "interrupted",
     "diverged": "diverged",
+    "data_worker": "lost a data process",
     "error": "error",
 }
 # Accuracy is published for this many images of this split, memory for this kind of peak.
@@ -61,12 +64,23 @@ class Table:
 
 def comparison(records: Sequence[Record]) -> list[Table]:
     """Return the main table, one for each detector library: never two libraries in one column."""
-    return _by_library(records, _comparison)
+    return by_library(records, _comparison)
+
+
+def searches(records: Sequence[Record]) -> list[Table]:
+    """Return every value of searched settings and the best of each, one table for each library."""
+    libraries = list(dict.fromkeys(str(record.model["library"]) for record in records))
+    tables = []
+    for library in libraries:
+        found = find([record for record in records if record.model["library"] == library])
+        if found:
+            tables.append(_searches(found, f", {library}" if len(libraries) > 1 else ""))
+    return tables
 
 
 def figures(records: Sequence[Record]) -> list[Table]:
     """Return all twelve figures of COCO for boxes and masks, one table for each library."""
-    return _by_library(records, _figures)
+    return by_library(records, _figures)
 
 
 def further_splits(records: Sequence[Record]) -> Table | None:
@@ -94,18 +108,20 @@ def further_splits(records: Sequence[Record]) -> Table | None:
 
 def details(records: Sequence[Record]) -> list[Table]:
     """Return training time, quartiles, memory and notes, one table for each library."""
-    return _by_library(records, _details)
+    return by_library(records, _details)
 
 
 def against_published(records: Sequence[Record]) -> Table | None:
     """Return measured numbers beside the published ones, or None if no row is a published one.
 
-    A row is a published one if name, ARCH string, method and schedule agree. Accuracy is compared
+    A row is a published one if name, ARCH string, method and schedule agree; any value of a search
+    is compared. Accuracy is compared
     only where the whole published split was evaluated, memory only where a GPU's was measured.
     """
     measured = frame(records)
     measured["method"] = measured["method"].replace(METHODS)
-    both = measured.merge(published(), on=["row", "arch", "method", "schedule"], suffixes=("", "_"))
+    known = published().rename(columns={"row": "base"})
+    both = measured.merge(known, on=["base", "arch", "method", "schedule"], suffixes=("", "_"))
     if both.empty:
         return None
     whole = (both["split"] == PUBLISHED_SPLIT) & (both["images"] == PUBLISHED_IMAGES)
@@ -155,7 +171,26 @@ def against_published(records: Sequence[Record]) -> Table | None:
     other = raw.loc[raw["drop_path"] != raw["published_drop_path"], "row"].unique()
     if len(other):
         notes.append(f"Drop path differs from the published one in: {', '.join(other)}.")
+    own = both[both["label"].isin(raw["row"])]
+    for title, told in (("Trained", _training(own)), ("Published", own["note"])):
+        for fact, rows in own["label"].groupby(told, sort=False):
+            which = "" if len(rows) == len(own) else f" ({', '.join(rows)})"
+            notes.append(f"{title}: {fact}{which}.")
     return Table("published", "Measured and published", raw, shown, tuple(notes))
+
+
+def _training(both: pd.DataFrame) -> pd.Series:
+    """How each row was trained, beside how the published one was; missing for untrained rows."""
+    start = both["init"].fillna("no pretrained weights")
+    return (
+        both["steps"].astype("string")
+        + " steps of "
+        + both["batch_size"].astype("string")
+        + " images from "
+        + start
+        + "; the published row started from a classifier of "
+        + both["pretrain"]
+    )
 
 
 def to_text(shown: pd.DataFrame, width: int = 120) -> str:
@@ -188,11 +223,29 @@ def to_markdown(shown: pd.DataFrame) -> str:
     return cells.to_markdown(index=False, disable_numparse=True, colalign=align) + "\n"
 
 
-def to_latex(shown: pd.DataFrame) -> str:
-    """Return the table as a LaTeX tabular with the rules of booktabs."""
+def to_latex(shown: pd.DataFrame, *, caption: str = "", label: str = "") -> str:
+    """Return the table as a LaTeX tabular with the rules of booktabs.
+
+    With a caption it stands in a float, no wider than the page, for which LaTeX needs the packages
+    booktabs and adjustbox.
+    """
     align = "".join("r" if _numeric(shown[name]) else "l" for name in shown.columns)
     plain = shown.map(lambda value: " ".join(value.split()))
-    return plain.to_latex(index=False, escape=True, column_format=align)
+    body = plain.to_latex(index=False, escape=True, column_format=align)
+    if not caption:
+        return body
+    lines = (
+        "% Needs \\usepackage{booktabs,adjustbox}.",
+        r"\begin{table*}",
+        r"\centering",
+        rf"\caption{{{_latex(caption)}}}",
+        rf"\label{{tab:{label}}}",
+        r"\begin{adjustbox}{max width=\textwidth}",
+        body.rstrip(),
+        r"\end{adjustbox}",
+        r"\end{table*}",
+    )
+    return "\n".join(lines) + "\n"
 
 
 def to_html(shown: pd.DataFrame, name: str) -> str:
@@ -216,9 +269,10 @@ def to_csv(raw: pd.DataFrame) -> str:
     return raw.to_csv(index=False, lineterminator="\n")
 
 
-def _by_library(
+def by_library(
     records: Sequence[Record], build: Callable[[pd.DataFrame, str], Table]
 ) -> list[Table]:
+    """Return what `build` makes of the frame of each library, and of what its titles end in."""
     data = frame(records)
     libraries = list(data["library"].unique())
     several = len(libraries) > 1
@@ -248,7 +302,14 @@ def _comparison(data: pd.DataFrame, suffix: str) -> Table:
             f"memory_{mode}_bytes": data[memory],
             "latency_median_s": data["latency"],
             "latency_iqr_s": spread,
+            "search_best": data["best"],
             "library": data["library"],
+            "library_version": data["library_version"],
+            "device": data["device"],
+            "precision": data["precision"],
+            "seed": data["seed"],
+            "commit": data["commit"],
+            "created": data["created"],
             "status": data["status"],
             "error": data["error_kind"],
             "key": data["key"],
@@ -275,6 +336,41 @@ def _comparison(data: pd.DataFrame, suffix: str) -> Table:
         }
     )
     return Table(f"comparison{_slug(suffix)}", f"Comparison{suffix}", raw, shown)
+
+
+def _searches(found: Sequence[Search], suffix: str) -> Table:
+    raw = pd.DataFrame(
+        {
+            "row": search.row,
+            "setting": search.setting,
+            "value": value,
+            "box_map_percent": box_ap(record),
+            "best": search.best is not None and search.best[1] is record,
+            "status": record.status,
+            "key": record.key,
+        }
+        for search in found
+        for value, record in search.tried
+    )
+    number = _number(1)
+    shown = pd.DataFrame(
+        {
+            "row": search.row,
+            "setting": search.setting,
+            "best value": MISSING if search.best is None else search.best[0],
+            "box mAP %": MISSING if search.best is None else number(box_ap(search.best[1])),
+            "box mAP % by value": ", ".join(
+                f"{value}: {'failed' if record.status == 'failed' else number(box_ap(record))}"
+                for value, record in search.tried
+            ),
+        }
+        for search in found
+    )
+    notes = (
+        "The best value is chosen by box mAP on the images that the tables report, which makes this"
+        " mAP somewhat too high.",
+    )
+    return Table(f"searches{_slug(suffix)}", f"Searched settings{suffix}", raw, shown, notes)
 
 
 def _figures(data: pd.DataFrame, suffix: str) -> Table:
@@ -354,7 +450,8 @@ def aligned(values: pd.Series) -> pd.Series:
 def _rows(data: pd.DataFrame) -> pd.Series:
     failed = data["status"] == "failed"
     why = " (failed: " + data["error_kind"].map(reason, na_action="ignore") + ")"
-    return data["label"].mask(failed, data["label"] + why)
+    best = data["best"].fillna(False).astype(bool)
+    return data["label"].mask(failed, data["label"] + why).mask(best, data["label"] + BEST)
 
 
 def _number(decimals: int, *, sign: bool = False) -> Callable[[Any], str]:
@@ -376,6 +473,11 @@ def _escaped(shown: pd.DataFrame) -> pd.DataFrame:
     cells = shown.map(html.escape)
     cells.columns = [html.escape(name) for name in shown.columns]
     return cells
+
+
+def _latex(text: str) -> str:
+    named = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(named.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)
 
 
 def _slug(suffix: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from bench import record as store
 from bench.record import Record
-from report import load, page, plots, tables
+from report import load, page, plots, provenance, tables
 
 ROWS = [
     "srformer/64",
@@ -48,7 +48,7 @@ def make(row: str, number: int = 0, **changes: Any) -> Record:
         "seed": 0,
         "model": {"arch": f"l1,h2,d32_{row}", "drop_path": 0.0},
         "data": {"path": None},
-        "train": {"steps": 320},
+        "train": {"steps": 320, "precision": "32-true", "init": None},
     }
     figures = {figure: box + 2 * place - 8 for place, figure in enumerate(load.FIGURES, 4)}
     values: dict[str, Any] = {
@@ -295,7 +295,7 @@ def test_libraries_never_share_a_table_or_plot(records: list[Record]) -> None:
     assert len({table.name for table in built}) == 2
     assert all(table.raw["library"].nunique() == 1 for table in built)
     names = [plot.name for plot in plots.draw(mixed)]
-    assert len(names) == len(set(names)) == 8
+    assert len(names) == len(set(names)) == 10
 
 
 def test_published_rows_are_compared_only_where_they_are_the_same_model() -> None:
@@ -325,7 +325,39 @@ def test_published_accuracy_and_memory_are_compared_where_they_can_be() -> None:
     assert len(table.raw) == 5
     box = table.raw.set_index("quantity").loc["box mAP %"]
     assert box["difference"] == pytest.approx(box["measured"] - 42.9)
-    assert "Drop path differs" in " ".join(table.notes)
+    notes = " ".join(table.notes)
+    assert "Drop path differs" in notes
+    assert "320 steps of 8 images from no pretrained weights" in notes
+    assert "started from a classifier of ImageNet-1K." in notes
+
+
+def test_published_rows_of_the_zoo_and_of_searches_are_compared() -> None:
+    row = "ViL-Small RetinaNet 3x"
+    known = load.published().set_index("row").loc[row]
+    plain = make("ViL")
+    assert plain.evaluation is not None
+    config = {**plain.config, "train": {**plain.config["train"], "init": "vil.pth"}}
+    record = make(
+        f"{row} (drop_path=0.2)",
+        model={
+            **plain.model,
+            "arch": known["arch"],
+            "method": "retinanet",
+            "schedule": "3x",
+            "drop_path": 0.2,
+        },
+        evaluation={**plain.evaluation, "images": 5000, "mask": None},
+        config=config,
+        key=store.key(config),
+    )
+    table = tables.against_published([record])
+    assert table is not None
+    assert table.raw["quantity"].tolist() == ["box mAP %", "params M", "FLOPs G"]
+    assert table.raw["published"].tolist() == [45.9, 35.68, 254.8]
+    notes = " ".join(table.notes)
+    assert "Drop path differs" not in notes
+    assert "from vil.pth" in notes
+    assert "absolute positions (a1)" in notes
 
 
 def test_every_mechanism_looks_different_and_published_ones_never_change() -> None:
@@ -338,7 +370,7 @@ def test_every_mechanism_looks_different_and_published_ones_never_change() -> No
 
 def test_plots_are_pictures(records: list[Record]) -> None:
     drawn = plots.draw(records)
-    names = ["accuracy_flops", "cost", "loss", "accuracy_latency"]
+    names = ["accuracy_flops", "accuracy_memory", "accuracy_latency", "cost", "loss"]
     assert [plot.name for plot in drawn] == names
     for plot in drawn:
         assert plot.png.startswith(b"\x89PNG")
@@ -374,7 +406,7 @@ def test_a_plot_without_numbers_is_skipped_with_a_sentence(tmp_path: Path) -> No
 def test_a_loss_that_is_no_number_leaves_a_gap() -> None:
     losses = [{"step": step, "total": None if step > 20 else 2.0} for step in (10, 20, 30)]
     training = {"steps": 30, "seconds": 3.0, "losses": losses}
-    assert not plots.draw([make("ViL", training=training)])[2].skipped
+    assert not plots.draw([make("ViL", training=training)])[-1].skipped
 
 
 def test_page_holds_everything_and_is_the_same_each_time(
@@ -388,7 +420,7 @@ def test_page_holds_everything_and_is_the_same_each_time(
     assert all((first / path).read_bytes() == (second / path).read_bytes() for path in files)
     assert files == sorted(p.relative_to(second) for p in second.rglob("*") if p.is_file())
     text = index.read_text()
-    for name in ("accuracy_flops", "cost", "loss", "accuracy_latency"):
+    for name in ("accuracy_flops", "accuracy_memory", "accuracy_latency", "cost", "loss"):
         assert f"(plots/{name}.png)" in text
         assert (first / "plots" / f"{name}.svg").exists()
     for stem in ("comparison", "coco_figures", "details"):
@@ -399,6 +431,70 @@ def test_page_holds_everything_and_is_the_same_each_time(
     assert "\n````\n" in text
 
 
+def test_a_row_that_is_not_drawn_is_named_under_the_plot(
+    records: list[Record], tmp_path: Path
+) -> None:
+    notes = {plot.name: plot.note for plot in plots.draw(records)}
+    assert "full (out of memory)" in notes["accuracy_flops"]
+    assert notes["cost"] == ""
+    text = page.write(records, tmp_path, title="Suite").read_text()
+    assert text.count(notes["accuracy_flops"]) == 3
+    assert not plots.draw(records[:9])[0].note
+
+
+def test_a_small_difference_is_not_drawn_over_the_whole_height() -> None:
+    first = make("ViL")
+    assert first.evaluation is not None
+    box = {**first.evaluation["box"], "AP": first.evaluation["box"]["AP"] + 0.01}
+    other = make("full", evaluation={**first.evaluation, "box": box})
+    data = load.frame([first, other])
+    figure = plots.accuracy_flops(data, plots.looks(list(data["family"])))
+    assert not isinstance(figure, str)
+    low, high = figure.axes[0].get_ylim()
+    assert high - low >= plots.LEAST_AP
+
+
+def test_each_file_of_a_table_says_where_its_numbers_come_from(
+    records: list[Record], tmp_path: Path
+) -> None:
+    text = page.write(records, tmp_path, title="Suite").read_text()
+    facts = ("2025-01-02", "torchvision 0.26.0", "torch 2.11.0", "A processor of 2 cores",
+             "32-true", "seed 0", "commit 0123456789.")  # fmt: skip
+    for path in [*tmp_path.glob("tables/*.md"), *tmp_path.glob("tables/*.tex")]:
+        for fact in facts:
+            assert fact in path.read_text()
+    assert all(fact in text.splitlines()[2] for fact in facts)
+    line = pd.read_csv(tmp_path / "tables" / "comparison.csv").iloc[0]
+    assert line["commit"].startswith("0123456789")
+    assert (line["seed"], line["device"], line["precision"]) == (0, "cpu", "32-true")
+
+
+def test_provenance_lists_what_differs() -> None:
+    first = make("ViL")
+    changed = {**first.environment, "dirty": True, "device": "A GPU", "commit": None}
+    other = make("full", 1, environment=changed, seed=3, created="2025-02-01T00:00:00+00:00")
+    said = provenance.sentence([first, other])
+    assert "from 2025-01-02 to 2025-02-01" in said
+    assert "A GPU (A processor of 2 cores, 2 cores)" in said
+    assert "seed 0, 3" in said
+    assert "commit 0123456789, unknown." in said
+    dirty = make("full", environment={**first.environment, "dirty": True})
+    assert "0123456789 with changes" in provenance.sentence([dirty])
+
+
+def test_latex_with_a_caption_is_a_float_that_escapes_it() -> None:
+    (table,) = tables.comparison([make("ViL")])
+    text = tables.to_latex(table.shown, caption="5 % of a_b & {c}\\d", label="tab")
+    assert r"\caption{5 \% of a\_b \& \{c\}\textbackslash{}d}" in text
+    assert text.count(r"\begin{") == text.count(r"\end{") == 3
+    assert r"\label{tab:tab}" in text
+
+
+def test_a_failure_says_why_before_its_traceback(tmp_path: Path) -> None:
+    text = page.write([failed("ViL")], tmp_path, title="Suite").read_text()
+    assert "ViL failed, out of memory: tried to allocate 12 GB" in text
+
+
 def test_html_needs_no_other_file_and_escapes_messages(
     records: list[Record], tmp_path: Path
 ) -> None:
@@ -406,7 +502,7 @@ def test_html_needs_no_other_file_and_escapes_messages(
     text = (tmp_path / "index.html").read_text()
     assert "<title>A &lt;title&gt;</title>" in text
     assert "&lt;12 GB&gt;" in text
-    assert text.count('src="data:image/png;base64,') == text.count("<img ") == 4
+    assert text.count('src="data:image/png;base64,') == text.count("<img ") == 5
     assert "http" not in text
 
 

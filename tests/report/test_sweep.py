@@ -7,7 +7,13 @@ import pytest
 
 from bench.errors import InputError
 from bench.record import Record, key, write
-from report import sweep, tables
+from report.plots import looks
+from report.sweep.page import write as write_page
+from report.sweep.plots import against_resolution, spread
+from report.sweep.points import alike, frame
+from report.sweep.tables import points as point_table
+from report.sweep.tables import summaries
+from report.tables import MISSING
 
 SIDES = (224, 320, 448, 640, 896)
 # Multiply-adds, bytes and nanoseconds: factor and exponent of the pixels.
@@ -86,7 +92,7 @@ def out_of_memory():
 
 
 def test_growth_and_crossover_of_each_quantity():
-    (table,) = sweep.summaries(points())
+    (table,) = summaries(frame(points()))
     raw = table.raw.set_index("row")
     assert raw.loc["full", "flops_exponent"] == pytest.approx(2.0, abs=1e-6)
     assert raw.loc["performer", "latency_exponent"] == pytest.approx(1.0, abs=1e-6)
@@ -103,34 +109,34 @@ def test_growth_and_crossover_of_each_quantity():
     ]
     assert shown.loc["ViL (longformer)", "memory below full"] == "below 224"
     assert shown.loc["ViL (longformer)", "latency below full"] == "from 447"
-    assert (shown.loc["full"].filter(like="below full") == tables.MISSING).all()
+    assert (shown.loc["full"].filter(like="below full") == MISSING).all()
 
 
 def test_modes_and_batch_sizes_stand_apart():
     data = [*points(), *points(mode="training"), *points(mode="training", batch=4)]
-    titles = [table.title for table in sweep.summaries(data)]
+    titles = [table.title for table in summaries(frame(data))]
     assert [title.removeprefix("Growth and crossover, ") for title in titles] == [
         "inference, batch of 1",
         "training, batch of 1",
         "training, batch of 4",
     ]
-    assert len({table.name for table in sweep.summaries(data)}) == 3
+    assert len({table.name for table in summaries(frame(data))}) == 3
 
 
 def test_without_full_attention_there_are_no_crossovers():
-    (table,) = sweep.summaries(points(["performer"]))
-    assert table.shown.filter(like="below full").eq(tables.MISSING).all(axis=None)
+    (table,) = summaries(frame(points(["performer"])))
+    assert table.shown.filter(like="below full").eq(MISSING).all(axis=None)
     assert any("without the row 'full'" in note for note in table.notes)
 
 
 def test_out_of_memory_is_said_and_compared_only_where_both_were_measured():
-    (table,) = sweep.summaries(out_of_memory())
+    (table,) = summaries(frame(out_of_memory()))
     shown = table.shown.set_index("row")
     assert shown.loc["full", "measured up to"] == "448; 640 out of memory"
     # Nothing is claimed of sizes at which full attention has no latency.
     assert shown.loc["performer", "latency below full"] == "not up to 448"
     assert shown.loc["ViL (longformer)", "latency below full"] == "from 447"
-    raw = sweep.points(out_of_memory()).raw
+    raw = point_table(frame(out_of_memory())).raw
     assert raw["error"].dropna().tolist() == ["out_of_memory", "skipped"]
     assert raw["flops_multiply_adds"].notna().all()
 
@@ -139,7 +145,7 @@ def test_a_quantity_comes_from_the_newest_record_that_has_it():
     old = point("full", 224, created=1)
     newer = point("full", 224, created=2, what=("flops", "memory"), scale=3)
     failed = point("full", 224, created=3, error="too_slow", what=("latency",))
-    data = sweep.frame([old, newer, failed])
+    data = frame([old, newer, failed])
     assert len(data) == 1
     assert data.loc[0, "memory"] == newer.memory["inference"]
     assert data.loc[0, "latency"] == old.latency["inference"]["median"]
@@ -153,14 +159,14 @@ def test_only_points_under_the_same_conditions_share_a_page(tmp_path):
     other = point("full", 1000)
     other.config["train"]["precision"] = "bf16-mixed"
     write(other, tmp_path / "records")
-    assert len(sweep.alike(every[:1], tmp_path)) == len(every)
-    assert sweep.alike([other], tmp_path) == [other]
+    assert len(alike(every[:1], tmp_path)) == len(every)
+    assert alike([other], tmp_path) == [other]
 
 
 def test_the_page_has_everything_and_the_same_bytes_twice(tmp_path):
     data = out_of_memory()
-    page = sweep.write(data, tmp_path / "one")
-    sweep.write(data, tmp_path / "two")
+    page = write_page(data, tmp_path / "one")
+    write_page(data, tmp_path / "two")
     text = page.read_text()
     assert text.startswith("# Cost against resolution: ViL-Tiny, 32-true, cpu\n")
     assert "out of memory" in text
@@ -177,19 +183,21 @@ def axes():
     """The axes of a plot."""
 
     def draw(data, quantity="latency"):
-        style = sweep.looks(list(data["family"].unique()))
-        return sweep.against_resolution(data, style, quantity).axes[0]
+        style = looks(list(data["family"].unique()))
+        return against_resolution(data, style, quantity).axes[0]
 
     return draw
 
 
 def test_a_plot_marks_crossovers_failures_and_labels(axes):
-    ax = axes(sweep.frame(out_of_memory()))
+    ax = axes(frame(out_of_memory()))
     labels = [text.get_text() for text in ax.texts]
     assert [label.split(" ")[0] for label in labels] == ["full", "ViL", "performer"]
     assert "from 447" in labels[1]
     rings = [line for line in ax.lines if line.get_markersize() == 11]
     assert [round(float(ring.get_xdata()[0])) for ring in rings] == [447]
+    # 200 ns for each of 2e5 pixels, as full attention's 1e-3 ns for each pair.
+    assert [float(ring.get_ydata()[0]) for ring in rings] == [pytest.approx(40, rel=1e-3)]
     (failure,) = [line for line in ax.lines if line.get_marker() == "X" and len(line.get_xdata())]
     # Where the growth of the sizes before would put it: 2 ms of pixels squared.
     assert float(failure.get_xdata()[0]) == pytest.approx(640)
@@ -199,7 +207,7 @@ def test_a_plot_marks_crossovers_failures_and_labels(axes):
 
 def test_labels_of_many_lines_do_not_overlap(axes):
     every = [*COSTS, *(f"{row} {i}" for i in range(3) for row in COSTS)]
-    data = sweep.frame(
+    data = frame(
         [
             Record(**vars(point(row.split(" ")[0], side)) | {"row": row})
             for row in every
@@ -225,10 +233,10 @@ def test_labels_of_many_lines_do_not_overlap(axes):
     ],
 )
 def test_labels_move_apart_as_little_as_it_takes(heights, moved):
-    assert sweep.spread(heights, 0.1) == pytest.approx(moved)
+    assert spread(heights, 0.1) == pytest.approx(moved)
 
 
 def test_an_output_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write the report"):
-        sweep.write(points(), tmp_path / "file")
+        write_page(points(), tmp_path / "file")
