@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,8 @@ from bench.config import RunConfig, Suite, load_suite, suites
 from bench.data.generated import SPLITS
 from bench.errors import InputError
 from bench.interrupt import EXIT_CODE
-from bench.options import names, positive
+from bench.locks import HeldError
+from bench.options import Parser, names, positive, seed
 from bench.progress import SuiteProgress
 from bench.record import Record
 from report import load, page, tables
@@ -33,14 +35,14 @@ _WIDTH = 120
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="run_all.py",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"""\
 suites: {", ".join(suites())}
   quick     every row with a small backbone on generated images; minutes on a laptop
   ablation  the published ablation: ViL-Small, Mask R-CNN, 1x; needs --data with COCO and a GPU
+  zoo       the published model zoo: ViL in four sizes, two methods, two schedules; needs the same
 
 examples:
   python run_all.py
@@ -48,6 +50,8 @@ examples:
   python run_all.py --data my_data --rows ViL train.steps=200 model.method=retinanet
   python run_all.py --rows my_attention.py:MyAttention
   python run_all.py --suite ablation --data /datasets/coco --device cuda
+  python run_all.py --suite ablation --data /datasets/coco --method retinanet --schedule 3x
+  python run_all.py --suite zoo --rows "ViL-Small RetinaNet 3x" --data /datasets/coco --init vil.pth
   python run_all.py --suite ablation --data /datasets/coco --devices 8
   torchrun --nproc-per-node 8 run_all.py --suite ablation --data /datasets/coco
   python run_all.py --suite ablation --data /datasets/coco --devices 8 --dry-run
@@ -57,11 +61,12 @@ examples:
       --launcher slurm --slurm slurm_partition=gpu,timeout_min=4320
 
 The output folder then holds records/ (one JSON file a run), index.md and index.html (the report),
-tables/, plots/, logs/ (of each run a readable log, and a JSON line a step), checkpoints/ of
-unfinished runs and, for generated data, data/.
+tables/, plots/, logs/ (of each run a readable log, and a JSON line a step), weights/ (of each run
+what it trained, for `python -m bench eval --record RECORD`), checkpoints/ of unfinished runs and,
+for generated data, data/.
 
 Ctrl-C or SIGTERM ends a run after the step in hand, with a checkpoint; twice ends it at once. The
-same command continues.
+same command continues. Two commands may share an output folder, but not a row at the same time.
 
 exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 130 interrupted""",
     )
@@ -78,7 +83,7 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
     result.add_argument(
         "--device", help="auto, cpu, cuda or cuda:N (default: auto, a GPU where there is one)"
     )
-    result.add_argument("--seed", type=int, help="of everything random (default: 0)")
+    result.add_argument("--seed", type=seed, metavar="N", help="of everything random (default: 0)")
     result.add_argument(
         "--rows",
         metavar="A,B",
@@ -88,12 +93,26 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
         " file.py:Class (default: all)",
     )
     result.add_argument(
+        "--schedule",
+        metavar="NAME",
+        help="recipe of the training: 1x, 3x or quick (default: the suite's); of the zoo, the rows"
+        " that have it",
+    )
+    result.add_argument(
+        "--method", metavar="NAME", help="mask_rcnn or retinanet (default: the suite's), likewise"
+    )
+    result.add_argument(
         "--retry-failed", action="store_true", help="run again the rows whose record is a failure"
     )
     result.add_argument(
         "--init",
         metavar="CHECKPOINT",
         help="start from the backbone of a classifier, or from a detector (default: from scratch)",
+    )
+    result.add_argument(
+        "--no-weights",
+        action="store_true",
+        help="keep no weights of finished runs (default: in weights/)",
     )
     result.add_argument(
         "--search",
@@ -154,13 +173,14 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser().parse_intermixed_args(given)
     launch.end_with_parent()
     _set_up_logging()
-    # A preempted job is told by SIGTERM; it ends as an interrupted one does.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # A preempted job is told by SIGTERM; it ends as an interrupted one does. Not by way of SIGINT,
+    # which shells make processes in the background ignore.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     first = True
     try:
+        options = parser().parse_args(given)
         world = launch.world()
         first = world.is_first
         if options.tensorboard:
@@ -173,23 +193,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _dry_run(suite, output, options.measure_steps)
         _check_needs(suite)
         if options.launcher != "none":
-            code = _launch(suite, plain, searched, output, options)
-        elif suite.runs[0].train.devices > 1 and world.size == 1:
+            return _launch(suite, plain, searched, output, options)
+        if suite.runs[0].train.devices > 1 and world.size == 1:
             return launch.spawn(launch.this_command(given), suite.runs[0].train.devices)
-        else:
-            code = run_suite(
-                suite,
-                output,
-                Console(quiet=not first),
-                command=["python", "run_all.py", *given],
-                retry_failed=options.retry_failed,
-                report=not options.no_report and first,
-                tensorboard=options.tensorboard,
-            )
-        if searched is not None and not options.no_report and first:
-            for line in search.outcomes(plain, searched, load.load(output)):
-                print(line)
-        return code
+        return run_suite(
+            suite,
+            output,
+            Console(quiet=not first),
+            command=["python", "run_all.py", *given],
+            retry_failed=options.retry_failed,
+            report=not options.no_report and first,
+            tensorboard=options.tensorboard,
+            keep_weights=not options.no_weights,
+        )
     except InputError as error:
         if first:
             print(f"run_all.py: error: {error}", file=sys.stderr)
@@ -210,6 +226,8 @@ def _load(options: argparse.Namespace, world: launch.World) -> Suite:
     return load_suite(
         options.suite,
         rows=options.rows,
+        schedule=options.schedule,
+        method=options.method,
         data=options.data,
         seed=options.seed,
         device=options.device,
@@ -232,12 +250,17 @@ def _dry_run(suite: Suite, output: Path, measure_steps: int) -> int:
 
     if measure_steps:
         _check_output(output)
-    shown = plan.table(suite, output, measure_steps=measure_steps)
-    print(f"suite {suite.name}: what would run, to {output}")
-    print(tables.to_text(shown, _WIDTH))
-    for line in plan.schedules(suite.runs):
-        print(line)
-    print(plan.footnote(suite.runs, measure_steps))
+    print(f"suite {suite.name}: what would run, to {output}", flush=True)
+    with Console(stderr=True).status("planning") as status:
+        planned = plan.plan(
+            suite,
+            output,
+            measure_steps=measure_steps,
+            tell=lambda row: status.update(f"planning {row}"),
+        )
+    print(tables.to_text(plan.table(planned), _WIDTH))
+    for line in plan.lines(planned, measure_steps):
+        print(textwrap.fill(line, _WIDTH, subsequent_indent="  "))
     return 0
 
 
@@ -259,6 +282,7 @@ def _launch(
         }
     missing = [run for run in suite.runs if not _is_settled(run, output, options.retry_failed)]
     print(f"suite {suite.name}: {len(missing)} of {len(suite.runs)} rows to run")
+    _check_free(missing, output)
     found = []
     for config in missing:
         command = launch.this_command(_row_arguments(config, bases[config.row], output, options))
@@ -280,9 +304,9 @@ def _launch(
         print("--launcher writes the report.")
         return 0
     # Generated data is made once, before the rows ask for it.
-    from bench import runner
+    from bench import inputs
 
-    for line in runner.check_data(missing, output, processes=devices) if missing else ():
+    for line in inputs.check_data(missing, output, processes=devices) if missing else ():
         print(f"note: {line}")
     code = jobs.run_local(
         found, count=options.jobs, devices=devices, say=lambda line: print(line, flush=True)
@@ -297,13 +321,13 @@ def _row_arguments(
 ) -> list[str]:
     """The command line of one row of a suite, as a person would type it."""
     arguments = ["--suite", options.suite, "--rows", base, "--output", str(output), "--no-report"]
-    for name in ("data", "device", "seed", "devices", "init"):
+    for name in ("schedule", "method", "data", "device", "seed", "devices", "init"):
         value = getattr(options, name)
         if value is not None:
             arguments += [f"--{name}", str(value)]
     if config.row != base:
         arguments += ["--search", config.row.removeprefix(f"{base} (").removesuffix(")")]
-    for name in ("retry_failed", "tensorboard"):
+    for name in ("retry_failed", "tensorboard", "no_weights"):
         if getattr(options, name):
             arguments.append(f"--{name.replace('_', '-')}")
     return [*arguments, *options.overrides]
@@ -318,13 +342,14 @@ def run_suite(
     retry_failed: bool = False,
     report: bool = True,
     tensorboard: bool = False,
+    keep_weights: bool = True,
 ) -> int:
     """Run what is missing of a suite, write the report and print its table.
 
     All processes that share the runs call this; the first decides what is missing.
     """
     # Imported here: torch takes seconds, which `--help` and wrong input should not cost.
-    from bench import runner
+    from bench import devices, inputs, runner
 
     def prepare() -> list[bool]:
         _check_output(output)
@@ -336,11 +361,12 @@ def run_suite(
             highlight=False,
         )
         if missing:
-            for line in runner.check_data(missing, output):
+            _check_free(missing, output)
+            for line in inputs.check_data(missing, output):
                 console.print(f"note: {line}", highlight=False, soft_wrap=True)
         return settled
 
-    settled = runner.agree(suite.runs[0], prepare)
+    settled = devices.agree(suite.runs[0], prepare)
     missing = [run for run, done in zip(suite.runs, settled, strict=True) if not done]
     failed = False
     with SuiteProgress(len(missing), console=console) as progress:
@@ -353,21 +379,43 @@ def run_suite(
                     progress=progress.update,
                     command=command,
                     tensorboard=tensorboard,
+                    keep_weights=keep_weights,
                 )
+            except HeldError as error:
+                progress.finish_row(f"being run by {error.holder}; left to it")
+                failed = True
+                continue
             except runner.AbandonedError as error:
                 print(f"{config.row}: failed in one process: {error}", file=sys.stderr, flush=True)
                 # The other processes hold what an orderly end would wait for.
                 os._exit(launch.ABANDONED)
             progress.finish_row(_outcome(result))
             failed |= result.status == "failed"
-    return _report(suite, output) if report else int(failed)
+    devices.leave()
+    return max(_report(suite, output) if report else 0, int(failed))
+
+
+def _check_free(runs: Sequence[RunConfig], output: Path) -> None:
+    """Stop before anything has cost time where another command does one of the runs."""
+    # Imported here, as in `run_suite`.
+    from bench import runner
+
+    for config in runs:
+        try:
+            with runner.claimed(config, output):
+                pass
+        except HeldError as error:
+            raise InputError(
+                f"row {config.row} is being run in {output} by {error.holder}; wait for it, or name"
+                " another --output"
+            ) from error
 
 
 def _report(suite: Suite, output: Path) -> int:
     keys = {record.key(config.as_dict()) for config in suite.runs}
     records = [entry for entry in load.load(output) if entry.key in keys]
     path = page.write(records, output, title=f"Suite {suite.name}")
-    for table in tables.comparison(records):
+    for table in [*tables.comparison(records), *tables.searches(records)]:
         print(tables.to_text(table.shown, _WIDTH))
     failed = [entry for entry in records if entry.status == "failed"]
     for entry in failed:
@@ -384,8 +432,13 @@ def _is_settled(config: RunConfig, output: Path, retry_failed: bool) -> bool:
     folder = output / "records"
     if (folder / record.done_name(config.row, key)).exists():
         return True
-    failures = sorted(folder.glob(f"{record.slug(config.row)}-{key[:10]}-failed-*.json"))
-    kinds = {(record.read(path).error or {}).get("kind") for path in failures}
+    paths = folder.glob(f"{record.slug(config.row)}-{key[:10]}-failed-*.json")
+    failures = [record.read(path) for path in sorted(paths)]
+    # Processes that are started anew, as the row failed in one of them, go on with the next row.
+    since = launch.started_first()
+    if since is not None and any(entry.created >= since for entry in failures):
+        return True
+    kinds = {(entry.error or {}).get("kind") for entry in failures}
     return bool(kinds & set(_FINAL_ERRORS)) and not retry_failed
 
 

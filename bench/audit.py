@@ -32,11 +32,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attentions
 from attentions.contract import Grid
-from bench import flops
+from bench import flops, operators
+from bench.backbone import ViL
 from bench.config import RunConfig, profile_configs
 from bench.detectors import Detector
 from bench.errors import InputError
-from bench.runner import build_detector
+from bench.formulas import is_free
+from bench.models import build_detector
 
 # Counts that differ by more than this share of the largest one do not agree.
 TOLERANCE = 0.01
@@ -128,7 +130,7 @@ def audit(attention: nn.Module, grid: Grid) -> Counts:
     """
     declare = getattr(attention, "multiply_adds", None)
     declared = None if declare is None else declare(grid)
-    counted = flops.count_call(attention, (flops.tokens(attention, grid), grid))
+    counted = operators.count_call(attention, (flops.tokens(attention, grid), grid))
     if grid[0] * grid[1] > LARGEST_GRID:
         why = f"not run on grids of more than {LARGEST_GRID} tokens"
         uncounted = {"operators": counted.uncounted} if counted.uncounted else {}
@@ -152,7 +154,7 @@ def audit_detector(
     parts = []
     for call in detector.part_calls(image_size, proposals=proposals, detections=detections):
         with _declaring(call.module) as declared:
-            counted = flops.count_call(call.module, call.make_inputs(_META, torch.float32))
+            counted = operators.count_call(call.module, call.make_inputs(_META, torch.float32))
         inputs = call.make_inputs(_CPU, torch.float32)
         parts.append(_compare(call.module, inputs, declared=declared.total, counted=counted))
     return _sum(parts)
@@ -231,12 +233,12 @@ def _compare(
     inputs: tuple[Any, ...],
     *,
     declared: int | None,
-    counted: flops.OperatorCount,
+    counted: operators.OperatorCount,
 ) -> Counts:
     fvcore = alone = torch_on_cpu = None
     lacking: dict[str, int] = {}
     failures: dict[str, str] = {}
-    with flops.evaluating(module), torch.no_grad():
+    with operators.evaluating(module), torch.no_grad():
         with _failing("fvcore", failures):
             fvcore, lacking = count_graph(module, inputs, HANDLES)
             alone, _ = count_graph(module, inputs, {})
@@ -332,7 +334,7 @@ def _declaring(module: nn.Module) -> Iterator[_Declared]:
     mechanisms = {
         place.module
         for part in module.modules()
-        if isinstance(part, flops.ViL)
+        if isinstance(part, ViL)
         for place in part.attention_places()
     }
     inside = {part for mechanism in mechanisms for part in mechanism.modules()}
@@ -379,7 +381,7 @@ def _is_free(name: str) -> bool:
     if space != "aten" or packet is None:
         return space == "prim"
     overloads = (getattr(packet, overload) for overload in packet.overloads())
-    return short in FREE_COMPOSITES.split() or any(map(flops.is_free, overloads))
+    return short in FREE_COMPOSITES.split() or any(map(is_free, overloads))
 
 
 FREE_COMPOSITES = (

@@ -1,6 +1,7 @@
 """Checkpoints: of a run in progress, to resume from; and published ones, by their names."""
 
 import contextlib
+import hashlib
 import io
 import logging
 import math
@@ -209,6 +210,12 @@ def save_file(state_dict: Mapping[str, Tensor], path: Path) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error}") from error
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _why_not_loaded(error: Exception) -> str:

@@ -6,12 +6,12 @@ import logging
 import os
 import pkgutil
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from types import ModuleType
 
 from bench import commands
 from bench.errors import InputError
+from bench.options import Parser, UsageError
 
 PROG = "python -m bench"
 _EXIT_CODES = """\
@@ -29,12 +29,11 @@ def find_commands() -> dict[str, ModuleType]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line with all commands."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog=PROG,
         description="Profile, check and compare attention mechanisms for high-resolution vision.",
         epilog=f"{_EXIT_CODES}\n\n`{PROG} COMMAND --help` explains a command; `python run_all.py`"
         " runs whole suites.",
-        formatter_class=RawDescriptionHelpFormatter,
     )
     subparsers = result.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, module in find_commands().items():
@@ -43,7 +42,6 @@ def parser() -> argparse.ArgumentParser:
             help=module.HELP,
             description=module.HELP,
             epilog=getattr(module, "EPILOG", "") + _EXIT_CODES,
-            formatter_class=RawDescriptionHelpFormatter,
         )
         module.configure(command)
         command.set_defaults(run=module.run)
@@ -52,12 +50,17 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    prog = PROG
     try:
+        options = parser().parse_args(arguments)
+        prog = f"{PROG} {options.command}"
         code: int = options.run(options)
+    except UsageError as error:
+        print(f"{error.prog}: error: {error}", file=sys.stderr)
+        return 2
     except InputError as error:
-        print(f"{PROG} {options.command}: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

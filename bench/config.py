@@ -20,11 +20,11 @@ from attentions.contract import accepted_options
 from bench.arch import StageSpec, parse, render
 from bench.data.coco import default_root
 from bench.errors import InputError, choose, nearest
+from bench.vocabulary import LIBRARIES, METHODS, PRECISIONS
 
-METHODS = ("mask_rcnn", "retinanet")
-LIBRARIES = ("torchvision", "detectron2", "auto")
-PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 DECAYS = ("steps", "cosine")
+# What only labels a run, and the options that set what it says.
+CHOSEN = {"suite": "--suite", "row": "--rows", "train.schedule": "--schedule"}
 _GLOBALS = (1, 1, 1, 0)
 _FEATURE = 7
 
@@ -212,6 +212,8 @@ def load_suite(
     name: str,
     *,
     rows: Sequence[str] = (),
+    schedule: str | None = None,
+    method: str | None = None,
     data: str | None = None,
     seed: int | None = None,
     device: str | None = None,
@@ -222,6 +224,9 @@ def load_suite(
     Args:
         name: a file in `configs/suites`.
         rows: some of its rows, or mechanisms of the user as `package.module:Class`; empty for all.
+        schedule: recipe of `configs/recipes.yaml`, instead of the suite's; where the rows have
+            schedules of their own, it chooses among them.
+        method: "mask_rcnn" or "retinanet", likewise.
         data: folder in COCO layout, instead of the suite's data; without it, a suite that needs
             COCO takes `$DETECTRON2_DATASETS/coco` where that is a folder.
         seed: of everything random.
@@ -233,10 +238,8 @@ def load_suite(
     """
     choose(name, suites(), "suite")
     suite = _read(f"suites/{name}.yaml")
-    table = _rows()
-    every = list(table) if suite["rows"] == "all" else list(suite["rows"])
-    chosen = list(dict.fromkeys(rows)) or every
-    layers = [_read("recipes.yaml")[suite["recipe"]], suite.get("run", {})]
+    table = _suite_rows(name, suite, schedule, method)
+    layers = [suite.get("run", {})]
     needs = suite.get("needs")
     if data is None and needs is not None:
         root = default_root()
@@ -244,15 +247,16 @@ def load_suite(
     if data is not None:
         layers += [suite.get("with_data", {}), {"data": {"path": data}}]
     command_line = _dotlist(overrides)
-    backbone = _read("backbones.yaml")[suite["backbone"]]
+    recipes, known_backbones = _read("recipes.yaml"), _read("backbones.yaml")
     runs = []
-    for row in chosen:
-        spec = _row(row, table, suite_name=name)
-        layer = _row_layer(spec, backbone)
-        own = suite.get("row_run", {}).get(row, {})
+    for row in dict.fromkeys(rows or table):
+        found = _suite_row(row, table, name, suite)
+        layer = _row_layer(found.stages, known_backbones[found.backbone])
         top: dict[str, Any] = {"suite": name, "row": row}
         top |= {key: v for key, v in (("seed", seed), ("device", device)) if v is not None}
-        config = _merge([*layers, layer, own, top, command_line])
+        top |= {} if method is None else {"model": {"method": method}}
+        recipe = recipes[found.recipe]
+        config = _merge([recipe, *layers, layer, found.settings, top, command_line])
         runs.append(_validated(_fixed(config)))
     return Suite(name, tuple(runs), needs)
 
@@ -339,15 +343,63 @@ def _rows() -> dict[str, Any]:
     return table
 
 
-def _row(row: str, table: Mapping[str, Any], *, suite_name: str) -> Mapping[str, Any]:
+@dataclass(frozen=True)
+class _SuiteRow:
+    """A row of a suite: what stands in the stages of which backbone, its recipe, its settings."""
+
+    stages: Mapping[str, Any]
+    backbone: str
+    recipe: str
+    settings: Mapping[str, Any]
+
+
+def _suite_rows(
+    name: str, suite: Mapping[str, Any], schedule: str | None, method: str | None
+) -> dict[str, _SuiteRow]:
+    """The rows of a suite, by name, that have a schedule and a method or can be given them."""
+    asked = {"schedule": schedule, "method": method}
+    if schedule is not None:
+        choose(schedule, _read("recipes.yaml"), "schedule")
+    if method is not None:
+        choose(method, METHODS, "method")
+    if suite["rows"] == "all":
+        recipe, own = schedule or suite["recipe"], suite.get("row_run", {})
+        return {
+            row: _SuiteRow(stages, suite["backbone"], recipe, own.get(row, {}))
+            for row, stages in _rows().items()
+        }
+    rows = {
+        row: _SuiteRow(
+            suite["stages"],
+            entry["backbone"],
+            entry["recipe"],
+            {"model": {key: entry[key] for key in ("method", "drop_path")}},
+        )
+        for row, entry in suite["rows"].items()
+        if schedule in (None, entry["recipe"]) and method in (None, entry["method"])
+    }
+    if not rows:
+        given = " and ".join(f"{k} {v}" for k, v in asked.items() if v is not None)
+        raise InputError(
+            f"no row of suite {name} has {given}; its rows: {', '.join(suite['rows'])}"
+        )
+    return rows
+
+
+def _suite_row(
+    row: str, table: Mapping[str, _SuiteRow], name: str, suite: Mapping[str, Any]
+) -> _SuiteRow:
+    """A row by its name, or made of a mechanism of the user where the suite has a place for it."""
     if row in table:
-        spec: Mapping[str, Any] = table[row]
-        return spec
-    if ":" in row:
-        return {"attention": row}
+        return table[row]
+    takes_mechanisms = suite["rows"] == "all"
+    if takes_mechanisms and ":" in row:
+        recipe = next(iter(table.values())).recipe
+        return _SuiteRow({"attention": row}, suite["backbone"], recipe, {})
+    more = ", or a mechanism of yours as package.module:Class or file.py:Class"
     raise InputError(
-        f"unknown row {row!r} of suite {suite_name}{nearest(row, table)}; allowed:"
-        f" {', '.join(table)}, or a mechanism of yours as package.module:Class or file.py:Class"
+        f"unknown row {row!r} of suite {name}{nearest(row, table)}; allowed:"
+        f" {', '.join(table)}{more if takes_mechanisms else ''}"
     )
 
 
@@ -401,8 +453,9 @@ def _dotlist(overrides: Sequence[str]) -> DictConfig:
     for override in overrides:
         if not re.fullmatch(r"[\w.]+=.*", override, flags=re.DOTALL):
             raise InputError(f"{override!r} is no key=value, for example train.steps=100")
-        if override.partition("=")[0] in ("suite", "row"):
-            raise InputError(f"{override!r}: suites and rows are chosen by --suite and --rows")
+        name = override.partition("=")[0]
+        if name in CHOSEN:
+            raise InputError(f"{override!r}: {name} is chosen by {CHOSEN[name]}")
     try:
         values = OmegaConf.from_dotlist(list(overrides))
     except (OmegaConfBaseException, YAMLError) as error:

@@ -5,22 +5,26 @@ The twelve figures: https://cocodataset.org/#detection-eval.
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval import mask as rle
+from lightning.fabric import Fabric
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from bench import bootstrap
 from bench.bootstrap import ImageMatches, Matches
-
-if TYPE_CHECKING:
-    from bench.data.coco import CocoDataset
+from bench.config import RunConfig
+from bench.data.coco import CocoDataset
+from bench.data.loader import clear_worker_errors, evaluation_batches
+from bench.train import to_float
 
 FIGURES = (
     "AP",
@@ -44,6 +48,8 @@ BOOTSTRAP_SEED = 0
 _DIGITS = 4
 
 Figures = dict[str, float | None]
+Progress = Callable[[float, str], None]
+"""Told how much is done (0 to 1) and what is being done."""
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +94,7 @@ class CocoEvaluator:
         resamples: draws of the bootstrap over images; 0 for none.
     """
 
-    def __init__(self, dataset: "CocoDataset", *, resamples: int = RESAMPLES) -> None:
+    def __init__(self, dataset: CocoDataset, *, resamples: int = RESAMPLES) -> None:
         if resamples < 0:
             raise ValueError(f"resamples is {resamples}; it must not be negative")
         self.dataset = dataset
@@ -264,3 +270,46 @@ def _encode(masks: Tensor) -> tuple[Any, ...]:
     binary = (masks[:, 0] >= MASK_THRESHOLD).byte().cpu().numpy()
     runs = rle.encode(np.asfortranarray(binary.transpose(1, 2, 0)))
     return tuple(run["counts"] for run in runs)
+
+
+def evaluate(
+    model: nn.Module, split: CocoDataset, config: RunConfig, fabric: Fabric, progress: Progress
+) -> dict[str, Any]:
+    """The `evaluation` section of one split; figures in the first process alone."""
+    evaluator = CocoEvaluator(split, resamples=config.evaluate.bootstrap)
+    model.eval()
+    start = time.perf_counter()
+    with torch.no_grad(), clear_worker_errors():
+        done = 0
+        for images, targets in evaluation_batches(
+            split,
+            batch_size=config.evaluate.batch_size,
+            num_workers=config.data.workers,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+        ):
+            outputs = model([to_float(image.to(fabric.device)) for image in images])
+            evaluator.update(outputs, targets)
+            done = min(done + len(images) * fabric.world_size, len(split))
+            progress(done / len(split), f"evaluating {split.split}, image {done} of {len(split)}")
+        _gather(evaluator, fabric)
+        figures = evaluator.compute() if fabric.is_global_zero else {}
+    return {
+        "split": split.split,
+        "images": len(split),
+        "annotations_sha256": split.fingerprint,
+        "seconds": time.perf_counter() - start,
+        "unit": "percent",
+        **figures,
+    }
+
+
+def _gather(evaluator: CocoEvaluator, fabric: Fabric) -> None:
+    """Give the first process what all have found."""
+    if fabric.world_size == 1:
+        return
+    states: list[State] | None = None
+    if fabric.is_global_zero:
+        states = [{} for _ in range(fabric.world_size)]
+    torch.distributed.gather_object(evaluator.state(), states)
+    evaluator.merge(states or ())

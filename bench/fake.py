@@ -26,6 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
+from bench.detectors.rois import Counts, fixed_rois
+
 aten = torch.ops.aten
 
 # Of scores above a threshold: what RetinaNet keeps of a level, and more than Mask R-CNN detects.
@@ -36,25 +38,6 @@ _BIAS_ALIGNMENT = 16
 _HEAD_ALIGNMENT = 8
 
 Count = Callable[[object], int]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Counts:
-    """What a detector finds in an image, which no shape says.
-
-    Attributes:
-        proposals: RoIs in the box head when evaluating; None for the most that the detector keeps.
-        detections: RoIs in the mask head when evaluating; None for the most.
-        rois: RoIs in the box head when training; None for the most.
-        mask_rois: RoIs in the mask head when training; None for the most.
-        targets: objects.
-    """
-
-    proposals: int | None = None
-    detections: int | None = None
-    rois: int | None = None
-    mask_rois: int | None = None
-    targets: int = 8
 
 
 def without_memory(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -289,37 +272,26 @@ def _cuda_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 @contextmanager
 def data_free(detector: Any, counts: Counts, answers: Answers) -> Iterator[None]:
-    """Let a copied detector run where nothing has a value, with the RoIs that `counts` says.
+    """Let a copied detector run where nothing has a value, on the RoIs that `counts` says.
 
     Args:
-        detector: the copy; its settings are changed.
-        counts: numbers an image.
+        detector: the copy; it is changed.
+        counts: of `most`.
         answers: the mode it will run in.
     """
     bind = {"torchvision": _bind_torchvision, "detectron2": _bind_detectron2}
     with ExitStack() as stack:
         stack.enter_context(patch("torchvision.ops.boxes.batched_nms", _keep_all))
         bind[detector.library](detector, counts, answers, stack)
+        stack.enter_context(fixed_rois(detector, counts))
         yield
 
 
 def fix_size(detector: Any, image_size: tuple[int, int]) -> None:
     """Make a copied detector take images of `image_size` (height, width) as they are."""
-    holder = detector.transform if detector.library == "torchvision" else detector
-    holder.settings = dataclasses.replace(holder.settings, fixed_size=image_size)
-
-
-def training_rois(detector: Any, counts: Counts) -> tuple[int, int]:
-    """RoIs an image in the box head and in the mask head while training.
-
-    The most that a detector samples are its configured RoIs, a quarter of them with an object.
-    """
-    heads = detector.roi_heads
-    sampler = getattr(heads, "fg_bg_sampler", heads)
-    rois: int = counts.rois or sampler.batch_size_per_image
-    if counts.mask_rois is not None:
-        return rois, counts.mask_rois
-    return rois, int(rois * sampler.positive_fraction)
+    detector.settings = dataclasses.replace(detector.settings, fixed_size=image_size)
+    if detector.library == "torchvision":
+        detector.transform.settings = detector.settings
 
 
 def _keep_all(boxes: Tensor, *_: Any) -> Tensor:
@@ -327,28 +299,16 @@ def _keep_all(boxes: Tensor, *_: Any) -> Tensor:
     return torch.arange(len(boxes), device=boxes.device)
 
 
-def _set_sampler(sampler: Any, rois: int, mask_rois: int) -> None:
-    sampler.batch_size_per_image = rois
-    # Half a RoI more, so that rounding down gives the number again.
-    sampler.positive_fraction = (mask_rois + 0.5) / rois
-
-
 def _bind_torchvision(detector: Any, counts: Counts, answers: Answers, _stack: ExitStack) -> None:
     if detector.method != "mask_rcnn":
         return
     heads = detector.roi_heads
-    rois, mask_rois = training_rois(detector, counts)
-    _set_sampler(heads.fg_bg_sampler, rois, mask_rois)
-    if counts.detections is not None:
-        heads.detections_per_img = counts.detections
-    if counts.proposals is not None:
-        detector.rpn._post_nms_top_n["testing"] = counts.proposals
     select = heads.select_training_samples
 
     def select_training_samples(*args: Any) -> Any:
         selected = select(*args)
         for labels in selected[2]:
-            answers.expect(labels, gt=lambda _: mask_rois)
+            answers.expect(labels, gt=lambda _: counts.mask_rois or 0)
         return selected
 
     heads.select_training_samples = select_training_samples
@@ -364,18 +324,11 @@ def _bind_detectron2(detector: Any, counts: Counts, answers: Answers, stack: Exi
     stack.enter_context(patch.object(ImageList, "from_tensors", _batch_images))
     if detector.method != "mask_rcnn":
         return
-    heads, generator = detector.roi_heads, detector.proposal_generator
-    rois, mask_rois = training_rois(detector, counts)
-    _set_sampler(heads, rois, mask_rois)
-    if counts.detections is not None:
-        heads.box_predictor.test_topk_per_image = counts.detections
-    if counts.proposals is not None:
-        generator.post_nms_topk = {**generator.post_nms_topk, False: counts.proposals}
     select = roi_heads.select_foreground_proposals
 
     def select_foreground_proposals(proposals: Any, background: int) -> Any:
         for instances in proposals:
-            answers.expect(instances.gt_classes, ne=lambda _: mask_rois)
+            answers.expect(instances.gt_classes, ne=lambda _: counts.mask_rois or 0)
         return select(proposals, background)
 
     for module, name, replacement in (

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
@@ -23,6 +24,7 @@ from bench.interrupt import EXIT_CODE, SIGNALS
 # A process of several failed while the others went on: they cannot, and are started anew.
 ABANDONED = 3
 _WATCHED = "BENCH_ENDS_WITH_ITS_PARENT"
+_STARTED_FIRST = "BENCH_STARTED_FIRST"
 _GRACE = 60.0
 # Processes that fail alike need a moment to say so.
 _ALIKE = 15.0
@@ -88,6 +90,8 @@ def spawn(command: Sequence[str], count: int) -> int:
     The first that fails ends the others. Ctrl-C and SIGTERM are passed on, and the processes have
     time to finish what they do; a second one ends them at once.
     """
+    first = datetime.now(UTC).isoformat(timespec="seconds")
+    again: dict[str, str] = {}
     while True:
         port = _free_port()
         processes = [
@@ -103,6 +107,7 @@ def spawn(command: Sequence[str], count: int) -> int:
                     # With all cores each, the processes would wait for one another.
                     "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")
                     or str(max(1, cores() // count)),
+                    **again,
                 },
             )
             for rank in range(count)
@@ -110,6 +115,12 @@ def spawn(command: Sequence[str], count: int) -> int:
         code = _wait(processes)
         if code != ABANDONED:
             return code
+        again = {_STARTED_FIRST: first}
+
+
+def started_first(environment: Mapping[str, str] = os.environ) -> str | None:
+    """When `spawn` began, UTC, ISO 8601, in processes that it started anew; else None."""
+    return environment.get(_STARTED_FIRST)
 
 
 def start(

@@ -6,6 +6,7 @@ Both are in `output/logs`, one of each a run: `{row}-{key}.jsonl` and `{row}-{ke
 import importlib
 import json
 import logging
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, TextIO
 
 from bench.errors import InputError
 
-TENSORBOARD_INSTALL = "pip install tensorboard"
+TENSORBOARD_INSTALL = "pip install '.[tensorboard]'"
 
 # Lines for a person; they go to the run's log alone.
 story = logging.getLogger("bench.story")
@@ -31,7 +32,7 @@ class StepLog:
     Args:
         path: the file; a resumed run goes on in it.
         tensorboard: folder of TensorBoard's events, or None for none.
-        every: a line of the readable log each so many steps.
+        every: the readable log tells of each so many steps.
         total: steps of the whole run.
 
     Raises:
@@ -46,6 +47,8 @@ class StepLog:
         self.total = total
         self._file: TextIO | None = None
         self._board = None if tensorboard is None else _board(tensorboard)
+        # Steps that the readable log has not told of.
+        self._untold: list[Mapping[str, Any]] = []
 
     def begin(self, step: int) -> None:
         """Go on after `step`: later lines, of steps that are done again, and half lines go."""
@@ -77,8 +80,11 @@ class StepLog:
             for name, value in entry.items():
                 if name != "step":
                     self._board.add_scalar(name, value, entry["step"])
+        self._untold.append(entry)
         if entry["step"] % self.every == 0 or entry["step"] == self.total:
             story.info("step %d of %d: %s", entry["step"], self.total, _readable(entry))
+            story.info("the %d steps up to it: %s", len(self._untold), _pace(self._untold))
+            self._untold = []
 
     def __enter__(self) -> "StepLog":
         return self
@@ -161,6 +167,22 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         except ValueError:
             # A run that was killed while it wrote.
             return
+
+
+def _pace(entries: Sequence[Mapping[str, Any]]) -> str:
+    """How fast these steps were, how fast data can be read, and how long they waited for it."""
+    # Of rates over the same number of images each, the harmonic mean is the rate over all.
+    trained, read = (
+        statistics.harmonic_mean([entry[name] for entry in entries])
+        for name in ("images_per_second", "loader_images_per_second")
+    )
+    waited, all_ = (
+        sum(entry[name] for entry in entries) for name in ("data_seconds", "step_seconds")
+    )
+    return (
+        f"{trained:.4g} images/s, where the loader reads up to {read:.4g} images/s;"
+        f" waited for data {waited / all_:.1%} of the time"
+    )
 
 
 def _readable(entry: Mapping[str, Any]) -> str:

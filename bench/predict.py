@@ -5,11 +5,10 @@ forward, backward and optimiser step, through the true autograd graph, under the
 `bench.memory.LiveTensors` adds up what is alive, as it does for a measurement on the CPU. So the
 prediction follows the operators that run, and nothing has to be declared by a mechanism.
 
-What depends on data is assumed. By default a detector has as many proposals, RoIs and detections as
-it can have at most (in training a quarter of the RoIs reach the mask head), which makes the
-prediction an upper bound; a detector that was never trained finds less. Of scores above a threshold
-there are at most 1000 a level, and every RoI lies on the first pyramid level. With the numbers that
-occurred (`watch_rois`), the prediction is that of the run.
+What depends on data is assumed. Mask R-CNN has stated numbers of RoIs (`bench.detectors.rois`), by
+default the most it is configured for, as it has where it is measured; a run that finds fewer needs
+less. Of scores above a threshold there are at most 1000 a level, and every RoI lies on the first
+pyramid level.
 
 Not in it: the process, libraries and the CUDA context; scratch that a kernel allocates and frees
 (cuDNN's and cuBLAS's workspaces); and what the allocator of CUDA reserves and does not use. On CUDA
@@ -19,8 +18,8 @@ every storage is rounded up to the allocator's 512 bytes.
 import bisect
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -33,14 +32,15 @@ from torch.utils._pytree import tree_leaves
 from bench.backbone import ViL
 from bench.config import RunConfig
 from bench.detectors.contract import Detector, backbone_stages
+from bench.detectors.rois import Counts, most
 from bench.errors import InputError, choose
-from bench.fake import Answers, AsOnCuda, Counts, data_free, fix_size, without_memory
+from bench.fake import Answers, AsOnCuda, data_free, fix_size, without_memory
 from bench.memory import LiveTensors, Storage, no_collector
-from bench.runner import build_detector
+from bench.models import build_detector
+from bench.vocabulary import MODES
 
 KIND = "prediction from shapes"
 UNIT = "bytes"
-MODES = ("inference", "training")
 DEVICES = ("cpu", "cuda")
 PRECISIONS: Mapping[str, torch.dtype | None] = {
     "32-true": None,
@@ -147,8 +147,9 @@ def predict(
         device: where it would run, "cpu" or "cuda"; it need not be there.
         optimizer: one of OPTIMIZERS.
         grid: (rows, columns) for an attention module; by default that of stage 1, `image_size` / 4.
-        proposals, detections: RoIs an image in the box and mask heads when evaluating.
-        rois, mask_rois: RoIs an image in the box and mask heads when training.
+        proposals, detections: RoIs an image in the box and mask heads when evaluating; by default
+            the most that the detector is configured for.
+        rois, mask_rois: the same when training.
         targets: objects an image when training.
 
     Raises:
@@ -170,6 +171,8 @@ def predict(
         mask_rois=mask_rois,
         targets=targets,
     )
+    if isinstance(module, Detector):
+        counts = most(module, counts)
     case = _Case(
         image_size=image_size,
         batch_size=batch_size,
@@ -502,44 +505,6 @@ def training_bytes(config: RunConfig, *, batch_size: int) -> int:
         device="cuda" if on_gpu else "cpu",
     )
     return prediction.total
-
-
-@dataclass
-class SeenRois:
-    """RoIs of all images in the heads at the last call; None for a head that did not run."""
-
-    box_head: int | None = None
-    mask_head: int | None = None
-
-    def counts(self, mode: str, batch_size: int) -> dict[str, int]:
-        """The arguments of `predict` for what ran, an image, rounded up."""
-        names = ("rois", "mask_rois") if mode == "training" else ("proposals", "detections")
-        seen = zip(names, (self.box_head, self.mask_head), strict=True)
-        return {name: -(-number // batch_size) for name, number in seen if number is not None}
-
-
-@contextmanager
-def watch_rois(detector: Detector) -> Iterator[SeenRois]:
-    """Count the RoIs of all images that reach the heads, to predict what ran."""
-    seen = SeenRois()
-
-    def count(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            setattr(seen, name, len(inputs[0]))
-
-        return hook
-
-    parts: dict[str, Any] = detector.parts()
-    handles = [
-        parts[name][0].register_forward_pre_hook(count(name))
-        for name in ("box_head", "mask_head")
-        if name in parts
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True)

@@ -27,23 +27,17 @@ from bench import detectors, latency, machine, memory, record
 from bench.backends import what_ran
 from bench.config import RunConfig, build_config
 from bench.data.generated import SPLITS, generate
+from bench.detectors.rois import Counts
+from bench.devices import make_fabric
+from bench.failures import error_section
+from bench.inputs import open_split, profile_batch
 from bench.latency import Effort, Latency
-from bench.predict import MemoryPrediction, predict, watch_rois
+from bench.models import build_detector, flops_section, model_section, parameters_section
+from bench.predict import MemoryPrediction, predict
 from bench.record import Record
-from bench.runner import (
-    build_detector,
-    error_section,
-    flops_section,
-    make_fabric,
-    model_section,
-    open_split,
-    parameters_section,
-    profile_batch,
-)
-from bench.workload import Workload, timing_section
+from bench.vocabulary import MODES, QUANTITIES
+from bench.workload import Workload, stated_rois, timing_section
 
-MODES = ("inference", "training")
-QUANTITIES = ("parameters", "flops", "memory", "latency")
 # A measurement that is predicted to need more than this share of the free memory is not tried.
 _LARGEST_SHARE = 0.85
 _COCO_CLASSES = 80
@@ -141,7 +135,6 @@ def _count(row: Row, modes: Sequence[str], quantities: Sequence[str]) -> None:
             "device": device,
             **dict.fromkeys(MODES),
             "predicted": {mode: dataclasses.asdict(p) for mode, p in predicted.items()},
-            "predicted_most": {mode: p.total for mode, p in predicted.items()},
         }
 
 
@@ -151,14 +144,10 @@ def predict_memory(
     mode: str,
     device: str,
     *,
-    counts: Mapping[str, int] | None = None,
+    targets: int = Counts.targets,
 ) -> MemoryPrediction:
-    """The predicted peak of a row as it is profiled.
-
-    Args:
-        counts: of `predict`, by default the most RoIs that there can be.
-    """
-    numbers: dict[str, Any] = {"proposals": config.profile.proposals, **(counts or {})}
+    """The predicted peak of a row as it is profiled, with so many objects an image."""
+    numbers: dict[str, Any] = stated_rois(config)
     return predict(
         detector,
         image_size=_size(config),
@@ -166,6 +155,7 @@ def predict_memory(
         mode=mode,
         precision=config.train.precision,
         device=device,
+        targets=targets,
         **numbers,
     )
 
@@ -175,6 +165,7 @@ def _conditions(config: RunConfig) -> dict[str, Any]:
         "batch_size": config.profile.batch_size,
         "image_size": list(config.profile.image_size),
         "precision": config.train.precision,
+        "rois": stated_rois(config),
     }
 
 
@@ -332,13 +323,15 @@ def _memory_worker(
     section["predicted"] = {}
     for mode in modes:
         call = bench.workload.call(mode)
-        with watch_rois(bench.detector) as rois:
-            peak = memory.peak(call, device=device, live=bench.workload.live(mode))
-        counts = rois.counts(mode, len(bench.workload.images))
-        if mode == "training":
-            objects = sum(len(target["boxes"]) for target in bench.workload.targets)
-            counts["targets"] = max(1, round(objects / len(bench.workload.targets)))
-        predicted = predict_memory(bench.detector, bench.config, mode, device.type, counts=counts)
+        peak = memory.peak(call, device=device, live=bench.workload.live(mode))
+        objects = sum(len(target["boxes"]) for target in bench.workload.targets)
+        predicted = predict_memory(
+            bench.detector,
+            bench.config,
+            mode,
+            device.type,
+            targets=max(1, round(objects / len(bench.workload.targets))),
+        )
         section["predicted"][mode] = dataclasses.asdict(predicted)
         section |= {mode: peak.bytes, "kind": peak.kind, "device": peak.device}
         section["reserved"][mode] = peak.reserved

@@ -1,26 +1,143 @@
-"""How far a suite is: a live bar with the time left, or plain lines where there is no terminal."""
+"""How far something is: a live display with the time left, or a plain line now and then."""
 
 import time
 from collections.abc import Callable
-from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
     Progress,
-    TaskID,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 _LINE_EVERY = 15.0
+_MEGA = 1e6
 
 
-class SuiteProgress:
+class _Display:
+    """A live display where the console is a terminal, else lines; a context manager.
+
+    Args:
+        columns: between the bar and the time left.
+        console: where to write.
+        clock: seconds from any start.
+        window: seconds of the past that tell the time left.
+        transient: whether the live display goes away at the end.
+    """
+
+    def __init__(
+        self,
+        *columns: ProgressColumn,
+        console: Console,
+        clock: Callable[[], float],
+        window: float,
+        transient: bool,
+    ) -> None:
+        self.console = console
+        self._clock = clock
+        self._start = self._last_line = clock()
+        self._live = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            *columns,
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=transient,
+            speed_estimate_period=window,
+        )
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _is_due(self) -> bool:
+        """Whether it is time for a line; then the next one is due some time from now."""
+        now = self._clock()
+        if self.console.is_terminal or now - self._last_line < _LINE_EVERY:
+            return False
+        self._last_line = now
+        return True
+
+    def _left(self, start: float, done: float, total: float) -> str:
+        elapsed = self._clock() - start
+        return _duration(elapsed / done * (total - done)) if done > 0 else "unknown"
+
+
+class Bar(_Display):
+    """Progress of one job, on stderr, so that what a command prints can be piped.
+
+    Args:
+        what: the job, in few words.
+        total: units in all.
+        done: of which these are done.
+        unit: after the numbers.
+        in_bytes: whether it counts bytes, to be shown as MB.
+        console: a live bar if it is a terminal.
+        clock: seconds from any start.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        total: int,
+        *,
+        done: int = 0,
+        unit: str = "",
+        in_bytes: bool = False,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        counts = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
+        super().__init__(
+            *counts,
+            console=console or Console(stderr=True),
+            clock=clock,
+            window=60,
+            transient=True,
+        )
+        self._what, self._total = what, total
+        self._done = self._first = done
+        self._size = _MEGA if in_bytes else 1
+        self._unit = " MB" if in_bytes else unit
+        self._task = self._live.add_task(what, total=total, completed=done)
+
+    def advance(self, count: int) -> None:
+        """So many more are done."""
+        self._show(self._done + count, self._what)
+
+    def update(self, share: float, doing: str = "") -> None:
+        """A share of all, 0 to 1, is done; `doing` is in hand."""
+        self._show(round(share * self._total), f"{self._what}: {doing}" if doing else self._what)
+
+    def _show(self, done: int, what: str) -> None:
+        self._done = done
+        self._live.update(self._task, completed=done, description=what)
+        if not self._is_due():
+            return
+        left = self._left(self._start, done - self._first, self._total - self._first)
+        shown = f"{done / self._size:.0f} of {self._total / self._size:.0f}{self._unit}"
+        self._say(f"{what}: {shown}, left {left}")
+
+
+class SuiteProgress(_Display):
     """Progress over the rows of a suite and within the row in hand.
 
-    Use as a context manager; `row` before each row, `update` within it.
+    Call `row` before each row, `update` within it, `finish_row` after it.
 
     Args:
         rows: how many rows there are to run.
@@ -35,87 +152,51 @@ class SuiteProgress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.console = console or Console()
-        self.rows = rows
-        self._clock = clock
-        self._start = self._row_start = self._last_line = clock()
-        self._finished = 0
-        self._name = ""
-        self._suite_task: TaskID | None = None
-        self._row_task: TaskID | None = None
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
+        super().__init__(
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
+            console=console or Console(),
+            clock=clock,
             # A row's parts differ in pace; a short window would make the time left jump.
-            speed_estimate_period=600,
+            window=600,
+            transient=False,
         )
-
-    def __enter__(self) -> "SuiteProgress":
-        self._bar.start()
-        if self.console.is_terminal:
-            self._suite_task = self._bar.add_task(f"suite of {self.rows} rows", total=self.rows)
-            self._row_task = self._bar.add_task("", total=1.0)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
+        self.rows = rows
+        self._row_start = self._start
+        self._finished = 0
+        self._name = ""
+        self._suite_task = self._live.add_task(f"suite of {rows} rows", total=rows)
+        self._row_task = self._live.add_task("", total=1.0)
 
     def row(self, name: str) -> None:
         """A row begins."""
         self._name = name
-        self._row_start = self._clock()
-        self._last_line = self._row_start
-        if self._row_task is not None:
-            self._bar.reset(self._row_task, description=name)
-        else:
-            self.console.print(f"{self._place()} {name}: started", highlight=False)
+        self._row_start = self._last_line = self._clock()
+        self._live.reset(self._row_task, description=name)
+        if not self.console.is_terminal:
+            self._say(f"{self._place()} {name}: started")
 
     def update(self, done: float, doing: str) -> None:
         """The row in hand is `done` (0 to 1) and does `doing`."""
-        if self._row_task is not None and self._suite_task is not None:
-            self._bar.update(self._row_task, completed=done, description=f"{self._name}: {doing}")
-            self._bar.update(self._suite_task, completed=self._finished + done)
-            return
-        now = self._clock()
-        if now - self._last_line < _LINE_EVERY:
-            return
-        self._last_line = now
-        row_left = self._left(now - self._row_start, done, 1.0)
-        suite_left = self._left(now - self._start, self._finished + done, self.rows)
-        self.console.print(
-            f"{self._place()} {self._name}: {doing}; left for the row {row_left},"
-            f" for the suite {suite_left}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        self._live.update(self._row_task, completed=done, description=f"{self._name}: {doing}")
+        self._live.update(self._suite_task, completed=self._finished + done)
+        if self._is_due():
+            row_left = self._left(self._row_start, done, 1.0)
+            suite_left = self._left(self._start, self._finished + done, self.rows)
+            self._say(
+                f"{self._place()} {self._name}: {doing}; left for the row {row_left},"
+                f" for the suite {suite_left}"
+            )
 
     def finish_row(self, outcome: str) -> None:
         """The row in hand ended."""
         took = _duration(self._clock() - self._row_start)
-        self.console.print(
-            f"{self._place()} {self._name}: {outcome} in {took}", highlight=False, soft_wrap=True
-        )
+        self._say(f"{self._place()} {self._name}: {outcome} in {took}")
         self._finished += 1
-        if self._suite_task is not None:
-            self._bar.update(self._suite_task, completed=self._finished)
+        self._live.update(self._suite_task, completed=self._finished)
 
     def _place(self) -> str:
-        return rf"\[{self._finished + 1}/{self.rows}]"
-
-    @staticmethod
-    def _left(elapsed: float, done: float, total: float) -> str:
-        return _duration(elapsed / done * (total - done)) if done > 0 else "unknown"
+        return f"[{self._finished + 1}/{self.rows}]"
 
 
 def _duration(seconds: float) -> str:

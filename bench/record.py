@@ -33,6 +33,7 @@ ERROR_KINDS = (
     "skipped",
     "interrupted",
     "diverged",
+    "data_worker",
     "error",
 )
 PACKAGES = (

@@ -1,66 +1,51 @@
 """One run: build, count, train, evaluate, measure; and its record, whatever happens in it."""
 
-import dataclasses
 import datetime
-import functools
 import gc
-import hashlib
-import logging
 import sys
-import time
-import traceback
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.plugins import MixedPrecision, Precision
-from lightning.fabric.plugins.environments import (
-    ClusterEnvironment,
-    LightningEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
-from lightning.fabric.strategies import DDPStrategy
 from omegaconf import OmegaConf
-from torch import Tensor, nn
-from torchvision.transforms.v2.functional import resize_image, resize_mask
+from torch import nn
 
-from bench import checkpoints as files
-from bench import detectors, flops, latency, launch, memory, published, record
-from bench.arch import parse
-from bench.backbone import ViL
-from bench.checkpoints import Checkpoints
-from bench.config import ProfileConfig, RunConfig, TrainConfig
-from bench.data.coco import CocoDataset, Target
-from bench.data.generated import generate
-from bench.data.loader import clear_worker_errors, evaluation_batches
+from bench import detectors, devices, inputs, latency, launch, locks, memory, models, record
+from bench.checkpoints import Checkpoints, save_file, sha256
+from bench.config import RunConfig, TrainConfig
+from bench.data.coco import CocoDataset
 from bench.errors import InputError
-from bench.evaluate import CocoEvaluator, State
+from bench.evaluate import Progress, evaluate
+from bench.failures import error_section
+from bench.interrupt import Held
+from bench.locks import HeldError
 from bench.logs import StepLog, readable, story, table
 from bench.record import Record
-from bench.train import DivergedError, TrainingLog, effective, scaling_note, to_float, train
-from bench.workload import Workload, timing_section
+from bench.train import TrainingLog, effective, scaling_note, train
+from bench.workload import Workload, stated_rois, timing_section
 
-# Data sets up to this size are read whole before the first run.
-_DECODED_AT_START = 2000
 # Shares of a run's time, for the progress bar alone.
 _TRAINED, _EVALUATED = 0.85, 0.95
-# How long a process that failed waits for the others to fail too.
-_MEETING = datetime.timedelta(seconds=10)
+# How long a run waits for one that is ending: of a command that was stopped, or killed, just now.
+_PATIENCE = 5.0
 
 
 class AbandonedError(RuntimeError):
     """This process of several failed, and the others wait for it in vain."""
 
 
-class Progress(Protocol):
-    """Told how much of a run is done (0 to 1) and what it does."""
+@dataclass
+class _Outcome:
+    """What a run came to: what its record says, and what is raised when that is written."""
 
-    def __call__(self, done: float, doing: str) -> None: ...
+    sections: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    error: dict[str, Any] | None = None
+    raised: BaseException | None = None
 
 
 def run(
@@ -70,33 +55,96 @@ def run(
     progress: Progress | None = None,
     command: Sequence[str] | None = None,
     tensorboard: bool = False,
+    keep_weights: bool = True,
 ) -> Record:
     """Do one run and write its record below `output/records`.
 
-    A run that was stopped continues from its newest checkpoint. An error ends the run, not the
-    caller: the record says what it was. All processes of a run call this; the first writes.
+    A run that was stopped continues from its newest checkpoint, and one that has its record is not
+    done again. An error ends the run, not the caller: the record says what it was. All processes of
+    a run call this; the first writes.
 
     Args:
-        output: folder of records, checkpoints, logs and generated data; `results/{suite}` by
-            default.
+        output: folder of records, checkpoints, weights, logs and generated data;
+            `results/{suite}` by default.
         command: the command line, for the record.
         tensorboard: write TensorBoard's events too, to `output/tensorboard`.
+        keep_weights: write what was trained to `output/weights`.
 
     Raises:
         InputError: for a mistake of the user; it is in the record too.
+        HeldError: where another command does this run in the same folder.
         KeyboardInterrupt: when interrupted, after the record is written.
         AbandonedError: where this process failed and others did not, after the record is written.
     """
     output = output or Path("results") / (config.suite or "runs")
+    with _claimed(config, output) as found:
+        return found or _run(
+            config,
+            output,
+            progress=progress or _silent,
+            command=command,
+            tensorboard=tensorboard,
+            keep_weights=keep_weights,
+        )
+
+
+@contextmanager
+def _claimed(config: RunConfig, output: Path) -> Iterator[Record | None]:
+    """Keep other commands from the run's files, and give its record if it has one by now."""
+    done = output / "records" / record.done_name(config.row, record.key(config.as_dict()))
+    with ExitStack() as stack:
+
+        def claim() -> list[bool]:
+            try:
+                stack.enter_context(claimed(config, output))
+            except HeldError:
+                return [True, False]
+            return [False, done.exists()]
+
+        held, is_done = devices.agree(config, claim)
+        if held:
+            raise HeldError(_lock(config, output))
+        yield record.read(done) if is_done else None
+
+
+@contextmanager
+def claimed(config: RunConfig, output: Path) -> Iterator[None]:
+    """Keep other commands from doing a run in `output`.
+
+    Raises:
+        HeldError: where one does it.
+        InputError: where the folder cannot be written.
+    """
+    path = _lock(config, output)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locks.locked(path, patience=_PATIENCE))
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+        yield
+
+
+def _lock(config: RunConfig, output: Path) -> Path:
+    return output / "locks" / f"{stem(config)}.lock"
+
+
+def _run(
+    config: RunConfig,
+    output: Path,
+    *,
+    progress: Progress,
+    command: Sequence[str] | None,
+    tensorboard: bool,
+    keep_weights: bool,
+) -> Record:
+    """Do the run that this command has claimed."""
     world = launch.world()
-    sections: dict[str, Any] = {}
-    notes: list[str] = []
-    error: dict[str, Any] | None = None
-    raised: BaseException | None = None
-    key = record.key(config.as_dict())
+    came = _Outcome()
     failures = len(_failures(config, output))
     name = stem(config)
-    checkpoints = Checkpoints(output / "checkpoints" / name, identity={"configuration": key})
+    checkpoints = Checkpoints(
+        output / "checkpoints" / name, identity={"configuration": record.key(config.as_dict())}
+    )
     with ExitStack() as stack:
         journal = None
         if world.is_first:
@@ -105,42 +153,55 @@ def run(
             if world.is_first:
                 journal = stack.enter_context(_journal(config, output, tensorboard))
             _tell_start(config, command)
-            _measure(config, output, checkpoints, sections, notes, progress or _silent, journal)
+            weights = output / "weights" / f"{name}.pth" if keep_weights else None
+            _measure(
+                config, output, checkpoints, weights, came.sections, came.notes, progress, journal
+            )
         except (Exception, KeyboardInterrupt) as caught:
-            error = error_section(caught)
-            raised = caught if error["kind"] in ("input", "interrupted") else None
-            story.info("failed: %s", error["message"])
+            came.error = error_section(caught)
+            came.raised = caught if came.error["kind"] in ("input", "interrupted") else None
+            story.info("failed: %s", came.error["message"])
         else:
             story.info("done")
-    result = Record(
+    # Who interrupts now waits for the record.
+    with Held(quiet=not world.is_first) as held:
+        result = _record(config, came, command)
+        failed = came.error is not None and came.error["kind"] != "interrupted"
+        alone = failed and not devices.all_failed(world)
+        # One that failed alone has written it; the next fails as that one is gone.
+        told = alone and len(_failures(config, output)) > failures
+        if (world.is_first or alone) and not told:
+            record.write(result, output / "records")
+        # Where weights were not kept against the user's will, the newest checkpoint holds them.
+        kept = not keep_weights or (result.training or {}).get("weights") is not None
+        if came.error is None and world.is_first and kept:
+            checkpoints.remove()
+    if came.raised is not None:
+        raise came.raised
+    if alone:
+        raise AbandonedError(result.error["message"] if result.error else "")
+    if held.requested:
+        raise KeyboardInterrupt("interrupted while the record was written")
+    return result
+
+
+def _record(config: RunConfig, came: _Outcome, command: Sequence[str] | None) -> Record:
+    device = devices.device_name(came.sections.get("device"))
+    place = record.environment(command=list(command or sys.argv), device=device)
+    return Record(
         suite=config.suite,
         row=config.row,
-        key=key,
-        status="failed" if error else "done",
-        error=error,
+        key=record.key(config.as_dict()),
+        status="failed" if came.error else "done",
+        error=came.error,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         seed=config.seed,
         config=config.as_dict(),
-        environment=record.environment(
-            command=list(command or sys.argv), device=_device_name(sections)
-        )
-        | {"threads": torch.get_num_threads()},
-        model=model_section(config),
-        notes=notes,
-        **{name: value for name, value in sections.items() if name != "device"},
+        environment=place | {"threads": torch.get_num_threads()},
+        model=models.model_section(config),
+        notes=came.notes,
+        **{name: value for name, value in came.sections.items() if name != "device"},
     )
-    alone = error is not None and error["kind"] != "interrupted" and not _all_failed(world)
-    # One that failed alone has written it; the next fails as that one is gone.
-    told = alone and len(_failures(config, output)) > failures
-    if (world.is_first or alone) and not told:
-        record.write(result, output / "records")
-    if alone and raised is None:
-        raise AbandonedError(result.error["message"] if result.error else "")
-    if raised is not None:
-        raise raised
-    if error is None and world.is_first:
-        checkpoints.remove()
-    return result
 
 
 def stem(config: RunConfig) -> str:
@@ -170,238 +231,16 @@ def _tell_start(config: RunConfig, command: Sequence[str] | None) -> None:
     story.info("configuration:\n%s", OmegaConf.to_yaml(config.as_dict()).rstrip())
 
 
-@functools.cache
-def _meeting() -> Any:
-    """A group of all processes in which a process can wait for a limited time."""
-    return torch.distributed.new_group(backend="gloo", timeout=_MEETING)
-
-
-def _all_failed(world: launch.World) -> bool:
-    """Whether every process of the run failed, as this one did."""
-    if world.size == 1 or not torch.distributed.is_initialized():
-        return True
-    try:
-        torch.distributed.monitored_barrier(group=_meeting(), timeout=_MEETING)
-    except RuntimeError:
-        return False
-    return True
-
-
 def _silent(done: float, doing: str) -> None:
     """The progress of a caller that asks for none."""
     del done, doing
-
-
-def data_root(config: RunConfig, output: Path) -> Path:
-    """The folder of the run's data; generated data is made where it is missing."""
-    if config.data.path is not None:
-        return Path(config.data.path)
-    generated = config.data.generated
-    size = (generated.image_size[0], generated.image_size[1])
-    name = f"generated-{generated.seed}-{generated.train_images}-{generated.val_images}"
-    return generate(
-        output / "data" / f"{name}-{size[0]}x{size[1]}",
-        seed=generated.seed,
-        train_images=generated.train_images,
-        val_images=generated.val_images,
-        image_size=size,
-    )
-
-
-def open_split(config: RunConfig, root: Path, split: str) -> CocoDataset:
-    """Read one split as the run's configuration says."""
-    return CocoDataset(root, split, degenerate_boxes=config.data.degenerate_boxes)
-
-
-def agree(config: RunConfig, decide: Callable[[], list[bool]]) -> list[bool]:
-    """Return what the first process decides, in all processes of a run."""
-    world = launch.world()
-    if world.size == 1:
-        return decide()
-    fabric = make_fabric(config)
-    decided = decide() if world.is_first else []
-    found: list[bool] = fabric.broadcast(decided)
-    return found
-
-
-def check_data(
-    configs: Sequence[RunConfig], output: Path, *, processes: int | None = None
-) -> list[str]:
-    """Read every split of the runs and return what is odd but usable, a line each.
-
-    Args:
-        processes: how many each run will have, if they are not started yet.
-
-    Raises:
-        InputError: for data that cannot be used; before any run has cost time.
-    """
-    lines: dict[str, None] = {}
-    seen: set[tuple[Path, str, str]] = set()
-    for config in configs:
-        local = launch.World(size=processes, local_size=processes) if processes else None
-        check_device(config, local)
-        if config.train.init is not None and not Path(config.train.init).is_file():
-            raise InputError(f"train.init={config.train.init}: no such file")
-        root = data_root(config, output)
-        for split in dict.fromkeys([config.data.train_split, *config.evaluate.splits]):
-            place = (root, split, config.data.degenerate_boxes)
-            if place in seen:
-                continue
-            seen.add(place)
-            dataset = open_split(config, root, split)
-            found = dataset.check(decode=len(dataset) <= _DECODED_AT_START)
-            # What the generator leaves empty it does on purpose.
-            if config.data.path is not None:
-                lines |= dict.fromkeys(found)
-    return list(lines)
-
-
-def build_backbone(config: RunConfig) -> ViL:
-    """The untrained backbone of a run, its weights drawn from the run's seed.
-
-    Raises:
-        InputError: for a model that cannot be built, naming the row.
-    """
-    data, model = config.data, config.model
-    names = model.attention.split(",")
-    torch.manual_seed(config.seed)
-    try:
-        return ViL(
-            model.arch,
-            attention=names[0] if len(names) == 1 else names,
-            image_size=_pair(data.fixed_size) if data.fixed_size else data.max_size,
-            drop_path=model.drop_path,
-            norm_embed=model.norm_embed,
-            **model.options,
-        )
-    except (TypeError, ValueError) as error:
-        raise InputError(f"row {config.row!r}: {error}") from error
-
-
-def build_detector(config: RunConfig, num_classes: int) -> detectors.Detector:
-    """The untrained detector of a run, its weights drawn from the run's seed."""
-    data, model = config.data, config.model
-    fixed = _pair(data.fixed_size) if data.fixed_size else None
-    vil = build_backbone(config)
-    options: dict[str, Any] = dataclasses.asdict(model.detector)
-    return detectors.build(
-        vil,
-        method=model.method,
-        num_classes=num_classes,
-        library=model.library,
-        min_size=None if fixed else tuple(data.min_sizes),
-        max_size=None if fixed else data.max_size,
-        fixed_size=fixed,
-        **{key: _hashable(value) for key, value in options.items()},
-    )
-
-
-def check_device(config: RunConfig, world: launch.World | None = None) -> tuple[str, int | None]:
-    """Return the accelerator of a run, "cpu" or "cuda", and the index asked for.
-
-    Raises:
-        InputError: for a device that is not there, or another number of processes than devices.
-    """
-    world = world or launch.world()
-    name, _, index = config.device.partition(":")
-    if name not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
-        raise InputError(f"device={config.device!r} is none of auto, cpu, cuda, cuda:N")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device={config.device!r}: torch {torch.__version__} sees no CUDA device")
-    if index and int(index) >= torch.cuda.device_count():
-        raise InputError(f"device={config.device!r}: there are {torch.cuda.device_count()} devices")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu" and config.train.precision == "16-mixed":
-        raise InputError("train.precision=16-mixed needs a GPU; the CPU takes 32-true, bf16-mixed")
-    if config.train.devices != world.size:
-        raise InputError(
-            f"train.devices={config.train.devices} and {world.size} process(es): start it with"
-            " --devices, torchrun or srun, which set it"
-        )
-    if index and world.size > 1:
-        raise InputError(f"device={config.device!r}: several devices are cuda, without a number")
-    if name == "cuda" and world.local_size > torch.cuda.device_count():
-        raise InputError(
-            f"{world.local_size} processes on this machine, which has"
-            f" {torch.cuda.device_count()} CUDA devices"
-        )
-    return name, int(index) if index else None
-
-
-def make_fabric(config: RunConfig) -> Fabric:
-    """Fabric on the run's device or devices, in its precision.
-
-    Raises:
-        InputError: for a device that is not there.
-    """
-    world = launch.world()
-    name, index = check_device(config, world)
-    if world.size == 1:
-        return _single(config, name, index)
-    environments: dict[str, Callable[[], ClusterEnvironment]] = {
-        "torchrun": TorchElasticEnvironment,
-        "slurm": lambda: SLURMEnvironment(auto_requeue=False),
-        "spawn": LightningEnvironment,
-    }
-    fabric = Fabric(
-        accelerator=name,
-        devices=world.local_size,
-        num_nodes=world.size // world.local_size,
-        # The backbone's classification head is no part of the detectors' losses. Buffers are the
-        # same in all processes without being sent: what is random in them is drawn from the step.
-        strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False),
-        plugins=[_precision(config, name), environments[world.launcher]()],
-    )
-    # Importing them sets their level.
-    for library in ("lightning.fabric", "lightning.pytorch"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    # Of tables of one row, whose strides mean nothing.
-    warnings.filterwarnings("ignore", message="(?s).*Grad strides do not match bucket view strides")
-    fabric.launch()
-    _meeting()
-    return fabric
-
-
-def single_fabric(config: RunConfig) -> Fabric:
-    """Fabric on one device here, however many the run has; on the CPU without half precision."""
-    cpu = config.device == "cpu" or not torch.cuda.is_available()
-    precision = config.train.precision
-    if cpu and precision == "16-mixed":
-        precision = "32-true"
-    recipe = dataclasses.replace(config.train, devices=1, accumulate=1, precision=precision)
-    config = dataclasses.replace(config, train=recipe)
-    name, index = check_device(config, launch.World())
-    return _single(config, name, index)
-
-
-def _single(config: RunConfig, accelerator: str, index: int | None) -> Fabric:
-    """Fabric on one device, whatever started this process."""
-    return Fabric(
-        accelerator=accelerator,
-        devices=1 if index is None else [index],
-        plugins=[_precision(config, accelerator), LightningEnvironment()],
-    )
-
-
-class _MixedPrecision(MixedPrecision):
-    """Mixed precision that leaves inputs alone: coordinates of boxes are no numbers for half."""
-
-    def convert_input(self, data: Any) -> Any:
-        return data
-
-
-def _precision(config: RunConfig, accelerator: str) -> Precision:
-    precision: Any = config.train.precision
-    if precision == "32-true":
-        return Precision()
-    return _MixedPrecision(precision, device=accelerator)
 
 
 def _measure(
     config: RunConfig,
     output: Path,
     checkpoints: Checkpoints,
+    weights: Path | None,
     sections: dict[str, Any],
     notes: list[str],
     progress: Progress,
@@ -409,31 +248,20 @@ def _measure(
 ) -> None:
     """Fill `sections`, one after the other, so that what was reached before an error is kept."""
     progress(0.0, "reading data")
-    fabric = make_fabric(config)
+    fabric = devices.make_fabric(config)
     sections["device"] = fabric.device
     recipe = effective(config.train, config.model.method)
-    scaled = scaling_note(config.train)
-    notes += [scaled] if scaled else []
-    # Generated data is made once, by the first process.
-    if fabric.is_global_zero:
-        data_root(config, output)
-    fabric.barrier()
-    root = data_root(config, output)
-    training = open_split(config, root, config.data.train_split)
-    splits = [open_split(config, root, split) for split in config.evaluate.splits]
-    if config.data.path is not None:
-        notes += training.check()
-    if config.data.fixed_size:
-        size = "x".join(map(str, config.data.fixed_size))
-        notes.append(f"works for one sequence length: every image is resized to {size}")
+    training, *splits = _open(config, output, fabric)
+    notes += _remarks(config, training)
 
-    detector = build_detector(config, training.num_classes)
-    sections["parameters"] = parameters_section(detector)
-    sections["flops"] = flops_section(detector, config.profile)
-
+    detector = models.build_detector(config, training.num_classes)
+    sections["parameters"] = models.parameters_section(detector)
+    sections["flops"] = models.flops_section(detector, config.profile)
     if config.train.init is not None:
-        notes.append(initialise(detector, Path(config.train.init)))
+        notes.append(models.initialise(detector, Path(config.train.init)))
     _tell_model(detector, training, splits, fabric, recipe, sections, notes)
+
+    model: nn.Module | None
     model, result = train(
         detector,
         training,
@@ -449,6 +277,8 @@ def _measure(
         journal=journal,
     )
     sections["training"] = _training_section(result, recipe)
+    if fabric.is_global_zero and weights is not None:
+        sections["training"]["weights"] = _save_weights(detector, weights, output, notes)
 
     def evaluating(done: float, doing: str) -> None:
         progress(_TRAINED + (_EVALUATED - _TRAINED) * done, doing)
@@ -457,28 +287,42 @@ def _measure(
     if fabric.is_global_zero:
         sections["evaluation"] = evaluated[0] | {"also": evaluated[1:]}
 
-    if config.profile.enabled:
+    if config.profile.enabled and fabric.is_global_zero:
         progress(_EVALUATED, "measuring memory and latency")
         if fabric.world_size > 1:
             # Its hooks would wait for the other processes.
-            del model
+            model = None
             gc.collect()
-            solo = _solo(config, fabric)
-            model = solo.setup_module(detector)
-        else:
-            solo = fabric
-        if fabric.is_global_zero:
-            sections["memory"], sections["latency"] = _profile(
-                detector, model, training, config, solo
-            )
+        solo = fabric if fabric.world_size == 1 else devices.alone(config, fabric)
+        costs = _profile(detector, model, training, config, solo)
+        sections["memory"], sections["latency"] = costs
     fabric.barrier()
     progress(1.0, "done")
 
 
-def _solo(config: RunConfig, fabric: Fabric) -> Fabric:
-    """Fabric on the device of this process alone."""
-    device = fabric.device
-    return _single(config, device.type, device.index if device.type == "cuda" else None)
+def _open(config: RunConfig, output: Path, fabric: Fabric) -> list[CocoDataset]:
+    """The split to train on, and those to evaluate on."""
+    # Generated data is made once, by the first process.
+    if fabric.is_global_zero:
+        inputs.data_root(config, output)
+    fabric.barrier()
+    root = inputs.data_root(config, output)
+    names = [config.data.train_split, *config.evaluate.splits]
+    splits = [inputs.open_split(config, root, name) for name in names]
+    inputs.check_categories({split.split: split.categories for split in splits}, root)
+    return splits
+
+
+def _remarks(config: RunConfig, training: CocoDataset) -> list[str]:
+    """What a reader of the numbers should know before anything is trained."""
+    scaled = scaling_note(config.train)
+    remarks = [scaled] if scaled else []
+    if config.data.path is not None:
+        remarks += training.check()
+    if config.data.fixed_size:
+        size = "x".join(map(str, config.data.fixed_size))
+        remarks.append(f"works for one sequence length: every image is resized to {size}")
+    return remarks
 
 
 def _training_section(result: TrainingLog, recipe: TrainConfig) -> dict[str, Any]:
@@ -487,7 +331,22 @@ def _training_section(result: TrainingLog, recipe: TrainConfig) -> dict[str, Any
         "processes": recipe.devices,
         "parts_of_a_step": parts,
         "images_of_a_part": recipe.batch_size // parts,
+        "weights": None,
     }
+
+
+def _save_weights(
+    detector: nn.Module, path: Path, output: Path, notes: list[str]
+) -> dict[str, Any] | None:
+    """Write what was trained, and return where it is and its hash; a full disk is a note."""
+    try:
+        save_file(detector.state_dict(), path)
+    except InputError as error:
+        notes.append(f"the weights were not kept: {error}; the newest checkpoint stays instead")
+        story.info("note: %s", notes[-1])
+        return None
+    story.info("weights: %s", path)
+    return {"path": path.relative_to(output).as_posix(), "sha256": sha256(path)}
 
 
 def _tell_model(
@@ -526,110 +385,16 @@ def _tell_model(
         story.info("note: %s", note)
 
 
-def initialise(detector: detectors.Detector, path: Path) -> str:
-    """Load what fits of a classifier's or detector's checkpoint, and say what did.
-
-    Raises:
-        InputError: for a file that cannot be read, or none of whose tensors fits the backbone.
-    """
-    given = files.load_file(path)
-    if not any(name.startswith(files.DETECTOR_PREFIX) for name in given):
-        given = files.convert(given, detector.vil).tensors
-    own = detector.state_dict()
-    fitting = {
-        name: tensor
-        for name, tensor in given.items()
-        if name in own and own[name].shape == tensor.shape
-    }
-    if not any(name.startswith(files.DETECTOR_PREFIX) for name in fitting):
-        raise InputError(f"train.init={path}: none of its {len(given)} tensors fits the backbone")
-    detector.load_state_dict({**own, **fitting})
-    left = sorted(set(given) - set(fitting))
-    missing = sum(name.startswith(files.DETECTOR_PREFIX) for name in set(own) - set(fitting))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return (
-        f"initialised from {path.name} (sha256 {digest[:16]}): {len(fitting)} tensors"
-        + (f"; left out as they do not fit: {', '.join(left)}" if left else "")
-        + (f"; {missing} of the backbone start anew" if missing else "")
-    )
-
-
-def parameters_section(detector: detectors.Detector) -> dict[str, Any]:
-    """The `parameters` section of a record."""
-
-    def count(module: nn.Module) -> int:
-        return sum(parameter.numel() for parameter in module.parameters())
-
-    parts = {name: count(module) for name, module in detector.parts().items()}
-    return {"total": count(detector), "by_part": parts}
-
-
-def flops_section(detector: detectors.Detector, profile: ProfileConfig) -> dict[str, Any]:
-    """The `flops` section of a record."""
-    report = flops.count(
-        detector, image_size=_pair(profile.image_size), proposals=profile.proposals
-    )
-    return {
-        **dataclasses.asdict(report),
-        "unit": flops.UNIT,
-        "published": published.section(
-            detector, image_size=report.image_size, proposals=profile.proposals
-        ),
-    }
-
-
-def evaluate(
-    model: nn.Module, split: CocoDataset, config: RunConfig, fabric: Fabric, progress: Progress
-) -> dict[str, Any]:
-    """The `evaluation` section of one split; figures in the first process alone."""
-    evaluator = CocoEvaluator(split, resamples=config.evaluate.bootstrap)
-    model.eval()
-    with _timed() as seconds, torch.no_grad(), clear_worker_errors():
-        done = 0
-        for images, targets in evaluation_batches(
-            split,
-            batch_size=config.evaluate.batch_size,
-            num_workers=config.data.workers,
-            rank=fabric.global_rank,
-            world_size=fabric.world_size,
-        ):
-            outputs = model([to_float(image.to(fabric.device)) for image in images])
-            evaluator.update(outputs, targets)
-            done = min(done + len(images) * fabric.world_size, len(split))
-            progress(done / len(split), f"evaluating {split.split}, image {done} of {len(split)}")
-        _gather(evaluator, fabric)
-        figures = evaluator.compute() if fabric.is_global_zero else {}
-    return {
-        "split": split.split,
-        "images": len(split),
-        "annotations_sha256": split.fingerprint,
-        "seconds": seconds(),
-        "unit": "percent",
-        **figures,
-    }
-
-
-def _gather(evaluator: CocoEvaluator, fabric: Fabric) -> None:
-    """Give the first process what all have found."""
-    if fabric.world_size == 1:
-        return
-    states: list[State] | None = None
-    if fabric.is_global_zero:
-        states = [{} for _ in range(fabric.world_size)]
-    torch.distributed.gather_object(evaluator.state(), states)
-    evaluator.merge(states or ())
-
-
 def _profile(
-    detector: nn.Module,
-    model: nn.Module,
+    detector: detectors.Detector,
+    model: nn.Module | None,
     dataset: CocoDataset,
     config: RunConfig,
     fabric: Fabric,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Peak memory and latency of inference and of a training step, on images of one stated size."""
-    profile, device = config.profile, fabric.device
-    images, targets = profile_batch(dataset, _pair(profile.image_size), profile.batch_size)
+    profile, device, size = config.profile, fabric.device, config.profile.image_size
+    images, targets = inputs.profile_batch(dataset, (size[0], size[1]), profile.batch_size)
     workload = Workload(
         detector, fabric=fabric, config=config, images=images, targets=targets, model=model
     )
@@ -650,6 +415,7 @@ def _profile(
         "batch_size": profile.batch_size,
         "image_size": list(profile.image_size),
         "precision": config.train.precision,
+        "rois": stated_rois(config),
     }
     return (
         {"unit": "bytes", "kind": kind, **common, **peaks},
@@ -661,99 +427,3 @@ def _profile(
             "notes": notes,
         },
     )
-
-
-def profile_batch(
-    dataset: CocoDataset, size: tuple[int, int], count: int
-) -> tuple[list[Tensor], list[Target]]:
-    """The first `count` images with instances, stretched to `size` (height, width)."""
-    usable = [index for index in range(len(dataset)) if dataset.instances(index)]
-    images, targets = [], []
-    for place in range(count):
-        image, target = dataset[usable[place % len(usable)]]
-        height, width = image.shape[-2:]
-        keep = target["iscrowd"] == 0
-        scale = torch.tensor([size[1] / width, size[0] / height] * 2)
-        images.append(resize_image(to_float(image), list(size)))
-        targets.append(
-            {
-                "image_id": target["image_id"],
-                "boxes": target["boxes"][keep] * scale,
-                "labels": target["labels"][keep],
-                "masks": resize_mask(target["masks"][keep], list(size)),
-            }
-        )
-    return images, targets
-
-
-def model_section(config: RunConfig) -> dict[str, Any]:
-    """The `model` section of a record."""
-    model = config.model
-    library, version = model.library, None
-    # Where the library cannot be had, that is the error of the record.
-    with suppress(InputError):
-        library = detectors.resolve_library(library)
-        version = detectors.library_version(library)
-    return {
-        "backbone": model.backbone,
-        "method": model.method,
-        "library": library,
-        "library_version": version,
-        "attention": _attention_label(config),
-        "arch": model.arch,
-        "drop_path": model.drop_path,
-        "schedule": config.train.schedule,
-    }
-
-
-def _attention_label(config: RunConfig) -> str:
-    """The mechanism, and "/ full" where the last stages have full attention instead."""
-    names = config.model.attention.split(",")
-    try:
-        stages = parse(config.model.arch, names[0] if len(names) == 1 else names)
-    except ValueError:
-        return config.model.attention
-    return " / ".join(dict.fromkeys(stage.attention for stage in stages))
-
-
-def error_section(error: BaseException) -> dict[str, Any]:
-    """The `error` section of a record."""
-    return {
-        "kind": _kind(error),
-        "message": " ".join(str(error).split()) or type(error).__name__,
-        "traceback": "".join(traceback.format_exception(error)),
-    }
-
-
-def _kind(error: BaseException) -> str:
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    if isinstance(error, InputError):
-        return "input"
-    if isinstance(error, DivergedError):
-        return "diverged"
-    text = str(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
-        return "out_of_memory"
-    return "error"
-
-
-def _device_name(sections: dict[str, Any]) -> str:
-    device = sections.get("device")
-    if device is None:
-        return "none"
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _pair(size: Sequence[int]) -> tuple[int, int]:
-    return size[0], size[1]
-
-
-@contextmanager
-def _timed() -> Iterator[Callable[[], float]]:
-    start = time.perf_counter()
-    yield lambda: time.perf_counter() - start

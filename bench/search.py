@@ -1,14 +1,15 @@
-"""The same rows with several values of one setting, and which value came out best."""
+"""The same rows with several values of one setting; `report/search.py` says which is best."""
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from bench.config import RunConfig, Suite, build_config, leaves
+from bench.config import CHOSEN, RunConfig, Suite, build_config, leaves
 from bench.errors import InputError, nearest
-from bench.record import Record, key
 
 
 @dataclass(frozen=True)
@@ -40,21 +41,23 @@ def parse(text: str) -> Search:
         InputError: for an unknown setting, one name of several settings, or no values.
     """
     name, _, listed = text.partition("=")
-    known = [path for path in leaves() if path not in ("suite", "row")]
+    known = [path for path in leaves() if path not in CHOSEN]
     found = [path for path in known if name in (path, path.rpartition(".")[2])]
     if len(found) != 1:
         which = f"; it is one of {', '.join(found)}" if found else nearest(name, known)
         raise InputError(f"--search {text}: {name!r} is no setting{which}")
-    try:
-        values = yaml.safe_load(f"[{listed}]")
-    except yaml.YAMLError:
-        values = []
+    values = _values(listed)
     if not values:
         raise InputError(
             f"--search {text}: no values; allowed: NAME=VALUE,VALUE, for example"
             " drop_path=0.05,0.1,0.2"
         )
-    return Search(found[0], tuple(dict.fromkeys(values)))
+    default = functools.reduce(getattr, found[0].split("."), RunConfig())
+    if isinstance(default, float):
+        # 0 and 0.0 are one run, of one name.
+        values = [float(value) if type(value) is int else value for value in values]
+    once = [value for place, value in enumerate(values) if value not in values[:place]]
+    return Search(found[0], tuple(once))
 
 
 def expand(suite: Suite, search: Search) -> Suite:
@@ -67,25 +70,13 @@ def expand(suite: Suite, search: Search) -> Suite:
     return replace(suite, runs=tuple(runs))
 
 
-def outcomes(suite: Suite, search: Search, records: Sequence[Record]) -> list[str]:
-    """A line for each row of `suite`: the best value by box AP, and all."""
-    by_key = {entry.key: entry for entry in records}
-    lines = []
-    for config in suite.runs:
-        found = {
-            value: _box_ap(by_key.get(key(_with(config, search, value).as_dict())))
-            for value in search.values
-        }
-        known = {value: ap for value, ap in found.items() if ap is not None}
-        every = ", ".join(
-            f"{value}: {'failed' if ap is None else f'{ap:.1f}'}" for value, ap in found.items()
-        )
-        best = "none came to an end"
-        if known:
-            value = max(known, key=lambda v: known[v])
-            best = f"best {search.name}={value}, box AP {known[value]:.1f}"
-        lines.append(f"{config.row}: {best} (all: {every})")
-    return lines
+def _values(listed: str) -> list[Any]:
+    """The values of a list as overrides are read, none of malformed text."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(f"[{listed}]"))
+    except (OmegaConfBaseException, YAMLError):
+        return []
+    return values if isinstance(values, list) else []
 
 
 def _with(config: RunConfig, search: Search, value: Any) -> RunConfig:
@@ -97,9 +88,3 @@ def _with(config: RunConfig, search: Search, value: Any) -> RunConfig:
     node[last] = value
     values["row"] = search.row(config.row, value)
     return build_config(values)
-
-
-def _box_ap(entry: Record | None) -> float | None:
-    box = ((entry and entry.evaluation) or {}).get("box") or {}
-    ap: float | None = box.get("AP")
-    return ap

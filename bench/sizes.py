@@ -22,8 +22,8 @@ from bench.backbone import ViL
 from bench.config import RunConfig
 from bench.detectors import Detector
 from bench.errors import choose
+from bench.models import build_detector
 from bench.published import IMAGE_SIZE, RESULTS
-from bench.runner import build_detector
 
 SHORTEST, LONGEST = 800, 1333
 COCO_CLASSES = 80

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from bench import flops
+from bench import flops, operators
 from bench.backbone import AttentionPlace, ViL
 from bench.config import RunConfig
-from bench.runner import build_backbone, make_fabric
+from bench.devices import make_fabric
+from bench.models import build_backbone
 from bench.train import optimizer
 
-SCOPES = ("backbone", "attention", "detector")
 _META = torch.device("meta")
 
 
@@ -95,9 +95,9 @@ def count(scope: str, config: RunConfig, mode: str) -> dict[str, Any] | None:
             module, inputs = place.module, (tokens, grid)
     module.train(mode == "training")
     counted = (
-        flops.count_operators(lambda: mean_loss(module(*inputs)).backward())
+        operators.count_operators(lambda: mean_loss(module(*inputs)).backward())
         if mode == "training"
-        else flops.count_call(module, inputs)
+        else operators.count_call(module, inputs)
     )
     return report | {"total": counted.total, "uncounted": dict(counted.uncounted)}
 

@@ -29,7 +29,7 @@ from bench.backbone import ViL
 from bench.checkpoints import Checkpoints
 from bench.config import DataConfig, TrainConfig
 from bench.data.coco import CocoDataset
-from bench.data.loader import Timed, clear_worker_errors, training_batches
+from bench.data.loader import Pace, clear_worker_errors, training_batches
 from bench.errors import InputError, choose
 from bench.interrupt import Held
 from bench.logs import StepLog
@@ -61,6 +61,7 @@ class TrainingLog:
         resumed: how often the run was taken up again.
         skipped: steps without an update, as gradients overflowed in half precision.
         data_seconds: time of `seconds` that the loop waited for data.
+        loader_seconds: time that the loader needs for the same data at full speed.
     """
 
     steps: int = 0
@@ -69,16 +70,20 @@ class TrainingLog:
     resumed: int = 0
     skipped: int = 0
     data_seconds: float = 0.0
+    loader_seconds: float = 0.0
 
     def as_record(self, batch_size: int) -> dict[str, Any]:
         """The `training` section of a record."""
-        rate = self.steps * batch_size / self.seconds if self.seconds else None
+        images = self.steps * batch_size
         return {
             "steps": self.steps,
             "seconds": self.seconds,
             "data_seconds": self.data_seconds,
             "batch_size": batch_size,
-            "images_per_second": rate,
+            "images_per_second": images / self.seconds if self.seconds else None,
+            "loader_images_per_second": images / self.loader_seconds
+            if self.loader_seconds
+            else None,
             "losses": self.losses,
             "resumed": self.resumed,
             "skipped": self.skipped,
@@ -240,25 +245,24 @@ def train(
     if journal is not None:
         journal.begin(training.log.steps)
     model.train()
-    batches = Timed(
-        training_batches(
-            dataset,
-            batch_size=config.batch_size,
-            seed=seed,
-            start_step=training.log.steps,
-            steps=config.steps,
-            num_workers=data.workers,
-            flip=data.flip,
-            aspect_ratio_grouping=data.aspect_ratio_grouping,
-            rank=fabric.global_rank,
-            world_size=fabric.world_size,
-        )
+    pace = Pace()
+    batches = training_batches(
+        dataset,
+        batch_size=config.batch_size,
+        seed=seed,
+        start_step=training.log.steps,
+        steps=config.steps,
+        num_workers=data.workers,
+        flip=data.flip,
+        aspect_ratio_grouping=data.aspect_ratio_grouping,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+        pace=pace,
     )
     saved = training.log.steps
     with Held(quiet=not fabric.is_global_zero) as held, clear_worker_errors():
         for images, targets in batches:
-            waited, _ = batches.reset()
-            entry, stop = training.step(images, targets, waited=waited, stop=held.requested)
+            entry, stop = training.step(images, targets, pace=pace.reset(), stop=held.requested)
             step = training.log.steps
             last = step == config.steps
             if journal is not None:
@@ -270,6 +274,8 @@ def train(
             progress(step, entry["total"])
             if stop:
                 raise KeyboardInterrupt(f"stopped after step {step}")
+    # What is measured later is of the same size whether or not this process did the last step.
+    optimiser.zero_grad(set_to_none=True)
     return model, training.log
 
 
@@ -335,12 +341,18 @@ class _Training:
             self.log.resumed += 1
 
     def step(
-        self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]], **heard: Any
+        self,
+        images: Sequence[Tensor],
+        targets: Sequence[Mapping[str, Tensor]],
+        *,
+        pace: Pace,
+        stop: bool,
     ) -> tuple[dict[str, float], bool]:
         """One optimiser step on this process's images.
 
         Args:
-            heard: `waited`, seconds for the images; `stop`, whether this process was told to.
+            pace: of these images.
+            stop: whether this process was told to stop.
 
         Returns:
             What is logged of the step, and whether any process was told to stop.
@@ -352,7 +364,7 @@ class _Training:
             group["lr"] = rate * group["lr_factor"]
         self.optimiser.zero_grad(set_to_none=True)
         parts = [self._part(batch, n) for n, batch in enumerate(self._split(images, targets))]
-        means, stop = self._mean(parts, heard["stop"])
+        means, stop = self._mean(parts, stop)
         if not math.isfinite(means["total"]):
             self._diverged("loss", means["total"], parts, targets)
         norm = float(self._clip())
@@ -363,12 +375,13 @@ class _Training:
         self.optimiser.step()
         log.steps = step + 1
         log.seconds = time.perf_counter() - self._start
-        log.data_seconds += heard["waited"]
+        log.data_seconds += pace.waited
+        log.loader_seconds += pace.reading
         self.window.append(means)
         if log.steps % config.log_every == 0 or log.steps == config.steps:
             log.losses.append(_mean(self.window, step=log.steps, lr=rate))
             self.window = []
-        took = time.perf_counter() - begun + heard["waited"]
+        took = time.perf_counter() - begun + pace.waited
         return {
             "step": log.steps,
             "lr": rate,
@@ -376,7 +389,9 @@ class _Training:
             "gradient_norm": norm,
             "images_per_second": config.batch_size / took,
             "step_seconds": took,
-            "data_seconds": heard["waited"],
+            "data_seconds": pace.waited,
+            # Each process reads its share of the images, all at the same time.
+            "loader_images_per_second": config.batch_size / pace.reading,
             "peak_memory_bytes": _peak_memory(self.fabric.device),
             **({} if self._scaler is None else {"loss_scale": self._scaler.get_scale()}),
         }, stop

@@ -1,4 +1,8 @@
-"""What is measured of a detector: inference on one batch, and a training step on it."""
+"""What is measured of a detector: inference on one batch, and a training step on it.
+
+The heads of Mask R-CNN run on stated numbers of RoIs (`stated_rois`), in every row and trained or
+not, so that rows differ by their attention alone.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,6 +12,8 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from bench.config import RunConfig
+from bench.detectors.contract import POSITIVE_FRACTION, Detector
+from bench.detectors.rois import Counts, fixed_rois
 from bench.latency import Latency
 from bench.train import optimizer
 
@@ -26,7 +32,7 @@ class Workload:
 
     def __init__(
         self,
-        detector: nn.Module,
+        detector: Detector,
         *,
         fabric: Fabric,
         config: RunConfig,
@@ -38,6 +44,7 @@ class Workload:
         self.detector = detector
         self.fabric = fabric
         self.seed = config.seed
+        self.counts = Counts(**stated_rois(config))
         self.model: Any = fabric.setup_module(detector) if model is None else model
         self.optimiser: Any = fabric.setup_optimizers(optimizer(detector, config.train))
         self.images = [image.to(device) for image in images]
@@ -62,15 +69,29 @@ class Workload:
         return [*alive, self.optimiser.state] if mode == "training" else alive
 
     def _infer(self) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), fixed_rois(self.detector, self.counts):
             self.model(self.images)
 
     def _step(self) -> None:
         torch.manual_seed(self.seed)
-        losses = self.model(self.images, self.targets)
+        with fixed_rois(self.detector, self.counts):
+            losses = self.model(self.images, self.targets)
         self.optimiser.zero_grad(set_to_none=True)
         self.fabric.backward(torch.stack(list(losses.values())).sum())
         self.optimiser.step()
+
+
+def stated_rois(config: RunConfig) -> dict[str, int]:
+    """RoIs an image in the heads of what is measured and predicted; fields of `Counts`."""
+    if config.model.method != "mask_rcnn":
+        return {}
+    detector = config.model.detector
+    return {
+        "proposals": config.profile.proposals,
+        "detections": detector.detections,
+        "rois": detector.roi_batch,
+        "mask_rois": int(detector.roi_batch * POSITIVE_FRACTION),
+    }
 
 
 def timing_section(timing: Latency) -> dict[str, Any]:

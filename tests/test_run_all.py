@@ -1,8 +1,10 @@
 """The command a user runs: rows, records, resuming, reports, and what wrong input gets."""
 
+import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +16,14 @@ import pytest
 import torch
 
 import run_all
-from bench import runner
-from bench.config import load_suite
+from bench import cli, latency, models, record, runner
+from bench.checkpoints import load_file
+from bench.config import build_config, load_suite
 from bench.data.generated import generate
 from bench.errors import InputError
+from bench.evaluate import CocoEvaluator
+from bench.progress import SuiteProgress
+from bench.train import _Training
 
 ROOT = Path(__file__).parents[1]
 # As many threads as the tests' own process has: with another number, sums round differently.
@@ -96,6 +102,107 @@ def test_the_report_is_there_and_checkpoints_are_gone(finished: Path) -> None:
     assert min(places) > 0
     assert len(list((finished / "plots").glob("*.png"))) >= 2
     assert not list((finished / "checkpoints").glob("*"))
+
+
+def evaluated(record_file: Path, output: Path) -> dict:
+    """What the command line makes of a record's weights."""
+    arguments = ["--record", str(record_file), "--workers", "0", "--device", "cpu"]
+    assert cli.main(["eval", *arguments, "--output", str(output)]) == 0
+    return json.loads(output.read_text())
+
+
+@pytest.mark.parametrize("row", ["vil", "linformer"])
+def test_the_weights_of_a_record_score_what_the_record_says(
+    finished: Path, tmp_path: Path, row: str
+) -> None:
+    (path,) = (finished / "records").glob(f"{row}-*.json")
+    entry = json.loads(path.read_text())
+    assert entry["training"]["weights"]["path"] == f"weights/{path.stem}.pth"
+    recorded = {k: v for k, v in entry["evaluation"].items() if k not in ("seconds", "also")}
+    again = evaluated(path, tmp_path / "again.json")
+    assert {k: v for k, v in again["evaluation"].items() if k != "seconds"} == recorded
+    assert recorded["bootstrap"]["box_AP"]
+    assert again["weights_sha256"] == entry["training"]["weights"]["sha256"]
+    assert again["config"]["evaluate"] == entry["config"]["evaluate"]
+    assert again["precision"] == entry["config"]["train"]["precision"]
+
+
+@pytest.mark.detectron2
+def test_the_weights_of_a_detectron2_run_have_the_published_names(tmp_path: Path) -> None:
+    arguments = ["--rows", "ViL", "--output", str(tmp_path), *TINY, "profile.enabled=false",
+                 "model.library=detectron2"]  # fmt: skip
+    assert run_all.main(arguments) == 0
+    (path,) = (tmp_path / "records").glob("*.json")
+    entry = json.loads(path.read_text())
+    names = load_file(tmp_path / entry["training"]["weights"]["path"])
+    published = ("backbone.bottom_up.layer1.0.", "backbone.fpn_lateral2.", "proposal_generator.",
+                 "roi_heads.box_predictor.")  # fmt: skip
+    assert all(any(name.startswith(start) for name in names) for start in published)
+    again = evaluated(path, tmp_path / "again.json")["evaluation"]
+    for kind in ("box", "mask"):
+        assert again[kind] == entry["evaluation"][kind]
+
+
+def damaged(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"), [(Path.unlink, "are gone"), (damaged, "another SHA-256")]
+)
+def test_weights_that_are_gone_or_changed_are_one_line(
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], object],
+    said: str,
+) -> None:
+    for folder in ("records", "weights"):
+        shutil.copytree(finished / folder, tmp_path / folder)
+    (path,) = (tmp_path / "records").glob("vil-*.json")
+    damage(tmp_path / "weights" / f"{path.stem}.pth")
+    assert cli.main(["eval", "--record", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "--weights" in error
+    assert error.count("\n") == 1
+
+
+def test_without_weights_the_run_is_the_same_one(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_all.main(["--rows", "ViL", "--no-weights", "--output", str(tmp_path), *TINY]) == 0
+    (path,) = (tmp_path / "records").glob("*.json")
+    assert (finished / "records" / path.name).exists()
+    assert records(tmp_path)["ViL"]["training"]["weights"] is None
+    assert not (tmp_path / "weights").exists()
+    assert not list((tmp_path / "checkpoints").glob("*"))
+    capsys.readouterr()
+    assert cli.main(["eval", "--record", str(path)]) == 2
+    assert "its run kept no weights" in capsys.readouterr().err
+
+
+def test_a_full_disk_at_the_weights_loses_neither_record_nor_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if list(tmp_path.glob("weights/.*")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    arguments = ["--rows", "ViL", "--output", str(tmp_path), *TINY, "profile.enabled=false"]
+    assert run_all.main(arguments) == 0
+    entry = records(tmp_path)["ViL"]
+    assert entry["training"]["weights"] is None
+    (note,) = (note for note in entry["notes"] if "weights" in note)
+    assert "No space left on device" in note
+    assert not list((tmp_path / "weights").iterdir())
+    assert list(tmp_path.glob("checkpoints/vil-*/step-00000004-*.pt"))
 
 
 def test_the_same_command_again_runs_nothing(
@@ -200,6 +307,10 @@ def test_the_mechanism_of_the_readme_trains(tmp_path: Path) -> None:
         (["train.accumulate=3"], "train.batch_size=4 must be a multiple"),
         (["--devices", "3", "--device", "cpu"], "train.batch_size=4 must be a multiple"),
         (["--init", "nowhere.pth"], "nowhere.pth"),
+        (["--schedule", "2x"], "unknown schedule '2x'; allowed: 1x, 3x, quick"),
+        (["--method", "retinanett"], "did you mean 'retinanet'"),
+        (["--suite", "zoo", "--schedule", "quick"], "no row of suite zoo has schedule quick"),
+        (["--suite", "zoo", "--rows", "ViL-Small RetinaNet 2x"], "ViL-Small RetinaNet 1x"),
         (["--search", "drop_pth=0.1"], "did you mean 'model.drop_path'"),
         (["--search", "seed=0,1"], "one of seed, data.generated.seed"),
         (["--search", "drop_path="], "no values"),
@@ -247,6 +358,13 @@ def test_broken_data_is_one_line_and_exit_code_2(
 
 def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-500])
+
+
+def test_wrong_input_of_several_processes_is_one_line_too(tmp_path: Path) -> None:
+    process = start("--devices", "2", "--data", "nowhere", *TINY, output=tmp_path)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert error == "run_all.py: error: no data folder nowhere\n"
 
 
 def test_an_output_that_cannot_be_written_is_said_at_once(
@@ -330,6 +448,140 @@ def test_told_to_stop_it_finishes_the_record_and_the_same_command_continues(
     assert steps_done(tmp_path, "vil") == 25
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "number"),
+    [
+        (CocoEvaluator, "update", signal.SIGTERM),
+        (CocoEvaluator, "update", signal.SIGINT),
+        (latency, "measure", signal.SIGINT),
+    ],
+)
+def test_interrupted_after_its_training_it_is_not_trained_again(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: object,
+    name: str,
+    number: signal.Signals,
+) -> None:
+    # Shells make processes in the background ignore it, and so does pytest in several processes.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if number is signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupt(*_: object, **__: object) -> None:
+        signal.raise_signal(number)
+
+    def train(*_: object, **__: object) -> None:
+        raise AssertionError("trained again")
+
+    arguments = ["--rows", "ViL", "--output", str(tmp_path), *TINY]
+    with monkeypatch.context() as meddled:
+        meddled.setattr(owner, name, interrupt)
+        assert run_all.main(arguments) == 130
+    signal.signal(signal.SIGINT, before)
+    entry = records(tmp_path)["ViL"]
+    assert (entry["status"], entry["error"]["kind"]) == ("failed", "interrupted")
+    assert (entry["evaluation"] is None) == (owner is CocoEvaluator)
+    assert entry["training"]["steps"] == 4
+    monkeypatch.setattr(_Training, "step", train)
+    assert run_all.main(arguments) == 0
+    (path,) = (p for p in (tmp_path / "records").iterdir() if "failed" not in p.name)
+    done = json.loads(path.read_text())
+    assert settled(done) == settled(records(finished)["ViL"])
+    assert done["training"]["resumed"] == 0
+    assert steps_done(tmp_path, "vil") == 4
+    assert not list((tmp_path / "checkpoints").glob("*"))
+
+
+def test_interrupted_while_its_record_is_written_it_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = record.write
+
+    def interrupt(result: record.Record, folder: Path) -> Path:
+        signal.raise_signal(signal.SIGINT)
+        return write(result, folder)
+
+    monkeypatch.setattr(record, "write", interrupt)
+    arguments = ["--rows", "ViL", "--output", str(tmp_path), *TINY, "profile.enabled=false"]
+    assert run_all.main(arguments) == 130
+    assert records(tmp_path)["ViL"]["status"] == "done"
+    assert not list((tmp_path / "checkpoints").glob("*"))
+
+
+def test_a_row_that_lost_a_data_worker_is_taken_up_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def kill_a_worker(_: SuiteProgress, _done: float, doing: str) -> None:
+        if doing.startswith("training, step 3 "):
+            for worker in torch.multiprocessing.active_children():
+                worker.kill()
+                worker.join()
+
+    arguments = ["--rows", "ViL", "--output", str(tmp_path), *TINY, "train.steps=12",
+                 "data.workers=1", "profile.enabled=false"]  # fmt: skip
+    with monkeypatch.context() as meddled:
+        meddled.setattr(SuiteProgress, "update", kill_a_worker)
+        assert run_all.main(arguments) == 1
+    assert records(tmp_path)["ViL"]["error"]["kind"] == "data_worker"
+    assert run_all.main(arguments) == 0
+    assert "1 of 1 rows to run" in capsys.readouterr().out
+    done = [json.loads(path.read_text()) for path in (tmp_path / "records").glob("*.json")]
+    (entry,) = (entry for entry in done if entry["status"] == "done")
+    assert entry["training"]["resumed"] == 1
+
+
+HOLD = (
+    "import pathlib, sys, time; from bench import locks\n"
+    "with locks.locked(pathlib.Path(sys.argv[1])):\n"
+    "    print('held', flush=True); time.sleep(600)\n"
+)
+
+
+def test_a_row_that_another_command_runs_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner, "_PATIENCE", 0.1)
+    arguments = ["--rows", "ViL,linformer", "--output", str(tmp_path), *TINY,
+                 "profile.enabled=false"]  # fmt: skip
+    config = load_suite("quick", rows=["ViL"], device="cpu", overrides=[
+        value for value in arguments if "=" in value
+    ]).runs[0]  # fmt: skip
+    lock = tmp_path / "locks" / f"{runner.stem(config)}.lock"
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(lock)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    who = f"process {process.pid} on "
+    for launcher in (["--launcher", "local"], []):
+        assert run_all.main([*arguments, *launcher]) == 2
+        error = capsys.readouterr().err
+        assert f"row ViL is being run in {tmp_path} by {who}" in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "records").exists()
+    # One that begins when this command has begun: the other rows go on.
+    with monkeypatch.context() as meddled:
+        meddled.setattr(run_all, "_check_free", lambda *_: None)
+        assert run_all.main(arguments) == 1
+    assert f"ViL: being run by {who}" in capsys.readouterr().out
+    assert set(records(tmp_path)) == {"linformer"}
+    process.kill()
+    process.communicate()
+    assert run_all.main(arguments) == 0
+    assert set(records(tmp_path)) == {"ViL", "linformer"}
+
+
+def test_a_row_that_was_done_meanwhile_is_not_done_again(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "records", tmp_path / "records")
+    entry = records(finished)["ViL"]
+    result = runner.run(build_config(entry["config"]), output=tmp_path)
+    assert result.status == "done"
+    assert result.created == entry["created"]
+    assert len(list((tmp_path / "records").iterdir())) == 2
+
+
 def test_two_processes_make_the_records_of_one_that_takes_two_parts(tmp_path: Path) -> None:
     row = ["--rows", "ViL", *TINY]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -370,7 +622,8 @@ def test_a_row_that_fails_in_one_process_says_so_and_the_others_go_on(tmp_path: 
     )
     output = tmp_path / "out"
     process = start(
-        "--rows", f"{mechanism}:Fragile,ViL", "--devices", "2", *TINY, "profile.enabled=false",
+        "--rows", f"{mechanism}:Fragile,ViL", "--devices", "2", "--retry-failed",
+        *TINY, "profile.enabled=false",
         output=output,
     )  # fmt: skip
     out, error = process.communicate(timeout=280)
@@ -401,8 +654,12 @@ def test_a_search_runs_side_by_side_and_says_which_value_is_best(
                  *TINY, "profile.enabled=false"]  # fmt: skip
     assert run_all.main([*arguments, "--launcher", "local", "--jobs", "2"]) == 0
     out = capsys.readouterr().out
-    assert "ViL: best drop_path=" in out
+    assert "box mAP % by value" in out
+    assert out.count(", best") == 1
     assert out.count("report:") == 1
+    page = (tmp_path / "index.md").read_text()
+    assert "## Searched settings" in page
+    assert page.count(", best |") == 1
     found = records(tmp_path)
     assert set(found) == {"ViL (drop_path=0.0)", "ViL (drop_path=0.1)"}
     assert found["ViL (drop_path=0.1)"]["model"]["drop_path"] == 0.1
@@ -413,7 +670,7 @@ def test_a_search_runs_side_by_side_and_says_which_value_is_best(
 
 def test_a_run_starts_from_a_classifier(tmp_path: Path) -> None:
     config = load_suite("quick", rows=["ViL"]).runs[0]
-    vil = runner.build_backbone(config)
+    vil = models.build_backbone(config)
     # What a training of a millionth of a step does not move.
     state = {f"module.{name}": value + 0.5 for name, value in vil.state_dict().items()
              if value.is_floating_point()}  # fmt: skip
@@ -425,17 +682,17 @@ def test_a_run_starts_from_a_classifier(tmp_path: Path) -> None:
     ) == 0  # fmt: skip
     (note,) = (n for n in records(output)["ViL"]["notes"] if n.startswith("initialised"))
     assert "classifier.pth" in note
-    detector = runner.build_detector(config, 6)
-    runner.initialise(detector, tmp_path / "classifier.pth")
+    detector = models.build_detector(config, 6)
+    models.initialise(detector, tmp_path / "classifier.pth")
     own = detector.vil.state_dict()
     assert all(torch.equal(own[name.removeprefix("module.")], v) for name, v in state.items())
 
 
 def test_a_checkpoint_of_another_backbone_is_one_clear_line(tmp_path: Path) -> None:
     torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    detector = runner.build_detector(load_suite("quick", rows=["ViL"]).runs[0], 6)
+    detector = models.build_detector(load_suite("quick", rows=["ViL"]).runs[0], 6)
     with pytest.raises(InputError, match="none of its 0 tensors fits the backbone"):
-        runner.initialise(detector, tmp_path / "other.pth")
+        models.initialise(detector, tmp_path / "other.pth")
 
 
 def test_a_dry_run_prints_the_plan_for_eight_gpus_and_makes_nothing(
@@ -447,11 +704,35 @@ def test_a_dry_run_prints_the_plan_for_eight_gpus_and_makes_nothing(
     assert run_all.main([*arguments, "--dry-run", "--output", str(output)]) == 0
     out = capsys.readouterr().out
     assert not output.exists()
+    assert max(map(len, out.splitlines())) <= 120
     row = next(line for line in out.splitlines() if line.startswith("Partial performer"))
-    assert row.split()[2:9] == ["90000", "12.3", "16", "8", "1", "2", "0.5"]
-    assert row.split()[-2] == "GB"
-    assert float(row.split()[-3]) > 1
-    assert "1e-06 at 0, 0.0001 at 1000, 1e-05 at 60000, 1e-06 at 80000" in out
+    assert row.split()[2:8] == ["mask_rcnn", "1x", "0.05", "90000", "12.3", "0.5"]
+    assert float(row.split()[-2]) > 1
+    said = " ".join(out.split())
+    assert "a step: 16 images on 8 devices, each with 1 part of 2 images" in said
+    assert "1e-06 at 0, 0.0001 at 1000, 1e-05 at 60000, 1e-06 at 80000" in said
+    assert "on one GPU, 2 images of 800x1344" in said
+    assert "COCO 2017, train2017, 117266 images" in said
+
+
+def test_a_dry_run_says_of_which_rows_what_differs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    rows = "ViL-Tiny Mask R-CNN 1x,ViL-Tiny RetinaNet 3x"
+    size = "profile.image_size=[64,96]"
+    arguments = ["--suite", "zoo", "--rows", rows, "--dry-run", "--output", str(tmp_path), size]
+    assert run_all.main(arguments) == 0
+    out = capsys.readouterr().out
+    first, second = (line.split() for line in out.splitlines() if line.startswith("ViL-Tiny"))
+    assert first[-7:-2] == ["1x", "0.05", "90000", "12.3", "0.5"]
+    assert second[-7:-2] == ["3x", "0.1", "270000", "36.8", "1"]
+    assert "schedule 1x: 90000 steps" in out
+    assert "schedule 3x: 270000 steps" in out
+    assert out.count("a step:") == 1
+    assert run_all.main([*arguments[:-1], "--search", "accumulate=1,2", size]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "each with 2 parts of 8 images (ViL-Tiny Mask R-CNN 1x (accumulate=2), ViL" in out
 
 
 def test_a_dry_run_measures_steps_for_its_time(
@@ -459,11 +740,20 @@ def test_a_dry_run_measures_steps_for_its_time(
 ) -> None:
     arguments = ["--rows", "ViL", "--output", str(tmp_path), *TINY, "--dry-run"]
     assert run_all.main([*arguments, "--measure-steps", "2"]) == 0
-    out = capsys.readouterr().out
-    row = next(line for line in out.splitlines() if line.startswith("ViL"))
-    assert row.split()[-1] in ("s", "min")
-    assert "the median of 2 steps on cpu" in out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "on 1 device as fast as cpu here: the median of 2 steps in 32-true" in out
+    assert re.search(r"time of all rows, one after the other: \d+ (s|min)", out)
+    assert "generated, 4 images, 4 of them with an instance" in out
     assert not (tmp_path / "records").exists()
+
+
+def test_a_row_of_a_launcher_gets_the_schedule_and_method() -> None:
+    given = ["--schedule", "3x", "--method", "retinanet", "--launcher", "local"]
+    options = run_all.parser().parse_intermixed_args(given)
+    config = load_suite("quick", rows=["ViL"]).runs[0]
+    arguments = run_all._row_arguments(config, "ViL", Path("out"), options)
+    assert arguments[arguments.index("--schedule") + 1] == "3x"
+    assert arguments[arguments.index("--method") + 1] == "retinanet"
 
 
 def test_a_suite_without_the_data_it_needs_says_where_to_get_it(tmp_path, monkeypatch, capsys):

@@ -2,15 +2,12 @@
 
 import argparse
 import dataclasses
-import re
-from argparse import ArgumentTypeError
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.commands._output import FORMATS, progress, show
-from bench.errors import InputError, choose
-from bench.options import image_size, names, positive
+from bench.commands._output import FORMATS, check_writable, progress, show
+from bench.errors import InputError
+from bench.options import SHARED, add, positive
 
 if TYPE_CHECKING:
     from bench.config import RunConfig
@@ -33,66 +30,47 @@ With --image-size, whole detectors are counted instead. fvcore has to run what i
 images small; grids beyond 8192 tokens are counted without it. --published and --sizes run nothing.
 
 """
-METHODS = ("mask_rcnn", "retinanet")
-
-
-def grid(text: str) -> tuple[int, int]:
-    """`50x84` -> (50, 84), rows before columns."""
-    found = re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", text.strip())
-    if found is None:
-        raise ArgumentTypeError(f"{text!r} is no grid; allowed: ROWSxCOLUMNS, for example 50x84")
-    return int(found[1]), int(found[2])
+_GRID = (50, 84)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument(
-        "--attention",
-        type=names,
-        default=("all",),
-        metavar="A,B",
-        help="mechanisms, or mechanisms of yours as package.module:Class or file.py:Class; with"
-        " --image-size or --sizes, rows such as 'Partial ViL' too (default: all)",
+    add(
+        parser,
+        "attention",
+        help=f"{SHARED['attention']['help']}; rows with --image-size or --sizes alone",
     )
-    parser.add_argument(
-        "--grid",
-        type=grid,
-        metavar="RxC",
-        help="tokens that a mechanism is counted on (50x84, that of stage 3 at 800x1344)",
+    add(
+        parser, "grid", help="tokens that a mechanism is counted on (default: {}x{})".format(*_GRID)
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--image-size", type=image_size, metavar="HxW", help="count whole detectors at this size"
-    )
+    add(what, "image-size", help="count whole detectors on images of this size")
     what.add_argument(
         "--published",
         action="store_true",
         help="the 25 published rows: as published, counted again the same way, and as they are",
     )
-    what.add_argument(
-        "--sizes", metavar="val2017", help="whole detectors over the image sizes of a data set"
-    )
-    parser.add_argument("--backbone", default="small", help="of configs/backbones.yaml (small)")
-    parser.add_argument("--method", default="mask_rcnn", help="mask_rcnn (default) or retinanet")
-    parser.add_argument("--proposals", type=positive, default=1000, help="in the box head (1000)")
-    parser.add_argument("--format", default="table", help=", ".join(FORMATS))
+    add(what, "sizes")
+    add(parser, "backbone", "method")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="write tables and plots there too"
+        "--proposals", type=positive, default=1000, metavar="N", help="boxes in the box head"
     )
+    add(parser, "format", choices=FORMATS)
+    add(parser, "output", help="write tables and plots there too")
 
 
 def run(options: argparse.Namespace) -> int:
     """Count, compare and print."""
-    choose(options.format, FORMATS, "--format")
-    choose(options.method, METHODS, "--method")
     whole = options.image_size or options.published or options.sizes
     if options.grid and whole:
         raise InputError(
             "--grid is for mechanisms alone: it excludes --image-size, --published and --sizes"
         )
+    if options.published and options.attention != ("all",):
+        raise InputError("--published counts all published rows; leave --attention out")
+    if options.output is not None:
+        check_writable(options.output)
     if options.published:
-        if options.attention != ("all",):
-            raise InputError("--published counts all published rows; leave --attention out")
         return _published(options)
     return _sizes(options) if options.sizes else _audit(options)
 
@@ -116,7 +94,7 @@ def _audit(options: argparse.Namespace) -> int:
             f" {options.proposals} proposals, mask head included; multiply-adds"
         )
     else:
-        size = options.grid or (50, 84)
+        size = options.grid or _GRID
         chosen = [
             name
             for given in options.attention

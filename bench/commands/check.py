@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from bench.errors import InputError, choose
-from bench.options import image_size, positive
+from bench.commands._output import WIDTH
+from bench.errors import InputError
+from bench.options import add, positive
 
 if TYPE_CHECKING:
     from bench.conformance import Report
@@ -21,8 +22,6 @@ examples:
 Each failure says what to change. Warnings do not count as failures.
 
 """
-FORMATS = ("table", "json")
-_WIDTH = 120
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -41,21 +40,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="key=value",
         help="options of the mechanism (default: each set of its examples)",
     )
-    parser.add_argument(
-        "--grid",
-        type=image_size,
-        default=(6, 8),
-        metavar="RxC",
-        help="rows and columns of the ordinary calls; odd grids are near it (6x8)",
+    add(
+        parser,
+        "grid",
+        default="6x8",
+        help="rows and columns of the ordinary calls; odd grids are near it",
     )
-    parser.add_argument("--dim", type=positive, default=48, help="channels (%(default)s)")
-    parser.add_argument("--num-heads", type=positive, default=3, help="heads (%(default)s)")
-    parser.add_argument("--format", default="table", help=", ".join(FORMATS))
+    parser.add_argument("--dim", type=positive, default=48, metavar="N", help="channels")
+    parser.add_argument("--num-heads", type=positive, default=3, metavar="N", help="heads")
+    add(parser, "format")
 
 
 def run(options: argparse.Namespace) -> int:
     """Check and print; 1 where a check failed."""
-    choose(options.format, FORMATS, "--format")
     if options.dim % options.num_heads:
         raise InputError(f"--dim {options.dim} is no multiple of --num-heads {options.num_heads}")
     if min(options.grid) < 2:
@@ -142,7 +139,7 @@ def _print(reports: Sequence["Report"]) -> None:
     shown = _one(reports[0]) if len(reports) == 1 else _many(reports)
     for title, rows in shown:
         if rows:
-            print(f"{title}\n\n{tables.to_text(pd.DataFrame(rows, dtype=str), _WIDTH)}")
+            print(f"{title}\n\n{tables.to_text(pd.DataFrame(rows, dtype=str), WIDTH)}")
     failed = [report.mechanism for report in reports if not report.passed]
     passed = len(reports) - len(failed)
     if len(reports) == 1:

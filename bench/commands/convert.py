@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.errors import InputError, choose
-from bench.options import image_size
+from bench.commands._inputs import with_positions
+from bench.commands._output import WIDTH
+from bench.errors import InputError
+from bench.options import add, add_overrides, add_row
 
 if TYPE_CHECKING:
     from bench.backbone import ViL
@@ -28,9 +30,6 @@ apart. The file holds {"model": tensors by their published names}. The source is
 running any code that it may hold.
 
 """
-FORMATS = ("table", "json")
-POSITIONS = ("absolute", "relative")
-_WIDTH = 120
 _MANY_KINDS = 12
 
 
@@ -39,43 +38,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source", type=Path, required=True, metavar="FILE", help="classification checkpoint"
     )
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help="where the result goes"
-    )
-    parser.add_argument("--backbone", default="small", help="of configs/backbones.yaml (small)")
-    parser.add_argument(
-        "--attention",
-        default="ViL",
-        metavar="ROW",
-        help="a row of configs/rows.yaml or a mechanism, yours too (ViL)",
-    )
-    parser.add_argument(
-        "--position", default=None, help="absolute (that of the rows) or relative, in all stages"
-    )
-    parser.add_argument(
-        "--image-size",
-        type=image_size,
-        metavar="N",
-        help="longest side of the images to come, or HEIGHTxWIDTH (1333)",
-    )
+    add(parser, "output", required=True, metavar="FILE", help="where the result goes")
+    add(parser, "backbone")
+    add_row(parser)
+    add(parser, "position")
+    add(parser, "image-size", help="of the images to come (default: 1333x1333)")
     parser.add_argument("--force", action="store_true", help="overwrite the output")
     parser.add_argument(
         "--every", action="store_true", help="one line for each tensor, not for each kind"
     )
-    parser.add_argument("--format", default="table", help=", ".join(FORMATS))
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="of bench/config.py, for example model.arch=…",
-    )
+    add(parser, "format")
+    add_overrides(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Convert, write and print."""
-    choose(options.format, FORMATS, "--format")
-    if options.position is not None:
-        choose(options.position, POSITIONS, "--position")
     _check_output(options.source, options.output, force=options.force)
 
     from bench.checkpoints import convert, load_file, save_file
@@ -107,30 +84,22 @@ def _check_output(source: Path, output: Path, *, force: bool) -> None:
 
 
 def _config(options: argparse.Namespace) -> "RunConfig":
-    import dataclasses
-
     from bench.config import profile_configs
 
-    if options.attention == "all":
-        raise InputError("--attention all: a checkpoint is converted for one row; name it")
     (config,) = profile_configs(
         [options.attention],
         backbone=options.backbone,
         image_size=options.image_size,
         overrides=options.overrides,
     )
-    if options.position is None:
-        return config
-    switch = int(options.position == "absolute")
-    arch = re.sub(r",a[01](?=_|$)", f",a{switch}", config.model.arch)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, arch=arch))
+    return with_positions(config, options.position)
 
 
 def _backbone(config: "RunConfig") -> "ViL":
     """The backbone that is converted for, with nothing allocated."""
     import torch
 
-    from bench.runner import build_detector
+    from bench.models import build_detector
 
     with torch.device("meta"):
         detector = build_detector(config, num_classes=80)
@@ -164,7 +133,7 @@ def _print(conversion: "Conversion", config: "RunConfig", options: argparse.Name
         rows = [_row([step], named=str) for step in conversion.steps]
     else:
         rows = [_row(group, named=_kind) for group in _groups(conversion.steps)]
-    print(tables.to_text(pd.DataFrame(rows, dtype=str), _WIDTH))
+    print(tables.to_text(pd.DataFrame(rows, dtype=str), WIDTH))
     counts = ", ".join(f"{conversion.count(action)} {action}" for action in ACTIONS)
     print(f"{len(conversion.tensors)} tensors written: {counts}")
     if conversion.untouched:
@@ -173,7 +142,7 @@ def _print(conversion: "Conversion", config: "RunConfig", options: argparse.Name
             f"{len(conversion.untouched)} of {total} tensors of the backbone get nothing and start"
             f" at random: {_counted(conversion.untouched)}"
         )
-        print(textwrap.fill(said, _WIDTH, break_long_words=False))
+        print(textwrap.fill(said, WIDTH, break_long_words=False))
 
 
 def _counted(names: Sequence[str]) -> str:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.errors import InputError, choose
-from bench.options import names, positive, seconds
+from bench.commands._output import WIDTH
+from bench.errors import InputError
+from bench.options import add, count, names, several
 
 if TYPE_CHECKING:
     from bench.data.check import SplitReport
@@ -27,9 +28,7 @@ examples:
 annotations/instances_SPLIT.json and the images in SPLIT/, for example train2017.
 
 """
-FORMATS = ("table", "json")
 _VARIABLE = "DETECTRON2_DATASETS"
-_WIDTH = 120
 _LIMIT = 20
 
 
@@ -58,22 +57,22 @@ def _configure_check(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--degenerate-boxes",
+        choices=("drop", "error"),
         default="drop",
-        metavar="drop|error",
         help="what boxes without area are: left out, as in training by the published recipes, or"
-        " errors (%(default)s)",
+        " errors",
     )
     parser.add_argument(
-        "--workers", type=_count, metavar="N", help="processes that decode (default: one a core)"
+        "--workers", type=count, metavar="N", help="processes that decode (default: one a core)"
     )
     parser.add_argument(
         "--limit",
-        type=_count,
+        type=count,
         default=_LIMIT,
         metavar="N",
-        help="places to list of each kind; 0 lists all, as JSON always does (%(default)s)",
+        help="places to list of each kind; 0 lists all, as JSON always does",
     )
-    parser.add_argument("--format", default="table", help=", ".join(FORMATS))
+    add(parser, "format")
 
 
 def _configure_coco(parser: argparse.ArgumentParser) -> None:
@@ -90,15 +89,15 @@ def _configure_coco(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--splits",
         type=names,
-        default=("train2017", "val2017"),
+        default="train2017,val2017",
         metavar="A,B",
-        help="whose images and annotations (default: train2017,val2017)",
+        help="whose images and annotations",
     )
     parser.add_argument(
         "--base-url",
         default="http://images.cocodataset.org",
         metavar="URL",
-        help="a mirror (%(default)s)",
+        help="where it comes from; name a mirror here",
     )
     parser.add_argument(
         "--keep-archives", action="store_true", help="keep the zip files after extraction"
@@ -108,19 +107,17 @@ def _configure_coco(parser: argparse.ArgumentParser) -> None:
 def _configure_speed(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(act=speed)
     _add_path(parser)
-    parser.add_argument("--split", default="train2017", help="which (%(default)s)")
+    parser.add_argument("--split", default="train2017", metavar="NAME", help="split to read")
     parser.add_argument(
         "--workers",
-        type=_counts,
-        default=(0, 1, 2, 4),
+        type=several(count),
+        default="0,1,2,4",
         metavar="A,B",
-        help="numbers of processes to try (default: 0,1,2,4)",
+        help="numbers of processes to try",
     )
-    parser.add_argument("--batch-size", type=positive, default=16, help="images (%(default)s)")
-    parser.add_argument(
-        "--seconds", type=seconds, default=10.0, help="to measure each number (%(default)s)"
-    )
-    parser.add_argument("--format", default="table", help=", ".join(FORMATS))
+    add(parser, "batch-size", default=16)
+    add(parser, "seconds", default="10", help="to measure each number for")
+    add(parser, "format")
 
 
 def _add_path(parser: argparse.ArgumentParser) -> None:
@@ -128,7 +125,7 @@ def _add_path(parser: argparse.ArgumentParser) -> None:
         "path",
         type=Path,
         nargs="?",
-        metavar="PATH",
+        metavar="DIR",
         help="folder in COCO layout (default: $DETECTRON2_DATASETS/coco)",
     )
 
@@ -139,17 +136,8 @@ def _add_splits(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=(),
         metavar="NAME",
-        help="which (default: every annotations/instances_NAME.json)",
+        help="splits to check (default: every annotations/instances_NAME.json)",
     )
-
-
-def _count(text: str) -> int:
-    """A whole number, 0 or more."""
-    return 0 if text == "0" else positive(text)
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(_count(part) for part in names(text))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -166,8 +154,6 @@ def run(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """Check and print; 1 where there are errors."""
-    choose(options.format, FORMATS, "--format")
-    choose(options.degenerate_boxes, ("drop", "error"), "--degenerate-boxes")
     root = _root(options.path)
 
     from bench.data import check as checks
@@ -242,7 +228,7 @@ def _print(root: Path, reports: Sequence["SplitReport"], limit: int) -> None:
         }
         for report in reports
     ]
-    print(f"{root}\n\n{tables.to_text(pd.DataFrame(summary), _WIDTH)}")
+    print(f"{root}\n\n{tables.to_text(pd.DataFrame(summary), WIDTH)}")
     kinds = [
         {
             "split": report.split,
@@ -254,7 +240,7 @@ def _print(root: Path, reports: Sequence["SplitReport"], limit: int) -> None:
         for kind, found in by_kind(report.findings).items()
     ]
     if kinds:
-        print(tables.to_text(pd.DataFrame(kinds), _WIDTH))
+        print(tables.to_text(pd.DataFrame(kinds), WIDTH))
     for report in reports:
         for kind, found in by_kind(report.findings).items():
             print(f"{report.split}, {kind} ({'error' if found[0].is_error else 'handled'}):")
@@ -273,7 +259,7 @@ def _print_places(texts: Sequence[str], limit: int) -> None:
         print(
             textwrap.fill(
                 text,
-                _WIDTH,
+                WIDTH,
                 initial_indent="  ",
                 subsequent_indent="    ",
                 break_long_words=False,
@@ -298,7 +284,6 @@ def coco(options: argparse.Namespace) -> int:
 
 def speed(options: argparse.Namespace) -> int:
     """Measure and print."""
-    choose(options.format, FORMATS, "--format")
     root = _root(options.path)
 
     from bench.data.coco import CocoDataset
@@ -327,7 +312,7 @@ def speed(options: argparse.Namespace) -> int:
     from report import tables
 
     print(f"{root}, {options.split}: {len(dataset)} images, {_cores()} cores\n")
-    print(tables.to_text(pd.DataFrame(rows), _WIDTH))
+    print(tables.to_text(pd.DataFrame(rows), WIDTH))
     print("0 workers: the process that trains reads. A GPU is kept fed where this is more than it")
     print("trains with; the log of a training says how long it waited.")
     return 0

@@ -1,25 +1,36 @@
 """`python -m bench eval`: the average precision of a checkpoint."""
 
 import argparse
-import dataclasses
-import hashlib
 import json
-import re
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.errors import InputError, choose
-from bench.options import names, positive
+from bench.commands._inputs import with_positions
+from bench.commands._output import WIDTH
+from bench.errors import InputError
+from bench.options import (
+    add,
+    add_overrides,
+    add_precision,
+    add_row,
+    count,
+    positive,
+    precision,
+    some_of,
+)
+from bench.vocabulary import LIBRARIES, METHODS, PRECISIONS
 
 if TYPE_CHECKING:
     from bench.config import RunConfig
+    from bench.record import Record
 
 HELP = "evaluate a checkpoint: box and mask AP by the rules of COCO"
 EPILOG = """\
 examples:
+  python -m bench eval --record results/quick/records/vil-….json
   python -m bench eval --weights model_final.pth --data /datasets/coco --library detectron2
   python -m bench eval --weights model_final.pth --data /datasets/coco --attention performer
   python -m bench eval --weights model_final.pth --arch l1,h3,d96,n1,s1,g1,p4,f7,a0_… --limit 100
@@ -27,16 +38,13 @@ examples:
   torchrun --nproc-per-node 8 -m bench eval --weights model_final.pth --data /datasets/coco
 
 A checkpoint is a file of torch.save: tensors by name, alone or under "model". All of them must fit
-the detector, which --arch or --backbone and --attention describe, or --record: that of a run. No
-code that a file may hold is run.
+the detector, which --arch or --backbone and --attention describe, or --record: that of a run, with
+its weights, data, split, batch size and precision where they are not given. No code that a file may
+hold is run.
 
 """
 FORMATS = ("table", "json")
-POSITIONS = ("absolute", "relative")
-PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
-LIBRARIES = ("auto", "torchvision", "detectron2")
-METHODS = ("auto", "mask_rcnn", "retinanet")
-_WIDTH = 120
+_SPLIT = "val2017"
 _MODEL = ("backbone", "method", "library", "library_version", "attention", "arch")
 # What describes the detector where no record does, and its defaults.
 _DETECTOR = {
@@ -52,56 +60,67 @@ _DETECTOR = {
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument(
-        "--weights", type=Path, required=True, metavar="FILE", help="the checkpoint"
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="the checkpoint (default: what the run of --record kept)",
     )
     parser.add_argument(
         "--data",
         type=Path,
         metavar="DIR",
-        help="folder in COCO layout (default: $DETECTRON2_DATASETS/coco)",
+        help="folder in COCO layout (default: that of --record, or $DETECTRON2_DATASETS/coco)",
     )
-    parser.add_argument("--split", default="val2017", help="of the data (%(default)s)")
+    parser.add_argument(
+        "--split",
+        metavar="NAME",
+        help=f"of the data (default: the first of --record, or {_SPLIT})",
+    )
     model = parser.add_argument_group("the detector")
     model.add_argument(
         "--record", type=Path, metavar="FILE", help="that of a run, instead of all other options"
     )
     model.add_argument(
         "--library",
+        choices=LIBRARIES,
         default="auto",
-        help="torchvision, detectron2 or auto: whose names the weights have",
+        help="whose names the weights have; auto tells by the names",
     )
-    model.add_argument(
-        "--method", default="auto", help="mask_rcnn, retinanet or auto: by the weights' names"
+    add(
+        model,
+        "method",
+        choices=("auto", *METHODS),
+        default="auto",
+        help="method of detection; auto tells by the names of the weights",
     )
-    model.add_argument("--backbone", default="small", help="of configs/backbones.yaml (small)")
-    model.add_argument(
-        "--attention",
-        default="ViL",
-        metavar="ROW",
-        help="a row of configs/rows.yaml or a mechanism, yours too (ViL)",
-    )
-    model.add_argument(
-        "--position", default=None, help="absolute (that of the rows) or relative, in all stages"
-    )
+    add(model, "backbone")
+    add_row(model)
+    add(model, "position")
     model.add_argument("--arch", help="ARCH string, instead of backbone, row and position")
     run = parser.add_argument_group("the run")
-    run.add_argument("--batch-size", type=positive, default=1, help="images a process (1)")
-    run.add_argument("--workers", type=int, default=2, help="decoding processes (2)")
-    run.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
-    run.add_argument("--precision", default="32-true", help=", ".join(PRECISIONS))
+    add(
+        run,
+        "batch-size",
+        default=None,
+        help="images in a batch of each process (default: that of --record, or 1)",
+    )
+    run.add_argument("--workers", type=count, default=2, metavar="N", help="decoding processes")
+    add(run, "device")
+    add_precision(run)
+    # Known when the record is.
+    parser.set_defaults(precision=None)
     run.add_argument("--limit", type=positive, metavar="N", help="the first N images alone")
-    run.add_argument(
-        "--format", type=names, default=FORMATS, metavar="F", help="table,json (default: both)"
+    add(
+        run,
+        "format",
+        choices=None,
+        type=some_of(FORMATS),
+        default=",".join(FORMATS),
+        metavar="F",
+        help="table, json or both",
     )
-    run.add_argument(
-        "--output", type=Path, metavar="FILE", help="write the JSON there, with all draws"
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="of bench/config.py, for example data.min_sizes=[640]",
-    )
+    add(run, "output", metavar="FILE", help="write the JSON there, with all draws")
+    add_overrides(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -110,56 +129,48 @@ def run(options: argparse.Namespace) -> int:
 
     from rich.console import Console
 
+    from bench import record
     from bench.checkpoints import load_file
-    from bench.data.bar import Bar
     from bench.data.coco import CocoDataset
     from bench.detectors import weights
+    from bench.devices import make_fabric
+    from bench.evaluate import evaluate
     from bench.launch import world
-    from bench.runner import build_detector, evaluate, make_fabric
+    from bench.models import build_detector
+    from bench.progress import Bar
 
-    root = _root(options.data)
-    state = load_file(options.weights)
-    config = _config(options, weights.kind(state), root)
-    split = CocoDataset(root, options.split, degenerate_boxes=config.data.degenerate_boxes)
+    found = record.read(options.record) if options.record else None
+    path, root = options.weights, options.data
+    if found is not None:
+        path = path or _kept(options.record, found)
+        root = root or _recorded_root(options.record, found)
+    root = root or _root()
+    state = load_file(path)
+    config = _config(options, found, weights.kind(state), root)
+    (name,) = config.evaluate.splits
+    split = CocoDataset(root, name, degenerate_boxes=config.data.degenerate_boxes)
     if options.limit:
         split.ids = split.ids[: options.limit]
     detector = build_detector(config, split.num_classes)
     try:
         weights.load(detector, state)
     except InputError as error:
-        raise InputError(f"--weights {options.weights}: {error}") from error
+        raise InputError(f"--weights {path}: {error}") from error
     fabric = make_fabric(config)
     model: Any = fabric.setup_module(detector)
     is_first = world().is_first
     console = Console(stderr=True, quiet=not is_first)
     with Bar(f"evaluating {split.split}", len(split), console=console) as bar:
-        shown = 0
-
-        def progress(done: float, doing: str) -> None:
-            del doing
-            nonlocal shown
-            bar.advance(round(done * len(split)) - shown)
-            shown = round(done * len(split))
-
-        section = evaluate(model, split, config, fabric, progress)
+        section = evaluate(model, split, config, fabric, lambda share, _doing: bar.update(share))
     if is_first:
-        _print(options, _result(options, config, section, str(fabric.device)))
+        _print(options, _result(path, config, section, str(fabric.device)))
     return 0
 
 
 def _check(options: argparse.Namespace) -> None:
     """Raise InputError for what can be told before anything is read."""
-    for name in options.format:
-        choose(name, FORMATS, "--format")
-    if options.position is not None:
-        choose(options.position, POSITIONS, "--position")
-    choose(options.library, LIBRARIES, "--library")
-    choose(options.method, METHODS, "--method")
-    choose(options.precision, PRECISIONS, "--precision")
-    if options.workers < 0:
-        raise InputError(f"--workers {options.workers} must not be negative")
-    if options.attention == "all":
-        raise InputError("--attention all: a checkpoint is of one row; name it")
+    if not (options.weights or options.record):
+        raise InputError("no weights: name a checkpoint with --weights, or a run with --record")
     besides = [f"--{name}" for name in _DETECTOR if getattr(options, name) != _DETECTOR[name]]
     if options.record and (besides or options.overrides):
         given = ", ".join([*besides, *options.overrides])
@@ -170,10 +181,36 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError(f"--output {options.output} is a folder; name a file")
 
 
-def _root(data: Path | None) -> Path:
+def _kept(path: Path, record: "Record") -> Path:
+    """The weights that the run of a record kept, beside the folder of records."""
+    from bench.checkpoints import sha256
+
+    kept = (record.training or {}).get("weights")
+    if kept is None:
+        raise InputError(f"--record {path}: its run kept no weights; name some with --weights")
+    file = path.resolve().parent.parent / kept["path"]
+    if not file.is_file():
+        raise InputError(f"--record {path}: its weights {file} are gone; name some with --weights")
+    if sha256(file) != kept["sha256"]:
+        raise InputError(
+            f"--record {path}: {file} is not what its run wrote (another SHA-256); evaluate it all"
+            " the same with --weights"
+        )
+    return file
+
+
+def _recorded_root(path: Path, record: "Record") -> Path:
+    """The data of a record's run; generated data is made where it is missing."""
+    from bench.config import build_config
+    from bench.inputs import data_root
+
+    return data_root(build_config(record.config), path.resolve().parent.parent)
+
+
+def _root() -> Path:
     from bench.data.coco import DATASETS_VARIABLE, LAYOUT, default_root
 
-    root = data or default_root()
+    root = default_root()
     if root is None:
         raise InputError(
             f"no data: name a folder with --data, or set {DATASETS_VARIABLE}; it holds {LAYOUT}"
@@ -181,25 +218,33 @@ def _root(data: Path | None) -> Path:
     return root
 
 
-def _config(options: argparse.Namespace, kind: tuple[str, str] | None, root: Path) -> "RunConfig":
+def _config(
+    options: argparse.Namespace,
+    record: "Record | None",
+    kind: tuple[str, str] | None,
+    root: Path,
+) -> "RunConfig":
     """The run's configuration; `kind` is library and method by the names of the weights."""
-    from bench.config import build_config, profile_configs
+    from bench.config import RunConfig, build_config, profile_configs
     from bench.launch import world
-    from bench.record import read
 
+    recorded = build_config(record.config) if record else None
+    evaluate = (recorded or RunConfig()).evaluate
     run: dict[str, Any] = {
         "device": options.device,
         "data": {"path": str(root), "workers": options.workers},
         "train": {
-            "precision": options.precision,
+            "precision": _precision(options, recorded),
             "devices": world().size,
             "batch_size": world().size,
             "accumulate": 1,
         },
-        "evaluate": {"splits": [options.split], "batch_size": options.batch_size},
+        "evaluate": {
+            "splits": [options.split or evaluate.splits[0]],
+            "batch_size": options.batch_size or (evaluate.batch_size if record else 1),
+        },
     }
-    if options.record:
-        record = read(options.record)
+    if record:
         values = dict(record.config)
         run["model"] = {"library": record.model["library"]}
         return build_config(
@@ -219,35 +264,33 @@ def _config(options: argparse.Namespace, kind: tuple[str, str] | None, root: Pat
         values=run,
         overrides=[*arch, *options.overrides],
     )
-    if options.position is None:
-        return config
-    switch = int(options.position == "absolute")
-    switched = re.sub(r",a[01](?=_|$)", f",a{switch}", config.model.arch)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, arch=switched))
+    return with_positions(config, options.position)
+
+
+def _precision(options: argparse.Namespace, recorded: "RunConfig | None") -> str:
+    if options.amp:
+        return precision(options)
+    return str(options.precision or (recorded.train.precision if recorded else PRECISIONS[0]))
 
 
 def _result(
-    options: argparse.Namespace, config: "RunConfig", section: dict[str, Any], device: str
+    weights: Path, config: "RunConfig", section: dict[str, Any], device: str
 ) -> dict[str, Any]:
     """What the file holds."""
     from bench import record
-    from bench.runner import model_section
+    from bench.checkpoints import sha256
+    from bench.models import model_section
 
     model = model_section(config)
     return {
-        "weights": str(options.weights),
-        "weights_sha256": _sha256(options.weights),
+        "weights": str(weights),
+        "weights_sha256": sha256(weights),
         "model": {name: model[name] for name in _MODEL},
-        "precision": options.precision,
+        "precision": config.train.precision,
         "evaluation": section,
         "config": config.as_dict(),
         "environment": record.environment(command=list(sys.argv), device=device),
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _print(options: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -277,7 +320,7 @@ def _print_table(model: Mapping[str, Any], section: Mapping[str, Any]) -> None:
         f"{section['split']}, {section['images']} images, {model['library']} {model['method']},"
         f" {model['attention']}\n"
     )
-    print(tables.to_text(pd.DataFrame(lines), _WIDTH))
+    print(tables.to_text(pd.DataFrame(lines), WIDTH))
     for kind in kinds:
         interval = section[f"{kind}_interval"]
         if interval:

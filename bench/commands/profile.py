@@ -8,9 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.commands._output import FORMATS, show, write
-from bench.errors import InputError, choose
-from bench.options import image_size, memory_budget, names, positive, seconds
+from bench.commands._output import FORMATS, check_writable, show, write
+from bench.errors import InputError
+from bench.options import (
+    add,
+    add_overrides,
+    add_precision,
+    add_what,
+    memory_budget,
+    on_gpu,
+    precision,
+)
+from bench.vocabulary import LIBRARIES, QUANTITIES
 
 HELP = "measure parameters, FLOPs, memory and latency of one mechanism or many"
 EPILOG = """\
@@ -23,49 +32,24 @@ examples:
   python -m bench profile --attention ViL --sizes val2017
 
 """
-QUANTITIES = ("parameters", "flops", "memory", "latency")
-MODES = ("inference", "training")
 FITS = ("image-size", "batch-size")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
+    add(parser, "attention", "backbone", "method")
     parser.add_argument(
-        "--attention",
-        type=names,
-        default=("all",),
-        metavar="A,B",
-        help="mechanisms, rows such as 'Partial ViL', or mechanisms of yours as"
-        " package.module:Class or file.py:Class (default: all)",
+        "--library", choices=LIBRARIES, default="torchvision", help="whose detector"
     )
-    parser.add_argument("--backbone", default="small", help="of configs/backbones.yaml (small)")
-    parser.add_argument("--method", default="mask_rcnn", help="mask_rcnn (default) or retinanet")
-    parser.add_argument(
-        "--library", default="torchvision", help="torchvision (default), detectron2 or auto"
-    )
-    parser.add_argument(
-        "--image-size", type=image_size, default=(800, 1344), metavar="HxW", help="(800x1344)"
-    )
-    parser.add_argument("--batch-size", type=positive, default=1, help="images (1)")
-    parser.add_argument("--precision", help="32-true (default), bf16-mixed or 16-mixed")
-    parser.add_argument(
-        "--amp", action="store_true", help="mixed precision: 16-mixed on a GPU, else bf16-mixed"
-    )
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
-    parser.add_argument(
-        "--mode", type=names, default=MODES, metavar="M", help="inference,training (both)"
-    )
-    parser.add_argument(
-        "--what",
-        type=names,
-        default=QUANTITIES,
-        metavar="Q",
-        help=f"some of {','.join(QUANTITIES)} (default: all)",
-    )
-    parser.add_argument("--repeats", type=positive, default=10, help="fewest samples (10)")
-    parser.add_argument("--seconds", type=seconds, default=1.0, help="they add up to (1)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and images (0)")
-    parser.add_argument("--data", metavar="PATH", help="images in COCO layout (default: generated)")
+    add(parser, "image-size", default="800x1344")
+    add(parser, "batch-size")
+    add_precision(parser)
+    add(parser, "device", "mode")
+    add_what(parser, QUANTITIES)
+    add(parser, "repeats", default=10)
+    add(parser, "seconds", default="1")
+    add(parser, "seed")
+    parser.add_argument("--data", metavar="DIR", help="images in COCO layout (default: generated)")
     parser.add_argument(
         "--no-parts", action="store_true", help="measure whole detectors alone, not their parts"
     )
@@ -73,27 +57,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--memory-budget",
         type=memory_budget,
         metavar="24GB",
-        help="find the largest square image or batch that is predicted to train within it",
+        help="find the largest square image or batch that is predicted to fit into it",
     )
-    parser.add_argument("--fit", default="image-size", help="image-size (default) or batch-size")
     parser.add_argument(
-        "--sizes", metavar="val2017", help="FLOPs over the true image sizes of a data set"
+        "--fit", choices=FITS, default="image-size", help="which of them --memory-budget finds"
     )
-    parser.add_argument("--format", default="table", help=", ".join(FORMATS))
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="write records and tables there too"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of bench/config.py")
+    add(parser, "sizes")
+    add(parser, "format", choices=FORMATS)
+    add(parser, "output", help="write records and tables there too")
+    add_overrides(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Profile and print."""
-    choose(options.format, FORMATS, "--format")
-    choose(options.fit, FITS, "--fit")
-    for mode in options.mode:
-        choose(mode, MODES, "--mode")
-    for quantity in options.what:
-        choose(quantity, QUANTITIES, "--what")
     if options.sizes is not None:
         return _over_sizes(options)
     configs = _configs(options)
@@ -110,17 +86,12 @@ def _configs(options: argparse.Namespace) -> tuple[Any, ...]:
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
     """What the options say of every row, for `profile_configs`."""
-    if options.amp and options.precision:
-        raise InputError(f"--amp and --precision {options.precision} exclude each other")
-    precision = options.precision or "32-true"
-    if options.amp:
-        precision = "16-mixed" if _on_gpu(options.device) else "bf16-mixed"
     values = {
         "device": options.device,
         "seed": options.seed,
         "model": {"method": options.method, "library": options.library},
         "data": {"path": options.data},
-        "train": {"precision": precision},
+        "train": {"precision": precision(options)},
         "profile": {
             "batch_size": options.batch_size,
             "repeats": options.repeats,
@@ -131,36 +102,29 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
     return {"backbone": options.backbone, "values": values, "overrides": options.overrides}
 
 
-def _on_gpu(device: str) -> bool:
-    import torch
-
-    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-
-
 def _profile(options: argparse.Namespace, configs: Sequence[Any]) -> int:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
     from bench import profiler, record
-    from bench.runner import make_fabric
+    from bench.devices import make_fabric
+    from bench.progress import Bar
     from report import load, page, profiles
 
     if options.output is not None:
         _check_new(options.output / "records", configs)
     make_fabric(configs[0])
-    # Progress goes to stderr, so that JSON and CSV can be piped.
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=1.0)
+    if options.output is not None:
+        check_writable(options.output)
+    with Bar("profiling", 100, unit=" %") as bar:
         records = profiler.profile(
             configs,
             modes=options.mode,
             quantities=options.what,
             by_part=not options.no_parts,
-            progress=lambda done, doing: bar.update(task, completed=done, description=doing),
+            progress=bar.update,
             command=["python", "-m", "bench", *sys.argv[1:]],
         )
+    errors = [entry.error for entry in records]
+    if all(error and error["kind"] == "input" for error in errors):
+        raise InputError((errors[0] or {})["message"])
     if options.output is not None:
         for entry in records:
             record.write(entry, options.output / "records")
@@ -171,7 +135,7 @@ def _profile(options: argparse.Namespace, configs: Sequence[Any]) -> int:
     show(options.format, lines, tables_shown)
     if options.output is not None:
         write(options.output / "tables", [tables_shown[0], *parts])
-    return 1 if any(entry.error for entry in records) else 0
+    return 1 if any(errors) else 0
 
 
 def _check_new(folder: Path, configs: Sequence[Any]) -> None:
@@ -195,6 +159,9 @@ def _fit(options: argparse.Namespace, configs: Sequence[Any]) -> int:
     from report import profiles
 
     vary = options.fit.replace("-", "_")
+    # One that is not here may be asked about; "auto" is what is here.
+    named = options.device.partition(":")[0].replace("auto", "cpu")
+    device = "cuda" if on_gpu(options.device) else named
     lines = []
     for config in configs:
 
@@ -211,7 +178,7 @@ def _fit(options: argparse.Namespace, configs: Sequence[Any]) -> int:
                 batch_size=options.batch_size,
                 mode=mode,
                 precision=config.train.precision,
-                device="cuda" if _on_gpu(options.device) else options.device.partition(":")[0],
+                device=device,
                 proposals=config.profile.proposals,
             )
             lines.append({"row": config.row, "mode": mode, **dataclasses.asdict(found)})

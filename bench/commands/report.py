@@ -20,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="where the report goes (default: the first DIR)"
     )
-    parser.add_argument("--title", default="Report", help="heading of the page (%(default)s)")
+    parser.add_argument("--title", default="Report", help="heading of the page")
 
 
 def run(options: argparse.Namespace) -> int:

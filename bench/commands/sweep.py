@@ -6,12 +6,25 @@ import sys
 import textwrap
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from bench.commands._output import FORMATS, WIDTH
-from bench.errors import InputError, choose
-from bench.options import ImageSize, image_size, memory_budget, names, positive, seconds
+from bench.options import (
+    SHARED,
+    ImageSize,
+    add,
+    add_overrides,
+    add_precision,
+    add_what,
+    image_size,
+    memory_budget,
+    names,
+    positive,
+    precision,
+    seconds,
+    several,
+)
+from bench.vocabulary import MODES, SCOPES, SWEPT
 
 HELP = "measure FLOPs, memory and latency against resolution, and find where full attention loses"
 EPILOG = """\
@@ -27,9 +40,6 @@ what is missing, and what ran out of a limit that is larger now. Sizes above one
 memory or time are skipped, and the page says so.
 
 """
-SCOPES = ("backbone", "attention", "detector")
-MODES = ("inference", "training")
-QUANTITIES = ("flops", "memory", "latency")
 _STEP = 32
 _RATIO = math.sqrt(2)
 
@@ -59,56 +69,42 @@ def image_sizes(text: str) -> tuple[ImageSize, ...]:
     return tuple((side, side) for side in rounded)
 
 
-def _positives(text: str) -> tuple[int, ...]:
-    return tuple(positive(part) for part in names(text))
-
-
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument(
-        "--attention",
-        type=names,
-        default=("all",),
-        metavar="A,B",
-        help="mechanisms, rows such as 'Partial ViL', or mechanisms of yours as"
-        " package.module:Class or file.py:Class (default: all mechanisms, each once)",
+    add(
+        parser,
+        "attention",
+        help=f"{SHARED['attention']['help']}; all is every mechanism once",
     )
     parser.add_argument(
         "--image-sizes",
         type=image_sizes,
         default="224:1024",
         metavar="A:B",
-        help="224:1024 (default) is a geometric series of multiples of 32, 224:1024:9 one of 9"
-        " sizes, 256,512x768 a list",
+        help="224:1024 is a geometric series of multiples of 32, 224:1024:9 one of 9 sizes,"
+        " 256,512x768 a list",
     )
     parser.add_argument(
-        "--batch-sizes", type=_positives, default=(1,), metavar="A,B", help="images in a batch (1)"
+        "--batch-sizes",
+        type=several(positive),
+        default="1",
+        metavar="A,B",
+        help="images in a batch",
     )
     parser.add_argument(
         "--scope",
+        choices=SCOPES,
         default="backbone",
-        help="backbone (default), attention (the first module of it alone) or detector",
+        help="what is measured; attention is the first module of the backbone alone",
     )
-    parser.add_argument(
-        "--backbone", default="tiny", help="of configs/backbones.yaml (default: tiny)"
-    )
-    parser.add_argument(
-        "--mode", type=names, default=MODES, metavar="M", help="inference,training (both)"
-    )
-    parser.add_argument(
-        "--what",
-        type=names,
-        default=QUANTITIES,
-        metavar="Q",
-        help=f"some of {','.join(QUANTITIES)} (default: all)",
-    )
-    parser.add_argument(
-        "--precision", default="32-true", help="32-true (default), bf16-mixed or 16-mixed"
-    )
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
-    parser.add_argument("--repeats", type=positive, default=3, help="fewest samples (3)")
-    parser.add_argument("--seconds", type=seconds, default=0.5, help="they add up to (0.5)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and images (0)")
+    add(parser, "backbone", default="tiny")
+    add(parser, "mode")
+    add_what(parser, SWEPT)
+    add_precision(parser)
+    add(parser, "device")
+    add(parser, "repeats", default=3)
+    add(parser, "seconds", default="0.5")
+    add(parser, "seed")
     parser.add_argument(
         "--memory-limit",
         type=memory_budget,
@@ -116,62 +112,52 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="of each point, on the CPU (default: nine tenths of what is free)",
     )
     parser.add_argument(
-        "--max-seconds", type=seconds, default=600.0, help="of each point (600); 0 for no limit"
+        "--max-seconds",
+        type=seconds,
+        default="600",
+        metavar="S",
+        help="of each point; 0 for no limit",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("results/sweep"),
-        metavar="DIR",
-        help="of records and report (results/sweep)",
-    )
-    parser.add_argument("--format", default="table", help=", ".join(FORMATS))
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of bench/config.py")
+    add(parser, "output", default="results/sweep", help="of records and report")
+    add(parser, "format", choices=FORMATS)
+    add_overrides(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Sweep, write the report and print its tables."""
-    for what, chosen, allowed in (
-        ("--format", [options.format], FORMATS),
-        ("--scope", [options.scope], SCOPES),
-        ("--mode", options.mode, MODES),
-        ("--what", options.what, QUANTITIES),
-    ):
-        for value in chosen:
-            choose(value, allowed, what)
-    if options.repeats < 2:
-        raise InputError(f"--repeats {options.repeats} must be at least 2")
-
     from rich.console import Console
 
-    from bench import sweep
-    from report import sweep as report
+    from bench.sweep.points import plan
+    from bench.sweep.store import Limits
+    from bench.sweep.walks import sweep
+    from report.sweep.page import write
+    from report.sweep.points import alike
 
-    walks = sweep.plan(
+    walks = plan(
         options.attention,
         sizes=options.image_sizes,
         batch_sizes=options.batch_sizes,
         modes=[mode for mode in MODES if mode in options.mode],
         scope=options.scope,
-        what=[quantity for quantity in QUANTITIES if quantity in options.what],
+        what=[quantity for quantity in SWEPT if quantity in options.what],
         backbone=options.backbone,
         values={
             "device": options.device,
             "seed": options.seed,
-            "train": {"precision": options.precision},
+            "train": {"precision": precision(options)},
             "profile": {"repeats": options.repeats, "seconds": options.seconds},
         },
         overrides=options.overrides,
     )
-    points = sweep.sweep(
+    points = sweep(
         walks,
         output=options.output,
-        limits=sweep.Limits(memory=options.memory_limit, seconds=options.max_seconds or None),
+        limits=Limits(memory=options.memory_limit, seconds=options.max_seconds or None),
         command=["python", "-m", "bench", *sys.argv[1:]],
         # Progress goes to stderr, so that JSON and CSV can be piped.
         console=Console(stderr=True),
     )
-    page = report.write(report.alike(points, options.output), options.output)
+    page = write(alike(points, options.output), options.output)
     PRINT[options.format](points)
     print(f"report: {page} and {page.with_suffix('.html')}", file=sys.stderr)
     broken = [point for point in points if (point.error or {}).get("kind") == "error"]
@@ -179,25 +165,32 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _table(points: Sequence[Any]) -> None:
-    from report import sweep, tables
+    from report import tables
+    from report.sweep.points import frame
+    from report.sweep.tables import summaries
 
-    for table in sweep.summaries(points):
+    for table in summaries(frame(points)):
         print(f"{table.title}\n\n{tables.to_text(table.shown, WIDTH)}")
         print("\n".join((*(textwrap.fill(note, WIDTH) for note in table.notes), "")))
 
 
 def _markdown(points: Sequence[Any]) -> None:
-    from report import sweep, tables
+    from report import tables
+    from report.sweep import tables as sweep
+    from report.sweep.points import frame
 
-    for table in (*sweep.summaries(points), sweep.points(points)):
+    data = frame(points)
+    for table in (*sweep.summaries(data), sweep.points(data)):
         print(f"## {table.title}\n\n{tables.to_markdown(table.shown)}")
         print("\n".join((*table.notes, "")))
 
 
 def _csv(points: Sequence[Any]) -> None:
-    from report import sweep, tables
+    from report import tables
+    from report.sweep import tables as sweep
+    from report.sweep.points import frame
 
-    print(tables.to_csv(sweep.points(points).raw), end="")
+    print(tables.to_csv(sweep.points(frame(points)).raw), end="")
 
 
 def _json(points: Sequence[Any]) -> None:

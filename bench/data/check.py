@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.data import images
 from bench.data.annotations import Entry, Finding, decode_mask, run_lengths
-from bench.data.bar import Bar
 from bench.data.coco import LAYOUT, CocoDataset, splits
 from bench.data.images import DEEP_MODES, Picture
 from bench.data.loader import clear_worker_errors, prepare_worker
 from bench.errors import InputError
+from bench.progress import Bar
 
 _AT_ONCE = 8
 # An area or box that differs from its mask's by more is taken for a mistake, not for rounding.

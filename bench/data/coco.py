@@ -39,6 +39,7 @@ DATASETS_VARIABLE = "DETECTRON2_DATASETS"
 LAYOUT = "annotations/instances_SPLIT.json and the images in SPLIT/, for example train2017"
 
 Target = dict[str, Tensor]
+Categories = tuple[tuple[int, str], ...]
 
 _SHOWN = 5
 
@@ -133,7 +134,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         )
         if content.get("categories") == []:
             self._report(Finding("section missing", "no categories"))
-        self.categories = tuple((category["id"], category["name"]) for category in categories)
+        self.categories: Categories = tuple((c["id"], c["name"]) for c in categories)
         self._category_entries = categories
         self._labels = {id_: label for label, (id_, _) in enumerate(self.categories, start=1)}
         groups = self._groups(content, entries, drop=drop_degenerate)

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import IO
 
 from bench.data import DataError
-from bench.data.bar import Bar
 from bench.errors import InputError, choose
+from bench.progress import Bar
 
 BASE_URL = "http://images.cocodataset.org"
 SPLITS = ("train2017", "val2017")

@@ -8,7 +8,7 @@ is why colour helps to tell the classes apart.
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,7 @@ from faster_coco_eval.core import mask as mask_api
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from bench import locks
 from bench.errors import InputError
 
 Array = NDArray[np.float64]
@@ -63,7 +64,7 @@ def generate(
     """Write the data set, unless it is there already, and return its folder.
 
     The same arguments give the same bytes. A folder that was not finished is written anew, and so
-    is a generated data set of other arguments.
+    is a generated data set of other arguments. Of several processes at once, one writes it.
 
     Args:
         root: the folder to make.
@@ -89,28 +90,45 @@ def generate(
     }
     # Of a link, the folder behind it.
     place = root.resolve()
-    unfinished = place.with_name(f".{place.name}.unfinished")
-    replaced = place.with_name(f".{place.name}.replaced")
+    lock = place.with_name(f".{place.name}.lock")
     try:
         if _mark(place) == arguments:
             return root
         _refuse_foreign(place)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-        counts = (train_images, val_images)
+        with locks.locked(lock):
+            try:
+                # Another process may have made it meanwhile.
+                if _mark(place) != arguments:
+                    _refuse_foreign(place)
+                    _replace(place, arguments)
+            finally:
+                # Who waits for it sees that it is gone, and takes a new one.
+                lock.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"cannot write generated data to {root}: {reason}") from error
+    return root
+
+
+def _replace(place: Path, arguments: Mapping[str, Any]) -> None:
+    """Write the data set beside `place`, and put it there when it is whole."""
+    unfinished = place.with_name(f".{place.name}.unfinished")
+    replaced = place.with_name(f".{place.name}.replaced")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+    counts = (arguments["train_images"], arguments["val_images"])
+    try:
         for number, (split, count) in enumerate(zip(SPLITS, counts, strict=True)):
-            _write_split(unfinished, split, count, (seed, number), image_size)
+            seed, (height, width) = (arguments["seed"], number), arguments["image_size"]
+            _write_split(unfinished, split, count, seed, (height, width))
         (unfinished / _MARK).write_text(json.dumps(arguments), encoding="utf-8")
         # Moved away whole: half deleted under its own name, it would pass for finished.
         if place.exists():
             place.replace(replaced)
         unfinished.replace(place)
-    except OSError as error:
+    finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        reason = error.strerror or error
-        raise InputError(f"cannot write generated data to {root}: {reason}") from error
-    shutil.rmtree(replaced, ignore_errors=True)
-    return root
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _mark(root: Path) -> Any:

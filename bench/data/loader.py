@@ -30,38 +30,27 @@ class DataWorkerError(DataError):
     """A process that reads data died, most often killed for want of memory."""
 
 
-class Timed(Iterator[Batch]):
-    """Batches, and how long the caller waited for them.
+@dataclass
+class Pace:
+    """How fast batches are read, and how long the caller waited for them.
 
     Where `waited` is near zero the data keeps up with the training; where it is near the whole
     time, more workers would help.
 
     Attributes:
-        waited: seconds spent in `next` since the last reset.
-        images: how many images were delivered since the last reset.
+        waited: seconds that the caller waited for batches since the last reset.
+        reading: seconds that the same batches take to read at full speed: what each took where it
+            was read, shared among the workers, which read side by side. What it costs to hand them
+            over is not in it.
     """
 
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self._batches = batches
-        self.waited = 0.0
-        self.images = 0
+    waited: float = 0.0
+    reading: float = 0.0
 
-    def __iter__(self) -> "Timed":
-        return self
-
-    def __next__(self) -> Batch:
-        start = time.perf_counter()
-        try:
-            batch = next(self._batches)
-        finally:
-            self.waited += time.perf_counter() - start
-        self.images += len(batch[0])
-        return batch
-
-    def reset(self) -> tuple[float, int]:
-        """Return `waited` and `images`, and begin again at zero."""
-        values = self.waited, self.images
-        self.waited, self.images = 0.0, 0
+    def reset(self) -> "Pace":
+        """Return what was added up, and begin again at zero."""
+        values = Pace(self.waited, self.reading)
+        self.waited = self.reading = 0.0
         return values
 
 
@@ -102,7 +91,17 @@ class _Order:
                 waiting.clear()
 
 
-class _TrainingSamples(Dataset[Sample | InputError]):
+class _Samples(Dataset[Sample | InputError]):
+    """Samples that are read a batch at a time, by a clock."""
+
+    def __getitems__(self, keys: Sequence[Any]) -> list[Any]:
+        """The samples of a batch and, last, the seconds that this process took for them."""
+        start = time.perf_counter()
+        samples = [self[key] for key in keys]
+        return [*samples, time.perf_counter() - start]
+
+
+class _TrainingSamples(_Samples):
     """Samples by (index, augmentation seed): crowds left out, flipped by the seed."""
 
     def __init__(self, dataset: CocoDataset, *, seed: int, flip: bool) -> None:
@@ -122,7 +121,7 @@ class _TrainingSamples(Dataset[Sample | InputError]):
         return image, target
 
 
-class _EvaluationSamples(Dataset[Sample | InputError]):
+class _EvaluationSamples(_Samples):
     def __init__(self, dataset: CocoDataset) -> None:
         self.dataset = dataset
 
@@ -158,6 +157,7 @@ def training_batches(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool | None = None,
+    pace: Pace | None = None,
 ) -> Iterator[Batch]:
     """Yield the batches of steps `start_step` to `steps - 1`.
 
@@ -170,6 +170,7 @@ def training_batches(
         rank: which of `world_size` processes this one is; each has its own part of every batch, and
             the parts in order of rank are the batch of a single process.
         pin_memory: put batches where a GPU copies them from fastest; None where there is a GPU.
+        pace: told of the time that each batch took.
 
     Raises:
         InputError: where no image is left, or an image cannot be read.
@@ -201,6 +202,7 @@ def training_batches(
         (batch[own] for batch in order.batches(start_step, steps)),
         num_workers,
         pin_memory,
+        pace or Pace(),
     )
 
 
@@ -229,7 +231,7 @@ def evaluation_batches(
     """
     own = range(rank, len(dataset), world_size)
     batches = (list(own[start : start + batch_size]) for start in range(0, len(own), batch_size))
-    yield from _load(_EvaluationSamples(dataset), batches, num_workers, pin_memory)
+    yield from _load(_EvaluationSamples(dataset), batches, num_workers, pin_memory, Pace())
 
 
 @contextmanager
@@ -251,11 +253,13 @@ def clear_worker_errors() -> Iterator[None]:
 
 
 def _load(
-    samples: Dataset[Sample | InputError],
+    samples: _Samples,
     batches: Iterator[list[Any]],
     workers: int,
     pin_memory: bool | None,
+    pace: Pace,
 ) -> Iterator[Batch]:
+    start = time.perf_counter()
     loader = DataLoader(
         samples,
         batch_sampler=batches,
@@ -270,7 +274,13 @@ def _load(
         for batch in loader:
             if isinstance(batch, InputError):
                 raise batch
-            yield batch
+            images, targets, seconds = batch
+            pace.reading += seconds / max(1, workers)
+            pace.waited += time.perf_counter() - start
+            yield images, targets
+            # While the batch before is held here, it stays in memory.
+            del batch, images, targets
+            start = time.perf_counter()
 
 
 def prepare_worker(_: int) -> None:
@@ -282,11 +292,13 @@ def prepare_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _collate(samples: Sequence[Sample | InputError]) -> Batch | InputError:
+def _collate(read: list[Any]) -> tuple[list[Tensor], list[Target], float] | InputError:
+    """A batch, and the seconds that it took to read."""
+    *samples, seconds = read
     images, targets = [], []
     for sample in samples:
         if isinstance(sample, InputError):
             return sample
         images.append(sample[0])
         targets.append(sample[1])
-    return images, targets
+    return images, targets, seconds

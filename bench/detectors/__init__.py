@@ -18,6 +18,7 @@ from types import ModuleType
 from bench.backbone import ViL
 from bench.detectors.contract import Detector, PartCall, Settings, pyramid_strides
 from bench.errors import InputError, choose
+from bench.vocabulary import LIBRARIES, METHODS
 
 __all__ = [
     "LIBRARIES",
@@ -29,8 +30,6 @@ __all__ = [
     "resolve_library",
 ]
 
-METHODS = ("mask_rcnn", "retinanet")
-LIBRARIES = ("torchvision", "detectron2", "auto")
 DETECTRON2_INSTALL = "pip install --no-build-isolation '.[detectron2]'"
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bench import checkpoints, runner
+from bench import checkpoints, devices, models
 from bench.checkpoints import Checkpoints
 from bench.config import DataConfig, RunConfig, TrainConfig, load_suite
 from bench.data.coco import CocoDataset
@@ -53,7 +53,7 @@ def build(model: str, dataset: CocoDataset) -> nn.Module:
     # Redrawn features and dropped paths: random states of every kind.
     overrides = ["model.options.redraw_interval=2", "model.drop_path=0.2"]
     config = load_suite("quick", rows=["performer"], device="cpu", overrides=overrides).runs[0]
-    return runner.build_detector(config, dataset.num_classes)
+    return models.build_detector(config, dataset.num_classes)
 
 
 def kill(*_: object) -> None:
@@ -133,7 +133,7 @@ def run(folder: Path, model: str, dataset: CocoDataset, kind: str = "", number: 
     _, log = train(
         detector,
         dataset,
-        fabric=runner.make_fabric(RunConfig(device="cpu")),
+        fabric=devices.make_fabric(RunConfig(device="cpu")),
         config=TrainConfig(
             steps=STEPS[model],
             batch_size=2,

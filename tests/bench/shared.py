@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from bench import runner
+from bench import models
 from bench.checkpoints import Checkpoints
 from bench.config import DataConfig, RunConfig, TrainConfig, build_config, load_suite
 from bench.data.coco import CocoDataset
+from bench.devices import make_fabric
 from bench.logs import StepLog, read_steps
 from bench.train import train
 
@@ -32,8 +33,8 @@ def main(data: str, file: str, devices: int, accumulate: int, model: str) -> Non
     torch.set_num_threads(1)
     run = config(*model.split("/"), devices=devices, accumulate=accumulate)
     dataset = CocoDataset(data, "train2017")
-    fabric = runner.make_fabric(run)
-    detector = runner.build_detector(run, dataset.num_classes)
+    fabric = make_fabric(run)
+    detector = models.build_detector(run, dataset.num_classes)
     journal = StepLog(Path(file).with_suffix(f".{fabric.global_rank}.jsonl"))
     train(
         detector,

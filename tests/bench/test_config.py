@@ -27,12 +27,15 @@ from bench.errors import InputError
 FOLDER = Path(configs.__file__).parent
 FILES = sorted(FOLDER.rglob("*.yaml"))
 with (FOLDER.parent / "results" / "published.csv").open(newline="") as _table:
-    PUBLISHED = {row["row"]: row for row in csv.DictReader(_table) if row["table"] == "ablation"}
+    EVERY = list(csv.DictReader(_table))
+PUBLISHED = {row["row"]: row for row in EVERY if row["table"] == "ablation"}
+ZOO = {row["row"]: row for row in EVERY if row["table"] == "zoo"}
 ROWS = (*PUBLISHED, "full", "linformer", "Partial linformer")
 CURATED = {"srformer", "global", "performer", "longformer", "full", "linformer"}
 AUTOMATIC = tuple(
     row for name in attentions.names() if name not in CURATED for row in (name, f"Partial {name}")
 )
+METHODS = {"mask_rcnn": "Mask R-CNN", "retinanet": "RetinaNet"}
 USERS = """
 from torch import nn
 
@@ -68,7 +71,7 @@ def test_files_are_mappings(path):
 
 def test_all_suites_are_found():
     assert suites() == tuple(sorted(path.stem for path in (FOLDER / "suites").glob("*.yaml")))
-    assert {"ablation", "quick"} <= set(suites())
+    assert {"ablation", "quick", "zoo"} <= set(suites())
 
 
 @pytest.mark.parametrize("suite", suites())
@@ -144,6 +147,66 @@ def test_ablation_is_the_published(row):
     assert run.model.backbone == published["backbone"]
     assert run.train.schedule == published["schedule"]
     assert run.model.method == "mask_rcnn"
+
+
+def test_the_zoo_has_the_published_rows_in_their_order():
+    assert [run.row for run in load_suite("zoo").runs] == list(ZOO)
+    assert len(ZOO) == 16
+
+
+@pytest.mark.parametrize("row", ZOO)
+def test_the_zoo_is_the_published(row):
+    (run,) = load(suite="zoo", rows=[row])
+    published, recipe = ZOO[row], read("recipes.yaml")[ZOO[row]["schedule"]]
+    assert run.model.arch == published["arch"]
+    assert run.model.attention == published["attention"]
+    assert run.model.drop_path == float(published["drop_path"])
+    assert run.model.backbone == published["backbone"]
+    assert METHODS[run.model.method] == published["method"]
+    assert run.model.library == "auto"
+    assert run.train.schedule == published["schedule"]
+    assert (run.train.steps, run.train.milestones) == (
+        recipe["train"]["steps"],
+        recipe["train"]["milestones"],
+    )
+    assert run.data.min_sizes == recipe["data"]["min_sizes"]
+
+
+def test_schedule_and_method_change_a_suite_of_all_rows():
+    (run,) = load(suite="ablation", rows=["Partial performer"], schedule="3x", method="retinanet")
+    assert (run.train.steps, run.train.schedule, run.model.method) == (270000, "3x", "retinanet")
+    assert len(run.data.min_sizes) == 6
+    assert run.model.drop_path == 0.05
+    (plain,) = load(suite="ablation", rows=["Partial performer"])
+    assert (plain.train.steps, plain.model.method) == (90000, "mask_rcnn")
+
+
+def test_schedule_and_method_choose_among_rows_that_have_their_own():
+    chosen = [run.row for run in load(suite="zoo", rows=(), schedule="3x", method="retinanet")]
+    assert chosen == [row for row in ZOO if "RetinaNet 3x" in row]
+    assert len(chosen) == 4
+    message = refuse(suite="zoo", rows=(), schedule="quick")
+    assert "no row of suite zoo has schedule quick" in message
+    assert "ViL-Tiny RetinaNet 1x" in message
+    message = refuse(suite="zoo", rows=["ViL-Tiny RetinaNet 1x"], schedule="3x")
+    assert "unknown row 'ViL-Tiny RetinaNet 1x'" in message
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"schedule": "2x"}, "unknown schedule '2x'; allowed: 1x, 3x, quick"),
+        ({"method": "retina"}, "unknown method 'retina' (did you mean 'retinanet'?)"),
+    ],
+)
+def test_unknown_schedules_and_methods(more, said):
+    assert said in refuse(**more)
+
+
+def test_a_suite_of_named_rows_has_no_place_for_a_mechanism(tmp_path):
+    message = refuse(suite="zoo", rows=[f"{tmp_path}/users.py:Mean"])
+    assert "unknown row" in message
+    assert "a mechanism of yours" not in message
 
 
 def test_the_published_recipe():
@@ -300,6 +363,7 @@ def test_a_mechanism_of_the_user_is_a_row(tmp_path):
         (["model.backbone=${oc.env:NO_SUCH_NAME}"], ["model.backbone", "NO_SUCH_NAME"]),
         (["row=other"], ["'row=other'", "--rows"]),
         (["suite=other"], ["'suite=other'", "--suite"]),
+        (["train.schedule=3x"], ["'train.schedule=3x'", "--schedule"]),
     ],
     ids=lambda value: value[0],
 )
@@ -311,7 +375,7 @@ def test_wrong_values_are_refused_by_one_clear_line(overrides, parts):
 
 def test_unknown_suites_and_rows():
     message = refuse(suite="quik")
-    assert "unknown suite 'quik' (did you mean 'quick'?); allowed: ablation, quick" in message
+    assert "unknown suite 'quik' (did you mean 'quick'?); allowed: ablation, quick, zoo" in message
     message = refuse(rows=["ViL", "partial vil"])
     assert "unknown row 'partial vil' of suite quick (did you mean 'Partial ViL'?)" in message
     assert all(row in message for row in ROWS)

@@ -140,7 +140,7 @@ def test_the_source_is_never_overwritten(classifiers, capsys):
         (["--backbone", "smal"], "did you mean 'small'"),
         (["--backbone", "small"], "no tensor of it fits a stage of --backbone small"),
         (["--attention", "lonformer"], "did you mean 'longformer'"),
-        (["--attention", "all"], "--attention all"),
+        (["--attention", "all"], "--attention: 'all' is many rows"),
         (["--position", "rotary"], "allowed: absolute, relative"),
         (["--format", "yaml"], "allowed: table, json"),
         (["model.arhc=l1"], "did you mean 'model.arch'"),

@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from bench import cli
 from bench.data.annotations import Finding
-from bench.data.bar import Bar
 from bench.data.check import SplitReport, check
 from bench.data.coco import CocoDataset
 from bench.errors import InputError
@@ -440,17 +438,3 @@ def test_speed_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert row["workers"] == 0
     assert row["images/s"] == pytest.approx(row["images"] / row["seconds"], rel=0.6)
     assert row["images"] % 2 == 0
-
-
-def test_a_bar_without_a_terminal_prints_lines_with_the_time_left() -> None:
-    now = [0.0]
-    console = Console(width=120, force_terminal=False, record=True, quiet=False)
-    with Bar("checking", 100, done=20, console=console, clock=lambda: now[0]) as bar:
-        for _ in range(4):
-            now[0] += 10
-            bar.advance(10)
-    lines = console.export_text().splitlines()
-    assert lines == [
-        "checking: 40 of 100, left 0:01:00",
-        "checking: 60 of 100, left 0:00:40",
-    ]

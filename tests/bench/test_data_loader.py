@@ -333,25 +333,33 @@ def test_ctrl_c_does_not_reach_the_workers(data: CocoDataset) -> None:
     assert same([first, *found], batches(data, steps=40))
 
 
-def test_the_time_waited_is_added_up() -> None:
-    batch: loader.Batch = ([torch.zeros(3, 2, 2)] * 3, [{}] * 3)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_time_to_read_is_added_up_whether_or_not_it_is_waited_for(
+    data: CocoDataset, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    read = CocoDataset.__getitem__
 
-    def slow() -> Iterator[loader.Batch]:
-        for _ in range(4):
-            time.sleep(0.02)
-            yield batch
+    def slow(dataset: CocoDataset, index: int) -> loader.Sample:
+        time.sleep(0.05)
+        return read(dataset, index)
 
-    timed = loader.Timed(slow())
-    next(timed)
-    time.sleep(0.2)
-    next(timed)
-    waited, images = timed.reset()
-    assert 0.04 <= waited < 0.2
-    assert images == 6
-    assert (timed.waited, timed.images) == (0, 0)
-    assert len(list(timed)) == 2
-    assert timed.images == 6
-    assert timed.waited >= 0.04
+    monkeypatch.setattr(CocoDataset, "__getitem__", slow)
+    pace = loader.Pace()
+    found = loader.training_batches(
+        data, batch_size=2, seed=0, steps=6, num_workers=workers, pace=pace
+    )
+    next(found)
+    assert pace.waited >= 0.1
+    pace.reset()
+    for _ in range(4):
+        # The caller is busy for longer than two workers are with a batch.
+        time.sleep(0.1)
+        next(found)
+    whole = 4 * 2 * 0.05
+    assert whole / max(1, workers) <= pace.reading < 2 * whole / max(1, workers)
+    assert pace.waited >= whole if workers == 0 else pace.waited < pace.reading
+    assert pace.reset().reading > 0
+    assert pace == loader.Pace()
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ from bench.data.generated import generate
 from bench.detectors import weights
 from bench.errors import InputError
 from bench.evaluate import CocoEvaluator
-from bench.runner import build_detector
+from bench.models import build_detector
 from bench.train import to_float
 
 ARCH = (
@@ -279,13 +279,16 @@ def test_weights_that_do_not_fit_change_nothing():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--library", "detectron"], "unknown --library 'detectron' (did you mean 'detectron2'?)"),
-        (["--method", "fast_rcnn"], "unknown --method 'fast_rcnn'"),
-        (["--precision", "16"], "unknown --precision '16'"),
-        (["--position", "none"], "unknown --position 'none'"),
-        (["--format", "yaml"], "unknown --format 'yaml'"),
-        (["--workers", "-1"], "--workers -1 must not be negative"),
-        (["--attention", "all"], "--attention all: a checkpoint is of one row"),
+        (
+            ["--library", "detectron"],
+            "--library: unknown value 'detectron' (did you mean 'detectron2'?)",
+        ),
+        (["--method", "fast_rcnn"], "--method: unknown value 'fast_rcnn'"),
+        (["--precision", "16"], "--precision: unknown value '16'"),
+        (["--position", "none"], "--position: unknown value 'none'"),
+        (["--format", "yaml"], "--format: unknown value 'yaml'"),
+        (["--workers", "-1"], "--workers: '-1' is no whole number, 0 or more"),
+        (["--attention", "all"], "--attention: 'all' is many rows"),
         (["--attention", "performr"], "did you mean 'performer'?"),
         (["--arch", ARCH, "--position", "relative"], "leave out --position"),
         (["--split", "test"], "splits there: train2017, val2017"),

@@ -24,9 +24,9 @@ from bench.config import DataConfig, RunConfig, TrainConfig
 from bench.data.coco import CocoDataset
 from bench.data.generated import generate
 from bench.data.loader import DataWorkerError
+from bench.devices import make_fabric
 from bench.errors import InputError
 from bench.interrupt import EXIT_CODE, Held
-from bench.runner import make_fabric
 from bench.train import DivergedError, TrainingLog, train
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import attentions
-from bench import detectors, flops
+from bench import detectors, flex, flops, formulas, operators
 from bench.backbone import ViL
 from bench.errors import InputError
 
@@ -155,7 +155,7 @@ def test_attention_is_counted_once(device, inputs, options, products):
     if "attn_mask" in options:
         options = {"attn_mask": torch.zeros(options["attn_mask"], device=device)}
     tensors = sdpa_inputs(device, **inputs)
-    counted = flops.count_operators(lambda: F.scaled_dot_product_attention(*tensors, **options))
+    counted = operators.count_operators(lambda: F.scaled_dot_product_attention(*tensors, **options))
     assert counted.total == products
     assert counted.uncounted == {}
 
@@ -163,7 +163,7 @@ def test_attention_is_counted_once(device, inputs, options, products):
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_backward_of_attention(device):
     tensors = [t.requires_grad_() for t in sdpa_inputs(device, SHAPE)]
-    counted = flops.count_operators(
+    counted = operators.count_operators(
         lambda: F.scaled_dot_product_attention(*tensors).sum().backward()
     )
     product = 6 * 10 * 10 * 8
@@ -172,12 +172,24 @@ def test_backward_of_attention(device):
     assert counted.uncounted == {}
 
 
-@pytest.mark.parametrize("operator", flops.FORMULAS)
+@pytest.mark.parametrize("operator", formulas.FORMULAS)
 def test_formulas_are_of_operators_that_torch_lacks_or_miscounts(operator):
     from torch.utils.flop_counter import flop_registry
 
     grouped = "_scaled_dot_product" in str(operator) or "convolution_backward" in str(operator)
     assert operator not in flop_registry or grouped
+
+
+@pytest.mark.parametrize(
+    "operator", [name for name in formulas.FORMULAS if "_scaled_dot_product" in str(name)]
+)
+def test_fused_attention_by_the_shapes_of_its_arguments(operator):
+    query, key, value = (2, 6, 10, 8), (2, 3, 7, 8), (2, 3, 7, 4)
+    backward = "backward" in str(operator)
+    shapes = [(2, 6, 10, 4)] * backward + [query, key, value]
+    # Scores take 8 products a pair, values 4; backward, three and two times that.
+    products = 3 * 8 + 2 * 4 if backward else 8 + 4
+    assert formulas.FORMULAS[operator](*shapes) == 2 * (2 * 6 * 10 * 7 * products)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -186,18 +198,18 @@ def test_flex_attention_by_its_blocks():
         lambda _b, _h, q, k: (q - k).abs() < 64, 1, 1, 512, 512, device="cpu", BLOCK_SIZE=128
     )
     tensors = sdpa_inputs("cpu", (1, 2, 512, 16))
-    counted = flops.count_operators(lambda: flex_attention(*tensors, block_mask=mask))
+    counted = operators.count_operators(lambda: flex_attention(*tensors, block_mask=mask))
     # A band over 4x4 blocks keeps the diagonal and its two neighbours: 10 of 16.
     assert counted.total == 2 * 10 * 128 * 128 * 32
     assert counted.uncounted == {}
-    dense = flops.count_operators(lambda: flex_attention(*tensors))
+    dense = operators.count_operators(lambda: flex_attention(*tensors))
     assert dense.total == 2 * 512 * 512 * 32
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_without_a_mask_is_dense():
     tensors = sdpa_inputs("meta", (1, 2, 512, 16))
-    counted = flops.count_operators(lambda: flex_attention(*tensors))
+    counted = operators.count_operators(lambda: flex_attention(*tensors))
     assert counted.total == 2 * 512 * 512 * 32
     assert counted.uncounted == {}
 
@@ -219,7 +231,7 @@ def test_flex_attention_on_meta_by_its_blocks(made_while_counting):
         out = flex_attention(*tensors, block_mask=block_mask)
         assert out.device.type == "meta"
 
-    counted = flops.count_operators(run)
+    counted = operators.count_operators(run)
     assert counted.total == 2 * 10 * 128 * 128 * 32
     assert counted.uncounted == {}
     # What was patched for the count is as before.
@@ -229,13 +241,13 @@ def test_flex_attention_on_meta_by_its_blocks(made_while_counting):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_without_values_is_dense_and_says_so(monkeypatch):
-    monkeypatch.setattr(flops, "LARGEST_MASK", 512 * 512 - 1)
+    monkeypatch.setattr(flex, "LARGEST_MASK", 512 * 512 - 1)
     tensors = sdpa_inputs("meta", (1, 2, 512, 16))
-    counted = flops.count_operators(
+    counted = operators.count_operators(
         lambda: flex_attention(*tensors, block_mask=band(512, tensors[0].device))
     )
     assert counted.total == 2 * 512 * 512 * 32
-    assert counted.uncounted == {flops.FLEX_DENSE: 1}
+    assert counted.uncounted == {flex.DENSE: 1}
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -249,7 +261,7 @@ def test_a_mask_that_reads_tensors_on_meta_has_no_values():
         )
         flex_attention(*tensors, block_mask=mask)
 
-    assert flops.count_operators(run).uncounted == {flops.FLEX_DENSE: 1}
+    assert operators.count_operators(run).uncounted == {flex.DENSE: 1}
 
 
 @pytest.mark.parametrize(
@@ -266,7 +278,7 @@ def test_a_mask_that_reads_tensors_on_meta_has_no_values():
     ],
 )
 def test_products(run, products):
-    counted = flops.count_operators(lambda: run(torch.zeros(4, 8, device="meta")))
+    counted = operators.count_operators(lambda: run(torch.zeros(4, 8, device="meta")))
     assert counted.total == products
     assert counted.uncounted == {}
 
@@ -278,7 +290,7 @@ def test_inference_mode_hides_nothing():
         with torch.inference_mode():
             layer(x)
 
-    counted = flops.count_operators(run)
+    counted = operators.count_operators(run)
     assert counted.total == 4 * 8 * 8
     assert counted.uncounted == {}
 
@@ -291,13 +303,13 @@ def test_operators_free_by_nature_are_not_listed():
         y = F.interpolate(F.max_pool2d(F.pad(y, (1, 1)), 2), scale_factor=2.0)
         return torch.cat([y.roll(1), y[:, torch.arange(4)]], dim=1).mean().exp()
 
-    counted = flops.count_operators(run)
+    counted = operators.count_operators(run)
     assert counted.total == 0
     assert counted.uncounted == {}
 
 
 def test_free_operators_exist():
-    names = [name for names in flops.FREE.values() for name in names.split()]
+    names = [name for names in formulas.FREE.values() for name in names.split()]
     assert len(names) == len(set(names))
     assert [name for name in names if not hasattr(torch.ops.aten, name)] == []
 
@@ -312,7 +324,7 @@ def test_an_unknown_operator_is_listed_with_its_calls():
         return torch.empty_like(x)
 
     x = torch.zeros(4, 4, device="meta")
-    counted = flops.count_operators(lambda: (opaque(opaque(x)), torch.cdist(x, x)))
+    counted = operators.count_operators(lambda: (opaque(opaque(x)), torch.cdist(x, x)))
     assert counted.uncounted["test_flops.opaque"] == 2
     assert any("cdist" in name for name in counted.uncounted)
 
@@ -395,14 +407,14 @@ def test_the_grid_of_a_mechanism_is_that_of_stage_1():
 
 def test_compiled_modules_are_counted():
     layer = torch.compile(nn.Linear(8, 8))
-    counted = flops.count_call(layer, (torch.zeros(4, 8, device="meta"),))
+    counted = operators.count_call(layer, (torch.zeros(4, 8, device="meta"),))
     assert counted.total == 4 * 8 * 8
 
 
 def test_multihead_attention_is_counted():
     module = nn.MultiheadAttention(8, 2, batch_first=True)
     x = torch.zeros(1, 5, 8, device="meta")
-    counted = flops.count_call(module, (x, x, x))
+    counted = operators.count_call(module, (x, x, x))
     assert counted.total == 4 * 5 * 8 * 8 + 2 * 5 * 5 * 8
     assert counted.uncounted == {}
 

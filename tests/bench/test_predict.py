@@ -11,15 +11,17 @@ import attentions
 from bench import detectors, memory
 from bench.backbone import ViL
 from bench.config import build_config, profile_configs
+from bench.detectors.rois import fixed_rois, most
 from bench.errors import InputError
-from bench.predict import KIND, Fit, fit, predict, training_bytes, watch_rois
-from bench.runner import build_detector
+from bench.models import build_detector
+from bench.predict import KIND, Fit, fit, predict, training_bytes
 
 MODES = ("inference", "training")
 PRECISIONS = ("32-true", "bf16-mixed")
 # Nothing in a mechanism or a backbone depends on data.
 EXACT = 0.01
 LIMIT = 0.10
+TARGETS = 6
 ARCH = (
     "l1,h2,d16,n1,s1,g1,p4,f4,a1_l2,h2,d32,n1,s1,g1,p2,f4,a1_"
     "l3,h2,d32,n1,s1,g1,p2,f2,a1_l4,h2,d32,n1,s0,g0,p2,f2,a1"
@@ -102,13 +104,12 @@ def detector(name="longformer", method="mask_rcnn", *, size=(128, 160), arch=ARC
     )
 
 
-def seen_and_measured(module, *, size, batch, mode, precision, device="cpu"):
-    """The measured peak, and the counts that `predict` needs to predict this very run."""
+def measured_detector(module, *, size, batch, mode, precision, device="cpu"):
+    """The measured peak, as in a profile: on as many RoIs as the detector can have."""
     images = [torch.rand(3, *size, device=device) for _ in range(batch)]
-    inputs = (images, targets_of(6, size, batch, device)) if mode == "training" else (images,)
-    with watch_rois(module) as seen:
-        peak = measured(module, *inputs, mode=mode, precision=precision, device=device)
-    return peak, {"targets": 6} | seen.counts(mode, batch)
+    inputs = (images, targets_of(TARGETS, size, batch, device)) if mode == "training" else (images,)
+    with fixed_rois(module, most(module)):
+        return measured(module, *inputs, mode=mode, precision=precision, device=device)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -155,12 +156,10 @@ def test_backbone(name, mode):
 )
 def test_detector(method, batch, precision, mode):
     size = (128, 160)
-    # An untrained detector is sure of nothing; without a threshold it detects all it may.
-    threshold = {"score_threshold": 0.0} if method == "mask_rcnn" else {}
-    module = detector(method=method, **threshold)
-    peak, counts = seen_and_measured(module, size=size, batch=batch, mode=mode, precision=precision)
+    module = detector(method=method)
+    peak = measured_detector(module, size=size, batch=batch, mode=mode, precision=precision)
     found = predict(
-        module, image_size=size, batch_size=batch, mode=mode, precision=precision, **counts
+        module, image_size=size, batch_size=batch, mode=mode, precision=precision, targets=TARGETS
     )
     assert found.total == pytest.approx(peak.bytes, rel=LIMIT)
 
@@ -168,12 +167,12 @@ def test_detector(method, batch, precision, mode):
 def test_what_is_assumed_is_the_most_there_can_be():
     module = detector(arch=LITTLE)
     given = {"image_size": (128, 160), "mode": "training"}
-    most = predict(module, **given)
-    assert most.counts.mask_rois is None
-    for fewer in ({"mask_rois": 3}, {"rois": 20}, {"targets": 1}):
-        assert predict(module, **given, **fewer).total < most.total
+    found = predict(module, **given)
+    assert found.counts == most(module)
     # A quarter of the RoIs have an object.
-    assert predict(module, **given, mask_rois=HEADS["roi_batch"] // 4).total == most.total
+    assert found.counts.mask_rois == HEADS["roi_batch"] // 4
+    for fewer in ({"mask_rois": 3}, {"rois": 20}, {"targets": 1}):
+        assert predict(module, **given, **fewer).total < found.total
 
 
 @pytest.mark.slow
@@ -184,11 +183,14 @@ def test_every_detector(name, method, mode):
     size = (128, 160)
     module = detector(name, method)
     for batch, precision in ((1, "bf16-mixed"), (2, "32-true")):
-        peak, counts = seen_and_measured(
-            module, size=size, batch=batch, mode=mode, precision=precision
-        )
+        peak = measured_detector(module, size=size, batch=batch, mode=mode, precision=precision)
         found = predict(
-            module, image_size=size, batch_size=batch, mode=mode, precision=precision, **counts
+            module,
+            image_size=size,
+            batch_size=batch,
+            mode=mode,
+            precision=precision,
+            targets=TARGETS,
         )
         assert found.total == pytest.approx(peak.bytes, rel=LIMIT)
 
@@ -210,11 +212,14 @@ def test_published_sizes(row, backbone, size, batch, method, mode):
     )
     module = build_detector(config, 80)
     for precision in PRECISIONS:
-        peak, counts = seen_and_measured(
-            module, size=size, batch=batch, mode=mode, precision=precision
-        )
+        peak = measured_detector(module, size=size, batch=batch, mode=mode, precision=precision)
         found = predict(
-            module, image_size=size, batch_size=batch, mode=mode, precision=precision, **counts
+            module,
+            image_size=size,
+            batch_size=batch,
+            mode=mode,
+            precision=precision,
+            targets=TARGETS,
         )
         assert found.total == pytest.approx(peak.bytes, rel=LIMIT)
 
@@ -225,8 +230,8 @@ def test_published_sizes(row, backbone, size, batch, method, mode):
 def test_detectron2(method, mode):
     size = (128, 160)
     module = detector(method=method, library="detectron2")
-    peak, counts = seen_and_measured(module, size=size, batch=2, mode=mode, precision="32-true")
-    found = predict(module, image_size=size, batch_size=2, mode=mode, **counts)
+    peak = measured_detector(module, size=size, batch=2, mode=mode, precision="32-true")
+    found = predict(module, image_size=size, batch_size=2, mode=mode, targets=TARGETS)
     assert found.total == pytest.approx(peak.bytes, rel=LIMIT)
 
 
@@ -456,7 +461,7 @@ def test_agrees_with_the_allocator(method, precision, mode):
         ["ViL"], backbone="small", image_size=size, values={"model": {"method": method}}
     )
     module = build_detector(config, 80).cuda()
-    peak, counts = seen_and_measured(
+    peak = measured_detector(
         module, size=size, batch=batch, mode=mode, precision=precision, device="cuda"
     )
     found = predict(
@@ -466,6 +471,6 @@ def test_agrees_with_the_allocator(method, precision, mode):
         mode=mode,
         precision=precision,
         device="cuda",
-        **counts,
+        targets=TARGETS,
     )
     assert found.total == pytest.approx(peak.bytes, rel=LIMIT)

@@ -6,7 +6,7 @@ import torch
 from bench import cli, detectors, flops, published
 from bench.backbone import ViL
 from bench.config import ProfileConfig
-from bench.runner import flops_section
+from bench.models import flops_section
 
 TINY = (
     "l1,h1,d12,n1,s1,g2,p4,f4,a1_l2,h2,d24,n1,s1,g1,p2,f4,a1"

@@ -9,13 +9,15 @@ import torch
 from rich.console import Console
 
 import attentions
-from bench import flops, record, subjects, sweep
+from bench import flops, operators, record, subjects
 from bench.cli import main
 from bench.commands import sweep as command
 from bench.commands.sweep import image_sizes
 from bench.errors import InputError
-from bench.runner import build_backbone
-from bench.sweep import Limits
+from bench.models import build_backbone
+from bench.sweep import points, process, walks
+from bench.sweep.store import Limits, Store, Task, unfinished
+from bench.vocabulary import MODES
 
 SIZES = ((32, 32), (64, 64), (96, 96), (128, 128))
 
@@ -23,12 +25,12 @@ SIZES = ((32, 32), (64, 64), (96, 96), (128, 128))
 def plan(names, sizes=SIZES, **options):
     values = {"device": "cpu", "profile": {"repeats": 2, "seconds": 0.0}}
     defaults = {"backbone": "quick", "modes": ("inference",), "values": values}
-    return sweep.plan(names, sizes=sizes, **defaults | options)
+    return points.plan(names, sizes=sizes, **defaults | options)
 
 
-def run(walks, output, *, limits=None, console=None):
-    return sweep.sweep(
-        walks,
+def run(planned, output, *, limits=None, console=None):
+    return walks.sweep(
+        planned,
         output=output,
         limits=limits or Limits(seconds=60.0),
         command=["python", "-m", "bench", "sweep"],
@@ -92,7 +94,7 @@ def test_interrupted_then_out_of_memory_then_nothing_left(tmp_path, mechanism, m
     assert points[0].latency["training"] is None
     assert points[1].environment["limits"] == {"memory": 4 * 10**9, "seconds": 60.0}
 
-    monkeypatch.setattr(sweep, "_Walker", None)
+    monkeypatch.setattr(walks, "_Walker", None)
     assert run([walk], tmp_path, limits=limits) == points
 
 
@@ -117,11 +119,11 @@ def test_what_takes_too_long_is_stopped(tmp_path, mechanism):
 
 @pytest.fixture
 def store(tmp_path):
-    return lambda **limits: sweep._Store(tmp_path / "records", Limits(**limits), ["x"])
+    return lambda **limits: Store(tmp_path / "records", Limits(**limits), ["x"])
 
 
 def fail(store, point, kind):
-    task = sweep._Task(point, "")
+    task = Task(point, "")
     return store.write(task, {"kind": kind, "message": ""}, store.limits.memory)
 
 
@@ -142,7 +144,7 @@ def test_what_failed_is_tried_again_under_a_larger_limit(store, kind, then, now,
     old = store(**then)
     fail(old, walk[1], kind)
     fail(old, walk[2], "skipped")
-    tasks = sweep._tasks(walk, store(**now))
+    tasks = unfinished(walk, store(**now))
     places = [walk.index(task.point) for task in tasks]
     assert places == ([0, 1, 2, 3] if again else [0, 3])
     # The last one has no record yet, but needs none of a measurement.
@@ -152,31 +154,31 @@ def test_what_failed_is_tried_again_under_a_larger_limit(store, kind, then, now,
 def test_a_success_stands_above_all_failures(store):
     (walk,) = plan(["full"])
     fail(store(), walk[0], "error")
-    done = store().write(sweep._Task(walk[0], ""), None, None)
+    done = store().write(Task(walk[0], ""), None, None)
     assert store().records[walk[0].key] == done
-    assert walk[0] not in [task.point for task in sweep._tasks(walk, store())]
+    assert walk[0] not in [task.point for task in unfinished(walk, store())]
 
 
 def test_flops_alone_need_no_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep._Walker, "_measure", None)
-    walks = plan(["full"], modes=sweep.MODES, what=("flops",), sizes=SIZES[:2])
-    points = run(walks, tmp_path)
+    monkeypatch.setattr(walks._Walker, "_measure", None)
+    planned = plan(["full"], modes=MODES, what=("flops",), sizes=SIZES[:2])
+    points = run(planned, tmp_path)
     assert [point.flops["mode"] for point in points] == ["inference"] * 2 + ["training"] * 2
     assert all(point.memory is None and point.latency is None for point in points)
 
 
 def test_walks_rise_and_differ_in_size_alone():
-    walks = plan(["full", "ViL"], sizes=[(64, 96), (32, 32)], modes=sweep.MODES, batch_sizes=(1, 2))
-    assert len(walks) == 8
-    for walk in walks:
+    planned = plan(["full", "ViL"], sizes=[(64, 96), (32, 32)], modes=MODES, batch_sizes=(1, 2))
+    assert len(planned) == 8
+    for walk in planned:
         assert [point.size for point in walk] == [(32, 32), (64, 96)]
         assert len({(p.config.row, p.mode, p.config.profile.batch_size) for p in walk}) == 1
         assert all(tuple(point.config.data.fixed_size) == point.size for point in walk)
 
 
 def test_all_is_every_mechanism_once():
-    walks = plan(["all"], sizes=SIZES[:1])
-    found = [walk[0].config.model.attention for walk in walks]
+    planned = plan(["all"], sizes=SIZES[:1])
+    found = [walk[0].config.model.attention for walk in planned]
     assert sorted(found) == sorted(attentions.names())
 
 
@@ -200,8 +202,8 @@ def test_a_key_depends_on_what_the_numbers_depend_on():
 
 def test_a_mechanism_for_one_size_says_so():
     (walk,) = plan(["linformer"], sizes=SIZES[:2])
-    task = sweep._Task(walk[1], "")
-    sweep._count(task)
+    task = Task(walk[1], "")
+    walks._count(task)
     assert ["linformer works for one size only" in note for note in task.notes] == [True]
 
 
@@ -223,11 +225,11 @@ class Inbox(list):
     ],
 )
 def test_a_point_of_each_scope(scope, mode, monkeypatch):
-    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(process.signal, "signal", lambda *_: None)
     overrides = ["model.detector.rpn_proposals=[20,10]", "model.detector.rpn_proposals_test=[9,9]"]
     (walk,) = plan(["ViL"], sizes=[(64, 96)], scope=scope, modes=(mode,), overrides=overrides)
     inbox = Inbox()
-    sweep.measure_points(inbox, [sweep._job(walk[0])], None, threads=1)
+    process.measure_points(inbox, [process.Job.of(walk[0])], None, threads=1)
     sections = {kind: content for kind, content in inbox if kind in ("memory", "latency")}
     assert inbox[0] == ("begins", None)
     assert inbox[-1] == ("ends", None)
@@ -238,8 +240,8 @@ def test_a_point_of_each_scope(scope, mode, monkeypatch):
 
 @pytest.mark.parametrize(("limit", "kind"), [(2**60, "out_of_memory"), (None, "error")])
 def test_what_libraries_say_under_a_limit_is_out_of_memory(limit, kind, monkeypatch):
-    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(sweep, "_limit_memory", lambda _: None)
+    monkeypatch.setattr(process.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(process, "_limit_memory", lambda _: None)
 
     def fail(*_):
         raise RuntimeError("could not create a primitive")
@@ -247,7 +249,7 @@ def test_what_libraries_say_under_a_limit_is_out_of_memory(limit, kind, monkeypa
     monkeypatch.setattr(subjects, "make", fail)
     inbox = Inbox()
     (walk,) = plan(["full"], SIZES[:2])
-    sweep.measure_points(inbox, [sweep._job(point) for point in walk], limit, threads=1)
+    process.measure_points(inbox, [process.Job.of(point) for point in walk], limit, threads=1)
     ends = [content["kind"] for word, content in inbox if word == "ends"]
     # Larger points are not tried after the first.
     assert ends == ([kind] if limit else [kind] * 2)
@@ -267,7 +269,7 @@ def test_flops_of_inference_are_those_of_the_profiler():
 def test_a_training_step_costs_about_three_forward_passes(name):
     # The gradient of each product takes two products; the first convolution needs one less.
     (walk,) = plan([name], sizes=[(128, 128)])
-    forward, step = (subjects.count("backbone", walk[0].config, mode) for mode in sweep.MODES)
+    forward, step = (subjects.count("backbone", walk[0].config, mode) for mode in MODES)
     assert 2.7 < step["total"] / forward["total"] <= 3.0
     assert step["uncounted"] == {}
 
@@ -277,8 +279,8 @@ def test_a_training_step_costs_about_three_forward_passes(name):
 def test_backward_of_a_grouped_convolution_costs_two_forward_passes(layer, groups):
     convolution = layer(8, 8, 3, stride=2, groups=groups, device="meta")
     image = torch.empty(2, 8, 12, 12, device="meta", requires_grad=True)
-    forward = flops.count_operators(lambda: convolution(image)).total
-    both = flops.count_operators(lambda: convolution(image).sum().backward()).total
+    forward = operators.count_operators(lambda: convolution(image)).total
+    both = operators.count_operators(lambda: convolution(image).sum().backward()).total
     assert both == 3 * forward
 
 
@@ -320,8 +322,8 @@ def test_no_image_sizes(text):
         (["--mode", "inferense"], "did you mean 'inference'?"),
         (["--what", "flop"], "did you mean 'flops'?"),
         (["--format", "xml"], "allowed: table, json, csv, markdown"),
-        (["--precision", "fp8"], "unknown train.precision 'fp8'"),
-        (["--repeats", "1"], "--repeats 1 must be at least 2"),
+        (["--precision", "fp8"], "--precision: unknown value 'fp8'"),
+        (["--repeats", "1"], "--repeats: '1' is too few: quartiles need 2 samples or more"),
         (["--device", "tpu"], "device='tpu' is none of auto, cpu"),
     ],
 )

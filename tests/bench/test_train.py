@@ -14,9 +14,9 @@ from bench.checkpoints import Checkpoints
 from bench.config import DataConfig, RunConfig, TrainConfig, load_suite
 from bench.data.coco import CocoDataset
 from bench.data.generated import generate
+from bench.devices import make_fabric
 from bench.errors import InputError
-from bench.logs import StepLog, read_steps
-from bench.runner import make_fabric
+from bench.logs import StepLog, read_steps, readable
 from bench.train import (
     DivergedError,
     effective,
@@ -290,7 +290,8 @@ def test_every_step_has_its_line_once_though_the_run_was_stopped(
     whole = go(tmp_path / "whole", None)
     assert [entry["step"] for entry in whole] == list(range(1, STEPS + 1))
     names = {"total", "count", "size", "lr", "gradient_norm", "images_per_second",
-             "data_seconds", "step_seconds", "peak_memory_bytes"}  # fmt: skip
+             "loader_images_per_second", "data_seconds", "step_seconds",
+             "peak_memory_bytes"}  # fmt: skip
     assert all(names < set(entry) for entry in whole)
     # Five steps, of which four have a checkpoint.
     assert len(go(tmp_path / "parts", 5)) == 5
@@ -304,5 +305,22 @@ def test_tensorboard_that_is_not_installed_is_one_clear_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(InputError, match="pip install tensorboard"):
+    with pytest.raises(InputError, match=r"pip install '\.\[tensorboard\]'"):
         StepLog(tmp_path / "x.jsonl", tensorboard=tmp_path / "board")
+
+
+def test_the_readable_log_says_how_fast_data_is_read_beside_the_time_waited(
+    tmp_path: Path,
+) -> None:
+    steps = [(10.0, 40.0, 0.1, 1.0), (30.0, 120.0, 0.3, 1.0), (10.0, 60.0, 0.0, 0.5)]
+    with readable(tmp_path / "x.log"), StepLog(tmp_path / "x.jsonl", every=2, total=3) as journal:
+        for number, values in enumerate(steps, start=1):
+            names = ("images_per_second", "loader_images_per_second", "data_seconds",
+                     "step_seconds")  # fmt: skip
+            journal.write({"step": number, **dict(zip(names, values, strict=True))})
+    lines = (tmp_path / "x.log").read_text().splitlines()
+    told = [line.partition("up to it: ")[2] for line in lines if "up to it" in line]
+    assert told == [
+        "15 images/s, where the loader reads up to 60 images/s; waited for data 20.0% of the time",
+        "10 images/s, where the loader reads up to 60 images/s; waited for data 0.0% of the time",
+    ]

@@ -5,38 +5,43 @@
 it is broken. `bench.conformance` runs them all and says what they found.
 """
 
-import contextlib
 import copy
 import inspect
 import itertools
-import textwrap
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import attentions
 from attentions.contract import Grid, accepted_options
-from bench.flops import count_call
+from bench.conformance.outcomes import (
+    OUTPUT,
+    check_output,
+    difference,
+    differences,
+    during,
+    no_leaf,
+    outcome,
+    output_gradient,
+    refusals,
+    run,
+    show,
+)
+from bench.conformance.subject import (
+    BATCH,
+    FailedError,
+    SkippedError,
+    Subject,
+    WarnedError,
+    disturb,
+)
+from bench.operators import count_call
 
-SIZE = ("dim", "num_heads", "num_global")
-PLACE = ("grid", "seq_len", "position", "block_index")
-DIM, NUM_HEADS, NUM_GLOBAL = 48, 3, 2
-GRID: Grid = (6, 8)
-_BATCH = 3
-# Added to the initial parameters, so that one that starts at zero does not hide the others.
-_SPREAD = 0.2
+_SIZE = ("dim", "num_heads", "num_global")
+_PLACE = ("grid", "seq_len", "position", "block_index")
 _FEW_GLOBALS = (0, 1, 3)
-# Largest differences, relative to the largest value but at least to 1: between two sums of the same
-# numbers in another order, and between single or half precision and the one above.
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
+# The largest difference between single or half precision and the one above, relative to the largest
+# value but at least to 1.
 _SINGLE, _HALF = 1e-3, 0.1
-# Characters of an error that are shown.
-_LONGEST = 200
 # Of multiply-adds.
 _DECLARED = 0.01
 # It traces forward and backward as any backend does, and needs no compiler of the system.
@@ -44,162 +49,10 @@ _BACKEND = "aot_eager"
 _UNKNOWN_OPTION = "an_option_that_no_mechanism_has"
 
 
-class VerdictError(Exception):
-    """What a check found, other than that all is well.
-
-    Args:
-        reason: in one line.
-        advice: what to change; empty where the check's own advice says it.
-    """
-
-    status: str
-
-    def __init__(self, reason: str, advice: str = "") -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.advice = advice
-
-
-class FailedError(VerdictError):
-    """A promise is broken."""
-
-    status = "failed"
-
-
-class WarnedError(VerdictError):
-    """A promise is kept, but at a cost or within limits."""
-
-    status = "warning"
-
-
-class SkippedError(VerdictError):
-    """A promise does not apply."""
-
-    status = "skipped"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A mechanism under test with one set of options.
-
-    Attributes:
-        name: registered, `package.module:Class` or `file.py:Class`.
-        options: given to the constructor.
-        grid: (rows, columns) of the ordinary calls.
-        dim: channels.
-        num_heads: attention heads.
-        dtype: of the ordinary calls.
-    """
-
-    name: str
-    options: Mapping[str, Any]
-    grid: Grid = GRID
-    dim: int = DIM
-    num_heads: int = NUM_HEADS
-    dtype: torch.dtype = torch.float64
-
-    @property
-    def factory(self) -> type[nn.Module]:
-        """The class."""
-        return attentions.find(self.name)
-
-    @property
-    def fixed_size(self) -> bool:
-        """Whether it says that it works for one image size only."""
-        return bool(getattr(self.factory, "fixed_size", False))
-
-    @property
-    def least_globals(self) -> int:
-        """The fewest global tokens that it says it works with."""
-        return int(getattr(self.factory, "least_globals", 0))
-
-    @property
-    def num_global(self) -> int:
-        """Global tokens of the ordinary calls."""
-        return max(NUM_GLOBAL, self.least_globals)
-
-    @property
-    def other_grid(self) -> Grid:
-        """A grid that differs from the ordinary one on both sides."""
-        return self.grid[0] + 2, self.grid[1] + 4
-
-    @property
-    def odd_grids(self) -> tuple[Grid, ...]:
-        """Grids with odd sides, none of them square."""
-        rows, columns = (side - side % 2 for side in self.grid)
-        return (rows - 1, columns - 1), (columns + 1, rows - 1), (rows + 1, 2 * columns - 1)
-
-    @property
-    def rounding(self) -> float:
-        """How far apart equal results may be."""
-        return _ROUNDING[self.dtype]
-
-    def build(
-        self, *, grid: Grid | None = None, num_global: int | None = None, seed: int = 0, **more: Any
-    ) -> nn.Module:
-        """Build it for a largest grid, as a backbone does, with initial parameters of `seed`."""
-        torch.manual_seed(seed)
-        return attentions.build_for(
-            self.name,
-            grid=grid or self.grid,
-            dim=self.dim,
-            num_heads=self.num_heads,
-            num_global=self.num_global if num_global is None else num_global,
-            **{**self.options, **more},
-        )
-
-    def module(self, *, dtype: torch.dtype | None = None, seed: int = 0, **how: Any) -> nn.Module:
-        """Build it with parameters moved off their initial values, evaluating."""
-        module = self.build(seed=seed, **how)
-        disturb(module, seed)
-        return module.to(dtype or self.dtype).eval()
-
-    def tokens(
-        self,
-        grid: Grid | None = None,
-        *,
-        num_global: int | None = None,
-        dtype: torch.dtype | None = None,
-        seed: int = 0,
-    ) -> Tensor:
-        """Random input (B, N, dim)."""
-        rows, columns = grid or self.grid
-        count = (self.num_global if num_global is None else num_global) + rows * columns
-        generator = torch.Generator().manual_seed(1 + seed)
-        shape = (_BATCH, count, self.dim)
-        random = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return random.to(dtype or self.dtype)
-
-    def reason(self, error: BaseException) -> str:
-        """An error in one line, and where in the mechanism's file it arose."""
-        file = inspect.getsourcefile(self.factory) or ""
-        # What torch.compile stumbles over has a stack of its own.
-        stack = getattr(error, "real_stack", None) or traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in stack if frame.filename == file]
-        place = f" ({Path(file).name}, line {lines[-1]})" if lines else ""
-        return f"{type(error).__name__}: {one_line(error)}{place}"
-
-
-def disturb(module: nn.Module, seed: int = 0) -> None:
-    """Move every parameter off its value by a little, at random."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.is_floating_point():
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.add_(_SPREAD * noise.to(parameter.dtype))
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return textwrap.shorten(lines[0], _LONGEST, placeholder=" …") if lines else "without a message"
-
-
 def constructor(subject: Subject) -> None:
     """It can be built from its size, its place and the options given."""
     accepted = accepted_options(subject.factory)
-    absent = [name for name in SIZE if name not in accepted]
+    absent = [name for name in _SIZE if name not in accepted]
     if absent:
         raise FailedError(
             f"the constructor does not take {', '.join(absent)}",
@@ -208,7 +61,7 @@ def constructor(subject: Subject) -> None:
     without = [
         name
         for name, parameter in accepted.items()
-        if parameter.default is inspect.Parameter.empty and name not in (*SIZE, *PLACE)
+        if parameter.default is inspect.Parameter.empty and name not in (*_SIZE, *_PLACE)
     ]
     if without:
         raise FailedError(
@@ -242,7 +95,7 @@ def keywords(subject: Subject) -> None:
         )
     rows, columns = subject.grid
     tokens = subject.num_global + rows * columns
-    place = dict(zip(PLACE, (subject.grid, tokens, "absolute", 0), strict=True))
+    place = dict(zip(_PLACE, (subject.grid, tokens, "absolute", 0), strict=True))
     arguments = {
         "dim": subject.dim,
         "num_heads": subject.num_heads,
@@ -262,11 +115,11 @@ def keywords(subject: Subject) -> None:
 
 def plain_output(subject: Subject) -> None:
     """In float32, it returns what came in: tokens, channels and dtype."""
-    refused = _refused(subject, [subject.grid], dtype=torch.float32)
+    refused = refusals(subject, [subject.grid], dtype=torch.float32)
     if refused:
         raise FailedError(refused[0], "handle it; or, if it is too small, name a larger --grid")
     module, x = subject.module(dtype=torch.float32), subject.tokens(dtype=torch.float32)
-    y = _call(module, x, subject.grid, f"grid {_size(subject.grid)}")
+    y = run(module, x, subject.grid, f"grid {show(subject.grid)}")
     if y.dtype != x.dtype:
         raise FailedError(
             f"{y.dtype} for an input of {x.dtype}", "end with the input's dtype: y.to(x.dtype)"
@@ -275,7 +128,7 @@ def plain_output(subject: Subject) -> None:
 
 def odd_grids(subject: Subject) -> None:
     """It takes grids with odd sides."""
-    refused = _refused(subject, subject.odd_grids)
+    refused = refusals(subject, subject.odd_grids)
     if refused:
         raise FailedError(
             refused[0],
@@ -286,7 +139,7 @@ def odd_grids(subject: Subject) -> None:
 
 def thin_grids(subject: Subject) -> None:
     """It takes grids of one row or column, or says clearly that it does not."""
-    refused = _refused(subject, [(1, 1), (1, subject.grid[1]), (subject.grid[0], 1)])
+    refused = refusals(subject, [(1, 1), (1, subject.grid[1]), (subject.grid[0], 1)])
     if refused:
         raise WarnedError(f"refused, by a clear error: {refused[0]}")
 
@@ -295,13 +148,13 @@ def few_globals(subject: Subject) -> None:
     """It takes no global token, or as few as it declares, and several."""
     for count in dict.fromkeys(max(few, subject.least_globals) for few in _FEW_GLOBALS):
         least = f"; or declare least_globals = {count + 1}" if count < 1 else ""
-        with _when(
+        with during(
             subject,
             f"num_global {count}",
             f"the first num_global tokens of x are global, the grid comes after{least}",
         ):
             module = subject.module(num_global=count)
-            _call(module, subject.tokens(num_global=count), subject.grid, f"num_global {count}")
+            run(module, subject.tokens(num_global=count), subject.grid, f"num_global {count}")
 
 
 def resolution(subject: Subject) -> None:
@@ -310,17 +163,17 @@ def resolution(subject: Subject) -> None:
     if subject.fixed_size:
         return _refuses(subject, other)
     module, fresh = (subject.module(grid=other) for _ in range(2))
-    before = _call(module, subject.tokens(), grid, f"grid {_size(grid)}")
-    when = f"grid {_size(other)} after {_size(grid)}"
+    before = run(module, subject.tokens(), grid, f"grid {show(grid)}")
+    when = f"grid {show(other)} after {show(grid)}"
     depends = "let nothing depend on the grid it was made for, or declare fixed_size = True"
-    with _when(subject, when, depends):
-        changed = _call(module, subject.tokens(other), other, when)
+    with during(subject, when, depends):
+        changed = run(module, subject.tokens(other), other, when)
     keeps = "make what depends on the grid anew at each call, or keep it by its grid"
-    expected = _call(fresh, subject.tokens(other), other, f"grid {_size(other)}")
-    if _apart(changed, expected) > subject.rounding:
+    expected = run(fresh, subject.tokens(other), other, f"grid {show(other)}")
+    if difference(changed, expected) > subject.rounding:
         raise FailedError(f"{when}: another output than without the call before", keeps)
-    if _apart(_call(module, subject.tokens(), grid, "again"), before) > subject.rounding:
-        raise FailedError(f"grid {_size(grid)} after {_size(other)}: another output", keeps)
+    if difference(run(module, subject.tokens(), grid, "again"), before) > subject.rounding:
+        raise FailedError(f"grid {show(grid)} after {show(other)}: another output", keeps)
     return None
 
 
@@ -331,7 +184,7 @@ def _refuses(subject: Subject, other: Grid) -> None:
     except ValueError:
         return
     raise FailedError(
-        f"fixed_size is declared, but grid {_size(other)} is taken after {_size(subject.grid)}",
+        f"fixed_size is declared, but grid {show(other)} is taken after {show(subject.grid)}",
         "raise ValueError for another size, or take fixed_size out",
     )
 
@@ -339,24 +192,24 @@ def _refuses(subject: Subject, other: Grid) -> None:
 def batch(subject: Subject) -> None:
     """An image does not see its neighbours in the batch."""
     module, x = subject.module(), subject.tokens()
-    together = _call(module, x, subject.grid, "a batch")
-    for i in range(_BATCH):
-        alone = _call(module, x[i : i + 1], subject.grid, "one image")
-        if _apart(together[i : i + 1], alone) > subject.rounding:
-            raise FailedError(f"image {i} of {_BATCH} comes out otherwise than alone")
-    crowded = _call(module, torch.cat([x[:1], 30 * x[1:]]), subject.grid, "a batch")
-    if _apart(crowded[:1], together[:1]) > subject.rounding:
+    together = run(module, x, subject.grid, "a batch")
+    for i in range(BATCH):
+        alone = run(module, x[i : i + 1], subject.grid, "one image")
+        if difference(together[i : i + 1], alone) > subject.rounding:
+            raise FailedError(f"image {i} of {BATCH} comes out otherwise than alone")
+    crowded = run(module, torch.cat([x[:1], 30 * x[1:]]), subject.grid, "a batch")
+    if difference(crowded[:1], together[:1]) > subject.rounding:
         raise FailedError("an image comes out otherwise where its neighbours are large")
 
 
 def gradients(subject: Subject) -> None:
     """Finite gradients reach the input and every parameter while training."""
     module, x = subject.module().train(), subject.tokens().requires_grad_()
-    y = module(_no_leaf(x), subject.grid)
-    _check_output(y, x, "while training")
+    y = module(no_leaf(x), subject.grid)
+    check_output(y, x, "while training")
     if not y.requires_grad:
         raise FailedError("the output has no gradient", "remove no_grad, detach and .data")
-    y.backward(_weights(y))
+    y.backward(output_gradient(y))
     places = [("the input", x), *((f"parameter {n!r}", p) for n, p in module.named_parameters())]
     for what, value in places:
         if not value.requires_grad:
@@ -385,7 +238,7 @@ def calls(subject: Subject) -> None:
         if not torch.equal(x, kept):
             raise FailedError("it changes its input", "work on a copy: no x += …, no x[…] = …")
         module(other, subject.grid)
-        if _apart(module(x, subject.grid), first) > 0:
+        if difference(module(x, subject.grid), first) > 0:
             raise FailedError("the same input gives another output after a call in between")
     changed = [
         name for name, value in module.state_dict().items() if not torch.equal(value, before[name])
@@ -408,10 +261,10 @@ def instances(subject: Subject) -> None:
             "make it in __init__, not in the class body or the module",
         )
     x = subject.tokens()
-    before = _call(one, x, subject.grid, "the first instance")
-    _outcome(other.train(), subject.tokens(seed=1), subject.grid)
-    _call(other.eval(), subject.tokens(seed=2), subject.grid, "the second instance")
-    if _apart(_call(one, x, subject.grid, "the first instance"), before) > 0:
+    before = run(one, x, subject.grid, "the first instance")
+    outcome(other.train(), subject.tokens(seed=1), subject.grid)
+    run(other.eval(), subject.tokens(seed=2), subject.grid, "the second instance")
+    if difference(run(one, x, subject.grid, "the first instance"), before) > 0:
         raise FailedError("calling one instance changes the output of another")
 
 
@@ -419,7 +272,7 @@ def copies(subject: Subject) -> None:
     """Deep copies and loaded state dicts are equal to what they are of, and independent."""
     module, loaded = subject.module(seed=0), subject.module(seed=1)
     x = subject.tokens()
-    expected = _call(module, x, subject.grid, "the original")
+    expected = run(module, x, subject.grid, "the original")
     loose = [
         ".".join(filter(None, (path, name)))
         for path, part in module.named_modules()
@@ -429,27 +282,27 @@ def copies(subject: Subject) -> None:
     named = f": {', '.join(loose)}" if loose else ""
     register = f"register every tensor as a parameter or, by register_buffer, as a buffer{named}"
     loaded.load_state_dict(module.state_dict())
-    if _apart(_call(loaded, x, subject.grid, "a loaded state dict"), expected) > 0:
+    if difference(run(loaded, x, subject.grid, "a loaded state dict"), expected) > 0:
         raise FailedError(
             "the state dict of one, loaded into another, gives another output", register
         )
     copied = copy.deepcopy(module)
-    if _apart(_call(copied, x, subject.grid, "a deep copy"), expected) > 0:
+    if difference(run(copied, x, subject.grid, "a deep copy"), expected) > 0:
         raise FailedError("a deep copy gives another output", register)
     disturb(copied)
-    _call(copied, x, subject.grid, "a deep copy")
-    if _apart(_call(module, x, subject.grid, "the original"), expected) > 0:
+    run(copied, x, subject.grid, "a deep copy")
+    if difference(run(module, x, subject.grid, "the original"), expected) > 0:
         raise FailedError("changing a deep copy changes the original", register)
 
 
 def precision(subject: Subject) -> None:
     """float64 in, float64 out, and float32 close to it."""
     module, x = subject.module(dtype=torch.float64), subject.tokens(dtype=torch.float64)
-    exact = _call(module, x, subject.grid, "float64")
+    exact = run(module, x, subject.grid, "float64")
     if exact.dtype != x.dtype:
         raise FailedError(f"{exact.dtype} for an input of {x.dtype}")
-    single = _call(copy.deepcopy(module).float(), x.float(), subject.grid, "float32")
-    apart = _apart(single, exact)
+    single = run(copy.deepcopy(module).float(), x.float(), subject.grid, "float32")
+    apart = difference(single, exact)
     if apart > _SINGLE:
         raise FailedError(
             f"float32 is {apart:.0e} of the largest value away from float64",
@@ -469,14 +322,14 @@ def autocast(subject: Subject) -> None:
     worst = 0.0
     for scale in (1, 10):
         x = scale * subject.tokens(dtype=torch.float32)
-        exact = _outcome(module, x, subject.grid)
-        found = _outcome(module, x, subject.grid, call=rounded)
+        exact = outcome(module, x, subject.grid)
+        found = outcome(module, x, subject.grid, call=rounded)
         for what, value in found.items():
             if not value.isfinite().all() and exact[what].isfinite().all():
                 times = f", its input times {scale}" if scale > 1 else ""
                 raise FailedError(f"under bfloat16 autocast{times}, {what} is not finite")
         if scale == 1:
-            worst = _apart(found[_OUTPUT], exact[_OUTPUT])
+            worst = difference(found[OUTPUT], exact[OUTPUT])
     if worst > _HALF:
         raise WarnedError(
             f"bfloat16 autocast is {worst:.0%} of the largest value away from float32",
@@ -487,20 +340,20 @@ def autocast(subject: Subject) -> None:
 def compiles(subject: Subject) -> None:
     """torch.compile gives the same output and gradients, in one graph."""
     module, x = subject.module(), subject.tokens()
-    expected = _outcome(module, x, subject.grid)
+    expected = outcome(module, x, subject.grid)
     torch._dynamo.reset()
     broken = ""
     try:
         compiled = torch.compile(module, backend=_BACKEND, fullgraph=True)
-        actual = _outcome(module, x, subject.grid, call=compiled)
+        actual = outcome(module, x, subject.grid, call=compiled)
     except torch._dynamo.exc.TorchDynamoException as error:
         broken = subject.reason(error)
         torch._dynamo.reset()
         compiled = torch.compile(module, backend=_BACKEND)
-        actual = _outcome(module, x, subject.grid, call=compiled)
+        actual = outcome(module, x, subject.grid, call=compiled)
     finally:
         torch._dynamo.reset()
-    for what, apart in _differences(actual, expected):
+    for what, apart in differences(actual, expected):
         if apart > subject.rounding:
             raise FailedError(f"compiled, {what} is off by {apart:.0e} of the largest value")
     if broken:
@@ -548,125 +401,9 @@ def reference(subject: Subject) -> None:
         )
         slow.load_state_dict(fast.state_dict())
         x = subject.tokens(grid, num_global=count)
-        for what, apart in _differences(_outcome(fast, x, grid), _outcome(slow, x, grid)):
+        for what, apart in differences(outcome(fast, x, grid), outcome(slow, x, grid)):
             if apart > subject.rounding:
                 raise FailedError(
-                    f"grid {_size(grid)}, num_global {count}:"
+                    f"grid {show(grid)}, num_global {count}:"
                     f" {what} is off by {apart:.0e} of the largest value"
                 )
-
-
-_OUTPUT = "the output"
-
-
-def _size(grid: Grid) -> str:
-    return f"{grid[0]}x{grid[1]}"
-
-
-def _apart(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference relative to the largest expected value, but at least to 1."""
-    if actual.shape != expected.shape:
-        raise FailedError(f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}")
-    if not actual.numel():
-        return 0.0
-    actual, expected = actual.double(), expected.double()
-    largest = max(1.0, float(expected.abs().nan_to_num(nan=0.0, posinf=0.0).max()))
-    same = torch.isclose(actual, expected, rtol=0, atol=0, equal_nan=True)
-    difference = (actual - expected).abs().nan_to_num(nan=float("inf")).masked_fill(same, 0.0)
-    return float(difference.max()) / largest
-
-
-def _call(module: nn.Module, x: Tensor, grid: Grid, when: str) -> Tensor:
-    """Call a mechanism without gradients, on a copy of x, with the same random numbers each time.
-
-    Whether it changes its input or draws at random is for `calls` alone to say.
-
-    Raises:
-        FailedError: where the result is no tensor of the input's shape, or is not finite.
-    """
-    torch.manual_seed(0)
-    with torch.no_grad():
-        y = module(x.clone(), grid)
-    _check_output(y, x, when)
-    return y
-
-
-def _check_output(y: object, x: Tensor, when: str) -> None:
-    if not isinstance(y, Tensor):
-        raise FailedError(f"{when}: returns {type(y).__name__}, not a tensor", "return one tensor")
-    if y.shape != x.shape:
-        raise FailedError(
-            f"{when}: output {tuple(y.shape)} for input {tuple(x.shape)}",
-            "return as many tokens and channels as came in, global tokens first",
-        )
-    if not y.isfinite().all():
-        raise FailedError(
-            f"{when}: the output is not finite",
-            "look for a division by zero, a softmax over nothing, or an overflow",
-        )
-
-
-@contextlib.contextmanager
-def _when(subject: Subject, when: str, advice: str = "") -> Iterator[None]:
-    """Say when an error of the mechanism happened, as a `FailedError`."""
-    try:
-        yield
-    except VerdictError:
-        raise
-    except Exception as error:
-        raise FailedError(f"{when}: {subject.reason(error)}", advice) from error
-
-
-def _refused(
-    subject: Subject, grids: Sequence[Grid], *, dtype: torch.dtype | None = None
-) -> list[str]:
-    """Call on every grid; return what was said where one was refused by a clear error."""
-    refused = []
-    for grid in grids:
-        when = f"grid {_size(grid)}"
-        with _when(subject, when):
-            module, x = subject.module(grid=grid, dtype=dtype), subject.tokens(grid, dtype=dtype)
-            try:
-                _call(module, x, grid, when)
-            except ValueError as error:
-                if _size(grid) not in str(error):
-                    raise
-                refused.append(one_line(error))
-    return refused
-
-
-def _no_leaf(x: Tensor) -> Tensor:
-    """x for a mechanism that changes it in place, as no leaf may be; `calls` says that it does."""
-    return x + 0
-
-
-def _weights(y: Tensor) -> Tensor:
-    """A gradient for the output that favours no direction."""
-    return torch.arange(y.numel(), dtype=y.dtype).cos().view_as(y)
-
-
-def _outcome(
-    module: nn.Module, x: Tensor, grid: Grid, *, call: Callable[..., Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Output, and gradients of the input and of every parameter; of `call`, where it is given."""
-    x = x.clone().requires_grad_()
-    module.zero_grad()
-    torch.manual_seed(0)
-    y = (module if call is None else call)(_no_leaf(x), grid)
-    if y.requires_grad:
-        y.backward(_weights(y))
-    gradients = {
-        f"the gradient of {name}": parameter.grad.clone()
-        for name, parameter in [("the input", x), *module.named_parameters()]
-        if parameter.grad is not None
-    }
-    return {_OUTPUT: y.detach(), **gradients}
-
-
-def _differences(
-    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> Iterator[tuple[str, float]]:
-    """How far apart each part of two outcomes is; a part that one of them lacks is infinitely."""
-    for what in {**expected, **actual}:
-        both = what in actual and what in expected
-        yield what, _apart(actual[what], expected[what]) if both else float("inf")

@@ -1,8 +1,8 @@
 """Whether an attention module keeps the contract that the suite relies on.
 
-`CHECKS` is the table of promises (`bench.promises`) with what to say about each. Whatever a
-mechanism itself raises is a failure of that check and never ends the others, except where nothing
-further can be learnt: a mechanism that cannot be built or called.
+`CHECKS` is the table of promises (`bench.conformance.promises`) with what to say about each.
+Whatever a mechanism itself raises is a failure of that check and never ends the others, except
+where nothing further can be learnt: a mechanism that cannot be built or called.
 """
 
 import contextlib
@@ -18,9 +18,16 @@ from torch import nn
 
 import attentions
 from attentions.contract import Grid, accepted_options
-from bench import promises
+from bench.conformance import promises
+from bench.conformance.subject import (
+    DIM,
+    GRID,
+    NUM_HEADS,
+    Subject,
+    VerdictError,
+    one_line,
+)
 from bench.errors import InputError
-from bench.promises import DIM, GRID, NUM_HEADS, Subject, VerdictError, one_line
 
 PASSED, WARNED, FAILED, SKIPPED = "passed", "warning", "failed", "skipped"
 _WORST_FIRST = (FAILED, WARNED, PASSED, SKIPPED)

@@ -1,0 +1,178 @@
+"""A mechanism under test, and the verdicts on it."""
+
+import inspect
+import textwrap
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import attentions
+from attentions.contract import Grid
+
+DIM, NUM_HEADS, NUM_GLOBAL = 48, 3, 2
+GRID: Grid = (6, 8)
+BATCH = 3
+# Added to the initial parameters, so that one that starts at zero does not hide the others.
+_SPREAD = 0.2
+# The largest difference between two sums of the same numbers in another order, relative to the
+# largest value but at least to 1.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
+# Characters of an error that are shown.
+_LONGEST = 200
+
+
+class VerdictError(Exception):
+    """What a check found, other than that all is well.
+
+    Args:
+        reason: in one line.
+        advice: what to change; empty where the check's own advice says it.
+    """
+
+    status: str
+
+    def __init__(self, reason: str, advice: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.advice = advice
+
+
+class FailedError(VerdictError):
+    """A promise is broken."""
+
+    status = "failed"
+
+
+class WarnedError(VerdictError):
+    """A promise is kept, but at a cost or within limits."""
+
+    status = "warning"
+
+
+class SkippedError(VerdictError):
+    """A promise does not apply."""
+
+    status = "skipped"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A mechanism under test with one set of options.
+
+    Attributes:
+        name: registered, `package.module:Class` or `file.py:Class`.
+        options: given to the constructor.
+        grid: (rows, columns) of the ordinary calls.
+        dim: channels.
+        num_heads: attention heads.
+        dtype: of the ordinary calls.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    grid: Grid = GRID
+    dim: int = DIM
+    num_heads: int = NUM_HEADS
+    dtype: torch.dtype = torch.float64
+
+    @property
+    def factory(self) -> type[nn.Module]:
+        """The class."""
+        return attentions.find(self.name)
+
+    @property
+    def fixed_size(self) -> bool:
+        """Whether it says that it works for one image size only."""
+        return bool(getattr(self.factory, "fixed_size", False))
+
+    @property
+    def least_globals(self) -> int:
+        """The fewest global tokens that it says it works with."""
+        return int(getattr(self.factory, "least_globals", 0))
+
+    @property
+    def num_global(self) -> int:
+        """Global tokens of the ordinary calls."""
+        return max(NUM_GLOBAL, self.least_globals)
+
+    @property
+    def other_grid(self) -> Grid:
+        """A grid that differs from the ordinary one on both sides."""
+        return self.grid[0] + 2, self.grid[1] + 4
+
+    @property
+    def odd_grids(self) -> tuple[Grid, ...]:
+        """Grids with odd sides, none of them square."""
+        rows, columns = (side - side % 2 for side in self.grid)
+        return (rows - 1, columns - 1), (columns + 1, rows - 1), (rows + 1, 2 * columns - 1)
+
+    @property
+    def rounding(self) -> float:
+        """How far apart equal results may be."""
+        return _ROUNDING[self.dtype]
+
+    def build(
+        self, *, grid: Grid | None = None, num_global: int | None = None, seed: int = 0, **more: Any
+    ) -> nn.Module:
+        """Build it for a largest grid, as a backbone does, with initial parameters of `seed`."""
+        torch.manual_seed(seed)
+        return attentions.build_for(
+            self.name,
+            grid=grid or self.grid,
+            dim=self.dim,
+            num_heads=self.num_heads,
+            num_global=self.num_global if num_global is None else num_global,
+            **{**self.options, **more},
+        )
+
+    def module(self, *, dtype: torch.dtype | None = None, seed: int = 0, **how: Any) -> nn.Module:
+        """Build it with parameters moved off their initial values, evaluating."""
+        module = self.build(seed=seed, **how)
+        disturb(module, seed)
+        return module.to(dtype or self.dtype).eval()
+
+    def tokens(
+        self,
+        grid: Grid | None = None,
+        *,
+        num_global: int | None = None,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """Random input (B, N, dim)."""
+        rows, columns = grid or self.grid
+        count = (self.num_global if num_global is None else num_global) + rows * columns
+        generator = torch.Generator().manual_seed(1 + seed)
+        shape = (BATCH, count, self.dim)
+        random = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return random.to(dtype or self.dtype)
+
+    def reason(self, error: BaseException) -> str:
+        """An error in one line, and where in the mechanism's file it arose."""
+        file = inspect.getsourcefile(self.factory) or ""
+        # What torch.compile stumbles over has a stack of its own.
+        stack = getattr(error, "real_stack", None) or traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in stack if frame.filename == file]
+        place = f" ({Path(file).name}, line {lines[-1]})" if lines else ""
+        return f"{type(error).__name__}: {one_line(error)}{place}"
+
+
+def disturb(module: nn.Module, seed: int = 0) -> None:
+    """Move every parameter off its value by a little, at random."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(_SPREAD * noise.to(parameter.dtype))
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return textwrap.shorten(lines[0], _LONGEST, placeholder=" …") if lines else "without a message"

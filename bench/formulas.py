@@ -1,0 +1,152 @@
+"""What operators cost: those that are free by nature, and formulas that torch lacks.
+
+Free, because they hold no product of matrices, are views, elementwise operators, reductions and
+everything in `FREE`.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+FREE = {
+    "normalisation": (
+        "native_layer_norm native_group_norm native_batch_norm _fused_rms_norm"
+        " _native_batch_norm_legit _native_batch_norm_legit_no_training batch_norm_update_stats"
+    ),
+    "softmax": "_softmax _log_softmax _safe_softmax logsumexp",
+    "pooling": (
+        "avg_pool2d _adaptive_avg_pool2d max_pool2d_with_indices adaptive_max_pool2d"
+        " avg_pool1d avg_pool3d _adaptive_avg_pool3d max_pool3d_with_indices"
+    ),
+    "interpolation": (
+        "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact2d"
+        " upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d _upsample_bicubic2d_aa"
+        " grid_sampler_2d"
+    ),
+    "indexing": (
+        "index index_put index_put_ index_select gather scatter scatter_ scatter_add scatter_add_"
+        " embedding masked_fill masked_fill_ masked_scatter masked_select nonzero take"
+        " slice_scatter select_scatter triu tril where roll flip rot90"
+    ),
+    "copies": (
+        "cat stack _unsafe_view clone copy_ _to_copy contiguous constant_pad_nd reflection_pad1d"
+        " reflection_pad2d replication_pad1d replication_pad2d repeat repeat_interleave im2col"
+        " col2im pixel_shuffle pixel_unshuffle channel_shuffle _reshape_copy lift lift_fresh"
+        " lift_fresh_copy split_with_sizes_copy resize_ set_ _local_scalar_dense"
+    ),
+    "sorting": "sort topk kthvalue argsort searchsorted bucketize unique_consecutive _unique2",
+    "gradients of the above": (
+        "native_layer_norm_backward native_group_norm_backward native_batch_norm_backward"
+        " _softmax_backward_data _log_softmax_backward_data avg_pool2d_backward"
+        " _adaptive_avg_pool2d_backward max_pool2d_with_indices_backward embedding_dense_backward"
+        " upsample_nearest2d_backward upsample_bilinear2d_backward native_dropout_backward"
+        " slice_backward select_backward"
+    ),
+    "scans": "cumsum cumprod cummax cummin _cummax_helper _cummin_helper logcumsumexp",
+    "reductions": "var_mean std_mean aminmax linalg_vector_norm equal",
+    "random numbers": (
+        "rand randn randint randperm rand_like randn_like randint_like bernoulli bernoulli_"
+        " native_dropout uniform_ normal_ random_ exponential_ multinomial normal"
+    ),
+    "creation": (
+        "empty empty_like empty_strided empty_permuted new_empty new_empty_strided new_zeros"
+        " new_ones new_full zeros zeros_like ones ones_like full full_like fill_ zero_ arange"
+        " linspace eye scalar_tensor tril_indices triu_indices"
+    ),
+}
+"""Operators of aten without products of matrices, by the reason, besides those that torch tags as
+views, pointwise or reductions."""
+
+_FREE_NAMES = frozenset(name for names in FREE.values() for name in names.split())
+_FREE_TAGS = (torch.Tag.pointwise, torch.Tag.reduction, torch.Tag.inplace_view, torch.Tag.view_copy)
+
+
+def is_free(operator: torch._ops.OpOverload) -> bool:
+    """Whether an operator holds no product of matrices, by its nature (see the module)."""
+    if operator.is_view or any(tag in operator.tags for tag in _FREE_TAGS):
+        return True
+    space, _, name = operator.overloadpacket._qualified_op_name.partition("::")
+    return space == "prim" or (space == "aten" and name in _FREE_NAMES)
+
+
+Shape = tuple[int, ...]
+
+
+def _attention_flops(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    """`q kᵀ` and `weights v`: q (..., H, L, M), k (..., S, M), v (..., S, V), H heads or fewer."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _attention_backward_flops(
+    _grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any
+) -> int:
+    """The scores again, and the gradients of weights, values, queries and keys."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1])
+
+
+def _matrix_vector_flops(matrix: Shape, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(matrix)
+
+
+def _add_matrix_vector_flops(_bias: Shape, matrix: Shape, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(matrix)
+
+
+def _add_batched_flops(_bias: Shape, left: Shape, right: Shape, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(left) * right[-1]
+
+
+def _product_flops(left: Shape, right: Shape, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(left) * right[-1]
+
+
+def _convolution_backward_flops(
+    grad: Shape,
+    image: Shape,
+    weight: Shape,
+    _bias: Any,
+    _stride: Any,
+    _padding: Any,
+    _dilation: Any,
+    transposed: bool,
+    _output_padding: Any,
+    _groups: int,
+    wanted: Sequence[bool],
+    **__: Any,
+) -> int:
+    """As much as the forward pass for each gradient wanted, of the image and of the weight.
+
+    torch's own formula takes the weight's gradient of a grouped convolution for that of a dense
+    one, too much by the number of groups.
+    """
+    places = image[2:] if transposed else grad[2:]
+    return 2 * sum(wanted[:2]) * grad[0] * math.prod(places) * math.prod(weight)
+
+
+FORMULAS: Mapping[Any, Callable[..., int]] = {
+    aten.convolution_backward: _convolution_backward_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_fused_attention_overrideable: _attention_flops,
+    aten._scaled_dot_product_attention_math_for_mps: _attention_flops,
+    aten._scaled_dot_product_flash_attention: _attention_flops,
+    aten._scaled_dot_product_efficient_attention: _attention_flops,
+    aten._scaled_dot_product_cudnn_attention: _attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    aten._scaled_dot_product_fused_attention_overrideable_backward: _attention_backward_flops,
+    aten._scaled_dot_product_flash_attention_backward: _attention_backward_flops,
+    aten._scaled_dot_product_efficient_attention_backward: _attention_backward_flops,
+    aten._scaled_dot_product_cudnn_attention_backward: _attention_backward_flops,
+    aten.mv: _matrix_vector_flops,
+    aten.dot: _matrix_vector_flops,
+    aten.vdot: _matrix_vector_flops,
+    aten.addmv: _add_matrix_vector_flops,
+    aten.addbmm: _add_batched_flops,
+    aten._addmm_activation: _add_batched_flops,
+    aten._int_mm: _product_flops,
+}
+"""FLOPs (two a multiply-add) of operators that torch has no formula for, or none for grouped heads,
+from the shapes of their arguments."""
