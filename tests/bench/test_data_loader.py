@@ -301,9 +301,12 @@ def test_evaluation_holds_no_more_than_what_is_near(data: CocoDataset, workers: 
 
 def until_killed(found: Iterator[loader.Batch], busy: float) -> None:
     """Read batches, kill a worker at the fourth, and be busy for some seconds then."""
+    # Workers of a test before this one may still be ending.
+    others = {child.pid for child in multiprocessing.active_children()}
     for step, _ in enumerate(found):
         if step == 3:
-            os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+            own = {child.pid for child in multiprocessing.active_children()} - others
+            os.kill(own.pop() or 0, signal.SIGKILL)
             time.sleep(busy)
 
 
