@@ -201,6 +201,18 @@ def _title(records: Sequence[Record]) -> str:
     )
 
 
+def _rois(record: Record) -> str | None:
+    """What the heads of a row ran on, or None where they have no RoIs or nothing was measured."""
+    rois = (record.memory or record.latency or {}).get("rois")
+    if not rois:
+        return None
+    return (
+        f"Memory and latency are of {rois['proposals']} proposals and {rois['detections']}"
+        f" detections an image, in training of {rois['rois']} RoIs, {rois['mask_rois']} of them"
+        " with an object."
+    )
+
+
 def _notes(records: Sequence[Record]) -> list[str]:
     notes = ["FLOPs are multiply-adds of one image, without the mask head."]
     kinds = {(record.memory or {}).get("kind") for record in records}
@@ -209,10 +221,8 @@ def _notes(records: Sequence[Record]) -> list[str]:
         names = ", ".join(sorted(map(str, kinds)))
         notes.append(f"Peak memory is of a batch, measured as {names}.")
     if any((record.memory or {}).get("predicted") for record in records):
-        notes.append(
-            f"Predicted memory is {PREDICTED}; for as many RoIs as ran where there is a"
-            " measurement, else for the most there can be."
-        )
+        notes.append(f"Predicted memory is {PREDICTED}.")
+    notes += sorted({line for record in records if (line := _rois(record))})
     if any((record.latency or {}).get("group") for record in records):
         notes.append("Latencies with a letter in common cannot be told apart.")
     for record in records:

@@ -96,6 +96,7 @@ def test_tables_fit_and_name_units(measured):
     assert list(table.raw["row"]) == ["ViL", "linformer"]
     assert table.raw["latency_training_s"].gt(0).all()
     assert "multiply-adds" in " ".join(table.notes)
+    assert "50 proposals and 10 detections an image" in str(table.notes)
     part = profiles.parts(measured[0])
     assert set(part.raw["part"]) == PARTS
     assert part.raw["parameters"].sum() <= measured[0].parameters["total"]
