@@ -104,12 +104,15 @@ def detector(name="longformer", method="mask_rcnn", *, size=(128, 160), arch=ARC
     )
 
 
-def measured_detector(module, *, size, batch, mode, precision, device="cpu"):
-    """The measured peak, as in a profile: on as many RoIs as the detector can have."""
+def assert_predicted(module, *, size, batch, mode, precision, device="cpu"):
+    """What is predicted of a detector is near what is measured as in a profile."""
     images = [torch.rand(3, *size, device=device) for _ in range(batch)]
     inputs = (images, targets_of(TARGETS, size, batch, device)) if mode == "training" else (images,)
+    case = {"mode": mode, "precision": precision, "device": device}
     with fixed_rois(module, most(module)):
-        return measured(module, *inputs, mode=mode, precision=precision, device=device)
+        peak = measured(module, *inputs, **case)
+    found = predict(module, image_size=size, batch_size=batch, targets=TARGETS, **case)
+    assert found.total == pytest.approx(peak.bytes, rel=LIMIT)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -157,11 +160,7 @@ def test_backbone(name, mode):
 def test_detector(method, batch, precision, mode):
     size = (128, 160)
     module = detector(method=method)
-    peak = measured_detector(module, size=size, batch=batch, mode=mode, precision=precision)
-    found = predict(
-        module, image_size=size, batch_size=batch, mode=mode, precision=precision, targets=TARGETS
-    )
-    assert found.total == pytest.approx(peak.bytes, rel=LIMIT)
+    assert_predicted(module, size=size, batch=batch, mode=mode, precision=precision)
 
 
 def test_what_is_assumed_is_the_most_there_can_be():
@@ -183,16 +182,7 @@ def test_every_detector(name, method, mode):
     size = (128, 160)
     module = detector(name, method)
     for batch, precision in ((1, "bf16-mixed"), (2, "32-true")):
-        peak = measured_detector(module, size=size, batch=batch, mode=mode, precision=precision)
-        found = predict(
-            module,
-            image_size=size,
-            batch_size=batch,
-            mode=mode,
-            precision=precision,
-            targets=TARGETS,
-        )
-        assert found.total == pytest.approx(peak.bytes, rel=LIMIT)
+        assert_predicted(module, size=size, batch=batch, mode=mode, precision=precision)
 
 
 @pytest.mark.slow
@@ -212,16 +202,7 @@ def test_published_sizes(row, backbone, size, batch, method, mode):
     )
     module = build_detector(config, 80)
     for precision in PRECISIONS:
-        peak = measured_detector(module, size=size, batch=batch, mode=mode, precision=precision)
-        found = predict(
-            module,
-            image_size=size,
-            batch_size=batch,
-            mode=mode,
-            precision=precision,
-            targets=TARGETS,
-        )
-        assert found.total == pytest.approx(peak.bytes, rel=LIMIT)
+        assert_predicted(module, size=size, batch=batch, mode=mode, precision=precision)
 
 
 @pytest.mark.detectron2
@@ -230,9 +211,7 @@ def test_published_sizes(row, backbone, size, batch, method, mode):
 def test_detectron2(method, mode):
     size = (128, 160)
     module = detector(method=method, library="detectron2")
-    peak = measured_detector(module, size=size, batch=2, mode=mode, precision="32-true")
-    found = predict(module, image_size=size, batch_size=2, mode=mode, targets=TARGETS)
-    assert found.total == pytest.approx(peak.bytes, rel=LIMIT)
+    assert_predicted(module, size=size, batch=2, mode=mode, precision="32-true")
 
 
 def test_terms():
@@ -461,16 +440,4 @@ def test_agrees_with_the_allocator(method, precision, mode):
         ["ViL"], backbone="small", image_size=size, values={"model": {"method": method}}
     )
     module = build_detector(config, 80).cuda()
-    peak = measured_detector(
-        module, size=size, batch=batch, mode=mode, precision=precision, device="cuda"
-    )
-    found = predict(
-        module,
-        image_size=size,
-        batch_size=batch,
-        mode=mode,
-        precision=precision,
-        device="cuda",
-        targets=TARGETS,
-    )
-    assert found.total == pytest.approx(peak.bytes, rel=LIMIT)
+    assert_predicted(module, size=size, batch=batch, mode=mode, precision=precision, device="cuda")
