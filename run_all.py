@@ -16,15 +16,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import jobs, launch, logs, record, search
-from bench.config import RunConfig, Suite, load_suite, suites
+from bench import record
+from bench.config import search
+from bench.config.suites import RunConfig, Suite, load_suite, suites
 from bench.data.generated import SPLITS
 from bench.errors import InputError
-from bench.interrupt import EXIT_CODE
-from bench.locks import HeldError
 from bench.options import Parser, names, positive, seed
-from bench.progress import SuiteProgress
 from bench.record import Record
+from bench.system import logs
+from bench.system import processes as launch
+from bench.system import slurm as jobs
+from bench.system.interrupt import EXIT_CODE
+from bench.system.locks import HeldError
+from bench.system.progress import SuiteProgress
 from report import load, page, tables
 
 LAUNCHERS = ("none", "local", "slurm")
@@ -165,7 +169,7 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="any configuration value, such as train.steps=100; see bench/config.py",
+        help="any configuration value, such as train.steps=100; see bench/config/suites.py",
     )
     return result
 
@@ -246,7 +250,7 @@ def _check_needs(suite: Suite) -> None:
 
 def _dry_run(suite: Suite, output: Path, measure_steps: int) -> int:
     # Imported here, as in `run_suite`.
-    from bench import plan
+    from bench.run import plan
 
     if measure_steps:
         _check_output(output)
@@ -304,7 +308,7 @@ def _launch(
         print("--launcher writes the report.")
         return 0
     # Generated data is made once, before the rows ask for it.
-    from bench import inputs
+    from bench.data import split as inputs
 
     for line in inputs.check_data(missing, output, processes=devices) if missing else ():
         print(f"note: {line}")
@@ -349,7 +353,9 @@ def run_suite(
     All processes that share the runs call this; the first decides what is missing.
     """
     # Imported here: torch takes seconds, which `--help` and wrong input should not cost.
-    from bench import devices, inputs, runner
+    from bench.data import split as inputs
+    from bench.run import runner
+    from bench.system import devices
 
     def prepare() -> list[bool]:
         _check_output(output)
@@ -398,7 +404,7 @@ def run_suite(
 def _check_free(runs: Sequence[RunConfig], output: Path) -> None:
     """Stop before anything has cost time where another command does one of the runs."""
     # Imported here, as in `run_suite`.
-    from bench import runner
+    from bench.run import runner
 
     for config in runs:
         try:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from bench.config.schema import METHODS, MODES, POSITIONS, PRECISIONS
 from bench.errors import InputError, nearest
-from bench.vocabulary import METHODS, MODES, POSITIONS, PRECISIONS
 
 ImageSize = tuple[int, int]
 _Value = TypeVar("_Value")
@@ -330,7 +330,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="any value of bench/config.py, for example model.detector.detections=50",
+        help="any value of bench/config/suites.py, for example model.detector.detections=50",
     )
 
 

@@ -1,6 +1,6 @@
 """How sure an average precision is, and whether two rows can be told apart.
 
-The records hold the average precision of many draws of images (see `bench/bootstrap.py`). Rows on
+The records hold the average precision of many draws of images (see `bootstrap.py`). Rows on
 the same images have the same draws, so that a difference is worked out draw by draw, which leaves
 out what makes an image easy or hard for both.
 """

@@ -79,7 +79,7 @@ def fits(lines: Sequence[Mapping[str, Any]]) -> Table:
     """Return the largest sizes within a memory budget, one line for each row and mode.
 
     Args:
-        lines: of `bench.predict.Fit` as plain values, with `row` and `mode`.
+        lines: of `bench.measure.predict.Fit` as plain values, with `row` and `mode`.
     """
     raw = pd.DataFrame(
         {

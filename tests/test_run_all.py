@@ -16,14 +16,17 @@ import pytest
 import torch
 
 import run_all
-from bench import cli, latency, models, record, runner
-from bench.checkpoints import load_file
-from bench.config import build_config, load_suite
+from bench import cli, record
+from bench.config.suites import build_config, load_suite
 from bench.data.generated import generate
 from bench.errors import InputError
-from bench.evaluate import CocoEvaluator
-from bench.progress import SuiteProgress
-from bench.train import _Training
+from bench.measure import latency
+from bench.model import build as models
+from bench.run import runner
+from bench.run.checkpoints import load_file
+from bench.run.evaluate import CocoEvaluator
+from bench.run.train import _Training
+from bench.system.progress import SuiteProgress
 
 ROOT = Path(__file__).parents[1]
 # As many threads as the tests' own process has: with another number, sums round differently.

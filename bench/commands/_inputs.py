@@ -5,7 +5,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bench.config import RunConfig
+    from bench.config.suites import RunConfig
 
 
 def with_positions(config: "RunConfig", position: str | None) -> "RunConfig":
@@ -13,7 +13,7 @@ def with_positions(config: "RunConfig", position: str | None) -> "RunConfig":
 
     Args:
         config: the row.
-        position: one of `bench.vocabulary.POSITIONS`, or None.
+        position: one of `bench.config.schema.POSITIONS`, or None.
     """
     if position is None:
         return config

@@ -10,8 +10,8 @@ from bench.errors import InputError
 from bench.options import SHARED, add, positive
 
 if TYPE_CHECKING:
-    from bench.config import RunConfig
-    from bench.sizes import SizesReport
+    from bench.config.suites import RunConfig
+    from bench.measure.sizes import SizesReport
 
 HELP = "count FLOPs in three independent ways, and fail where they disagree"
 EPILOG = """\
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _audit(options: argparse.Namespace) -> int:
     import attentions
-    from bench import audit
+    from bench.measure import audit
     from report import counts
 
     if options.image_size:
@@ -146,7 +146,7 @@ def _audit_line(line: Any) -> dict[str, Any]:
 
 
 def _published(options: argparse.Namespace) -> int:
-    from bench import published
+    from bench.measure import published
     from report import counts
 
     done = list(progress(published.recount(), lambda row: row.row))
@@ -160,7 +160,7 @@ def _published(options: argparse.Namespace) -> int:
 
 
 def _sizes(options: argparse.Namespace) -> int:
-    from bench.config import profile_configs
+    from bench.config.suites import profile_configs
 
     values = {"model": {"method": options.method}, "profile": {"proposals": options.proposals}}
     return show_sizes(
@@ -174,7 +174,7 @@ def show_sizes(options: argparse.Namespace, configs: "Sequence[RunConfig]") -> i
     Raises:
         InputError: for an unknown data set.
     """
-    from bench import sizes
+    from bench.measure import sizes
     from report import counts
 
     sizes.image_sizes(options.sizes)

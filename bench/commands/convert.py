@@ -14,9 +14,9 @@ from bench.errors import InputError
 from bench.options import add, add_overrides, add_row
 
 if TYPE_CHECKING:
-    from bench.backbone import ViL
-    from bench.checkpoints import Conversion, Step
-    from bench.config import RunConfig
+    from bench.config.suites import RunConfig
+    from bench.model.backbone import ViL
+    from bench.run.checkpoints import Conversion, Step
 
 HELP = "convert a classification checkpoint for the training of a detector"
 EPILOG = """\
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     """Convert, write and print."""
     _check_output(options.source, options.output, force=options.force)
 
-    from bench.checkpoints import convert, load_file, save_file
+    from bench.run.checkpoints import convert, load_file, save_file
 
     config = _config(options)
     vil = _backbone(config)
@@ -84,7 +84,7 @@ def _check_output(source: Path, output: Path, *, force: bool) -> None:
 
 
 def _config(options: argparse.Namespace) -> "RunConfig":
-    from bench.config import profile_configs
+    from bench.config.suites import profile_configs
 
     (config,) = profile_configs(
         [options.attention],
@@ -99,7 +99,7 @@ def _backbone(config: "RunConfig") -> "ViL":
     """The backbone that is converted for, with nothing allocated."""
     import torch
 
-    from bench.models import build_detector
+    from bench.model.build import build_detector
 
     with torch.device("meta"):
         detector = build_detector(config, num_classes=80)
@@ -124,7 +124,7 @@ def _first_misfit(steps: Sequence["Step"]) -> str:
 def _print(conversion: "Conversion", config: "RunConfig", options: argparse.Namespace) -> None:
     import pandas as pd
 
-    from bench.checkpoints import ACTIONS
+    from bench.run.checkpoints import ACTIONS
     from report import tables
 
     model = config.model
@@ -209,7 +209,7 @@ def _json(conversion: "Conversion", config: "RunConfig") -> str:
     import dataclasses
     import json
 
-    from bench.checkpoints import ACTIONS
+    from bench.run.checkpoints import ACTIONS
 
     return json.dumps(
         {

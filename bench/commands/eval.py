@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.commands._inputs import with_positions
 from bench.commands._output import WIDTH
+from bench.config.schema import LIBRARIES, METHODS, PRECISIONS
 from bench.errors import InputError
 from bench.options import (
     add,
@@ -21,10 +22,9 @@ from bench.options import (
     precision,
     some_of,
 )
-from bench.vocabulary import LIBRARIES, METHODS, PRECISIONS
 
 if TYPE_CHECKING:
-    from bench.config import RunConfig
+    from bench.config.suites import RunConfig
     from bench.record import Record
 
 HELP = "evaluate a checkpoint: box and mask AP by the rules of COCO"
@@ -130,14 +130,14 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from bench import record
-    from bench.checkpoints import load_file
     from bench.data.coco import CocoDataset
-    from bench.detectors import weights
-    from bench.devices import make_fabric
-    from bench.evaluate import evaluate
-    from bench.launch import world
-    from bench.models import build_detector
-    from bench.progress import Bar
+    from bench.model.build import build_detector
+    from bench.model.detectors import weights
+    from bench.run.checkpoints import load_file
+    from bench.run.evaluate import evaluate
+    from bench.system.devices import make_fabric
+    from bench.system.processes import world
+    from bench.system.progress import Bar
 
     found = record.read(options.record) if options.record else None
     path, root = options.weights, options.data
@@ -183,7 +183,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _kept(path: Path, record: "Record") -> Path:
     """The weights that the run of a record kept, beside the folder of records."""
-    from bench.checkpoints import sha256
+    from bench.run.checkpoints import sha256
 
     kept = (record.training or {}).get("weights")
     if kept is None:
@@ -201,8 +201,8 @@ def _kept(path: Path, record: "Record") -> Path:
 
 def _recorded_root(path: Path, record: "Record") -> Path:
     """The data of a record's run; generated data is made where it is missing."""
-    from bench.config import build_config
-    from bench.inputs import data_root
+    from bench.config.suites import build_config
+    from bench.data.split import data_root
 
     return data_root(build_config(record.config), path.resolve().parent.parent)
 
@@ -225,8 +225,8 @@ def _config(
     root: Path,
 ) -> "RunConfig":
     """The run's configuration; `kind` is library and method by the names of the weights."""
-    from bench.config import RunConfig, build_config, profile_configs
-    from bench.launch import world
+    from bench.config.suites import RunConfig, build_config, profile_configs
+    from bench.system.processes import world
 
     recorded = build_config(record.config) if record else None
     evaluate = (recorded or RunConfig()).evaluate
@@ -278,8 +278,8 @@ def _result(
 ) -> dict[str, Any]:
     """What the file holds."""
     from bench import record
-    from bench.checkpoints import sha256
-    from bench.models import model_section
+    from bench.model.build import model_section
+    from bench.run.checkpoints import sha256
 
     model = model_section(config)
     return {

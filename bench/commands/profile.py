@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.commands._output import FORMATS, check_writable, show, write
+from bench.config.schema import LIBRARIES, QUANTITIES
 from bench.errors import InputError
 from bench.options import (
     add,
@@ -19,7 +20,6 @@ from bench.options import (
     on_gpu,
     precision,
 )
-from bench.vocabulary import LIBRARIES, QUANTITIES
 
 HELP = "measure parameters, FLOPs, memory and latency of one mechanism or many"
 EPILOG = """\
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _configs(options: argparse.Namespace) -> tuple[Any, ...]:
-    from bench.config import profile_configs
+    from bench.config.suites import profile_configs
 
     return profile_configs(options.attention, image_size=options.image_size, **_given(options))
 
@@ -103,9 +103,10 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _profile(options: argparse.Namespace, configs: Sequence[Any]) -> int:
-    from bench import profiler, record
-    from bench.devices import make_fabric
-    from bench.progress import Bar
+    from bench import record
+    from bench.measure import profile as profiler
+    from bench.system.devices import make_fabric
+    from bench.system.progress import Bar
     from report import load, page, profiles
 
     if options.output is not None:
@@ -153,9 +154,10 @@ def _check_new(folder: Path, configs: Sequence[Any]) -> None:
 
 def _fit(options: argparse.Namespace, configs: Sequence[Any]) -> int:
     """The largest image or batch of each row within the budget."""
-    from bench import detectors, predict
-    from bench.config import profile_configs
-    from bench.profiler import build_on_meta
+    from bench.config.suites import profile_configs
+    from bench.measure import predict
+    from bench.measure.profile import build_on_meta
+    from bench.model import detectors
     from report import profiles
 
     vary = options.fit.replace("-", "_")
@@ -189,7 +191,7 @@ def _fit(options: argparse.Namespace, configs: Sequence[Any]) -> int:
 def _over_sizes(options: argparse.Namespace) -> int:
     """FLOPs over the image sizes of a data set."""
     from bench.commands.audit import show_sizes
-    from bench.config import profile_configs
+    from bench.config.suites import profile_configs
 
     # Positions for the largest image of the data set, whatever size is profiled otherwise.
     return show_sizes(options, profile_configs(options.attention, **_given(options)))

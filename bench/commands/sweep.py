@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench.commands._output import FORMATS, WIDTH
+from bench.config.schema import MODES, SCOPES, SWEPT
 from bench.options import (
     SHARED,
     ImageSize,
@@ -24,7 +25,6 @@ from bench.options import (
     seconds,
     several,
 )
-from bench.vocabulary import MODES, SCOPES, SWEPT
 
 HELP = "measure FLOPs, memory and latency against resolution, and find where full attention loses"
 EPILOG = """\
@@ -127,9 +127,9 @@ def run(options: argparse.Namespace) -> int:
     """Sweep, write the report and print its tables."""
     from rich.console import Console
 
-    from bench.sweep.points import plan
-    from bench.sweep.store import Limits
-    from bench.sweep.walks import sweep
+    from bench.measure.sweep.points import plan
+    from bench.measure.sweep.store import Limits
+    from bench.measure.sweep.walks import sweep
     from report.sweep.page import write
     from report.sweep.points import alike
 

@@ -34,7 +34,7 @@ from bench.conformance.subject import (
     WarnedError,
     disturb,
 )
-from bench.operators import count_call
+from bench.measure.operators import count_call
 
 _SIZE = ("dim", "num_heads", "num_global")
 _PLACE = ("grid", "seq_len", "position", "block_index")

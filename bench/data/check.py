@@ -17,7 +17,7 @@ from bench.data.coco import LAYOUT, CocoDataset, splits
 from bench.data.images import DEEP_MODES, Picture
 from bench.data.loader import clear_worker_errors, prepare_worker
 from bench.errors import InputError
-from bench.progress import Bar
+from bench.system.progress import Bar
 
 _AT_ONCE = 8
 # An area or box that differs from its mask's by more is taken for a mistake, not for rounding.

@@ -20,7 +20,7 @@ from typing import IO
 
 from bench.data import DataError
 from bench.errors import InputError, choose
-from bench.progress import Bar
+from bench.system.progress import Bar
 
 BASE_URL = "http://images.cocodataset.org"
 SPLITS = ("train2017", "val2017")

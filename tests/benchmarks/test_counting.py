@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from bench import published
+from bench.measure import published
 
 # What counting all published rows may take, in seconds of a processor and bytes.
 SECONDS, BYTES = 30, 3e9

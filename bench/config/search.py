@@ -1,0 +1,90 @@
+"""The same rows with several values of one setting; `report/search.py` says which is best."""
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from bench.config.suites import CHOSEN, RunConfig, Suite, build_config, leaves
+from bench.errors import InputError, nearest
+
+
+@dataclass(frozen=True)
+class Search:
+    """A setting and the values that are tried.
+
+    Attributes:
+        path: the setting, such as "model.drop_path".
+        values: as they are in the configuration.
+    """
+
+    path: str
+    values: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        """The setting as rows are called by it."""
+        return self.path.rpartition(".")[2]
+
+    def row(self, row: str, value: Any) -> str:
+        """The name of a row with a value."""
+        return f"{row} ({self.name}={value})"
+
+
+def parse(text: str) -> Search:
+    """`drop_path=0.05,0.1` -> the search of model.drop_path over both.
+
+    Raises:
+        InputError: for an unknown setting, one name of several settings, or no values.
+    """
+    name, _, listed = text.partition("=")
+    known = [path for path in leaves() if path not in CHOSEN]
+    found = [path for path in known if name in (path, path.rpartition(".")[2])]
+    if len(found) != 1:
+        which = f"; it is one of {', '.join(found)}" if found else nearest(name, known)
+        raise InputError(f"--search {text}: {name!r} is no setting{which}")
+    values = _values(listed)
+    if not values:
+        raise InputError(
+            f"--search {text}: no values; allowed: NAME=VALUE,VALUE, for example"
+            " drop_path=0.05,0.1,0.2"
+        )
+    default = functools.reduce(getattr, found[0].split("."), RunConfig())
+    if isinstance(default, float):
+        # 0 and 0.0 are one run, of one name.
+        values = [float(value) if type(value) is int else value for value in values]
+    once = [value for place, value in enumerate(values) if value not in values[:place]]
+    return Search(found[0], tuple(once))
+
+
+def expand(suite: Suite, search: Search) -> Suite:
+    """Return the suite with each row once for each value.
+
+    Raises:
+        InputError: for a value that the setting cannot have.
+    """
+    runs = [_with(config, search, value) for config in suite.runs for value in search.values]
+    return replace(suite, runs=tuple(runs))
+
+
+def _values(listed: str) -> list[Any]:
+    """The values of a list as overrides are read, none of malformed text."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(f"[{listed}]"))
+    except (OmegaConfBaseException, YAMLError):
+        return []
+    return values if isinstance(values, list) else []
+
+
+def _with(config: RunConfig, search: Search, value: Any) -> RunConfig:
+    values = config.as_dict()
+    *groups, last = search.path.split(".")
+    node = values
+    for group in groups:
+        node = node[group]
+    node[last] = value
+    values["row"] = search.row(config.row, value)
+    return build_config(values)
