@@ -18,7 +18,8 @@ from rich.console import Console
 
 from bench import record
 from bench.config import search
-from bench.config.suites import RunConfig, Suite, load_suite, suites
+from bench.config.schema import RunConfig
+from bench.config.suites import Suite, load_suite, suites
 from bench.data.generated import SPLITS
 from bench.errors import InputError
 from bench.options import Parser, names, positive, seed

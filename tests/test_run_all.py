@@ -22,8 +22,8 @@ from bench.data.generated import generate
 from bench.errors import InputError
 from bench.measure import latency
 from bench.model import build as models
+from bench.model.weights import load_file
 from bench.run import runner
-from bench.run.checkpoints import load_file
 from bench.run.evaluate import CocoEvaluator
 from bench.run.train import _Training
 from bench.system.progress import SuiteProgress

@@ -5,7 +5,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bench.config.suites import RunConfig
+    from bench.config.schema import RunConfig
 
 
 def with_positions(config: "RunConfig", position: str | None) -> "RunConfig":

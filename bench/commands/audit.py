@@ -10,7 +10,7 @@ from bench.errors import InputError
 from bench.options import SHARED, add, positive
 
 if TYPE_CHECKING:
-    from bench.config.suites import RunConfig
+    from bench.config.schema import RunConfig
     from bench.measure.sizes import SizesReport
 
 HELP = "count FLOPs in three independent ways, and fail where they disagree"

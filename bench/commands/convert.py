@@ -14,9 +14,9 @@ from bench.errors import InputError
 from bench.options import add, add_overrides, add_row
 
 if TYPE_CHECKING:
-    from bench.config.suites import RunConfig
+    from bench.config.schema import RunConfig
     from bench.model.backbone import ViL
-    from bench.run.checkpoints import Conversion, Step
+    from bench.model.weights import Conversion, Step
 
 HELP = "convert a classification checkpoint for the training of a detector"
 EPILOG = """\
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     """Convert, write and print."""
     _check_output(options.source, options.output, force=options.force)
 
-    from bench.run.checkpoints import convert, load_file, save_file
+    from bench.model.weights import convert, load_file, save_file
 
     config = _config(options)
     vil = _backbone(config)
@@ -124,7 +124,7 @@ def _first_misfit(steps: Sequence["Step"]) -> str:
 def _print(conversion: "Conversion", config: "RunConfig", options: argparse.Namespace) -> None:
     import pandas as pd
 
-    from bench.run.checkpoints import ACTIONS
+    from bench.model.weights import ACTIONS
     from report import tables
 
     model = config.model
@@ -209,7 +209,7 @@ def _json(conversion: "Conversion", config: "RunConfig") -> str:
     import dataclasses
     import json
 
-    from bench.run.checkpoints import ACTIONS
+    from bench.model.weights import ACTIONS
 
     return json.dumps(
         {

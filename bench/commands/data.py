@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.commands._output import WIDTH
 from bench.errors import InputError
+from bench.files import cores
 from bench.options import add, count, names, several
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def check(options: argparse.Namespace) -> int:
 
     from bench.data import check as checks
 
-    workers = _cores() if options.workers is None else options.workers
+    workers = cores() if options.workers is None else options.workers
     reports = checks.check(
         root,
         options.split,
@@ -181,10 +182,6 @@ def _root(path: Path | None) -> Path:
     if not value:
         raise InputError(f"no folder was named, and ${_VARIABLE} is not set")
     return Path(value).expanduser() / "coco"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _json(root: Path, reports: Sequence["SplitReport"]) -> str:
@@ -311,7 +308,7 @@ def speed(options: argparse.Namespace) -> int:
 
     from report import tables
 
-    print(f"{root}, {options.split}: {len(dataset)} images, {_cores()} cores\n")
+    print(f"{root}, {options.split}: {len(dataset)} images, {cores()} cores\n")
     print(tables.to_text(pd.DataFrame(rows), WIDTH))
     print("0 workers: the process that trains reads. A GPU is kept fed where this is more than it")
     print("trains with; the log of a training says how long it waited.")

@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from bench.commands._inputs import with_positions
 from bench.commands._output import WIDTH
 from bench.config.schema import LIBRARIES, METHODS, PRECISIONS
 from bench.errors import InputError
+from bench.files import write_whole
 from bench.options import (
     add,
     add_overrides,
@@ -24,7 +24,7 @@ from bench.options import (
 )
 
 if TYPE_CHECKING:
-    from bench.config.suites import RunConfig
+    from bench.config.schema import RunConfig
     from bench.record import Record
 
 HELP = "evaluate a checkpoint: box and mask AP by the rules of COCO"
@@ -131,9 +131,9 @@ def run(options: argparse.Namespace) -> int:
 
     from bench import record
     from bench.data.coco import CocoDataset
+    from bench.model import weights
     from bench.model.build import build_detector
-    from bench.model.detectors import weights
-    from bench.run.checkpoints import load_file
+    from bench.model.weights import load_file
     from bench.run.evaluate import evaluate
     from bench.system.devices import make_fabric
     from bench.system.processes import world
@@ -146,14 +146,14 @@ def run(options: argparse.Namespace) -> int:
         root = root or _recorded_root(options.record, found)
     root = root or _root()
     state = load_file(path)
-    config = _config(options, found, weights.kind(state), root)
+    config = _config(options, found, weights.detector_kind(state), root)
     (name,) = config.evaluate.splits
     split = CocoDataset(root, name, degenerate_boxes=config.data.degenerate_boxes)
     if options.limit:
         split.ids = split.ids[: options.limit]
     detector = build_detector(config, split.num_classes)
     try:
-        weights.load(detector, state)
+        weights.load_detector(detector, state)
     except InputError as error:
         raise InputError(f"--weights {path}: {error}") from error
     fabric = make_fabric(config)
@@ -183,7 +183,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _kept(path: Path, record: "Record") -> Path:
     """The weights that the run of a record kept, beside the folder of records."""
-    from bench.run.checkpoints import sha256
+    from bench.files import sha256
 
     kept = (record.training or {}).get("weights")
     if kept is None:
@@ -208,7 +208,8 @@ def _recorded_root(path: Path, record: "Record") -> Path:
 
 
 def _root() -> Path:
-    from bench.data.coco import DATASETS_VARIABLE, LAYOUT, default_root
+    from bench.config.suites import DATASETS_VARIABLE, default_root
+    from bench.data.coco import LAYOUT
 
     root = default_root()
     if root is None:
@@ -225,7 +226,8 @@ def _config(
     root: Path,
 ) -> "RunConfig":
     """The run's configuration; `kind` is library and method by the names of the weights."""
-    from bench.config.suites import RunConfig, build_config, profile_configs
+    from bench.config.schema import RunConfig
+    from bench.config.suites import build_config, profile_configs
     from bench.system.processes import world
 
     recorded = build_config(record.config) if record else None
@@ -278,8 +280,8 @@ def _result(
 ) -> dict[str, Any]:
     """What the file holds."""
     from bench import record
+    from bench.files import sha256
     from bench.model.build import model_section
-    from bench.run.checkpoints import sha256
 
     model = model_section(config)
     return {
@@ -303,7 +305,7 @@ def _print(options: argparse.Namespace, result: dict[str, Any]) -> None:
         figures = {k: v for k, v in section.items() if k != "bootstrap"}
         print(json.dumps(short | {"evaluation": figures}))
     if options.output:
-        _write(options.output, json.dumps(result, indent=1) + "\n")
+        write_whole(options.output, json.dumps(result, indent=1) + "\n")
 
 
 def _print_table(model: Mapping[str, Any], section: Mapping[str, Any]) -> None:
@@ -334,15 +336,3 @@ def _print_table(model: Mapping[str, Any], section: Mapping[str, Any]) -> None:
 
 def _number(value: float | None) -> str:
     return "\N{EN DASH}" if value is None else f"{value:.2f}"
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write --output {path}: {error.strerror or error}") from error

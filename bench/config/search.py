@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from bench.config.suites import CHOSEN, RunConfig, Suite, build_config, leaves
+from bench.config.schema import RunConfig
+from bench.config.suites import CHOSEN, Suite, build_config, leaves
 from bench.errors import InputError, nearest
 
 

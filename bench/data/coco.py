@@ -8,7 +8,6 @@ names the file and the annotation.
 import gc
 import hashlib
 import json
-import os
 import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,22 +34,12 @@ from bench.data.annotations import (
 )
 from bench.errors import InputError, choose
 
-DATASETS_VARIABLE = "DETECTRON2_DATASETS"
 LAYOUT = "annotations/instances_SPLIT.json and the images in SPLIT/, for example train2017"
 
 Target = dict[str, Tensor]
 Categories = tuple[tuple[int, str], ...]
 
 _SHOWN = 5
-
-
-def default_root() -> Path | None:
-    """COCO's folder by detectron2's convention, `$DETECTRON2_DATASETS/coco`, if there is one."""
-    value = os.environ.get(DATASETS_VARIABLE)
-    if not value:
-        return None
-    root = Path(value).expanduser() / "coco"
-    return root if root.is_dir() else None
 
 
 def splits(root: Path) -> tuple[str, ...]:

@@ -114,3 +114,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(np.rint(values * (255 / _DEEPEST)).astype(np.uint8))
     # Straight to RGB, Pillow warns of the transparency that it drops.
     return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+
+
+def to_float(image: Tensor) -> Tensor:
+    """uint8 (3, H, W) -> float32 in 0 to 1."""
+    return image.float() / 255

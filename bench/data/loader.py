@@ -29,6 +29,8 @@ _FLIP = 0.5
 class DataWorkerError(DataError):
     """A process that reads data died, most often killed for want of memory."""
 
+    kind = "data_worker"
+
 
 @dataclass
 class Pace:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize_image, resize_mask
 
-from bench.config.suites import RunConfig
+from bench.config.schema import RunConfig
 from bench.data.coco import Categories, CocoDataset, Target
 from bench.data.generated import generate
+from bench.data.images import to_float
 from bench.errors import InputError
-from bench.run.train import to_float
 from bench.system import processes as launch
 from bench.system.devices import check_device
 

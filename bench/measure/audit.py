@@ -32,7 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attentions
 from attentions.contract import Grid
-from bench.config.suites import RunConfig, profile_configs
+from bench.config.schema import RunConfig
+from bench.config.suites import profile_configs
 from bench.errors import InputError
 from bench.measure import flops, operators
 from bench.measure.formulas import is_free

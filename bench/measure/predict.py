@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from bench.config.schema import MODES
-from bench.config.suites import RunConfig
+from bench.config.schema import MODES, RunConfig
 from bench.errors import InputError, choose
 from bench.measure.fake import Answers, AsOnCuda, data_free, fix_size, without_memory
 from bench.measure.memory import LiveTensors, Storage, no_collector

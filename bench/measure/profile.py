@@ -24,20 +24,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from bench import record
-from bench.config.schema import MODES, QUANTITIES
-from bench.config.suites import RunConfig, build_config
+from bench.config.schema import MODES, QUANTITIES, RunConfig
+from bench.config.suites import build_config
 from bench.data.generated import SPLITS, generate
 from bench.data.split import open_split, profile_batch
 from bench.measure import latency, memory
 from bench.measure.backends import what_ran
+from bench.measure.costs import flops_section
 from bench.measure.latency import Effort, Latency
 from bench.measure.predict import MemoryPrediction, predict
 from bench.measure.workload import Workload, stated_rois, timing_section
 from bench.model import detectors
-from bench.model.build import build_detector, flops_section, model_section, parameters_section
+from bench.model.build import build_detector, model_section, parameters_section
 from bench.model.detectors.rois import Counts
-from bench.record import Record
-from bench.run.failures import error_section
+from bench.record import Record, error_section
 from bench.system import machine
 from bench.system.devices import make_fabric
 

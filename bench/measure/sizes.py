@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench.config.suites import RunConfig
+from bench.config.schema import RunConfig
 from bench.errors import choose
 from bench.measure import flops
 from bench.measure.published import IMAGE_SIZE, RESULTS

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from bench.config.suites import RunConfig
+from bench.config.schema import RunConfig
 from bench.measure import flops, operators
 from bench.model.backbone import AttentionPlace, ViL
 from bench.model.build import build_backbone
-from bench.run.train import optimizer
+from bench.model.optimizer import optimizer
 from bench.system.devices import make_fabric
 
 _META = torch.device("meta")

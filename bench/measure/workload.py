@@ -11,11 +11,11 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from bench.config.suites import RunConfig
+from bench.config.schema import RunConfig
 from bench.measure.latency import Latency
 from bench.model.detectors.contract import POSITIVE_FRACTION, Detector
 from bench.model.detectors.rois import Counts, fixed_rois
-from bench.run.train import optimizer
+from bench.model.optimizer import optimizer
 
 
 class Workload:

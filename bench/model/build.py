@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from bench.config.arch import parse
-from bench.config.suites import ProfileConfig, RunConfig
+from bench.config.schema import RunConfig
 from bench.errors import InputError
-from bench.measure import flops, published
-from bench.model import detectors
+from bench.files import sha256
+from bench.model import detectors, weights
 from bench.model.backbone import ViL
-from bench.run import checkpoints
 
 
 def build_backbone(config: RunConfig) -> ViL:
@@ -64,21 +63,21 @@ def initialise(detector: detectors.Detector, path: Path) -> str:
     Raises:
         InputError: for a file that cannot be read, or none of whose tensors fits the backbone.
     """
-    given = checkpoints.load_file(path)
-    if not any(name.startswith(checkpoints.DETECTOR_PREFIX) for name in given):
-        given = checkpoints.convert(given, detector.vil).tensors
+    given = weights.load_file(path)
+    if not any(name.startswith(weights.DETECTOR_PREFIX) for name in given):
+        given = weights.convert(given, detector.vil).tensors
     own = detector.state_dict()
     fitting = {
         name: tensor
         for name, tensor in given.items()
         if name in own and own[name].shape == tensor.shape
     }
-    if not any(name.startswith(checkpoints.DETECTOR_PREFIX) for name in fitting):
+    if not any(name.startswith(weights.DETECTOR_PREFIX) for name in fitting):
         raise InputError(f"train.init={path}: none of its {len(given)} tensors fits the backbone")
     detector.load_state_dict({**own, **fitting})
     left = sorted(set(given) - set(fitting))
-    missing = sum(name.startswith(checkpoints.DETECTOR_PREFIX) for name in set(own) - set(fitting))
-    digest = checkpoints.sha256(path)
+    missing = sum(name.startswith(weights.DETECTOR_PREFIX) for name in set(own) - set(fitting))
+    digest = sha256(path)
     return (
         f"initialised from {path.name} (sha256 {digest[:16]}): {len(fitting)} tensors"
         + (f"; left out as they do not fit: {', '.join(left)}" if left else "")
@@ -94,20 +93,6 @@ def parameters_section(detector: detectors.Detector) -> dict[str, Any]:
 
     parts = {name: count(module) for name, module in detector.parts().items()}
     return {"total": count(detector), "by_part": parts}
-
-
-def flops_section(detector: detectors.Detector, profile: ProfileConfig) -> dict[str, Any]:
-    """The `flops` section of a record."""
-    report = flops.count(
-        detector, image_size=_pair(profile.image_size), proposals=profile.proposals
-    )
-    return {
-        **dataclasses.asdict(report),
-        "unit": flops.UNIT,
-        "published": published.section(
-            detector, image_size=report.image_size, proposals=profile.proposals
-        ),
-    }
 
 
 def model_section(config: RunConfig) -> dict[str, Any]:

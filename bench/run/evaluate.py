@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from bench.config.suites import RunConfig
+from bench.config.schema import RunConfig
 from bench.data.coco import CocoDataset
+from bench.data.images import to_float
 from bench.data.loader import clear_worker_errors, evaluation_batches
 from bench.run import bootstrap
 from bench.run.bootstrap import ImageMatches, Matches
-from bench.run.train import to_float
 
 FIGURES = (
     "AP",

@@ -9,7 +9,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from bench.config.suites import RunConfig, Suite, TrainConfig
+from bench.config.schema import RunConfig, TrainConfig
+from bench.config.suites import Suite
 from bench.data import split as inputs
 from bench.data.coco import CocoDataset
 from bench.errors import InputError
@@ -17,7 +18,7 @@ from bench.measure.predict import predict
 from bench.measure.workload import Workload
 from bench.model import build as models
 from bench.model import detectors
-from bench.run.train import effective, learning_rate, scaling_note
+from bench.model.optimizer import effective, learning_rate, scaling_note
 from bench.system import devices
 
 UNKNOWN = "-"

@@ -15,19 +15,22 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from bench import record
-from bench.config.suites import RunConfig, TrainConfig
+from bench.config.schema import RunConfig, TrainConfig
 from bench.data import split as inputs
 from bench.data.coco import CocoDataset
 from bench.errors import InputError
+from bench.files import sha256
 from bench.measure import latency, memory
+from bench.measure.costs import flops_section
 from bench.measure.workload import Workload, stated_rois, timing_section
 from bench.model import build as models
 from bench.model import detectors
-from bench.record import Record
-from bench.run.checkpoints import Checkpoints, save_file, sha256
+from bench.model.optimizer import effective, scaling_note
+from bench.model.weights import save_file
+from bench.record import Record, error_section
+from bench.run.checkpoints import Checkpoints
 from bench.run.evaluate import Progress, evaluate
-from bench.run.failures import error_section
-from bench.run.train import TrainingLog, effective, scaling_note, train
+from bench.run.train import TrainingLog, train
 from bench.system import devices, locks
 from bench.system import processes as launch
 from bench.system.interrupt import Held
@@ -262,7 +265,7 @@ def _measure(
 
     detector = models.build_detector(config, training.num_classes)
     sections["parameters"] = models.parameters_section(detector)
-    sections["flops"] = models.flops_section(detector, config.profile)
+    sections["flops"] = flops_section(detector, config.profile)
     if config.train.init is not None:
         notes.append(models.initialise(detector, Path(config.train.init)))
     _tell_model(detector, training, splits, fabric, recipe, sections, notes)

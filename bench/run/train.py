@@ -11,13 +11,12 @@ sample in a part (RoIs, positive RoIs, anchors), not over images, and images are
 largest of their part. Only torchvision's RetinaNet has losses that are means over images.
 """
 
-import fnmatch
 import math
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,29 +24,28 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from bench.config.suites import DataConfig, TrainConfig
+from bench.config.schema import DataConfig, TrainConfig
 from bench.data.coco import CocoDataset
+from bench.data.images import to_float
 from bench.data.loader import Pace, clear_worker_errors, training_batches
-from bench.errors import InputError, choose
+from bench.errors import InputError
 from bench.model.backbone import ViL
+from bench.model.optimizer import learning_rate, optimizer
 from bench.run.checkpoints import Checkpoints
 from bench.system.interrupt import Held
 from bench.system.logs import StepLog
 
 Progress = Callable[[int, float], None]
 
-# The published ones, by method.
-CLIP_NORMS = {"mask_rcnn": 0.5, "retinanet": 1.0}
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
-_POSITIONS = ("cls_pos_embed", "x_pos_embed", "y_pos_embed", "relative_position_bias_table")
-KINDS = ("norms", "biases", "tokens", "positions")
 # Gradients still overflow at this scale of the loss: they are not numbers at any.
 _LEAST_SCALE = 2.0**-20
 _MOST_IDS = 16
 
 
 class DivergedError(RuntimeError):
-    """The loss or the gradient was no finite number."""
+    """The loss or the gradient was not a finite number."""
+
+    kind = "diverged"
 
 
 @dataclass
@@ -90,117 +88,10 @@ class TrainingLog:
         }
 
 
-def effective(config: TrainConfig, method: str) -> TrainConfig:
-    """Return the schedule as it is run: clipped as `method` is, and scaled to its batch.
-
-    By the linear rule, half the images a step take half the rate and twice the steps.
-    """
-    clip_norm = CLIP_NORMS[method] if config.clip_norm is None else config.clip_norm
-    if config.scale_from_batch is None:
-        return replace(config, clip_norm=clip_norm)
-    factor = config.batch_size / config.scale_from_batch
-    return replace(
-        config,
-        clip_norm=clip_norm,
-        scale_from_batch=None,
-        lr=config.lr * factor,
-        steps=max(1, round(config.steps / factor)),
-        warmup_steps=round(config.warmup_steps / factor),
-        milestones=[round(milestone / factor) for milestone in config.milestones],
-    )
-
-
-def scaling_note(config: TrainConfig) -> str | None:
-    """What `effective` scales, in a line; None where it scales nothing."""
-    if config.scale_from_batch in (None, config.batch_size):
-        return None
-    scaled = effective(config, "mask_rcnn")
-    return (
-        f"recipe for {config.scale_from_batch} images a step scaled to {config.batch_size} by the"
-        f" linear rule: rate {config.lr:g} to {scaled.lr:g}, steps {config.steps} to"
-        f" {scaled.steps}, warm-up {config.warmup_steps} to {scaled.warmup_steps}, milestones"
-        f" {config.milestones} to {scaled.milestones}"
-    )
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of step `step`, counted from 0: linear warm-up, then steps or a cosine.
-
-    Warm-up rises from `warmup_factor` of the rate over `warmup_steps`; "steps" multiplies by
-    `gamma` at every milestone; "cosine" falls to 0 at the last step.
-    """
-    warm = 1.0
-    if step < config.warmup_steps:
-        done = step / config.warmup_steps
-        warm = config.warmup_factor * (1 - done) + done
-    if config.decay == "cosine":
-        decay = 0.5 * (1 + math.cos(math.pi * step / config.steps))
-    else:
-        decay = config.gamma ** sum(step >= milestone for milestone in config.milestones)
-    return config.lr * warm * decay
-
-
 def step_seed(seed: int, step: int, part: int = 0) -> int:
     """The seed of torch's generators for a part of a step, independent of its neighbours'."""
     state = np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
-
-
-def optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over all parameters, in groups of one weight decay and one factor of the rate each.
-
-    Raises:
-        InputError: for a pattern that no parameter's name fits, or an unknown kind of parameter.
-    """
-    kinds = _kinds(model)
-    for pattern in [*config.no_decay, *config.lr_multipliers]:
-        if pattern in config.no_decay and pattern.isalpha():
-            choose(pattern, KINDS, "kind of parameter in train.no_decay")
-        elif not fnmatch.filter(kinds, pattern):
-            raise InputError(
-                f"train: no parameter is called {pattern!r}; there are {', '.join(list(kinds)[:3])}"
-                f" and {len(kinds) - 3} more, * stands for any part of a name"
-            )
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        exempt = any(
-            pattern == kinds[name] or fnmatch.fnmatchcase(name, pattern)
-            for pattern in config.no_decay
-        )
-        factor = next(
-            (f for p, f in config.lr_multipliers.items() if fnmatch.fnmatchcase(name, p)), 1.0
-        )
-        decay = 0.0 if exempt else config.weight_decay
-        groups.setdefault((decay, factor), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "weight_decay": decay, "lr_factor": factor}
-            for (decay, factor), parameters in groups.items()
-        ],
-        lr=config.lr,
-    )
-
-
-def _kinds(model: nn.Module) -> dict[str, str]:
-    """Names of all parameters, and of which of `KINDS` they are, or "weights"."""
-    norms = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        if isinstance(module, _NORMS)
-        for name, _ in module.named_parameters(recurse=False)
-    }
-
-    def kind(name: str) -> str:
-        last = name.rpartition(".")[2]
-        if name in norms:
-            return "norms"
-        if last == "cls_token":
-            return "tokens"
-        if last.endswith(_POSITIONS):
-            return "positions"
-        return "biases" if last == "bias" else "weights"
-
-    return {name: kind(name) for name, _ in model.named_parameters()}
 
 
 def train(
@@ -277,11 +168,6 @@ def train(
     # What is measured later is of the same size whether or not this process did the last step.
     optimiser.zero_grad(set_to_none=True)
     return model, training.log
-
-
-def to_float(image: Tensor) -> Tensor:
-    """uint8 (3, H, W) -> float32 in 0 to 1."""
-    return image.float() / 255
 
 
 class _Training:

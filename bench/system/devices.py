@@ -19,7 +19,7 @@ from lightning.fabric.plugins.environments import (
 )
 from lightning.fabric.strategies import DDPStrategy
 
-from bench.config.suites import RunConfig
+from bench.config.schema import RunConfig
 from bench.errors import InputError
 from bench.system import processes as launch
 

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from bench.errors import InputError
+from bench.files import write_whole
 
 TENSORBOARD_INSTALL = "pip install '.[tensorboard]'"
 
@@ -53,11 +54,8 @@ class StepLog:
     def begin(self, step: int) -> None:
         """Go on after `step`: later lines, of steps that are done again, and half lines go."""
         kept = [line for line in _lines(self.path) if line["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
+        write_whole(self.path, "".join(map(_line, kept)))
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
-            temporary.replace(self.path)
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error

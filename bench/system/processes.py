@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from bench.errors import InputError
+from bench.files import cores
 from bench.system.interrupt import EXIT_CODE, SIGNALS
 
 # A process of several failed while the others went on: they cannot, and are started anew.
@@ -151,13 +152,6 @@ def end_with_parent() -> None:
         os._exit(EXIT_CODE)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class PassedOn:

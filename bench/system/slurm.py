@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import InputError
+from bench.files import cores
 from bench.system import processes as launch
 from bench.system.interrupt import EXIT_CODE
 
@@ -160,7 +161,7 @@ def _submitit() -> Any:
 
 def _share(slot: int, count: int, devices: int) -> dict[str, str]:
     """The part of the machine that the job in a slot has."""
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, launch.cores() // count))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // count))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     listed = visible.split(",") if visible else [str(number) for number in range(_gpus())]
     if not listed:

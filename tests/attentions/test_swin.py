@@ -6,7 +6,7 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 import attentions
 from bench.model.backbone import ViL
-from bench.run.checkpoints import convert_classifier
+from bench.model.weights import convert_classifier
 
 LONG, WIDE = (3, 9), (9, 3)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from bench.config.suites import DataConfig, RunConfig, TrainConfig, build_config, load_suite
+from bench.config.schema import DataConfig, RunConfig, TrainConfig
+from bench.config.suites import build_config, load_suite
 from bench.data.coco import CocoDataset
 from bench.model import build as models
 from bench.run.checkpoints import Checkpoints

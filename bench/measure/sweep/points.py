@@ -6,8 +6,8 @@ from typing import Any
 
 import attentions
 from bench import record
-from bench.config.schema import MODES, SWEPT
-from bench.config.suites import RunConfig, profile_configs
+from bench.config.schema import MODES, SWEPT, RunConfig
+from bench.config.suites import profile_configs
 from bench.system.devices import make_fabric
 
 SUITE = "sweep"

@@ -17,7 +17,7 @@ from bench.measure.backends import what_ran
 from bench.measure.latency import Effort
 from bench.measure.sweep.points import Point
 from bench.measure.workload import timing_section
-from bench.run.failures import error_section
+from bench.record import error_section
 from bench.system.devices import make_fabric
 
 MEASURED = ("memory", "latency")

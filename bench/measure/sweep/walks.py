@@ -13,7 +13,7 @@ from rich.console import Console
 
 import attentions
 from bench.config.arch import parse
-from bench.config.suites import RunConfig
+from bench.config.schema import RunConfig
 from bench.measure import subjects
 from bench.measure.sweep.points import Point, Walk
 from bench.measure.sweep.process import MEASURED, Job, measure_points

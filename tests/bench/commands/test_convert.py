@@ -10,7 +10,7 @@ from bench import cli
 from bench.config.suites import profile_configs
 from bench.model import detectors
 from bench.model.backbone import ViL
-from bench.run.checkpoints import DETECTOR_PREFIX, convert_classifier, load_file
+from bench.model.weights import DETECTOR_PREFIX, convert_classifier, load_file
 
 PREFIXED = ("--backbone", "quick", "--image-size", "128")
 

@@ -15,13 +15,13 @@ from bench import cli, record
 from bench.config.suites import build_config
 from bench.data.coco import CocoDataset
 from bench.data.generated import generate
+from bench.data.images import to_float
 from bench.errors import InputError
+from bench.model import weights
 from bench.model.build import build_detector
-from bench.model.detectors import weights
 from bench.run.bootstrap import LEVEL
 from bench.run.checkpoints import Checkpoints
 from bench.run.evaluate import CocoEvaluator
-from bench.run.train import to_float
 
 ARCH = (
     "l1,h1,d8,n1,s1,g1,p4,f3,a1_l2,h2,d16,n1,s1,g1,p2,f3,a1_"
@@ -270,9 +270,9 @@ def test_weights_that_do_not_fit_change_nothing():
     before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
     other = {name: tensor + 1 for name, tensor in before.items()}
     with pytest.raises(InputError, match="1 unexpected: extra"):
-        weights.load(detector, other | {"extra": torch.zeros(1)})
+        weights.load_detector(detector, other | {"extra": torch.zeros(1)})
     assert all(torch.equal(tensor, before[n]) for n, tensor in detector.state_dict().items())
-    weights.load(detector, other)
+    weights.load_detector(detector, other)
     assert all(torch.equal(tensor, other[n]) for n, tensor in detector.state_dict().items())
 
 

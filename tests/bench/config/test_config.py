@@ -13,14 +13,8 @@ import configs
 from attentions import registry
 from attentions.contract import Attention
 from bench.config.arch import parse
-from bench.config.suites import (
-    RunConfig,
-    backbones,
-    build_config,
-    load_suite,
-    profile_configs,
-    suites,
-)
+from bench.config.schema import RunConfig
+from bench.config.suites import backbones, build_config, load_suite, profile_configs, suites
 from bench.errors import InputError
 from bench.model.backbone import ViL
 

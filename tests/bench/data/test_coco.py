@@ -14,8 +14,9 @@ from PIL import Image
 from pycocotools import coco as reference_coco
 from pycocotools import mask as reference
 
+from bench.config.suites import default_root
 from bench.data import images
-from bench.data.coco import CocoDataset, Packed, default_root
+from bench.data.coco import CocoDataset, Packed
 from bench.errors import InputError
 from bench.run.evaluate import CocoEvaluator
 

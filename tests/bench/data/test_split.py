@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.config.suites import RunConfig, build_config, load_suite
+from bench.config.schema import RunConfig
+from bench.config.suites import build_config, load_suite
 from bench.data import split as inputs
 from bench.data.coco import CocoDataset
 from bench.data.generated import generate

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from bench import cli
-from bench.config.suites import ProfileConfig
+from bench.config.schema import ProfileConfig
 from bench.measure import flops, published
+from bench.measure.costs import flops_section
 from bench.model import detectors
 from bench.model.backbone import ViL
-from bench.model.build import flops_section
 
 TINY = (
     "l1,h1,d12,n1,s1,g2,p4,f4,a1_l2,h2,d24,n1,s1,g1,p2,f4,a1"

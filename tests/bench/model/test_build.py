@@ -7,9 +7,9 @@ import torch
 from bench.config.suites import load_suite
 from bench.data.coco import CocoDataset
 from bench.data.generated import generate
+from bench.data.images import to_float
 from bench.model import build as models
 from bench.run.evaluate import CocoEvaluator
-from bench.run.train import to_float
 
 
 def test_an_untrained_detector_of_the_quick_suite_scores_next_to_nothing(tmp_path: Path) -> None:

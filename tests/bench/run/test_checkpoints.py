@@ -13,7 +13,7 @@ import torch
 
 from bench.errors import InputError
 from bench.model.backbone import ViL
-from bench.run.checkpoints import (
+from bench.model.weights import (
     ACTIONS,
     DETECTOR_PREFIX,
     convert,

@@ -19,7 +19,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
-from bench.config.suites import DataConfig, RunConfig, TrainConfig
+from bench.config.schema import DataConfig, RunConfig, TrainConfig
 from bench.data.coco import CocoDataset
 from bench.data.generated import generate
 from bench.data.loader import DataWorkerError

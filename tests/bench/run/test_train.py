@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.config.suites import DataConfig, RunConfig, TrainConfig, load_suite
+from bench.config.schema import DataConfig, RunConfig, TrainConfig
+from bench.config.suites import load_suite
 from bench.data.coco import CocoDataset
 from bench.data.generated import generate
 from bench.errors import InputError

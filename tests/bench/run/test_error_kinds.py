@@ -5,8 +5,7 @@ import torch
 
 from bench.data.loader import DataWorkerError
 from bench.errors import InputError
-from bench.record import ERROR_KINDS
-from bench.run.failures import error_section
+from bench.record import ERROR_KINDS, error_section
 from bench.run.train import DivergedError
 
 
