@@ -34,6 +34,11 @@ BROKEN = {
     "Rounded": ("gradients", r"parameter 'gain' got a gradient that is zero everywhere"),
     "Root": ("gradients", "the input got a gradient that is not finite"),
     "NoGrad": ("gradients", "the output has no gradient"),
+    "WrongBackward": ("derivatives", "batch 1, contiguous: the gradient of the input is wrong"),
+    "InstanceNorm": (
+        "derivatives",
+        "batch 1, .*: the gradient of the input is wrong",
+    ),
     "Noisy": ("calls", "another output after a call in between"),
     "InPlace": ("calls", "it changes its input"),
     "Counts": ("calls", "a call while evaluating changes calls"),
@@ -225,6 +230,37 @@ class NoGrad(Sound):
     @torch.no_grad()
     def forward(self, x, grid):
         return super().forward(x, grid)
+
+
+class _HalfOfTheGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(_, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(_, gradient):
+        return gradient / 2
+
+
+class WrongBackward(Sound):
+    def mix(self, x, grid):
+        return super().mix(_HalfOfTheGradient.apply(x), grid)
+
+
+class InstanceNorm(Sound):
+    """torch's own wrong gradient on the CPU, for batch 1 and a channels-last gradient."""
+
+    def __init__(self, *, dim, **common):
+        super().__init__(dim=dim, **common)
+        self.norm = nn.InstanceNorm2d(dim)
+
+    def forward(self, x, grid):
+        y = super().forward(x, grid)
+        if min(grid) < 2:
+            return y
+        tokens = x[:, self.num_global :].transpose(1, 2).contiguous().unflatten(2, grid)
+        normed = self.norm(tokens).flatten(2).transpose(1, 2)
+        return y + torch.nn.functional.pad(normed, (0, 0, self.num_global, 0))
 
 
 class Noisy(Sound):

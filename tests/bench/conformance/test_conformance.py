@@ -57,6 +57,13 @@ def test_a_broken_promise_fails_its_check_alone(name):
     assert not report.passed
 
 
+def test_the_advice_names_the_wrong_gradient_of_torch():
+    report = conformance.check(f"{BROKEN}:InstanceNorm")
+    assert "nn.InstanceNorm2d" in of(report, "failed")["derivatives"].advice
+    report = conformance.check(f"{BROKEN}:WrongBackward")
+    assert "nn.InstanceNorm2d" not in of(report, "failed")["derivatives"].advice
+
+
 def test_every_check_has_a_mechanism_that_breaks_it():
     covered = {check for check, _ in BROKEN_PROMISES.values()}
     assert covered == {one.name for one in conformance.CHECKS}
@@ -121,7 +128,7 @@ def test_the_command_prints_what_to_change(capsys):
     printed = capsys.readouterr().out
     assert "parameter 'spare.weight' got no gradient" in printed
     assert "→ use it in forward, or remove it" in printed
-    assert "passed 15, warning 0, failed 1, skipped 1" in printed
+    assert "passed 16, warning 0, failed 1, skipped 1" in printed
     assert max(map(len, printed.splitlines())) <= 120
     assert "Traceback" not in printed
 
