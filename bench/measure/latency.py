@@ -124,19 +124,24 @@ class Latency:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Where the true median lies, but for a chance of ERROR, whatever the distribution.
+        """Where the true median lies; see `median_interval`."""
+        return median_interval(self.samples)
 
-        Of n samples, each is above the true median with probability 1/2. The interval reaches from
-        the k-th smallest to the k-th largest, with the largest k that keeps the error; from the
-        smallest to the largest where there are too few samples for that.
-        """
-        ordered, count = sorted(self.samples), len(self.samples)
-        k, tail = 1, 1 + count
-        # In whole numbers: 2 to the power of the samples may be too large for a float.
-        while round(2 / ERROR) * tail <= 2**count:
-            k += 1
-            tail += math.comb(count, k)
-        return ordered[k - 1], ordered[-k]
+
+def median_interval(samples: Sequence[float]) -> tuple[float, float]:
+    """Return where the true median lies, but for a chance of ERROR, whatever the distribution.
+
+    Of n samples, each is above the true median with probability 1/2. The interval reaches from the
+    k-th smallest to the k-th largest, with the largest k that keeps the error; from the smallest to
+    the largest where there are too few samples for that.
+    """
+    ordered, count = sorted(samples), len(samples)
+    k, tail = 1, 1 + count
+    # In whole numbers: 2 to the power of the samples may be too large for a float.
+    while round(2 / ERROR) * tail <= 2**count:
+        k += 1
+        tail += math.comb(count, k)
+    return ordered[k - 1], ordered[-k]
 
 
 def groups(latencies: Mapping[str, Latency]) -> dict[str, str]:

@@ -22,7 +22,7 @@ def test_parameters_and_both_counts_of_the_published_rows(benchmark):
 
 @pytest.mark.slow
 def test_counting_the_published_rows_is_cheap():
-    code = "from bench import published; assert len(list(published.recount())) == 25"
+    code = "from bench.measure import published; assert len(list(published.recount())) == 25"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", code], check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
