@@ -1,7 +1,18 @@
-"""The configuration of a run: every value that it depends on, typed and frozen; needs no torch."""
+"""The configuration of a run: every value that it depends on, typed and frozen; needs no torch.
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+A field's type is its range. `build` makes a configuration of plain values and says in one line what
+is wrong with them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import field, fields, is_dataclass
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
+
+from bench.errors import InputError, choose, nearest
 
 METHODS = ("mask_rcnn", "retinanet")
 LIBRARIES = ("torchvision", "detectron2", "auto")
@@ -12,25 +23,59 @@ SCOPES = ("backbone", "attention", "detector")
 SWEPT = ("flops", "memory", "latency")
 QUANTITIES = ("parameters", *SWEPT)
 DECAYS = ("steps", "cosine")
+DEGENERATE_BOXES = ("error", "drop")
+
+# Strict: neither true nor "1" is the number 1.
+Whole = Annotated[int, Field(strict=True, ge=0)]
+Positive = Annotated[int, Field(strict=True, gt=0)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+PositiveNumber = Annotated[Number, Field(gt=0)]
+Fraction = Annotated[Number, Field(lt=1)]
+Size = tuple[Positive, Positive]
+Sizes = Annotated[tuple[Positive, ...], Field(min_length=1)]
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
+
+_RULES = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+_Config = TypeVar("_Config")
+# Of pydantic's messages.
+_PLAIN = {"Input should": "must", "Tuple should": "must", " after validation": ""}
 
 
-@dataclass(frozen=True)
+def _one_of(allowed: tuple[str, ...]) -> AfterValidator:
+    return AfterValidator(lambda value: choose(value, allowed, "value"))
+
+
+@dataclass(frozen=True, config=_RULES)
 class DetectorConfig:
-    """The detector around the backbone; lengths in pixels."""
+    """The detector around the backbone; the defaults are the published recipe.
 
-    fpn_channels: int = 256
-    head_width: int = 1024
-    mask_width: int = 256
-    anchor_sizes: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512])
-    rpn_proposals: list[int] = field(default_factory=lambda: [2000, 1000])
-    rpn_proposals_test: list[int] = field(default_factory=lambda: [1000, 1000])
-    rpn_batch: int = 256
-    roi_batch: int = 512
-    detections: int = 100
-    score_threshold: float = 0.05
+    Attributes:
+        fpn_channels: channels of the feature pyramid.
+        head_width: width of the two linear layers of the box head (Mask R-CNN).
+        mask_width: channels of the four convolutions of the mask head (Mask R-CNN).
+        anchor_sizes: one anchor size in pixels a pyramid level; RetinaNet adds two octave scales.
+        rpn_proposals: proposals in training: a level before NMS, an image after it (Mask R-CNN).
+        rpn_proposals_test: the same in evaluation (Mask R-CNN).
+        rpn_batch: anchors an image in the loss of the RPN (Mask R-CNN).
+        roi_batch: RoIs an image in the loss of the box head (Mask R-CNN).
+        detections: detections kept an image.
+        score_threshold: detections below it are dropped.
+    """
+
+    fpn_channels: Positive = 256
+    head_width: Positive = 1024
+    mask_width: Positive = 256
+    anchor_sizes: Sizes = (32, 64, 128, 256, 512)
+    rpn_proposals: Size = (2000, 1000)
+    rpn_proposals_test: Size = (1000, 1000)
+    rpn_batch: Positive = 256
+    roi_batch: Positive = 512
+    detections: Positive = 100
+    score_threshold: Fraction = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_RULES)
 class ModelConfig:
     """Backbone, mechanism and detector.
 
@@ -46,24 +91,24 @@ class ModelConfig:
     arch: str = ""
     attention: str = "longformer"
     options: dict[str, Any] = field(default_factory=dict)
-    drop_path: float = 0.0
+    drop_path: Fraction = 0.0
     norm_embed: bool = True
-    method: str = "mask_rcnn"
-    library: str = "torchvision"
+    method: Annotated[str, _one_of(METHODS)] = "mask_rcnn"
+    library: Annotated[str, _one_of(LIBRARIES)] = "torchvision"
     detector: DetectorConfig = field(default_factory=DetectorConfig)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_RULES)
 class GeneratedConfig:
     """The generated data set; image_size is (height, width)."""
 
-    seed: int = 0
-    train_images: int = 800
-    val_images: int = 100
-    image_size: list[int] = field(default_factory=lambda: [128, 160])
+    seed: Seed = 0
+    train_images: Positive = 800
+    val_images: Positive = 100
+    image_size: Size = (128, 160)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_RULES)
 class DataConfig:
     """Images and how they are resized.
 
@@ -79,18 +124,18 @@ class DataConfig:
     path: str | None = None
     generated: GeneratedConfig = field(default_factory=GeneratedConfig)
     train_split: str = "train2017"
-    min_sizes: list[int] = field(default_factory=lambda: [800])
-    max_size: int = 1333
-    fixed_size: list[int] | None = None
+    min_sizes: Sizes = (800,)
+    max_size: Positive = 1333
+    fixed_size: Size | None = None
     flip: bool = True
-    workers: int = 0
+    workers: Whole = 0
     aspect_ratio_grouping: bool = False
-    degenerate_boxes: str = "error"
+    degenerate_boxes: Annotated[str, _one_of(DEGENERATE_BOXES)] = "error"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_RULES)
 class TrainConfig:
-    """Schedule: steps are optimiser steps, batch_size images a step, lr the peak rate.
+    """Schedule: steps are optimizer steps, batch_size images a step, lr the peak rate.
 
     Attributes:
         batch_size: of all processes and accumulated parts together.
@@ -108,28 +153,28 @@ class TrainConfig:
     """
 
     schedule: str = "1x"
-    steps: int = 90000
-    batch_size: int = 16
-    devices: int = 1
-    accumulate: int = 1
-    lr: float = 1e-4
-    scale_from_batch: int | None = None
-    weight_decay: float = 0.05
-    no_decay: list[str] = field(default_factory=list)
-    lr_multipliers: dict[str, float] = field(default_factory=dict)
+    steps: Positive = 90000
+    batch_size: Positive = 16
+    devices: Positive = 1
+    accumulate: Positive = 1
+    lr: PositiveNumber = 1e-4
+    scale_from_batch: Positive | None = None
+    weight_decay: Number = 0.05
+    no_decay: tuple[str, ...] = ()
+    lr_multipliers: dict[str, Number] = field(default_factory=dict)
     init: str | None = None
-    warmup_steps: int = 1000
-    warmup_factor: float = 0.01
-    decay: str = "steps"
-    milestones: list[int] = field(default_factory=list)
-    gamma: float = 0.1
-    clip_norm: float | None = None
-    precision: str = "32-true"
-    checkpoint_every: int = 2500
-    log_every: int = 20
+    warmup_steps: Whole = 1000
+    warmup_factor: Number = 0.01
+    decay: Annotated[str, _one_of(DECAYS)] = "steps"
+    milestones: tuple[Whole, ...] = ()
+    gamma: Number = 0.1
+    clip_norm: Number | None = None
+    precision: Annotated[str, _one_of(PRECISIONS)] = "32-true"
+    checkpoint_every: Positive = 2500
+    log_every: Positive = 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_RULES)
 class EvaluateConfig:
     """Splits to evaluate on; the first one fills the tables.
 
@@ -137,31 +182,31 @@ class EvaluateConfig:
         bootstrap: draws of images that the intervals of mAP come from; 0 for none.
     """
 
-    splits: list[str] = field(default_factory=lambda: ["val2017"])
-    batch_size: int = 4
-    bootstrap: int = 1000
+    splits: Names = ("val2017",)
+    batch_size: Positive = 4
+    bootstrap: Whole = 1000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_RULES)
 class ProfileConfig:
     """What is measured: image_size is (height, width); seconds and repeats are the least."""
 
     enabled: bool = True
-    image_size: list[int] = field(default_factory=lambda: [800, 1344])
-    batch_size: int = 1
-    proposals: int = 1000
-    repeats: int = 10
-    seconds: float = 1.0
+    image_size: Size = (800, 1344)
+    batch_size: Positive = 1
+    proposals: Positive = 1000
+    repeats: Positive = 10
+    seconds: Number = 1.0
     training: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_RULES)
 class RunConfig:
     """Everything that one run depends on."""
 
     suite: str = ""
     row: str = ""
-    seed: int = 0
+    seed: Seed = 0
     device: str = "auto"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -170,5 +215,75 @@ class RunConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain nested values, for the record."""
-        return asdict(self)
+        """Return plain nested values, for the record."""
+        values: dict[str, Any] = TypeAdapter(RunConfig).dump_python(self, mode="json")
+        return values
+
+
+def build(kind: type[_Config], values: Mapping[str, Any]) -> _Config:
+    """Return a configuration of plain nested values, such as those of a record.
+
+    Args:
+        kind: one of the classes above.
+        values: of its fields; those that are missing have their defaults.
+
+    Raises:
+        InputError: for an unknown key or a value that its field does not allow.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise InputError(_line(kind, error.errors()[0])) from error
+
+
+def leaves(node: Any = RunConfig) -> tuple[str, ...]:
+    """Return the dotted names of all values of a class above."""
+    names: list[str] = []
+    for part in fields(node):
+        inner = is_dataclass(part.type)
+        names += [f"{part.name}.{name}" for name in leaves(part.type)] if inner else [part.name]
+    return tuple(names)
+
+
+def _line(kind: type, error: ErrorDetails) -> str:
+    """Say in one line what pydantic found."""
+    path, given, allowed = ".".join(map(str, error["loc"])), error["input"], error["msg"]
+    match error["type"]:
+        case "unexpected_keyword_argument":
+            return _unknown_key(kind, [str(part) for part in error["loc"]], given)
+        case "value_error":
+            return f"{path}: {error['ctx']['error']}"
+        case "dataclass_type":
+            allowed = "must be a group of values, " + ", ".join(leaves(_part(kind, path)))
+        case "tuple_type":
+            allowed = f"must be a list, such as [{given}]"
+        case "missing":
+            path, allowed = path.rpartition(".")[0], "has too few values"
+        case "string_type" | "int_type" | "float_type" if isinstance(given, Mapping):
+            allowed = "must be one value, not a group of values"
+    for word, plain in _PLAIN.items():
+        allowed = allowed.replace(word, plain)
+    return f"{path}={repr(given) if isinstance(given, str) else given} {allowed}"
+
+
+def _part(kind: Any, path: str) -> Any:
+    """Return the class of a group of values."""
+    for name in path.split("."):
+        kind = next(part.type for part in fields(kind) if part.name == name)
+    return kind
+
+
+def _unknown_key(kind: type, path: list[str], given: Any) -> str:
+    *groups, _ = path
+    known = [part.name for part in fields(_part(kind, ".".join(groups)) if groups else kind)]
+    while isinstance(given, Mapping) and given:
+        inner, given = next(iter(given.items()))
+        path = [*path, str(inner)]
+    key, names = ".".join(path), leaves(kind)
+    # The name alone is enough where one value alone has it.
+    alike = [name for name in names if name.rpartition(".")[2] == path[-1]]
+    only = f" (did you mean {alike[0]!r}?)" if len(alike) == 1 else ""
+    return (
+        f"unknown configuration key {key!r}{nearest(key, alike) or only or nearest(key, names)};"
+        f" allowed at {'.'.join(groups) or 'the top level'}: {', '.join(known)}"
+    )

@@ -1,15 +1,12 @@
-"""The same rows with several values of one setting; `report/search.py` says which is best."""
+"""The same rows with several values of one setting; `report/searches.py` says which is best."""
 
 import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
-from bench.config.schema import RunConfig
-from bench.config.suites import CHOSEN, Suite, build_config, leaves
+from bench.config.schema import RunConfig, leaves
+from bench.config.suites import CHOSEN, Suite, build_config, check_sizes
+from bench.config.values import read
 from bench.errors import InputError, nearest
 
 
@@ -43,10 +40,11 @@ def parse(text: str) -> Search:
     """
     name, _, listed = text.partition("=")
     known = [path for path in leaves() if path not in CHOSEN]
-    found = [path for path in known if name in (path, path.rpartition(".")[2])]
+    named = [path for path in known if path.rpartition(".")[2] == name]
+    found = [name] if name in known else named
     if len(found) != 1:
         which = f"; it is one of {', '.join(found)}" if found else nearest(name, known)
-        raise InputError(f"--search {text}: {name!r} is no setting{which}")
+        raise InputError(f"--search {text}: {name!r} is not a setting{which}")
     values = _values(listed)
     if not values:
         raise InputError(
@@ -62,7 +60,7 @@ def parse(text: str) -> Search:
 
 
 def expand(suite: Suite, search: Search) -> Suite:
-    """Return the suite with each row once for each value.
+    """Return the suite with each of its rows once for each value.
 
     Raises:
         InputError: for a value that the setting cannot have.
@@ -72,10 +70,10 @@ def expand(suite: Suite, search: Search) -> Suite:
 
 
 def _values(listed: str) -> list[Any]:
-    """The values of a list as overrides are read, none of malformed text."""
+    """Read the values of a list as overrides are read; malformed text has none."""
     try:
-        values = OmegaConf.to_container(OmegaConf.create(f"[{listed}]"))
-    except (OmegaConfBaseException, YAMLError):
+        values = read(f"[{listed}]")
+    except InputError:
         return []
     return values if isinstance(values, list) else []
 
@@ -88,4 +86,6 @@ def _with(config: RunConfig, search: Search, value: Any) -> RunConfig:
         node = node[group]
     node[last] = value
     values["row"] = search.row(config.row, value)
-    return build_config(values)
+    found = build_config(values)
+    check_sizes(found)
+    return found

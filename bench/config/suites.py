@@ -4,29 +4,21 @@ A suite names a backbone, a recipe and rows; each row becomes one `RunConfig`, w
 value that the run depends on. Later sources win: defaults here, recipe, suite, row, command line.
 """
 
+import dataclasses
 import importlib.resources
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 import attentions
 from attentions.contract import accepted_options
+from bench.config import schema
 from bench.config.arch import StageSpec, parse, render
-from bench.config.schema import (
-    DECAYS,
-    LIBRARIES,
-    METHODS,
-    PRECISIONS,
-    RunConfig,
-)
+from bench.config.schema import METHODS, RunConfig
+from bench.config.values import assigned, merged, read
 from bench.errors import InputError, choose, nearest
 
 DATASETS_VARIABLE = "DETECTRON2_DATASETS"
@@ -81,7 +73,8 @@ def load_suite(
         overrides: `key=value`, for example `train.steps=100`.
 
     Raises:
-        InputError: for an unknown suite, row, key or a value of the wrong type.
+        InputError: for an unknown suite, row or key, a value that is not allowed, or values that
+            contradict each other.
     """
     choose(name, suites(), "suite")
     suite = _read(f"suites/{name}.yaml")
@@ -93,7 +86,7 @@ def load_suite(
         data = None if root is None else str(root)
     if data is not None:
         layers += [suite.get("with_data", {}), {"data": {"path": data}}]
-    command_line = _dotlist(overrides)
+    command_line = _overrides(overrides)
     recipes, known_backbones = _read("recipes.yaml"), _read("backbones.yaml")
     runs = []
     for row in dict.fromkeys(rows or table):
@@ -103,8 +96,10 @@ def load_suite(
         top |= {key: v for key, v in (("seed", seed), ("device", device)) if v is not None}
         top |= {} if method is None else {"model": {"method": method}}
         recipe = recipes[found.recipe]
-        config = _merge([recipe, *layers, layer, found.settings, top, command_line])
-        runs.append(_validated(_fixed(config)))
+        layers_of_row = [recipe, *layers, layer, found.settings, top, command_line]
+        run = _with_fixed_size(build_config(merged(layers_of_row)))
+        check_sizes(run)
+        runs.append(run)
     return Suite(name, tuple(runs), needs)
 
 
@@ -112,6 +107,7 @@ def profile_configs(
     names: Sequence[str],
     *,
     backbone: str = "small",
+    position: str | None = None,
     image_size: tuple[int, int] | None = None,
     values: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
@@ -122,6 +118,7 @@ def profile_configs(
         names: rows of `configs/rows.yaml`, mechanisms (the first row that has it in all stages), or
             mechanisms of the user; "all" for every row.
         backbone: one of `configs/backbones.yaml`.
+        position: "absolute" or "relative" in all stages; None for that of the row.
         image_size: (height, width) of every image in pixels, which the detector takes as it is.
         values: nested values besides, such as {"model": {"method": "retinanet"}}.
         overrides: `key=value`.
@@ -147,13 +144,14 @@ def profile_configs(
             "data": {"min_sizes": [min(image_size)], "max_size": max(image_size)},
             "profile": {"image_size": list(image_size)},
         }
-    command_line = _dotlist(overrides)
+    command_line = _overrides(overrides)
     configs = []
     for row in dict.fromkeys(rows):
-        layer = _row_layer(table.get(row, {"attention": row}), known_backbones[backbone])
+        spec = table.get(row, {"attention": row}) | ({"position": position} if position else {})
+        layer = _row_layer(spec, known_backbones[backbone])
         top = {"suite": "profile", "row": row}
-        config = _merge([size, values or {}, layer, top, command_line])
-        configs.append(_validated(_fixed(config, image_size)))
+        config = build_config(merged([size, values or {}, layer, top, command_line]))
+        configs.append(_with_fixed_size(config, image_size))
     return tuple(configs)
 
 
@@ -175,17 +173,25 @@ def build_config(values: Mapping[str, Any]) -> RunConfig:
     """Return the `RunConfig` of nested plain values, such as those of a record.
 
     Raises:
-        InputError: for an unknown key or a value of the wrong type.
+        InputError: for an unknown key, a value that is not allowed, or values that do not go
+            together.
     """
-    return _validated(_merge([dict(values)]))
+    config = schema.build(RunConfig, values)
+    train = config.train
+    if train.batch_size % (train.devices * train.accumulate):
+        raise InputError(
+            f"train.batch_size={train.batch_size} must be a multiple of train.devices="
+            f"{train.devices} times train.accumulate={train.accumulate}"
+        )
+    _stages(config)
+    return config
 
 
 def _read(path: str) -> dict[str, Any]:
-    text = (importlib.resources.files("configs") / path).read_text(encoding="utf-8")
-    container = OmegaConf.to_container(OmegaConf.create(text))
-    if not isinstance(container, dict):
-        raise InputError(f"configs/{path} holds no mapping")
-    return {str(key): value for key, value in container.items()}
+    content = read((importlib.resources.files("configs") / path).read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise InputError(f"configs/{path} is not a mapping")
+    return content
 
 
 def _rows() -> dict[str, Any]:
@@ -305,99 +311,16 @@ def _needs(mechanism: str) -> tuple[int, int]:
     return feature, getattr(factory, "least_globals", 0)
 
 
-def _dotlist(overrides: Sequence[str]) -> DictConfig:
-    for override in overrides:
-        if not re.fullmatch(r"[\w.]+=.*", override, flags=re.DOTALL):
-            raise InputError(f"{override!r} is no key=value, for example train.steps=100")
+def _overrides(given: Sequence[str]) -> dict[str, Any]:
+    for override in given:
         name = override.partition("=")[0]
         if name in CHOSEN:
             raise InputError(f"{override!r}: {name} is chosen by {CHOSEN[name]}")
-    try:
-        values = OmegaConf.from_dotlist(list(overrides))
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise InputError(f"cannot read {' '.join(overrides)!r}: {_one_line(error)}") from error
-    _check_keys(OmegaConf.to_container(values), RunConfig(), "the command line")
-    return values
+    return assigned(given)
 
 
-def _check_keys(values: Any, node: Any, source: str, prefix: str = "") -> None:
-    """Raise InputError for keys that `node`, a part of the configuration, does not have."""
-    known = [f.name for f in fields(node)]
-    for key, value in values.items():
-        path = f"{prefix}{key}"
-        if key not in known:
-            while isinstance(value, Mapping) and value:
-                inner, value = next(iter(value.items()))
-                path = f"{path}.{inner}"
-            raise InputError(
-                f"unknown configuration key {path!r} in {source}{_nearest_key(path)};"
-                f" allowed at {prefix[:-1] or 'the top level'}: {', '.join(known)}"
-            )
-        part = getattr(node, key)
-        if is_dataclass(part):
-            if not isinstance(value, Mapping):
-                names = ", ".join(f.name for f in fields(part))
-                raise InputError(f"{path}={value!r} in {source}: it is a group of values, {names}")
-            _check_keys(value, part, source, f"{path}.")
-        elif isinstance(value, Mapping) and not isinstance(part, dict):
-            keys = ", ".join(map(str, value)) or "nothing in it"
-            raise InputError(f"{path} in {source} is one value, not a group with {keys}")
-
-
-def _leaves(node: Any, prefix: str = "") -> list[str]:
-    """Dotted names of all values in a part of the configuration."""
-    names = []
-    for f in fields(node):
-        part, path = getattr(node, f.name), f"{prefix}{f.name}"
-        names += _leaves(part, f"{path}.") if is_dataclass(part) else [path]
-    return names
-
-
-def leaves() -> tuple[str, ...]:
-    """Dotted names of all values of a run's configuration."""
-    return tuple(_leaves(RunConfig()))
-
-
-def _nearest_key(key: str) -> str:
-    """The nearest value by name, one that ends alike if there is any."""
-    names = _leaves(RunConfig())
-    alike = [name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    only = f" (did you mean {alike[0]!r}?)" if len(alike) == 1 else ""
-    return nearest(key, alike) or only or nearest(key, names)
-
-
-def _merge(layers: Sequence[Mapping[str, Any] | DictConfig]) -> RunConfig:
-    for layer in layers:
-        if not isinstance(layer, DictConfig):
-            _check_keys(layer, RunConfig(), "a configuration file")
-    try:
-        # Frozen dataclasses make read-only nodes; the merge is ours and makes a new configuration.
-        schema = OmegaConf.structured(RunConfig)
-        OmegaConf.set_readonly(schema, False)
-        _writable(schema)
-        merged = OmegaConf.merge(schema, *layers)
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "configuration"
-        raise InputError(f"{key}: {_one_line(error)}") from error
-    if not isinstance(config, RunConfig):
-        raise InputError(f"configuration of the wrong type {type(config)}")
-    return config
-
-
-def _writable(node: DictConfig) -> None:
-    for key in node:
-        child = node._get_node(key)
-        if isinstance(child, DictConfig) and not child._is_none():
-            OmegaConf.set_readonly(child, False)
-            _writable(child)
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
-
-
-def _mechanisms(config: RunConfig) -> tuple[StageSpec, ...]:
+def _stages(config: RunConfig) -> tuple[StageSpec, ...]:
+    """Return the stages of a model whose mechanisms know each of its options."""
     names = config.model.attention.split(",")
     try:
         stages = parse(config.model.arch, names[0] if len(names) == 1 else names)
@@ -413,81 +336,48 @@ def _mechanisms(config: RunConfig) -> tuple[StageSpec, ...]:
     return stages
 
 
-def _fixed(config: RunConfig, image_size: tuple[int, int] | None = None) -> RunConfig:
+def _with_fixed_size(config: RunConfig, image_size: tuple[int, int] | None = None) -> RunConfig:
     """Give a fixed image size to a row whose mechanism works for one size only.
 
     It is `image_size` (height, width) or else the size of evaluation, rounded up to the stride.
     """
-    stages = _mechanisms(config)
+    stages = _stages(config)
     needs = any(getattr(attentions.find(s.attention), "fixed_size", False) for s in stages)
     if not needs or config.data.fixed_size is not None:
         return config
+    height, width = image_size or (config.data.min_sizes[-1], config.data.max_size)
+    size = _padded(height, stages), _padded(width, stages)
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, fixed_size=size),
+        profile=dataclasses.replace(config.profile, image_size=size),
+    )
+
+
+def _padded(side: int, stages: Sequence[StageSpec]) -> int:
+    """Return a side of an image, rounded up to the stride of a backbone."""
     stride = math.prod(stage.patch for stage in stages)
-    size = image_size or (config.data.min_sizes[-1], config.data.max_size)
-    values = config.as_dict()
-    values["data"]["fixed_size"] = [math.ceil(side / stride) * stride for side in size]
-    values["profile"]["image_size"] = values["data"]["fixed_size"]
-    return _merge([values])
+    return math.ceil(side / stride) * stride
 
 
-def _validated(config: RunConfig) -> RunConfig:
-    choose(config.model.method, METHODS, "model.method")
-    choose(config.model.library, LIBRARIES, "model.library")
-    choose(config.train.precision, PRECISIONS, "train.precision")
-    choose(config.train.decay, DECAYS, "train.decay")
-    choose(config.data.degenerate_boxes, ("error", "drop"), "data.degenerate_boxes")
-    positive = {
-        "train.steps": config.train.steps,
-        "train.batch_size": config.train.batch_size,
-        "train.devices": config.train.devices,
-        "train.accumulate": config.train.accumulate,
-        "train.scale_from_batch": config.train.scale_from_batch or 1,
-        "train.checkpoint_every": config.train.checkpoint_every,
-        "train.log_every": config.train.log_every,
-        "train.lr": config.train.lr,
-        "evaluate.batch_size": config.evaluate.batch_size,
-        "profile.batch_size": config.profile.batch_size,
-        "profile.repeats": config.profile.repeats,
-        "profile.proposals": config.profile.proposals,
-        "data.max_size": config.data.max_size,
-        "data.min_sizes": min(config.data.min_sizes, default=1),
-        "data.generated.train_images": config.data.generated.train_images,
-        "data.generated.val_images": config.data.generated.val_images,
-    }
-    for key, value in positive.items():
-        if not 0 < value < math.inf:
-            raise InputError(f"{key}={value} must be positive and finite")
-    not_negative = {
-        "seed": config.seed,
-        "train.warmup_steps": config.train.warmup_steps,
-        "train.weight_decay": config.train.weight_decay,
-        "train.clip_norm": config.train.clip_norm or 0,
-        "data.workers": config.data.workers,
-        "evaluate.bootstrap": config.evaluate.bootstrap,
-        **{f"train.lr_multipliers.{k}": v for k, v in config.train.lr_multipliers.items()},
-    }
-    for key, value in not_negative.items():
-        if not 0 <= value < math.inf:
-            raise InputError(f"{key}={value} must not be negative, nor infinite")
-    parts = config.train.devices * config.train.accumulate
-    if config.train.batch_size % parts:
+def check_sizes(config: RunConfig) -> None:
+    """Check that images are as large as their resize says, and those of the profile no larger.
+
+    Raises:
+        InputError: where they cannot be.
+    """
+    data, profile = config.data, config.profile
+    if data.fixed_size is None and max(data.min_sizes) > data.max_size:
         raise InputError(
-            f"train.batch_size={config.train.batch_size} must be a multiple of train.devices="
-            f"{config.train.devices} times train.accumulate={config.train.accumulate}"
+            f"data.min_sizes={list(data.min_sizes)} must not be above data.max_size={data.max_size}"
         )
-    pairs = {"data.min_sizes": config.data.min_sizes, "evaluate.splits": config.evaluate.splits}
-    for key, values in pairs.items():
-        if not values:
-            raise InputError(f"{key} is empty; at least one value is needed")
-    sizes = {
-        "data.fixed_size": config.data.fixed_size,
-        "profile.image_size": config.profile.image_size,
-        "data.generated.image_size": config.data.generated.image_size,
-    }
-    for key, size in sizes.items():
-        if size is not None and (len(size) != 2 or min(size) < 1):
-            raise InputError(f"{key}={size} is no (height, width) of positive numbers")
-    if not 0 <= config.model.drop_path < 1:
-        raise InputError(f"model.drop_path={config.model.drop_path} is outside [0, 1)")
-    _mechanisms(config)
-    return config
+    stages = _stages(config)
+    limits = data.fixed_size or (data.max_size, data.max_size)
+    padded = [_padded(limit, stages) for limit in limits]
+    if profile.enabled and any(a > b for a, b in zip(profile.image_size, padded, strict=True)):
+        said = f"fixed_size={list(limits)}" if data.fixed_size else f"max_size={data.max_size}"
+        raise InputError(
+            f"profile.image_size={list(profile.image_size)} must not be larger than the images that"
+            f" row {config.row} is made for, data.{said}; change one of them, or measure nothing"
+            " with profile.enabled=false"
+        )

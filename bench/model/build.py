@@ -1,7 +1,5 @@
 """The model of a run, as its configuration describes it, and what a record says of it."""
 
-import dataclasses
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ def build_backbone(config: RunConfig) -> ViL:
         return ViL(
             model.arch,
             attention=names[0] if len(names) == 1 else names,
-            image_size=_pair(data.fixed_size) if data.fixed_size else data.max_size,
+            image_size=data.fixed_size or data.max_size,
             drop_path=model.drop_path,
             norm_embed=model.norm_embed,
             **model.options,
@@ -42,18 +40,16 @@ def build_backbone(config: RunConfig) -> ViL:
 def build_detector(config: RunConfig, num_classes: int) -> detectors.Detector:
     """The untrained detector of a run, its weights drawn from the run's seed."""
     data, model = config.data, config.model
-    fixed = _pair(data.fixed_size) if data.fixed_size else None
-    vil = build_backbone(config)
-    options: dict[str, Any] = dataclasses.asdict(model.detector)
+    fixed = data.fixed_size
     return detectors.build(
-        vil,
+        build_backbone(config),
         method=model.method,
         num_classes=num_classes,
         library=model.library,
-        min_size=None if fixed else tuple(data.min_sizes),
+        min_size=None if fixed else data.min_sizes,
         max_size=None if fixed else data.max_size,
         fixed_size=fixed,
-        **{key: _hashable(value) for key, value in options.items()},
+        **vars(model.detector),
     )
 
 
@@ -123,11 +119,3 @@ def _attention_label(config: RunConfig) -> str:
     except ValueError:
         return config.model.attention
     return " / ".join(dict.fromkeys(stage.attention for stage in stages))
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _pair(size: Sequence[int]) -> tuple[int, int]:
-    return size[0], size[1]

@@ -33,7 +33,7 @@ def effective(config: TrainConfig, method: str) -> TrainConfig:
         lr=config.lr * factor,
         steps=max(1, round(config.steps / factor)),
         warmup_steps=round(config.warmup_steps / factor),
-        milestones=[round(milestone / factor) for milestone in config.milestones],
+        milestones=tuple(round(milestone / factor) for milestone in config.milestones),
     )
 
 
@@ -46,7 +46,7 @@ def scaling_note(config: TrainConfig) -> str | None:
         f"recipe for {config.scale_from_batch} images a step scaled to {config.batch_size} by the"
         f" linear rule: rate {config.lr:g} to {scaled.lr:g}, steps {config.steps} to"
         f" {scaled.steps}, warm-up {config.warmup_steps} to {scaled.warmup_steps}, milestones"
-        f" {config.milestones} to {scaled.milestones}"
+        f" {list(config.milestones)} to {list(scaled.milestones)}"
     )
 
 

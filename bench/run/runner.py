@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.fabric import Fabric
-from omegaconf import OmegaConf
 from torch import nn
 
 from bench import record
@@ -236,8 +236,8 @@ def _tell_start(config: RunConfig, command: Sequence[str] | None) -> None:
     """Environment and configuration, to the run's log."""
     place = record.environment(command=list(command or sys.argv), device=config.device)
     story.info("row %s of suite %s, seed %d", config.row, config.suite or "none", config.seed)
-    story.info("environment:\n%s", OmegaConf.to_yaml(place).rstrip())
-    story.info("configuration:\n%s", OmegaConf.to_yaml(config.as_dict()).rstrip())
+    story.info("environment:\n%s", yaml.safe_dump(place, sort_keys=False).rstrip())
+    story.info("configuration:\n%s", yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip())
 
 
 def _silent(done: float, doing: str) -> None:

@@ -10,12 +10,13 @@ each detector):
 - target masks: uint8 (n, H, W); predicted masks: float (n, 1, H, W) in 0..1 (Mask R-CNN only).
 """
 
-import dataclasses
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 from bench.config.schema import LIBRARIES, METHODS
+from bench.config.schema import build as build_config
 from bench.errors import InputError, choose
 from bench.model.backbone import ViL
 from bench.model.detectors.contract import Detector, PartCall, Settings, pyramid_strides
@@ -42,16 +43,7 @@ def build(
     min_size: int | Sequence[int] | None = None,
     max_size: int | None = None,
     fixed_size: tuple[int, int] | None = None,
-    fpn_channels: int = 256,
-    head_width: int = 1024,
-    mask_width: int = 256,
-    anchor_sizes: Sequence[int] = (32, 64, 128, 256, 512),
-    rpn_proposals: tuple[int, int] = (2000, 1000),
-    rpn_proposals_test: tuple[int, int] = (1000, 1000),
-    rpn_batch: int = 256,
-    roi_batch: int = 512,
-    detections: int = 100,
-    score_threshold: float = 0.05,
+    **options: Any,
 ) -> Detector:
     """Return a detector around `vil`; the defaults are the published recipe.
 
@@ -66,20 +58,11 @@ def build(
         fixed_size: (rows, columns): every image is stretched to exactly this canvas, and
             `min_size` and `max_size` play no part. Default where the image size of `vil` is
             a pair and no other size was given: that pair.
-        fpn_channels: channels of the feature pyramid.
-        head_width: width of the two linear layers of the box head (Mask R-CNN).
-        mask_width: channels of the four convolutions of the mask head (Mask R-CNN).
-        anchor_sizes: one anchor size in pixels a pyramid level; RetinaNet adds two octave scales.
-        rpn_proposals: proposals in training: a level before NMS, an image after it (Mask R-CNN).
-        rpn_proposals_test: the same in evaluation (Mask R-CNN).
-        rpn_batch: anchors an image in the loss of the RPN (Mask R-CNN).
-        roi_batch: RoIs an image in the loss of the box head (Mask R-CNN).
-        detections: detections kept an image.
-        score_threshold: detections below it are dropped.
+        options: fields of `bench.config.schema.DetectorConfig`.
 
     Raises:
-        InputError: an unknown method or library, detectron2 asked for and not importable, a
-            value that is not positive, another number of anchor sizes than pyramid levels, or
+        InputError: an unknown method, library or option, detectron2 asked for and not importable,
+            a value that is not allowed, another number of anchor sizes than pyramid levels, or
             images larger than those the backbone was made for.
     """
     choose(method, METHODS, "detection method")
@@ -90,23 +73,17 @@ def build(
         max_size = vil.image_size if isinstance(vil.image_size, int) else min(vil.image_size)
     if min_size is None:
         min_size = round(max_size * 800 / 1333)
-    settings = Settings(
-        num_classes=num_classes,
-        min_sizes=(min_size,) if isinstance(min_size, int) else tuple(min_size),
-        max_size=max_size,
-        fixed_size=fixed_size,
-        fpn_channels=fpn_channels,
-        head_width=head_width,
-        mask_width=mask_width,
-        anchor_sizes=tuple(anchor_sizes),
-        rpn_proposals=rpn_proposals,
-        rpn_proposals_test=rpn_proposals_test,
-        rpn_batch=rpn_batch,
-        roi_batch=roi_batch,
-        detections=detections,
-        score_threshold=score_threshold,
+    settings = build_config(
+        Settings,
+        {
+            "num_classes": num_classes,
+            "min_sizes": (min_size,) if isinstance(min_size, int) else min_size,
+            "max_size": max_size,
+            "fixed_size": fixed_size,
+            **options,
+        },
     )
-    _check_settings(settings, vil, levels=len(pyramid_strides(vil, method)))
+    _check(settings, vil, levels=len(pyramid_strides(vil, method)))
     detector: Detector = getattr(module, method)(vil, settings)
     return detector
 
@@ -144,21 +121,11 @@ def _library(library: str) -> ModuleType:
     return importlib.import_module("bench.model.detectors.torchvision")
 
 
-def _check_settings(settings: Settings, vil: ViL, *, levels: int) -> None:
-    for name, value in dataclasses.asdict(settings).items():
-        if name == "score_threshold" or value is None:
-            continue
-        numbers = value if isinstance(value, tuple) else (value,)
-        if not numbers or min(numbers) < 1:
-            raise InputError(f"detector option {name}={value!r} has to be positive")
-    if not 0 <= settings.score_threshold < 1:
-        raise InputError(
-            f"detector option score_threshold={settings.score_threshold} has to be in [0, 1)"
-        )
+def _check(settings: Settings, vil: ViL, *, levels: int) -> None:
     if len(settings.anchor_sizes) != levels:
         raise InputError(
-            f"detector option anchor_sizes={settings.anchor_sizes} has to name {levels} sizes, "
-            "one a pyramid level"
+            f"anchor_sizes={list(settings.anchor_sizes)} must have {levels} values, one a level of"
+            " the pyramid"
         )
     canvas = settings.fixed_size or (settings.max_size, settings.max_size)
     if any(side > limit for side, limit in zip(canvas, vil.largest, strict=True)):

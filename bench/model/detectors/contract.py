@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
+import pydantic.dataclasses
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from bench.config.schema import DetectorConfig, Positive, Size, Sizes
 from bench.errors import InputError
 from bench.model.backbone import ViL
 
@@ -39,24 +41,14 @@ class PartCall:
     make_inputs: Callable[[torch.device, torch.dtype], tuple[object, ...]]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What both libraries are configured with; `build` documents each field."""
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(DetectorConfig):
+    """What both libraries are configured with: a configuration, its classes, sizes of images."""
 
-    num_classes: int
-    min_sizes: tuple[int, ...]
-    max_size: int
-    fixed_size: tuple[int, int] | None
-    fpn_channels: int
-    head_width: int
-    mask_width: int
-    anchor_sizes: tuple[int, ...]
-    rpn_proposals: tuple[int, int]
-    rpn_proposals_test: tuple[int, int]
-    rpn_batch: int
-    roi_batch: int
-    detections: int
-    score_threshold: float
+    num_classes: Positive
+    min_sizes: Sizes
+    max_size: Positive
+    fixed_size: Size | None
 
 
 class Detector(nn.Module, ABC):

@@ -5,7 +5,9 @@ from bench.config.suites import load_suite
 from bench.errors import InputError
 
 
-def test_a_setting_is_found_by_its_name_or_its_path():
+def test_a_setting_is_found_by_its_path_or_its_name():
+    # Another setting's name is the whole path of this one.
+    assert search.parse("seed=0,1,2").path == "seed"
     assert search.parse("drop_path=0.05,0.1").path == "model.drop_path"
     assert search.parse("model.drop_path=0.05,0.1").name == "drop_path"
 
@@ -39,11 +41,11 @@ def test_rows_are_called_by_their_value_and_have_it():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("schedule=1x,3x", "'schedule' is no setting"),
-        ("row=a,b", "'row' is no setting"),
+        ("schedule=1x,3x", "'schedule' is not a setting"),
+        ("row=a,b", "'row' is not a setting"),
         ("drop_path", "no values"),
         ("drop_path=[", "no values"),
-        ("seed=0,1", "one of seed, data.generated.seed"),
+        ("image_size=[64,64]", "one of data.generated.image_size, profile.image_size"),
     ],
 )
 def test_wrong_searches_are_one_clear_line(text, said):

@@ -1,5 +1,4 @@
 import copy
-import dataclasses
 import gzip
 import importlib.util
 import json
@@ -38,6 +37,7 @@ LIBRARIES = [
         ],
     ),
 ]
+RECIPE = {"num_classes": 80, "min_sizes": (800,), "max_size": 1333, "fixed_size": None}
 every_library = pytest.mark.parametrize("library", LIBRARIES)
 every_method = pytest.mark.parametrize("method", detectors.METHODS)
 
@@ -401,10 +401,11 @@ def test_detectron2_pools_bfloat16_maps_at_exact_rois():
         ({"method": "mask_rcn"}, "unknown detection method 'mask_rcn' .*'mask_rcnn'"),
         ({"library": "torchvison"}, "unknown detector library 'torchvison' .*'torchvision'"),
         ({"num_classes": 0}, "num_classes=0"),
-        ({"min_size": ()}, r"min_sizes=\(\)"),
-        ({"fixed_size": (64, 0)}, r"fixed_size=\(64, 0\)"),
+        ({"min_size": ()}, r"min_sizes=\(\) must have at least 1"),
+        ({"fixed_size": (64, 0)}, "fixed_size.1=0 must be greater"),
         ({"score_threshold": 1.5}, "score_threshold=1.5"),
-        ({"anchor_sizes": (8, 16)}, r"anchor_sizes=\(8, 16\) has to name 5 sizes"),
+        ({"anchor_sizes": (8, 16)}, r"anchor_sizes=\[8, 16\] must have 5 values"),
+        ({"fpn_chanels": 8}, "unknown .*'fpn_chanels' .did you mean 'fpn_channels'"),
         ({"max_size": 128}, "128x128 .* larger than the 96x96"),
         ({"fixed_size": (96, 97)}, "96x97 .* larger than the 96x96"),
     ],
@@ -550,20 +551,17 @@ def test_both_libraries_predict_the_same_masks_before_they_are_pasted():
     ],
 )
 def test_sizes_of_images_in_evaluation(size, options, expected):
-    # Neither field that is left out plays a part.
-    base = dict.fromkeys(field.name for field in dataclasses.fields(Settings))
-    settings = Settings(**{**base, "min_sizes": (800,), "max_size": 1333, **options})
+    settings = Settings(**{**RECIPE, **options})
     assert network_size(*size, settings, training=False) == expected
 
 
 @pytest.mark.detectron2
 def test_sizes_of_images_are_those_of_detectron2():
     transforms = pytest.importorskip("detectron2.data.transforms")
-    base = dict.fromkeys(field.name for field in dataclasses.fields(Settings))
     random = torch.Generator().manual_seed(0)
     for _ in range(300):
         height, width = torch.randint(80, 700, (2,), generator=random).tolist()
-        settings = Settings(**{**base, "min_sizes": (800,), "max_size": 1333})
+        settings = Settings(**RECIPE)
         expected = transforms.ResizeShortestEdge.get_output_shape(height, width, 800, 1333)
         assert network_size(height, width, settings, training=False) == expected
 
