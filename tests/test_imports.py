@@ -58,7 +58,7 @@ def test_imports_go_one_way(package):
 # `model`, and `conformance` on `measure`.
 LINE = ("errors", "files", "record", "config", "system", "data", "model", "measure", "run")
 BRANCHES = {"conformance": "measure", "integrations": "model"}
-ABOVE = ("options", "cli", "commands", "__main__", "__init__")
+ABOVE = ("cli", "commands", "__main__", "__init__")
 
 
 def rooms_below(room):

@@ -5,9 +5,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from bench.cli import SHARED, add, positive
 from bench.commands._output import FORMATS, check_writable, progress, show
 from bench.errors import InputError
-from bench.options import SHARED, add, positive
 
 if TYPE_CHECKING:
     from bench.config.schema import RunConfig
@@ -45,16 +45,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     what = parser.add_mutually_exclusive_group()
     add(what, "image-size", help="count whole detectors on images of this size")
-    what.add_argument(
-        "--published",
+    add(
+        what,
+        "published",
         action="store_true",
         help="the 25 published rows: as published, counted again the same way, and as they are",
     )
     add(what, "sizes")
     add(parser, "backbone", "method")
-    parser.add_argument(
-        "--proposals", type=positive, default=1000, metavar="N", help="boxes in the box head"
-    )
+    add(parser, "proposals", type=positive, default=1000, metavar="N", help="boxes in the box head")
     add(parser, "format", choices=FORMATS)
     add(parser, "output", help="write tables and plots there too")
 

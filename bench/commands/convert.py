@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.commands._inputs import with_positions
+from bench.cli import add, add_overrides, add_row
 from bench.commands._output import WIDTH
 from bench.errors import InputError
-from bench.options import add, add_overrides, add_row
 
 if TYPE_CHECKING:
     from bench.config.schema import RunConfig
@@ -35,18 +34,16 @@ _MANY_KINDS = 12
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument(
-        "--source", type=Path, required=True, metavar="FILE", help="classification checkpoint"
+    add(
+        parser, "source", type=Path, required=True, metavar="FILE", help="classification checkpoint"
     )
     add(parser, "output", required=True, metavar="FILE", help="where the result goes")
     add(parser, "backbone")
     add_row(parser)
     add(parser, "position")
     add(parser, "image-size", help="of the images to come (default: 1333x1333)")
-    parser.add_argument("--force", action="store_true", help="overwrite the output")
-    parser.add_argument(
-        "--every", action="store_true", help="one line for each tensor, not for each kind"
-    )
+    add(parser, "force", action="store_true", help="overwrite the output")
+    add(parser, "every", action="store_true", help="one line for each tensor, not for each kind")
     add(parser, "format")
     add_overrides(parser)
 
@@ -89,10 +86,11 @@ def _config(options: argparse.Namespace) -> "RunConfig":
     (config,) = profile_configs(
         [options.attention],
         backbone=options.backbone,
+        position=options.position,
         image_size=options.image_size,
         overrides=options.overrides,
     )
-    return with_positions(config, options.position)
+    return config
 
 
 def _backbone(config: "RunConfig") -> "ViL":

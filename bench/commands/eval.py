@@ -7,12 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.commands._inputs import with_positions
-from bench.commands._output import WIDTH
-from bench.config.schema import LIBRARIES, METHODS, PRECISIONS
-from bench.errors import InputError
-from bench.files import write_whole
-from bench.options import (
+from bench.cli import (
     add,
     add_overrides,
     add_precision,
@@ -22,6 +17,10 @@ from bench.options import (
     precision,
     some_of,
 )
+from bench.commands._output import WIDTH
+from bench.config.schema import LIBRARIES, METHODS, PRECISIONS
+from bench.errors import InputError
+from bench.files import write_whole
 
 if TYPE_CHECKING:
     from bench.config.schema import RunConfig
@@ -59,29 +58,37 @@ _DETECTOR = {
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument(
-        "--weights",
+    add(
+        parser,
+        "weights",
         type=Path,
         metavar="FILE",
         help="the checkpoint (default: what the run of --record kept)",
     )
-    parser.add_argument(
-        "--data",
+    add(
+        parser,
+        "data",
         type=Path,
         metavar="DIR",
         help="folder in COCO layout (default: that of --record, or $DETECTRON2_DATASETS/coco)",
     )
-    parser.add_argument(
-        "--split",
+    add(
+        parser,
+        "split",
         metavar="NAME",
         help=f"of the data (default: the first of --record, or {_SPLIT})",
     )
     model = parser.add_argument_group("the detector")
-    model.add_argument(
-        "--record", type=Path, metavar="FILE", help="that of a run, instead of all other options"
+    add(
+        model,
+        "record",
+        type=Path,
+        metavar="FILE",
+        help="that of a run, instead of all other options",
     )
-    model.add_argument(
-        "--library",
+    add(
+        model,
+        "library",
         choices=LIBRARIES,
         default="auto",
         help="whose names the weights have; auto tells by the names",
@@ -96,7 +103,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(model, "backbone")
     add_row(model)
     add(model, "position")
-    model.add_argument("--arch", help="ARCH string, instead of backbone, row and position")
+    add(model, "arch", help="ARCH string, instead of backbone, row and position")
     run = parser.add_argument_group("the run")
     add(
         run,
@@ -104,12 +111,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="images in a batch of each process (default: that of --record, or 1)",
     )
-    run.add_argument("--workers", type=count, default=2, metavar="N", help="decoding processes")
+    add(run, "workers", type=count, default=2, metavar="N", help="decoding processes")
     add(run, "device")
-    add_precision(run)
-    # Known when the record is.
-    parser.set_defaults(precision=None)
-    run.add_argument("--limit", type=positive, metavar="N", help="the first N images alone")
+    # Its default is known when the record is.
+    add_precision(run, default=None)
+    add(run, "limit", type=positive, metavar="N", help="the first N images alone")
     add(
         run,
         "format",
@@ -263,10 +269,11 @@ def _config(
     (config,) = profile_configs(
         [options.attention],
         backbone=options.backbone,
+        position=options.position,
         values=run,
         overrides=[*arch, *options.overrides],
     )
-    return with_positions(config, options.position)
+    return config
 
 
 def _precision(options: argparse.Namespace, recorded: "RunConfig | None") -> str:

@@ -8,10 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.commands._output import FORMATS, check_writable, show, write
-from bench.config.schema import LIBRARIES, QUANTITIES
-from bench.errors import InputError
-from bench.options import (
+from bench.cli import (
     add,
     add_overrides,
     add_precision,
@@ -20,6 +17,9 @@ from bench.options import (
     on_gpu,
     precision,
 )
+from bench.commands._output import FORMATS, check_writable, show, write
+from bench.config.schema import LIBRARIES, QUANTITIES
+from bench.errors import InputError
 
 HELP = "measure parameters, FLOPs, memory and latency of one mechanism or many"
 EPILOG = """\
@@ -38,9 +38,7 @@ FITS = ("image-size", "batch-size")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add(parser, "attention", "backbone", "method")
-    parser.add_argument(
-        "--library", choices=LIBRARIES, default="torchvision", help="whose detector"
-    )
+    add(parser, "library", choices=LIBRARIES, default="torchvision", help="whose detector")
     add(parser, "image-size", default="800x1344")
     add(parser, "batch-size")
     add_precision(parser)
@@ -49,18 +47,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(parser, "repeats", default=10)
     add(parser, "seconds", default="1")
     add(parser, "seed")
-    parser.add_argument("--data", metavar="DIR", help="images in COCO layout (default: generated)")
-    parser.add_argument(
-        "--no-parts", action="store_true", help="measure whole detectors alone, not their parts"
+    add(parser, "data", metavar="DIR", help="images in COCO layout (default: generated)")
+    add(
+        parser,
+        "no-parts",
+        action="store_true",
+        help="measure whole detectors alone, not their parts",
     )
-    parser.add_argument(
-        "--memory-budget",
+    add(
+        parser,
+        "memory-budget",
         type=memory_budget,
         metavar="24GB",
         help="find the largest square image or batch that is predicted to fit into it",
     )
-    parser.add_argument(
-        "--fit", choices=FITS, default="image-size", help="which of them --memory-budget finds"
+    add(
+        parser,
+        "fit",
+        choices=FITS,
+        default="image-size",
+        help="which of them --memory-budget finds",
     )
     add(parser, "sizes")
     add(parser, "format", choices=FORMATS)

@@ -4,10 +4,10 @@ import argparse
 import json
 from typing import Any
 
+from bench.cli import add, positive, repeats, several, some_of
 from bench.commands._output import WIDTH, check_writable, progress
 from bench.config.schema import MODES, POSITIONS
 from bench.errors import InputError
-from bench.options import add, positive, repeats, several, some_of
 
 HELP = "compare the speed and memory of mechanisms at two commits, in turns in one run"
 EPILOG = """\
@@ -24,15 +24,21 @@ _FORMATS = ("table", "json", "markdown")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("--base", required=True, metavar="COMMIT", help="what to compare with")
+    add(parser, "base", required=True, metavar="COMMIT", help="what to compare with")
     add(parser, "attention")
     add(parser, "backbone")
     add(parser, "image-size", default="800x1344")
-    parser.add_argument(
-        "--stages", type=several(positive), default="1,2,3,4", metavar="1,2", help="stage shapes"
+    add(
+        parser,
+        "stages",
+        type=several(positive),
+        default="1,2,3,4",
+        metavar="1,2",
+        help="stage shapes",
     )
-    parser.add_argument(
-        "--position",
+    add(
+        parser,
+        "position",
         type=some_of(POSITIONS),
         default="relative,absolute",
         metavar="P",
@@ -40,10 +46,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add(parser, "mode", default=",".join(MODES))
     add(parser, "batch-size")
-    parser.add_argument("--repeats", type=repeats, default=9, metavar="N", help="rounds at least")
+    add(parser, "repeats", type=repeats, default=9, metavar="N", help="rounds at least")
     add(parser, "seconds", default=1.0)
     add(parser, "seed")
-    parser.add_argument("--format", choices=_FORMATS, default="table", help="what is printed")
+    add(parser, "format", choices=_FORMATS, default="table", help="what is printed")
     add(parser, "output", help="folder for speed.json, with raw samples, and speed.md")
 
 

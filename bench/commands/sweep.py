@@ -8,9 +8,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.commands._output import FORMATS, WIDTH
-from bench.config.schema import MODES, SCOPES, SWEPT
-from bench.options import (
+from bench.cli import (
     SHARED,
     ImageSize,
     add,
@@ -25,6 +23,8 @@ from bench.options import (
     seconds,
     several,
 )
+from bench.commands._output import FORMATS, WIDTH
+from bench.config.schema import MODES, SCOPES, SWEPT
 
 HELP = "measure FLOPs, memory and latency against resolution, and find where full attention loses"
 EPILOG = """\
@@ -56,7 +56,7 @@ def image_sizes(text: str) -> tuple[ImageSize, ...]:
     numbers = [int(part) for part in parts if part.isascii() and part.isdigit()]
     if len(numbers) != len(parts) or len(parts) not in (2, 3):
         raise ArgumentTypeError(
-            f"{text!r} is no series of image sizes; allowed: FIRST:LAST, FIRST:LAST:COUNT or A,B,…"
+            f"{text!r} is not a series of image sizes; allowed: FIRST:LAST, FIRST:LAST:COUNT, A,B,…"
         )
     first, last = (_STEP * max(1, round(side / _STEP)) for side in numbers[:2])
     if not 0 < numbers[0] < numbers[1]:
@@ -76,23 +76,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "attention",
         help=f"{SHARED['attention']['help']}; all is every mechanism once",
     )
-    parser.add_argument(
-        "--image-sizes",
+    add(
+        parser,
+        "image-sizes",
         type=image_sizes,
         default="224:1024",
         metavar="A:B",
         help="224:1024 is a geometric series of multiples of 32, 224:1024:9 one of 9 sizes,"
         " 256,512x768 a list",
     )
-    parser.add_argument(
-        "--batch-sizes",
+    add(
+        parser,
+        "batch-sizes",
         type=several(positive),
         default="1",
         metavar="A,B",
         help="images in a batch",
     )
-    parser.add_argument(
-        "--scope",
+    add(
+        parser,
+        "scope",
         choices=SCOPES,
         default="backbone",
         help="what is measured; attention is the first module of the backbone alone",
@@ -105,14 +108,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(parser, "repeats", default=3)
     add(parser, "seconds", default="0.5")
     add(parser, "seed")
-    parser.add_argument(
-        "--memory-limit",
+    add(
+        parser,
+        "memory-limit",
         type=memory_budget,
         metavar="16GB",
         help="of each point, on the CPU (default: nine tenths of what is free)",
     )
-    parser.add_argument(
-        "--max-seconds",
+    add(
+        parser,
+        "max-seconds",
         type=seconds,
         default="600",
         metavar="S",

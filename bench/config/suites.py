@@ -155,6 +155,12 @@ def profile_configs(
     return tuple(configs)
 
 
+def mechanism(name: str) -> str:
+    """Return the mechanism of a row of `configs/rows.yaml`, or `name`, which is one itself."""
+    spec = _rows().get(name, {})
+    return str(name if name in attentions.names() else spec.get("attention", name))
+
+
 def backbones() -> tuple[str, ...]:
     """Names of the backbones in `configs/backbones.yaml`."""
     return tuple(_read("backbones.yaml"))
