@@ -135,8 +135,7 @@ def run(options: argparse.Namespace) -> int:
     from bench.measure.sweep.points import plan
     from bench.measure.sweep.store import Limits
     from bench.measure.sweep.walks import sweep
-    from report.sweep.page import write
-    from report.sweep.points import alike
+    from report.sweep import alike, write
 
     walks = plan(
         options.attention,
@@ -171,8 +170,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _table(points: Sequence[Any]) -> None:
     from report import tables
-    from report.sweep.points import frame
-    from report.sweep.tables import summaries
+    from report.sweep import frame, summaries
 
     for table in summaries(frame(points)):
         print(f"{table.title}\n\n{tables.to_text(table.shown, WIDTH)}")
@@ -180,22 +178,18 @@ def _table(points: Sequence[Any]) -> None:
 
 
 def _markdown(points: Sequence[Any]) -> None:
-    from report import tables
-    from report.sweep import tables as sweep
-    from report.sweep.points import frame
+    from report import sweep, tables
 
-    data = frame(points)
+    data = sweep.frame(points)
     for table in (*sweep.summaries(data), sweep.points(data)):
         print(f"## {table.title}\n\n{tables.to_markdown(table.shown)}")
         print("\n".join((*table.notes, "")))
 
 
 def _csv(points: Sequence[Any]) -> None:
-    from report import tables
-    from report.sweep import tables as sweep
-    from report.sweep.points import frame
+    from report import sweep, tables
 
-    print(tables.to_csv(sweep.points(frame(points)).raw), end="")
+    print(tables.to_csv(sweep.points(sweep.frame(points)).raw), end="")
 
 
 def _json(points: Sequence[Any]) -> None:
