@@ -1,7 +1,7 @@
 """Every mechanism at the stage shapes of ViL-Small: forward and training, fast and reference.
 
-`pytest tests/benchmarks --benchmark-enable --benchmark-json=out.json` times them at 800x1344; without
-`--benchmark-enable`, as in the tests, each runs once on a small image.
+`pytest tests/benchmarks --benchmark-enable --benchmark-json=out.json` times them at 800x1344;
+without `--benchmark-enable`, as in the tests, each runs once on a small image.
 """
 
 import pytest
