@@ -110,7 +110,7 @@ def _parsed(options: Sequence[str]) -> dict[str, Any]:
 def _with_options(
     chosen: Sequence[str], values: Mapping[str, Any]
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Each mechanism with those of the options that it knows; one must know each."""
+    """Return each mechanism with those of the options that it knows; one must know each."""
     import attentions
     from attentions.contract import accepted_options
     from bench.errors import nearest

@@ -94,7 +94,7 @@ def _config(options: argparse.Namespace) -> "RunConfig":
 
 
 def _backbone(config: "RunConfig") -> "ViL":
-    """The backbone that is converted for, with nothing allocated."""
+    """Return the backbone that is converted for, with nothing allocated."""
     import torch
 
     from bench.model.build import build_detector
@@ -106,7 +106,7 @@ def _backbone(config: "RunConfig") -> "ViL":
 
 
 def _is_of_a_stage(step: "Step") -> bool:
-    """Whether a tensor found its place in a stage, where nothing fits by chance."""
+    """Return whether a tensor found its place in a stage, where nothing fits by chance."""
     return (
         step.action != "left out"
         and step.target.startswith("layer")
@@ -144,7 +144,7 @@ def _print(conversion: "Conversion", config: "RunConfig", options: argparse.Name
 
 
 def _counted(names: Sequence[str]) -> str:
-    """Names by their kind with their number, or by their stage where there are many kinds."""
+    """Return names with their number by their kind, or by their stage where there are many."""
     kinds = Counter(map(_kind, names))
     if len(kinds) > _MANY_KINDS:
         kinds = Counter(name.partition(".")[0] for name in names)
@@ -152,7 +152,7 @@ def _counted(names: Sequence[str]) -> str:
 
 
 def _groups(steps: Sequence["Step"]) -> list[list["Step"]]:
-    """Plain copies by their stage; what was changed or left out by its kind."""
+    """Group plain copies by their stage, and what was changed or left out by its kind."""
     groups: dict[tuple[object, ...], list[Step]] = {}
     for step in steps:
         plain = step.action == "copied" and not step.reason
@@ -164,7 +164,7 @@ def _groups(steps: Sequence["Step"]) -> list[list["Step"]]:
 
 
 def _row(steps: Sequence["Step"], *, named: Callable[[str], str]) -> dict[str, str]:
-    """The line of some steps of one action."""
+    """Return the line of some steps of one action."""
     action = steps[0].action
     sources = list(dict.fromkeys(named(step.source) for step in steps))
     places = list(dict.fromkeys(named(step.target) for step in steps))
@@ -188,14 +188,14 @@ def _row(steps: Sequence["Step"], *, named: Callable[[str], str]) -> dict[str, s
 
 
 def _joined(names: Sequence[str]) -> str:
-    """Names that differ in one part as one: a.query.weight, a.kv.weight -> a.{query,kv}.weight."""
+    """Join names that differ in one part: a.query.weight, a.kv.weight -> a.{query,kv}.weight."""
     columns = zip(*(name.split(".") for name in names), strict=True)
     parts = [list(dict.fromkeys(column)) for column in columns]
     return ".".join(part[0] if len(part) == 1 else f"{{{','.join(part)}}}" for part in parts)
 
 
 def _kind(name: str) -> str:
-    """A name without the number of its block: layer3.5.norm.bias -> layer3.*.norm.bias."""
+    """Leave out the number of a block: layer3.5.norm.bias -> layer3.*.norm.bias."""
     return re.sub(r"^(layer\d+)\.[1-9]\d*\.", r"\1.*.", name)
 
 

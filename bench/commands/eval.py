@@ -188,7 +188,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _kept(path: Path, record: "Record") -> Path:
-    """The weights that the run of a record kept, beside the folder of records."""
+    """Return the weights that the run of a record kept, beside the folder of records."""
     from bench.files import sha256
 
     kept = (record.training or {}).get("weights")
@@ -206,7 +206,7 @@ def _kept(path: Path, record: "Record") -> Path:
 
 
 def _recorded_root(path: Path, record: "Record") -> Path:
-    """The data of a record's run; generated data is made where it is missing."""
+    """Return the data of a record's run; generated data is made where it is missing."""
     from bench.config.suites import build_config
     from bench.data.split import data_root
 
@@ -231,7 +231,7 @@ def _config(
     kind: tuple[str, str] | None,
     root: Path,
 ) -> "RunConfig":
-    """The run's configuration; `kind` is library and method by the names of the weights."""
+    """Return the configuration; `kind` is library and method by the names of the weights."""
     from bench.config.schema import RunConfig
     from bench.config.suites import build_config, profile_configs
     from bench.system.processes import world
@@ -285,7 +285,7 @@ def _precision(options: argparse.Namespace, recorded: "RunConfig | None") -> str
 def _result(
     weights: Path, config: "RunConfig", section: dict[str, Any], device: str
 ) -> dict[str, Any]:
-    """What the file holds."""
+    """Return what the file holds."""
     from bench import record
     from bench.files import sha256
     from bench.model.build import model_section

@@ -91,7 +91,7 @@ def _configs(options: argparse.Namespace) -> tuple[Any, ...]:
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
-    """What the options say of every row, for `profile_configs`."""
+    """Return what the options say of every row, for `profile_configs`."""
     values = {
         "device": options.device,
         "seed": options.seed,
@@ -159,7 +159,7 @@ def _check_new(folder: Path, configs: Sequence[Any]) -> None:
 
 
 def _fit(options: argparse.Namespace, configs: Sequence[Any]) -> int:
-    """The largest image or batch of each row within the budget."""
+    """Find the largest image or batch of each row within the budget."""
     from bench.config.suites import profile_configs
     from bench.measure import predict
     from bench.measure.profile import build_on_meta
@@ -195,7 +195,7 @@ def _fit(options: argparse.Namespace, configs: Sequence[Any]) -> int:
 
 
 def _over_sizes(options: argparse.Namespace) -> int:
-    """FLOPs over the image sizes of a data set."""
+    """Count FLOPs over the image sizes of a data set."""
     from bench.commands.audit import show_sizes
     from bench.config.suites import profile_configs
 

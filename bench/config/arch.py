@@ -105,7 +105,7 @@ def _parse_stage(arch: str, at: int, text: str, expected: int) -> dict[str, int]
         letter, digits = field[:1], field[1:]
         if letter not in LETTERS:
             known = ", ".join(f"{key} ({meaning})" for key, meaning in LETTERS.items())
-            raise _error(arch, at, end, f"{letter!r} is none of the letters {known}")
+            raise _error(arch, at, end, f"{letter!r} is not one of the letters {known}")
         if letter in values:
             raise _error(arch, at, end, f"{letter!r} stands twice in one stage")
         if not digits.isascii() or not digits.isdigit():
@@ -121,7 +121,7 @@ def _parse_stage(arch: str, at: int, text: str, expected: int) -> dict[str, int]
         at = end + 1
     merged = _DEFAULTS | values
     if merged["d"] % merged["h"]:
-        raise _error(arch, *stage, f"d{merged['d']} is no multiple of h{merged['h']}")
+        raise _error(arch, *stage, f"d{merged['d']} must be a multiple of h{merged['h']}")
     if merged["a"] and merged["d"] % 2:
         raise _error(arch, *stage, f"absolute positions need an even d, got d{merged['d']}")
     return merged

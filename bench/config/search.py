@@ -24,11 +24,11 @@ class Search:
 
     @property
     def name(self) -> str:
-        """The setting as rows are called by it."""
+        """Return the last part of the path, which rows are called by."""
         return self.path.rpartition(".")[2]
 
     def row(self, row: str, value: Any) -> str:
-        """The name of a row with a value."""
+        """Return the name of a row with a value."""
         return f"{row} ({self.name}={value})"
 
 

@@ -42,7 +42,7 @@ class Suite:
 
 
 def suites() -> tuple[str, ...]:
-    """Names of the suites in `configs/suites`."""
+    """Return the names of the suites in `configs/suites`."""
     folder = importlib.resources.files("configs") / "suites"
     return tuple(sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".yaml")))
 
@@ -162,12 +162,12 @@ def mechanism(name: str) -> str:
 
 
 def backbones() -> tuple[str, ...]:
-    """Names of the backbones in `configs/backbones.yaml`."""
+    """Return the names of the backbones in `configs/backbones.yaml`."""
     return tuple(_read("backbones.yaml"))
 
 
 def default_root() -> Path | None:
-    """COCO's folder by detectron2's convention, `$DETECTRON2_DATASETS/coco`, if there is one."""
+    """Return `$DETECTRON2_DATASETS/coco`, where detectron2 looks for COCO, or None."""
     value = os.environ.get(DATASETS_VARIABLE)
     if not value:
         return None
@@ -201,7 +201,7 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _rows() -> dict[str, Any]:
-    """All rows: those of rows.yaml, then one and a partial one for every other mechanism."""
+    """Return those of rows.yaml, then one and a partial one for every other mechanism."""
     table = _read("rows.yaml")
     named = {spec["attention"] for spec in table.values()}
     for mechanism in attentions.names():
@@ -224,7 +224,7 @@ class _SuiteRow:
 def _suite_rows(
     name: str, suite: Mapping[str, Any], schedule: str | None, method: str | None
 ) -> dict[str, _SuiteRow]:
-    """The rows of a suite, by name, that have a schedule and a method or can be given them."""
+    """Return the rows of a suite that have a schedule and a method or can be given them."""
     asked = {"schedule": schedule, "method": method}
     if schedule is not None:
         choose(schedule, _read("recipes.yaml"), "schedule")
@@ -257,7 +257,7 @@ def _suite_rows(
 def _suite_row(
     row: str, table: Mapping[str, _SuiteRow], name: str, suite: Mapping[str, Any]
 ) -> _SuiteRow:
-    """A row by its name, or made of a mechanism of the user where the suite has a place for it."""
+    """Return a row by its name, or of a mechanism of the user where the suite takes one."""
     if row in table:
         return table[row]
     takes_mechanisms = suite["rows"] == "all"
@@ -272,7 +272,7 @@ def _suite_row(
 
 
 def _row_layer(spec: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[str, Any]:
-    """The model settings of a row in a backbone."""
+    """Return the model settings of a row in a backbone."""
     dense = spec.get("dense", [])
     count = len(backbone["stages"])
     feature, least = _needs(spec["attention"])
@@ -306,7 +306,7 @@ def _row_layer(spec: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[str
 
 
 def _needs(mechanism: str) -> tuple[int, int]:
-    """What `f` in an ARCH string says of a mechanism by default, and its least global tokens."""
+    """Return what `f` in an ARCH string is by default, and the least number of global tokens."""
     try:
         factory = attentions.find(mechanism)
     except ValueError as error:

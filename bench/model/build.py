@@ -16,7 +16,7 @@ from bench.model.backbone import ViL
 
 
 def build_backbone(config: RunConfig) -> ViL:
-    """The untrained backbone of a run, its weights drawn from the run's seed.
+    """Return the untrained backbone of a run, its weights drawn from the run's seed.
 
     Raises:
         InputError: for a model that cannot be built, naming the row.
@@ -38,7 +38,7 @@ def build_backbone(config: RunConfig) -> ViL:
 
 
 def build_detector(config: RunConfig, num_classes: int) -> detectors.Detector:
-    """The untrained detector of a run, its weights drawn from the run's seed."""
+    """Return the untrained detector of a run, its weights drawn from the run's seed."""
     data, model = config.data, config.model
     fixed = data.fixed_size
     return detectors.build(
@@ -82,7 +82,7 @@ def initialise(detector: detectors.Detector, path: Path) -> str:
 
 
 def parameters_section(detector: detectors.Detector) -> dict[str, Any]:
-    """The `parameters` section of a record."""
+    """Return the `parameters` section of a record."""
 
     def count(module: nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
@@ -92,7 +92,7 @@ def parameters_section(detector: detectors.Detector) -> dict[str, Any]:
 
 
 def model_section(config: RunConfig) -> dict[str, Any]:
-    """The `model` section of a record."""
+    """Return the `model` section of a record."""
     model = config.model
     library, version = model.library, None
     # Where the library cannot be had, that is the error of the record.
@@ -112,7 +112,7 @@ def model_section(config: RunConfig) -> dict[str, Any]:
 
 
 def _attention_label(config: RunConfig) -> str:
-    """The mechanism, and "/ full" where the last stages have full attention instead."""
+    """Name the mechanism, and "/ full" where the last stages have full attention instead."""
     names = config.model.attention.split(",")
     try:
         stages = parse(config.model.arch, names[0] if len(names) == 1 else names)

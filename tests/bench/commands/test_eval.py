@@ -146,12 +146,12 @@ def test_a_detector_that_learnt_its_image_has_a_high_average_precision(capsys, t
     image, target = CocoDataset(tmp_path, "val2017")[0]
     torch.manual_seed(0)
     detector = build_detector(config_of(), 1)
-    optimiser = torch.optim.AdamW(detector.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=3e-3)
     for _ in range(60):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         sum(detector([to_float(image)], [target]).values()).backward()
         torch.nn.utils.clip_grad_norm_(detector.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
     torch.save(detector.state_dict(), tmp_path / "learnt.pth")
     found = evaluate(capsys, tmp_path / "learnt.pth", tmp_path)["evaluation"]
     assert found["box"]["AP50"] == found["mask"]["AP50"] == pytest.approx(100)
@@ -279,17 +279,8 @@ def test_weights_that_do_not_fit_change_nothing():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["--library", "detectron"],
-            "--library: unknown value 'detectron' (did you mean 'detectron2'?)",
-        ),
-        (["--method", "fast_rcnn"], "--method: unknown value 'fast_rcnn'"),
-        (["--precision", "16"], "--precision: unknown value '16'"),
-        (["--position", "none"], "--position: unknown value 'none'"),
         (["--format", "yaml"], "--format: unknown value 'yaml'"),
-        (["--workers", "-1"], "--workers: '-1' is no whole number, 0 or more"),
         (["--attention", "all"], "--attention: 'all' is many rows"),
-        (["--attention", "performr"], "did you mean 'performer'?"),
         (["--arch", ARCH, "--position", "relative"], "leave out --position"),
         (["--split", "test"], "splits there: train2017, val2017"),
         (["--data", "/nowhere"], "no data folder /nowhere"),
@@ -297,7 +288,6 @@ def test_weights_that_do_not_fit_change_nothing():
         (["--output", "/"], "--output / is a folder"),
         (["--record", "/nowhere.json"], "cannot read /nowhere.json"),
         (["--method", "retinanet"], "they are of a torchvision mask_rcnn"),
-        (["train.stepps=3"], "did you mean 'train.steps'?"),
     ],
 )
 def test_wrong_input_is_one_line(capsys, saved, data, arguments, message):
@@ -335,4 +325,4 @@ def test_an_output_that_cannot_be_written_is_one_line(capsys, saved, data, tmp_p
         "--output", tmp_path / "file" / "result.json", *OVERRIDES,
     )  # fmt: skip
     assert code == 2
-    assert "cannot write --output" in err
+    assert f"cannot write {tmp_path}" in err

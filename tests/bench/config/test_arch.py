@@ -12,12 +12,12 @@ BAD = [
     ("", 1, "", "1 stages, where 3 or 4 are allowed"),
     ("l1_l2", 1, "l1_l2", "2 stages"),
     ("l1_l2_l3_l4_l5", 1, "l1_l2_l3_l4_l5", "5 stages"),
-    ("l1,x3_l2_l3", 4, "x3", "'x' is none of the letters"),
-    ("l1_l2,H3_l3", 7, "H3", "'H' is none of the letters"),
-    ("l1, h3_l2_l3", 4, " h3", "' ' is none of the letters"),
-    ("l1,_l2_l3", 4, "", "'' is none of the letters"),
-    ("l1,,h3_l2_l3", 4, "", "'' is none of the letters"),
-    ("l1__l3", 4, "", "'' is none of the letters"),
+    ("l1,x3_l2_l3", 4, "x3", "'x' is not one of the letters"),
+    ("l1_l2,H3_l3", 7, "H3", "'H' is not one of the letters"),
+    ("l1, h3_l2_l3", 4, " h3", "' ' is not one of the letters"),
+    ("l1,_l2_l3", 4, "", "'' is not one of the letters"),
+    ("l1,,h3_l2_l3", 4, "", "'' is not one of the letters"),
+    ("l1__l3", 4, "", "'' is not one of the letters"),
     ("l1,h3,h4_l2_l3", 7, "h4", "'h' stands twice"),
     ("l1_l2,h_l3", 7, "h", "'h' (heads) needs a whole number"),
     ("l1_l2_l3,d9x", 10, "d9x", "'d' (dim) needs a whole number"),
@@ -30,7 +30,7 @@ BAD = [
     ("l1,p0_l2_l3", 4, "p0", "'p' (patch size) must be positive"),
     ("l1_l3_l2", 4, "l3", "stage 2 was expected here"),
     ("l2_l2_l3", 1, "l2", "stage 1 was expected here"),
-    ("l1_l2,h5,d96_l3", 4, "l2,h5,d96", "d96 is no multiple of h5"),
+    ("l1_l2,h5,d96_l3", 4, "l2,h5,d96", "d96 must be a multiple of h5"),
     ("l1_l2_l3,h3,d9", 7, "l3,h3,d9", "absolute positions need an even d, got d9"),
 ]
 sizes = st.integers(1, 9)
@@ -72,7 +72,7 @@ def test_errors_point_at_the_character(arch, character, marked, message):
 
 
 def test_an_unknown_letter_lists_the_known():
-    with pytest.raises(ValueError, match="none of the letters") as caught:
+    with pytest.raises(ValueError, match="one of the letters") as caught:
         parse("l1,x3_l2_l3")
     assert all(f"{letter} ({meaning})" in str(caught.value) for letter, meaning in LETTERS.items())
 

@@ -324,7 +324,7 @@ def test_no_image_sizes(text):
         (["--what", "flop"], "did you mean 'flops'?"),
         (["--format", "xml"], "allowed: table, json, csv, markdown"),
         (["--precision", "fp8"], "--precision: unknown value 'fp8'"),
-        (["--repeats", "1"], "--repeats: '1' is too few: quartiles need 2 samples or more"),
+        (["--repeats", "1"], "--repeats: '1' is not a whole number of 2 or more"),
         (["--device", "tpu"], "device='tpu' is none of auto, cpu"),
     ],
 )
