@@ -1,12 +1,12 @@
 """`python -m bench sweep`: cost against resolution."""
 
 import argparse
+import json
 import math
 import sys
-import textwrap
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from bench.cli import (
     SHARED,
@@ -23,8 +23,11 @@ from bench.cli import (
     seconds,
     several,
 )
-from bench.commands._output import FORMATS, WIDTH
+from bench.commands._output import FORMATS, show
 from bench.config.schema import MODES, SCOPES, SWEPT
+
+if TYPE_CHECKING:
+    from bench.record import Record
 
 HELP = "measure FLOPs, memory and latency against resolution, and find where full attention loses"
 EPILOG = """\
@@ -162,43 +165,18 @@ def run(options: argparse.Namespace) -> int:
         console=Console(stderr=True),
     )
     page = write(alike(points, options.output), options.output)
-    PRINT[options.format](points)
+    print_points(points, options.format)
     print(f"report: {page} and {page.with_suffix('.html')}", file=sys.stderr)
     broken = [point for point in points if (point.error or {}).get("kind") == "error"]
     return 1 if broken else 0
 
 
-def _table(points: Sequence[Any]) -> None:
-    from report import tables
-    from report.sweep import frame, summaries
-
-    for table in summaries(frame(points)):
-        print(f"{table.title}\n\n{tables.to_text(table.shown, WIDTH)}")
-        print("\n".join((*(textwrap.fill(note, WIDTH) for note in table.notes), "")))
-
-
-def _markdown(points: Sequence[Any]) -> None:
-    from report import sweep, tables
+def print_points(points: "Sequence[Record]", form: str) -> None:
+    """Print points in one of FORMATS; tables are of growth and crossovers, CSV of the points."""
+    from report import sweep
 
     data = sweep.frame(points)
-    for table in (*sweep.summaries(data), sweep.points(data)):
-        print(f"## {table.title}\n\n{tables.to_markdown(table.shown)}")
-        print("\n".join((*table.notes, "")))
-
-
-def _csv(points: Sequence[Any]) -> None:
-    from report import sweep, tables
-
-    print(tables.to_csv(sweep.points(sweep.frame(points)).raw), end="")
-
-
-def _json(points: Sequence[Any]) -> None:
-    print("[" + ",\n".join(point.to_json().strip() for point in points) + "]")
-
-
-PRINT: dict[str, Callable[[Sequence[Any]], None]] = {
-    "table": _table,
-    "json": _json,
-    "csv": _csv,
-    "markdown": _markdown,
-}
+    shown = sweep.summaries(data) if form != "csv" else []
+    if form in ("csv", "markdown"):
+        shown.append(sweep.points(data))
+    show(form, [json.loads(point.to_json()) for point in points], shown)

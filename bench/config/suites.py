@@ -124,7 +124,8 @@ def profile_configs(
         overrides: `key=value`.
 
     Raises:
-        InputError: for an unknown name, backbone or key, or a value of the wrong type.
+        InputError: for an unknown name, backbone or key, a value that is not allowed, or sizes that
+            contradict each other.
     """
     known_backbones = _read("backbones.yaml")
     choose(backbone, known_backbones, "backbone")
@@ -152,6 +153,8 @@ def profile_configs(
         top = {"suite": "profile", "row": row}
         config = build_config(merged([size, values or {}, layer, top, command_line]))
         configs.append(_with_fixed_size(config, image_size))
+        if image_size is not None:
+            check_sizes(configs[-1])
     return tuple(configs)
 
 

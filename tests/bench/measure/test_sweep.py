@@ -354,9 +354,9 @@ def test_the_command_writes_points_and_page_and_prints_tables(tmp_path, capsys):
     assert len(points) == 12
     assert "12 of 12 points are recorded already" in output.err
 
-    command.PRINT["csv"](points)
-    assert len(capsys.readouterr().out.splitlines()) == 13
-    command.PRINT["markdown"](points)
+    command.print_points(points, "csv")
+    assert len(capsys.readouterr().out.strip().splitlines()) == 13
+    command.print_points(points, "markdown")
     assert capsys.readouterr().out.startswith("## Growth and crossover, inference\n")
 
 

@@ -185,7 +185,7 @@ def test_half_the_batch_takes_half_the_rate_and_twice_the_steps() -> None:
     )  # fmt: skip
     scaled = effective(config, "mask_rcnn")
     assert (scaled.lr, scaled.steps, scaled.warmup_steps) == (5e-5, 180000, 2000)
-    assert scaled.milestones == [120000, 160000]
+    assert scaled.milestones == (120000, 160000)
     # The rate at a point of the epoch is half the recipe's.
     recipe = dataclasses.replace(config, batch_size=16)
     for step in (0, 700, 50000, 70000, 89999):
