@@ -90,7 +90,7 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
         default=None,
         help="auto, cpu, cuda or cuda:N (default: auto, a GPU where there is one)",
     )
-    add(result, "seed", default=None, help="of everything random (default: 0)")
+    add(result, "seed", default=None, help="seed of everything random (default: 0)")
     add(
         result,
         "rows",
@@ -107,7 +107,7 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
         help="recipe of the training: 1x, 3x or quick (default: the suite's); of the zoo, the rows"
         " that have it",
     )
-    add(result, "method", default=None, help="of detection (default: the suite's), likewise")
+    add(result, "method", default=None, help="method of detection (default: the suite's), likewise")
     add(
         result,
         "retry-failed",

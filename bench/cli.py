@@ -236,7 +236,10 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
         "help": "a backbone of configs/backbones.yaml",
     },
     "method": {"choices": METHODS, "default": "mask_rcnn", "help": "method of detection"},
-    "position": {"choices": POSITIONS, "help": "in all stages (default: that of the row)"},
+    "position": {
+        "choices": POSITIONS,
+        "help": "positions of all stages (default: the row's)",
+    },
     "image-size": {
         "type": image_size,
         "metavar": "HxW",
@@ -267,9 +270,9 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
     "seconds": {
         "type": seconds,
         "metavar": "S",
-        "help": "that these samples take together at least",
+        "help": "fewest seconds that these samples take together",
     },
-    "seed": {"type": seed, "default": 0, "metavar": "N", "help": "of weights and images"},
+    "seed": {"type": seed, "default": 0, "metavar": "N", "help": "seed of weights and images"},
     "format": {"choices": ("table", "json"), "default": "table", "help": "what is printed"},
     "output": {"type": Path, "metavar": "DIR"},
 }
@@ -326,7 +329,7 @@ def add_precision(parser: "argparse._ActionsContainer", default: str | None = "3
         "precision",
         choices=PRECISIONS,
         default=default,
-        help="of the numbers that a model computes with"
+        help="precision of the numbers that a model computes with"
         + (" (default: that of --record, or 32-true)" if default is None else ""),
     )
     add(

@@ -77,7 +77,7 @@ def _configure_coco(parser: argparse.ArgumentParser) -> None:
         type=names,
         default="train2017,val2017",
         metavar="A,B",
-        help="whose images and annotations",
+        help="splits whose images and annotations are downloaded",
     )
     add(
         parser,

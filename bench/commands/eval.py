@@ -76,7 +76,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         parser,
         "split",
         metavar="NAME",
-        help=f"of the data (default: the first of --record, or {_SPLIT})",
+        help=f"split of the data (default: the first of --record, or {_SPLIT})",
     )
     model = parser.add_argument_group("the detector")
     add(
@@ -84,7 +84,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "record",
         type=Path,
         metavar="FILE",
-        help="that of a run, instead of all other options",
+        help="record of a run, instead of all other options",
     )
     add(
         model,
@@ -181,8 +181,6 @@ def _check(options: argparse.Namespace) -> None:
     if options.record and (besides or options.overrides):
         given = ", ".join([*besides, *options.overrides])
         raise InputError(f"--record {options.record} says what the detector is; leave out {given}")
-    if options.arch and options.position:
-        raise InputError("--arch says where positions are absolute (a1); leave out --position")
     if options.output and options.output.is_dir():
         raise InputError(f"--output {options.output} is a folder; name a file")
 

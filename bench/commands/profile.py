@@ -38,7 +38,7 @@ FITS = ("image-size", "batch-size")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add(parser, "attention", "backbone", "method")
-    add(parser, "library", choices=LIBRARIES, default="torchvision", help="whose detector")
+    add(parser, "library", choices=LIBRARIES, default="torchvision", help="library of the detector")
     add(parser, "image-size", default="800x1344")
     add(parser, "batch-size")
     add_precision(parser)

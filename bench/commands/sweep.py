@@ -116,7 +116,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "memory-limit",
         type=memory_budget,
         metavar="16GB",
-        help="of each point, on the CPU (default: nine tenths of what is free)",
+        help="memory of each point, on the CPU (default: nine tenths of what is free)",
     )
     add(
         parser,
@@ -124,9 +124,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=seconds,
         default="600",
         metavar="S",
-        help="of each point; 0 for no limit",
+        help="seconds of each point; 0 for no limit",
     )
-    add(parser, "output", default="results/sweep", help="of records and report")
+    add(parser, "output", default="results/sweep", help="folder of records and report")
     add(parser, "format", choices=FORMATS)
     add_overrides(parser)
 

@@ -146,6 +146,8 @@ def profile_configs(
             "profile": {"image_size": list(image_size)},
         }
     command_line = _overrides(overrides)
+    if position is not None and "arch" in command_line.get("model", {}):
+        raise InputError("model.arch says where positions are absolute (a1); leave out --position")
     configs = []
     for row in dict.fromkeys(rows):
         spec = table.get(row, {"attention": row}) | ({"position": position} if position else {})
