@@ -4,6 +4,7 @@ A row that has its record is not run again, so the same command continues what w
 """
 
 import argparse
+import dataclasses
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -24,17 +26,17 @@ from bench.config.suites import Suite, load_suite, suites
 from bench.data.generated import SPLITS
 from bench.errors import InputError
 from bench.record import Record
-from bench.system import logs
-from bench.system import processes as launch
-from bench.system import slurm as jobs
+from bench.system import logs, processes, slurm
 from bench.system.interrupt import EXIT_CODE
-from bench.system.locks import HeldError
+from bench.system.locks import LockedError
 from bench.system.progress import SuiteProgress
 from report import load, page, tables
 
+if TYPE_CHECKING:
+    from bench.run.identity import Identity
+    from bench.run.settled import Standing
+
 LAUNCHERS = ("none", "local", "slurm")
-# Not worth trying again before something changes: the same command would end the same way.
-_FINAL_ERRORS = ("error", "diverged", "out_of_memory")
 _WIDTH = 120
 
 
@@ -118,7 +120,14 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
         result,
         "init",
         metavar="CHECKPOINT",
-        help="start from the backbone of a classifier, or from a detector (default: from scratch)",
+        help="start from the backbone of a classifier, or from a detector (default: from scratch);"
+        " a folder of ROW.pth, or a pattern such as pretrained/{row}.pth, has one for each row",
+    )
+    add(
+        result,
+        "init-partial",
+        action="store_true",
+        help="let rows of several mechanisms start from what fits of one file",
     )
     add(
         result,
@@ -177,8 +186,9 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
         action="store_true",
         help="write TensorBoard's events, to tensorboard/",
     )
-    # Of a row that was started for a suite, which writes its report itself.
+    # Of a row that was started for a suite, which measures latency and writes its report itself.
     result.add_argument("--no-report", action="store_true", help=argparse.SUPPRESS)
+    result.add_argument("--no-latency", action="store_true", help=argparse.SUPPRESS)
     add_overrides(result)
     return result
 
@@ -186,7 +196,8 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    launch.end_with_parent()
+    command = ["python", "run_all.py", *given]
+    processes.end_with_parent()
     _set_up_logging()
     # A preempted job is told by SIGTERM; it ends as an interrupted one does. Not by way of SIGINT,
     # which shells make processes in the background ignore.
@@ -194,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first = True
     try:
         options = parser().parse(given)
-        world = launch.world()
+        world = processes.world()
         first = world.is_first
         if options.tensorboard:
             logs.check_tensorboard()
@@ -206,18 +217,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _dry_run(suite, output, options.measure_steps or 0)
         _check_needs(suite)
         if options.launcher != "none":
-            return _launch(suite, plain, searched, output, options)
+            return _launch(suite, plain, searched, output, options, command)
         if suite.runs[0].train.devices > 1 and world.size == 1:
-            return launch.spawn(launch.this_command(given), suite.runs[0].train.devices)
+            return processes.spawn(processes.this_command(given), suite.runs[0].train.devices)
         return run_suite(
             suite,
             output,
             Console(quiet=not first),
-            command=["python", "run_all.py", *given],
+            command=command,
             retry_failed=options.retry_failed,
             report=not options.no_report and first,
             tensorboard=options.tensorboard,
             keep_weights=not options.no_weights,
+            latency=not options.no_latency,
         )
     except InputError as error:
         if first:
@@ -229,14 +241,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_CODE
 
 
-def _load(options: argparse.Namespace, world: launch.World) -> Suite:
+def _load(options: argparse.Namespace, world: processes.World) -> Suite:
     overrides = list(options.overrides)
     devices = options.devices or (world.size if world.size > 1 else None)
     if devices is not None:
         overrides.append(f"train.devices={devices}")
-    if options.init is not None:
-        overrides.append(f"train.init={options.init}")
-    return load_suite(
+    suite = load_suite(
         options.suite,
         rows=options.rows,
         schedule=options.schedule,
@@ -246,6 +256,33 @@ def _load(options: argparse.Namespace, world: launch.World) -> Suite:
         device=options.device,
         overrides=overrides,
     )
+    return suite if options.init is None else _started(suite, options.init, options.init_partial)
+
+
+def _started(suite: Suite, init: str, partial: bool) -> Suite:
+    """Give each row the checkpoint that it starts from.
+
+    Args:
+        init: a file for all rows, a folder of `ROW.pth`, or a pattern with `{row}`.
+        partial: let rows of several mechanisms take what fits of one file.
+    """
+    pattern = str(Path(init) / "{row}.pth") if Path(init).is_dir() else init
+    several = len({(run.model.attention, run.model.arch) for run in suite.runs}) > 1
+    if "{row}" not in pattern and several and not partial:
+        raise InputError(
+            f"--init {init} is one file for rows of several mechanisms, each of which would take"
+            " what fits of it: name a folder of ROW.pth, or a pattern such as"
+            " pretrained/{row}.pth, for one each; --init-partial allows it"
+        )
+    runs = []
+    for run in suite.runs:
+        names = dict.fromkeys((run.row, record.slug(run.row)))
+        places = list(dict.fromkeys(pattern.replace("{row}", name) for name in names))
+        found = next((place for place in places if Path(place).is_file()), None)
+        if found is None:
+            raise InputError(f"--init {init}: row {run.row}: no such file {' or '.join(places)}")
+        runs.append(dataclasses.replace(run, train=dataclasses.replace(run.train, init=found)))
+    return dataclasses.replace(suite, runs=tuple(runs))
 
 
 def _check_needs(suite: Suite) -> None:
@@ -283,9 +320,9 @@ def _launch(
     searched: search.Search | None,
     output: Path,
     options: argparse.Namespace,
+    command: Sequence[str],
 ) -> int:
     """Run the missing rows as processes of their own."""
-    _check_output(output)
     bases = {config.row: config.row for config in plain.runs}
     if searched is not None:
         bases = {
@@ -293,40 +330,36 @@ def _launch(
             for config in plain.runs
             for value in searched.values
         }
-    missing = [run for run in suite.runs if not _is_settled(run, output, options.retry_failed)]
-    print(f"suite {suite.name}: {len(missing)} of {len(suite.runs)} rows to run")
-    _check_free(missing, output)
-    found = []
-    for config in missing:
-        command = launch.this_command(_row_arguments(config, bases[config.row], output, options))
-        log = output / "logs" / f"{record.slug(config.row)}.out"
-        found.append(jobs.Job(config.row, tuple(command), log))
-    devices = suite.runs[0].train.devices
-    if options.launcher == "slurm":
-        handles = jobs.submit(
-            found,
-            folder=output / "slurm",
-            devices=devices,
-            options=jobs.slurm_options(options.slurm),
-        )
-        for job, handle in zip(found, handles, strict=True):
+    devices, local = suite.runs[0].train.devices, options.launcher == "local"
+    console = Console()
+    # The machine that submits jobs need not have their devices and data.
+    standings = _survey(
+        suite, output, console, options.retry_failed, processes=devices, check=local
+    )
+    jobs = []
+    for standing in standings:
+        if standing.record is None:
+            row = standing.config.row
+            arguments = _row_arguments(standing.config, bases[row], output, options)
+            log = output / "logs" / f"{record.slug(row)}.out"
+            jobs.append(processes.Job(row, tuple(processes.this_command(arguments)), log))
+    if not local:
+        gpus = 0 if suite.runs[0].device == "cpu" else devices
+        folder, parameters = output / "slurm", slurm.read_options(options.slurm)
+        handles = slurm.submit(jobs, folder=folder, gpus=gpus, options=parameters)
+        for job, handle in zip(jobs, handles, strict=True):
             print(f"{job.row}: submitted as job {handle.job_id}")
-        print(
-            f"Their output is in {output / 'slurm'}; when they are done, the same command without"
-        )
+        print(f"Their output is in {folder}; when they are done, the same command without")
         print("--launcher writes the report.")
         return 0
-    # Generated data is made once, before the rows ask for it.
-    from bench.data import split as inputs
-
-    for line in inputs.check_data(missing, output, processes=devices) if missing else ():
-        print(f"note: {line}")
-    code = jobs.run_local(
-        found, count=options.jobs, devices=devices, say=lambda line: print(line, flush=True)
+    code = processes.run_local(
+        jobs, count=options.jobs, devices=devices, say=lambda line: print(line, flush=True)
     )
-    if code in (0, 1):
-        return _report(suite, output)
-    return code
+    if code not in (0, 1):
+        return code
+    identities = [standing.identity for standing in standings]
+    _measure_latency(identities, output, console, command=command)
+    return _report(suite, output, identities)
 
 
 def _row_arguments(
@@ -340,7 +373,9 @@ def _row_arguments(
             arguments += [f"--{name}", str(value)]
     if config.row != base:
         arguments += ["--search", config.row.removeprefix(f"{base} (").removesuffix(")")]
-    for name in ("retry_failed", "tensorboard", "no_weights"):
+    if options.launcher == "local":
+        arguments.append("--no-latency")
+    for name in ("retry_failed", "tensorboard", "no_weights", "init_partial"):
         if getattr(options, name):
             arguments.append(f"--{name.replace('_', '-')}")
     return [*arguments, *options.overrides]
@@ -356,79 +391,116 @@ def run_suite(
     report: bool = True,
     tensorboard: bool = False,
     keep_weights: bool = True,
+    latency: bool = True,
 ) -> int:
     """Run what is missing of a suite, write the report and print its table.
 
     All processes that share the runs call this; the first decides what is missing.
     """
     # Imported here: torch takes seconds, which `--help` and wrong input should not cost.
-    from bench.data import split as inputs
     from bench.run import runner
     from bench.system import devices
 
-    def prepare() -> list[bool]:
-        _check_output(output)
-        settled = [_is_settled(run, output, retry_failed) for run in suite.runs]
-        missing = [run for run, done in zip(suite.runs, settled, strict=True) if not done]
-        console.print(
-            f"suite {suite.name}: {len(missing)} of {len(suite.runs)} rows to run"
-            + (f", {sum(settled)} have their record" if any(settled) else ""),
-            highlight=False,
-        )
-        if missing:
-            _check_free(missing, output)
-            for line in inputs.check_data(missing, output):
-                console.print(f"note: {line}", highlight=False, soft_wrap=True)
-        return settled
-
-    settled = devices.agree(suite.runs[0], prepare)
-    missing = [run for run, done in zip(suite.runs, settled, strict=True) if not done]
-    failed = False
+    how = runner.Options(
+        command=command, tensorboard=tensorboard, keep_weights=keep_weights, latency=False
+    )
+    standings = devices.decide_in_first(
+        suite.runs[0], lambda: _survey(suite, output, console, retry_failed)
+    )
+    missing = [standing for standing in standings if standing.record is None]
+    failed = any(s.record is not None and s.record.status == "failed" for s in standings)
     with SuiteProgress(len(missing), console=console) as progress:
-        for config in missing:
-            progress.row(config.row)
+        how = dataclasses.replace(how, progress=progress.update)
+        for standing in missing:
+            row = standing.config.row
+            progress.row(row)
             try:
                 result = runner.run(
-                    config,
-                    output=output,
-                    progress=progress.update,
-                    command=command,
-                    tensorboard=tensorboard,
-                    keep_weights=keep_weights,
+                    standing.config, output=output, identity=standing.identity, options=how
                 )
-            except HeldError as error:
+            except LockedError as error:
                 progress.finish_row(f"being run by {error.holder}; left to it")
                 failed = True
                 continue
             except runner.AbandonedError as error:
-                print(f"{config.row}: failed in one process: {error}", file=sys.stderr, flush=True)
+                if not error.recorded_before:
+                    print(f"{row}: failed in one process: {error}", file=sys.stderr, flush=True)
                 # The other processes hold what an orderly end would wait for.
-                os._exit(launch.ABANDONED)
+                os._exit(processes.ABANDONED)
             progress.finish_row(_outcome(result))
             failed |= result.status == "failed"
-    devices.leave()
-    return max(_report(suite, output) if report else 0, int(failed))
+    devices.close_group()
+    if not processes.world().is_first:
+        return int(failed)
+    processes.forget_world()
+    identities = [standing.identity for standing in standings]
+    if latency:
+        _measure_latency(identities, output, console, command=command)
+    return max(_report(suite, output, identities) if report else 0, int(failed))
 
 
-def _check_free(runs: Sequence[RunConfig], output: Path) -> None:
-    """Stop before anything has cost time where another command does one of the runs."""
-    # Imported here, as in `run_suite`.
-    from bench.run import runner
+def _survey(
+    suite: Suite,
+    output: Path,
+    console: Console,
+    retry_failed: bool,
+    *,
+    processes: int | None = None,
+    check: bool = True,
+) -> list["Standing"]:
+    """Say which rows have their record, and check what the others need before they cost time.
 
-    for config in runs:
+    Args:
+        processes: of each run, if they are not started yet.
+        check: read the data of the rows that are to be run.
+    """
+    from bench.data import split as inputs
+    from bench.run import runner, settled
+
+    _check_output(output)
+    standings = settled.survey(suite.runs, output, retry_failed=retry_failed)
+    missing = [standing for standing in standings if standing.record is None]
+    have = len(standings) - len(missing)
+    console.print(
+        f"suite {suite.name}: {len(missing)} of {len(standings)} rows to run"
+        + (f", {have} have their record" if have else ""),
+        highlight=False,
+    )
+    for standing in missing:
         try:
-            with runner.claimed(config, output):
+            with runner.claimed(standing.identity, output):
                 pass
-        except HeldError as error:
+        except LockedError as error:
             raise InputError(
-                f"row {config.row} is being run in {output} by {error.holder}; wait for it, or name"
-                " another --output"
+                f"row {standing.config.row} is being run in {output} by {error.holder}; wait for"
+                " it, or name another --output"
             ) from error
+    notes = [standing.note for standing in missing if standing.note]
+    if missing and check:
+        configs = [standing.config for standing in missing]
+        notes += inputs.check_data(configs, output, processes=processes)
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    return standings
 
 
-def _report(suite: Suite, output: Path) -> int:
-    keys = {record.key(config.as_dict()) for config in suite.runs}
-    records = [entry for entry in load.load(output) if entry.key in keys]
+def _measure_latency(
+    identities: Sequence["Identity"], output: Path, console: Console, *, command: Sequence[str]
+) -> None:
+    """Measure the latency of all rows together, where one has none yet."""
+    from bench.run import settled, timing
+
+    records = settled.chosen(identities, load.load(output))
+    if not timing.untimed(records, output):
+        return
+    console.print("measuring latency of all rows, in rounds", highlight=False)
+    timing.measure(records, output, command=command)
+
+
+def _report(suite: Suite, output: Path, identities: Sequence["Identity"]) -> int:
+    from bench.run import settled
+
+    records = settled.chosen(identities, load.load(output))
     path = page.write(records, output, title=f"Suite {suite.name}")
     for table in [*tables.comparison(records), *tables.searches(records)]:
         print(tables.to_text(table.shown, _WIDTH))
@@ -439,22 +511,6 @@ def _report(suite: Suite, output: Path) -> int:
         print("Failed rows are run again with --retry-failed.")
     print(f"report: {path} and {path.with_suffix('.html')}")
     return 1 if failed else 0
-
-
-def _is_settled(config: RunConfig, output: Path, retry_failed: bool) -> bool:
-    """Whether a run has a record that the same command would only repeat."""
-    key = record.key(config.as_dict())
-    folder = output / "records"
-    if (folder / record.done_name(config.row, key)).exists():
-        return True
-    paths = folder.glob(f"{record.slug(config.row)}-{key[:10]}-failed-*.json")
-    failures = [record.read(path) for path in sorted(paths)]
-    # Processes that are started anew, as the row failed in one of them, go on with the next row.
-    since = launch.started_first()
-    if since is not None and any(entry.created >= since for entry in failures):
-        return True
-    kinds = {(entry.error or {}).get("kind") for entry in failures}
-    return bool(kinds & set(_FINAL_ERRORS)) and not retry_failed
 
 
 def _check_output(output: Path) -> None:

@@ -59,6 +59,9 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
 """The parts of a record that may be null, with the fields that each has at least."""
 
 _MODEL = ("backbone", "method", "library", "attention", "arch", "drop_path", "schedule")
+LATENCIES = "latency"
+"""The folder beside `records` whose files hold latencies of many rows measured together."""
+
 _CODE = ("attentions", "bench", "configs", "run_all.py")
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
@@ -216,6 +219,20 @@ def write(record: Record, directory: Path) -> Path:
             f"cannot write the record of {record.row} to {directory}: {error.strerror or error}"
         ) from error
     return target
+
+
+def read_latencies(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return the newest `latency` section of each record, by its row and key.
+
+    Args:
+        folder: `latency` beside `records`; a file there that is none of ours is passed over.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.json")):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+            found |= {(row["row"], row["key"]): dict(row["latency"]) for row in rows}
+    return found
 
 
 def error_section(error: BaseException) -> dict[str, Any]:

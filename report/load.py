@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from bench.errors import InputError
-from bench.record import Record, read
+from bench.record import LATENCIES, Record, read, read_latencies
 from report import searches
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -126,9 +126,10 @@ def load(directory: Path) -> list[Record]:
     """Read the records in `directory/records`, or in `directory` itself if it has no such folder.
 
     Of the records of one run (same row and configuration) the newest success is returned, or,
-    without one, the newest failure. A file that is not a record is left out with a warning. The
-    rows come in the order of the published ablation, the others after it by name, each mechanism
-    before its partial form, so that the order does not depend on which run ended first.
+    without one, the newest failure. A file that is not a record is left out with a warning. Where
+    rows were timed together (`latency/` beside `records/`), that is their latency. The rows come in
+    the order of the published ablation, the others after it by name, each mechanism before its
+    partial form, so that the order does not depend on which run ended first.
     """
     folder = directory / "records" if (directory / "records").is_dir() else directory
     newest: dict[tuple[str, str], Record] = {}
@@ -141,7 +142,11 @@ def load(directory: Path) -> list[Record]:
         other = newest.get((record.row, record.key))
         if other is None or _rank(record) > _rank(other):
             newest[record.row, record.key] = record
-    return ordered(newest.values())
+    timed = read_latencies(folder.parent / LATENCIES)
+    return ordered(
+        replace(record, latency=timed[key]) if key in timed else record
+        for key, record in newest.items()
+    )
 
 
 def _rank(record: Record) -> tuple[bool, str]:

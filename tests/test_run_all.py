@@ -525,7 +525,7 @@ def test_a_row_that_lost_a_data_worker_is_taken_up_again(
 
 
 HOLD = (
-    "import pathlib, sys, time; from bench import locks\n"
+    "import pathlib, sys, time; from bench.system import locks\n"
     "with locks.locked(pathlib.Path(sys.argv[1])):\n"
     "    print('held', flush=True); time.sleep(600)\n"
 )

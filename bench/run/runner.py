@@ -1,11 +1,11 @@
-"""One run: build, count, train, evaluate, measure; and its record, whatever happens in it."""
+"""One run: open the data, build, train, evaluate, measure; and its record, whatever happens."""
 
 import datetime
 import gc
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,300 +26,466 @@ from bench.measure.workload import Workload, stated_rois, timing_section
 from bench.model import build as models
 from bench.model import detectors
 from bench.model.optimizer import effective, scaling_note
-from bench.model.weights import save_file
+from bench.model.weights import load_detector, load_file, save_file
 from bench.record import Record, error_section
 from bench.run.checkpoints import Checkpoints
 from bench.run.evaluate import Progress, evaluate
+from bench.run.identity import Identity, done, identify, records_of
 from bench.run.train import TrainingLog, train
-from bench.system import devices, locks
-from bench.system import processes as launch
-from bench.system.interrupt import Held
-from bench.system.locks import HeldError
-from bench.system.logs import StepLog, readable, story, table
+from bench.system import devices, locks, processes
+from bench.system.interrupt import StopRequest
+from bench.system.locks import LockedError
+from bench.system.logs import StepLog, readable, run_log, table
 
 # Shares of a run's time, for the progress bar alone.
 _TRAINED, _EVALUATED = 0.85, 0.95
-# How long a run waits for one that is ending: of a command that was stopped, or killed, just now.
-_PATIENCE = 5.0
+# Seconds to wait for a command that is ending: it was stopped, or killed, just now.
+_LOCK_TIMEOUT = 5.0
+_WEIGHTS_OF = "the weights are those of the run of"
 
 
 class AbandonedError(RuntimeError):
-    """This process of several failed, and the others wait for it in vain."""
+    """This process of several failed, and the others wait for it in vain.
+
+    Attributes:
+        recorded_before: whether another process failed first and wrote the record, so that this
+            error is what came of that one.
+    """
+
+    def __init__(self, message: str, *, recorded_before: bool) -> None:
+        super().__init__(message)
+        self.recorded_before = recorded_before
 
 
-@dataclass
-class _Outcome:
-    """What a run came to: what its record says, and what is raised when that is written."""
+@dataclass(frozen=True)
+class Options:
+    """How a run is done, which changes nothing of what it is.
 
-    sections: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    error: dict[str, Any] | None = None
-    raised: BaseException | None = None
+    Attributes:
+        progress: told how much is done, and what is being done.
+        command: the command line, for the record.
+        tensorboard: write TensorBoard's events too, to `output/tensorboard`.
+        keep_weights: write what was trained to `output/weights`.
+        latency: measure latency, alone and at the end of the run.
+    """
+
+    progress: Progress = lambda _done, _doing: None
+    command: Sequence[str] = ()
+    tensorboard: bool = False
+    keep_weights: bool = True
+    latency: bool = True
 
 
 def run(
     config: RunConfig,
     *,
     output: Path | None = None,
-    progress: Progress | None = None,
-    command: Sequence[str] | None = None,
-    tensorboard: bool = False,
-    keep_weights: bool = True,
+    identity: Identity | None = None,
+    options: Options | None = None,
 ) -> Record:
     """Do one run and write its record below `output/records`.
 
     A run that was stopped continues from its newest checkpoint, and one that has its record is not
-    done again. An error ends the run, not the caller: the record says what it was. All processes of
-    a run call this; the first writes.
+    done again. One whose weights are there already, of a run with other settings of evaluation or
+    measurement, is not trained again. An error ends the run, not the caller: the record says what
+    it was. All processes of a run call this; the first writes.
 
     Args:
         output: folder of records, checkpoints, weights, logs and generated data;
             `results/{suite}` by default.
-        command: the command line, for the record.
-        tensorboard: write TensorBoard's events too, to `output/tensorboard`.
-        keep_weights: write what was trained to `output/weights`.
+        identity: of the run, where the caller has looked at its files already.
+        options: how it is done.
 
     Raises:
         InputError: for a mistake of the user; it is in the record too.
-        HeldError: where another command does this run in the same folder.
+        LockedError: where another command does this run in the same folder.
         KeyboardInterrupt: when interrupted, after the record is written.
         AbandonedError: where this process failed and others did not, after the record is written.
     """
     output = output or Path("results") / (config.suite or "runs")
-    with _claimed(config, output) as found:
-        return found or _run(
-            config,
-            output,
-            progress=progress or _silent,
-            command=command,
-            tensorboard=tensorboard,
-            keep_weights=keep_weights,
-        )
+    identity = identity or devices.decide_in_first(config, lambda: identify(config))
+    with _claimed(config, identity, output) as (finished, trained):
+        if finished is not None:
+            return finished
+        return Run(config, identity, output, options or Options(), trained).record()
 
 
 @contextmanager
-def _claimed(config: RunConfig, output: Path) -> Iterator[Record | None]:
-    """Keep other commands from the run's files, and give its record if it has one by now."""
-    done = output / "records" / record.done_name(config.row, record.key(config.as_dict()))
+def _claimed(
+    config: RunConfig, identity: Identity, output: Path
+) -> Iterator[tuple[Record | None, Record | None]]:
+    """Keep other commands from the run's files.
+
+    Yields:
+        The run's record, if it has one by now, and the record of a run that kept its weights.
+    """
     with ExitStack() as stack:
 
-        def claim() -> list[bool]:
+        def claim() -> tuple[bool, Record | None, Record | None]:
             try:
-                stack.enter_context(claimed(config, output))
-            except HeldError:
-                return [True, False]
-            return [False, done.exists()]
+                stack.enter_context(claimed(identity, output))
+            except LockedError:
+                return True, None, None
+            finished = done(identity, output / "records")
+            return False, finished, None if finished else _trained_before(identity, output)
 
-        held, is_done = devices.agree(config, claim)
-        if held:
-            raise HeldError(_lock(config, output))
-        yield record.read(done) if is_done else None
+        locked, finished, trained = devices.decide_in_first(config, claim)
+        if locked:
+            raise LockedError(_lock(identity, output))
+        yield finished, trained
 
 
 @contextmanager
-def claimed(config: RunConfig, output: Path) -> Iterator[None]:
+def claimed(identity: Identity, output: Path) -> Iterator[None]:
     """Keep other commands from doing a run in `output`.
 
     Raises:
-        HeldError: where one does it.
+        LockedError: where one does it.
         InputError: where the folder cannot be written.
     """
-    path = _lock(config, output)
+    path = _lock(identity, output)
     with ExitStack() as stack:
         try:
-            stack.enter_context(locks.locked(path, patience=_PATIENCE))
+            stack.enter_context(locks.locked(path, timeout=_LOCK_TIMEOUT))
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror or error}") from error
         yield
 
 
-def _lock(config: RunConfig, output: Path) -> Path:
-    return output / "locks" / f"{stem(config)}.lock"
+def _lock(identity: Identity, output: Path) -> Path:
+    return output / "locks" / f"{identity.stem}.lock"
 
 
-def _run(
-    config: RunConfig,
-    output: Path,
+def _trained_before(identity: Identity, output: Path) -> Record | None:
+    """The newest record of a run with the same weights, where it kept them and they are whole."""
+    for entry in reversed(records_of(identity.row, output / "records")):
+        kept = (entry.training or {}).get("weights")
+        if entry.status != "done" or not kept or identity.changed(entry, weights_only=True) != []:
+            continue
+        path = output / kept["path"]
+        if path.is_file() and sha256(path) == kept["sha256"]:
+            return entry
+    return None
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What one process does when its part of a run has ended.
+
+    Attributes:
+        writes: it writes the record.
+        removes_checkpoints: they are of no more use.
+        raises: "error" (the one that it ended with), "abandoned", "interrupted" or nothing.
+    """
+
+    writes: bool
+    removes_checkpoints: bool
+    raises: str
+
+
+def ending(
+    error: str | None,
     *,
-    progress: Progress,
-    command: Sequence[str] | None,
-    tensorboard: bool,
-    keep_weights: bool,
-) -> Record:
-    """Do the run that this command has claimed."""
-    world = launch.world()
-    came = _Outcome()
-    failures = len(_failures(config, output))
-    name = stem(config)
-    checkpoints = Checkpoints(
-        output / "checkpoints" / name, identity={"configuration": record.key(config.as_dict())}
-    )
-    with ExitStack() as stack:
-        journal = None
-        if world.is_first:
-            stack.enter_context(readable(output / "logs" / f"{name}.log"))
-        try:
-            if world.is_first:
-                journal = stack.enter_context(_journal(config, output, tensorboard))
-            _tell_start(config, command)
-            weights = output / "weights" / f"{name}.pth" if keep_weights else None
-            _measure(
-                config, output, checkpoints, weights, came.sections, came.notes, progress, journal
-            )
-        except (Exception, KeyboardInterrupt) as caught:
-            came.error = error_section(caught)
-            came.raised = caught if came.error["kind"] in ("input", "interrupted") else None
-            story.info("failed: %s", came.error["message"])
-        else:
-            story.info("done")
-    # Who interrupts now waits for the record.
-    with Held(quiet=not world.is_first) as held:
-        result = _record(config, came, command)
-        failed = came.error is not None and came.error["kind"] != "interrupted"
-        alone = failed and not devices.all_failed(world)
-        # One that failed alone has written it; the next fails as that one is gone.
-        told = alone and len(_failures(config, output)) > failures
-        if (world.is_first or alone) and not told:
-            record.write(result, output / "records")
-        # Where weights were not kept against the user's will, the newest checkpoint holds them.
-        kept = not keep_weights or (result.training or {}).get("weights") is not None
-        if came.error is None and world.is_first and kept:
-            checkpoints.remove()
-    if came.raised is not None:
-        raise came.raised
+    first: bool = True,
+    alone: bool = False,
+    recorded: bool = False,
+    weights_safe: bool = True,
+    interrupted: bool = False,
+) -> Ending:
+    """Decide how a process ends its part of a run.
+
+    Args:
+        error: kind of the error that ended it, or None.
+        first: whether it is the run's first process.
+        alone: whether it failed and others did not.
+        recorded: whether another process that failed has written the record.
+        weights_safe: whether weights are kept in their file, or nobody wants them.
+        interrupted: whether it was interrupted after that.
+    """
     if alone:
-        raise AbandonedError(result.error["message"] if result.error else "")
-    if held.requested:
-        raise KeyboardInterrupt("interrupted while the record was written")
-    return result
-
-
-def _record(config: RunConfig, came: _Outcome, command: Sequence[str] | None) -> Record:
-    device = devices.device_name(came.sections.get("device"))
-    place = record.environment(command=list(command or sys.argv), device=device)
-    return Record(
-        suite=config.suite,
-        row=config.row,
-        key=record.key(config.as_dict()),
-        status="failed" if came.error else "done",
-        error=came.error,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        seed=config.seed,
-        config=config.as_dict(),
-        environment=place | {"threads": torch.get_num_threads()},
-        model=models.model_section(config),
-        notes=came.notes,
-        **{name: value for name, value in came.sections.items() if name != "device"},
+        raises = "abandoned"
+    elif error in ("input", "interrupted"):
+        raises = "error"
+    else:
+        raises = "interrupted" if interrupted else ""
+    return Ending(
+        writes=(first or alone) and not (alone and recorded),
+        removes_checkpoints=error is None and first and weights_safe,
+        raises=raises,
     )
 
 
-def stem(config: RunConfig) -> str:
-    """What the files of a run are called: its row, and the head of its key."""
-    return f"{record.slug(config.row)}-{record.key(config.as_dict())[:10]}"
+class Run:
+    """A run that this command has claimed: its phases, and what is known of it so far.
 
+    Args:
+        config: of the run.
+        identity: of the run.
+        output: folder of everything it writes.
+        options: how it is done.
+        trained: the record of a run that trained and kept the same weights, or None.
 
-def _failures(config: RunConfig, output: Path) -> list[Path]:
-    return list((output / "records").glob(f"{stem(config)}-failed-*.json"))
+    Attributes:
+        sections: of the record, filled phase by phase, so that what was reached before an error
+            is kept.
+        notes: of the record.
+    """
 
+    def __init__(
+        self,
+        config: RunConfig,
+        identity: Identity,
+        output: Path,
+        options: Options,
+        trained: Record | None = None,
+    ) -> None:
+        self.config, self.identity, self.output, self.options = config, identity, output, options
+        self.trained_before = trained
+        self.recipe = effective(config.train, config.model.method)
+        self.world = processes.world()
+        self.sections: dict[str, Any] = {}
+        self.notes: list[str] = []
+        self.checkpoints = Checkpoints(
+            output / "checkpoints" / identity.stem,
+            identity={"configuration": identity.weights_key},
+        )
+        self.phases: list[Callable[[], None]] = [
+            self.open, self.build, self.train, self.evaluate, self.measure,
+        ]  # fmt: skip
 
-def _journal(config: RunConfig, output: Path, tensorboard: bool) -> StepLog:
-    name = stem(config)
-    return StepLog(
-        output / "logs" / f"{name}.jsonl",
-        tensorboard=output / "tensorboard" / name if tensorboard else None,
-        every=config.train.log_every,
-        total=effective(config.train, config.model.method).steps,
-    )
+    def record(self) -> Record:
+        """Do all phases, write the record and return it; see `run` for what is raised."""
+        failures = len(self._failures())
+        error: BaseException | None = None
+        with ExitStack() as stack:
+            if self.world.is_first:
+                name = f"{self.identity.stem}.log"
+                stack.enter_context(readable(self.output / "logs" / name))
+            try:
+                self.step_log = stack.enter_context(self._step_log()) if self._logs() else None
+                self._log_start()
+                for phase in self.phases:
+                    phase()
+                self.options.progress(1.0, "done")
+                run_log.info("done")
+            except (Exception, KeyboardInterrupt) as caught:
+                error = caught
+                run_log.info("failed: %s", caught)
+        # Who interrupts now waits for the record.
+        with StopRequest(quiet=not self.world.is_first) as request:
+            result = self._result(error)
+            kind = result.error["kind"] if result.error else None
+            alone = kind not in (None, "interrupted") and not devices.all_failed(self.world)
+            recorded = alone and len(self._failures()) > failures
+            # Where weights could not be kept, the newest checkpoint holds them.
+            kept = (result.training or {}).get("weights") is not None
+            decided = ending(
+                kind,
+                first=self.world.is_first,
+                alone=alone,
+                recorded=recorded,
+                weights_safe=kept or not self.options.keep_weights,
+            )
+            if decided.writes:
+                record.write(result, self.output / "records")
+            if decided.removes_checkpoints:
+                self.checkpoints.remove()
+        if decided.raises == "abandoned":
+            raise AbandonedError(
+                result.error["message"] if result.error else "", recorded_before=recorded
+            )
+        if decided.raises == "error" and error is not None:
+            raise error
+        if request.requested:
+            raise KeyboardInterrupt("interrupted while the record was written")
+        return result
 
+    def open(self) -> None:
+        """Set up devices; read the split to train on, and those to evaluate on."""
+        config = self.config
+        self.options.progress(0.0, "reading data")
+        self.fabric = devices.make_fabric(config)
+        # Generated data is made once, by the first process.
+        if self.fabric.is_global_zero:
+            inputs.data_root(config, self.output)
+        self.fabric.barrier()
+        root = inputs.data_root(config, self.output)
+        names = [config.data.train_split, *config.evaluate.splits]
+        opened = [inputs.open_split(config, root, name) for name in names]
+        inputs.check_categories({split.split: split.categories for split in opened}, root)
+        self.training, *self.splits = opened
+        self.notes += _remarks(config, self.training)
 
-def _tell_start(config: RunConfig, command: Sequence[str] | None) -> None:
-    """Environment and configuration, to the run's log."""
-    place = record.environment(command=list(command or sys.argv), device=config.device)
-    story.info("row %s of suite %s, seed %d", config.row, config.suite or "none", config.seed)
-    story.info("environment:\n%s", yaml.safe_dump(place, sort_keys=False).rstrip())
-    story.info("configuration:\n%s", yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip())
+    def build(self) -> None:
+        """Build the detector, count it, and load what it starts from."""
+        config = self.config
+        self.detector = models.build_detector(config, self.training.num_classes)
+        self.sections["parameters"] = models.parameters_section(self.detector)
+        self.sections["flops"] = flops_section(self.detector, config.profile)
+        if config.train.init is not None:
+            self.notes.append(models.initialise(self.detector, Path(config.train.init)))
+        self._log_model()
 
+    def train(self) -> None:
+        """Train, or load the weights of a run that trained them before."""
+        if self.trained_before is not None:
+            self._load_trained(self.trained_before)
+            return
+        steps = self.recipe.steps
 
-def _silent(done: float, doing: str) -> None:
-    """The progress of a caller that asks for none."""
-    del done, doing
+        def progress(step: int, loss: float) -> None:
+            doing = f"training, step {step} of {steps}, loss {loss:.3f}"
+            self.options.progress(_TRAINED * step / steps, doing)
 
+        self.model, log = train(
+            self.detector,
+            self.training,
+            fabric=self.fabric,
+            config=self.recipe,
+            data=self.config.data,
+            seed=self.config.seed,
+            checkpoints=self.checkpoints,
+            progress=progress,
+            step_log=self.step_log,
+        )
+        self.sections["training"] = _training_section(log, self.recipe)
+        if self.fabric.is_global_zero and self.options.keep_weights:
+            self.sections["training"]["weights"] = self._save_weights()
 
-def _measure(
-    config: RunConfig,
-    output: Path,
-    checkpoints: Checkpoints,
-    weights: Path | None,
-    sections: dict[str, Any],
-    notes: list[str],
-    progress: Progress,
-    journal: StepLog | None,
-) -> None:
-    """Fill `sections`, one after the other, so that what was reached before an error is kept."""
-    progress(0.0, "reading data")
-    fabric = devices.make_fabric(config)
-    sections["device"] = fabric.device
-    recipe = effective(config.train, config.model.method)
-    training, *splits = _open(config, output, fabric)
-    notes += _remarks(config, training)
+    def evaluate(self) -> None:
+        """Evaluate on all splits."""
 
-    detector = models.build_detector(config, training.num_classes)
-    sections["parameters"] = models.parameters_section(detector)
-    sections["flops"] = flops_section(detector, config.profile)
-    if config.train.init is not None:
-        notes.append(models.initialise(detector, Path(config.train.init)))
-    _tell_model(detector, training, splits, fabric, recipe, sections, notes)
+        def progress(done: float, doing: str) -> None:
+            self.options.progress(_TRAINED + (_EVALUATED - _TRAINED) * done, doing)
 
-    model: nn.Module | None
-    model, result = train(
-        detector,
-        training,
-        fabric=fabric,
-        config=recipe,
-        data=config.data,
-        seed=config.seed,
-        checkpoints=checkpoints,
-        progress=lambda step, loss: progress(
-            _TRAINED * step / recipe.steps,
-            f"training, step {step} of {recipe.steps}, loss {loss:.3f}",
-        ),
-        journal=journal,
-    )
-    sections["training"] = _training_section(result, recipe)
-    if fabric.is_global_zero and weights is not None:
-        sections["training"]["weights"] = _save_weights(detector, weights, output, notes)
+        found = [
+            evaluate(self.model, split, self.config, self.fabric, progress) for split in self.splits
+        ]
+        if self.fabric.is_global_zero:
+            self.sections["evaluation"] = found[0] | {"also": found[1:]}
 
-    def evaluating(done: float, doing: str) -> None:
-        progress(_TRAINED + (_EVALUATED - _TRAINED) * done, doing)
+    def measure(self) -> None:
+        """Measure memory and, where it is asked for, latency, in the first process."""
+        if self.config.profile.enabled and self.fabric.is_global_zero:
+            self.options.progress(_EVALUATED, "measuring")
+            model: nn.Module | None = self.model
+            fabric = self.fabric
+            if fabric.world_size > 1:
+                # Its hooks would wait for the other processes.
+                del self.model
+                model = None
+                gc.collect()
+                fabric = devices.alone(self.config, fabric)
+            self.sections |= _profile(
+                self.detector,
+                model,
+                self.training,
+                self.config,
+                fabric,
+                with_latency=self.options.latency,
+            )
+        self.fabric.barrier()
 
-    evaluated = [evaluate(model, split, config, fabric, evaluating) for split in splits]
-    if fabric.is_global_zero:
-        sections["evaluation"] = evaluated[0] | {"also": evaluated[1:]}
+    def _load_trained(self, before: Record) -> None:
+        kept = before.training or {}
+        path = self.output / kept["weights"]["path"]
+        load_detector(self.detector, load_file(path))
+        self.model = self.fabric.setup_module(self.detector)
+        self.sections["training"] = dict(kept)
+        self.notes += [n for n in before.notes if n.startswith(_WEIGHTS_OF)] or [
+            f"{_WEIGHTS_OF} {before.created}, which trained them with the same settings;"
+            " evaluated and measured anew"
+        ]
+        run_log.info("%s", self.notes[-1])
 
-    if config.profile.enabled and fabric.is_global_zero:
-        progress(_EVALUATED, "measuring memory and latency")
-        if fabric.world_size > 1:
-            # Its hooks would wait for the other processes.
-            model = None
-            gc.collect()
-        solo = fabric if fabric.world_size == 1 else devices.alone(config, fabric)
-        costs = _profile(detector, model, training, config, solo)
-        sections["memory"], sections["latency"] = costs
-    fabric.barrier()
-    progress(1.0, "done")
+    def _save_weights(self) -> dict[str, Any] | None:
+        """Write what was trained, and return where it is and its hash; a full disk is a note."""
+        path = self.output / "weights" / f"{self.identity.stem}.pth"
+        try:
+            save_file(self.detector.state_dict(), path)
+        except InputError as error:
+            note = f"the weights were not kept: {error}; the newest checkpoint stays instead"
+            self.notes.append(note)
+            run_log.info("note: %s", note)
+            return None
+        run_log.info("weights: %s", path)
+        return {"path": path.relative_to(self.output).as_posix(), "sha256": sha256(path)}
 
+    def _result(self, error: BaseException | None) -> Record:
+        config = self.config
+        fabric = getattr(self, "fabric", None)
+        device = devices.device_name(None if fabric is None else fabric.device)
+        place = record.environment(command=list(self.options.command or sys.argv), device=device)
+        return Record(
+            suite=config.suite,
+            row=config.row,
+            key=self.identity.key,
+            status="done" if error is None else "failed",
+            error=None if error is None else error_section(error),
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            seed=config.seed,
+            config=config.as_dict(),
+            environment=place
+            | {"threads": torch.get_num_threads(), "inputs": self.identity.inputs},
+            model=models.model_section(config),
+            notes=self.notes,
+            **self.sections,
+        )
 
-def _open(config: RunConfig, output: Path, fabric: Fabric) -> list[CocoDataset]:
-    """The split to train on, and those to evaluate on."""
-    # Generated data is made once, by the first process.
-    if fabric.is_global_zero:
-        inputs.data_root(config, output)
-    fabric.barrier()
-    root = inputs.data_root(config, output)
-    names = [config.data.train_split, *config.evaluate.splits]
-    splits = [inputs.open_split(config, root, name) for name in names]
-    inputs.check_categories({split.split: split.categories for split in splits}, root)
-    return splits
+    def _failures(self) -> list[Path]:
+        stem = record.done_name(self.config.row, self.identity.key).removesuffix(".json")
+        return list((self.output / "records").glob(f"{stem}-failed-*.json"))
+
+    def _step_log(self) -> StepLog:
+        name = self.identity.stem
+        return StepLog(
+            self.output / "logs" / f"{name}.jsonl",
+            tensorboard=self.output / "tensorboard" / name if self.options.tensorboard else None,
+            every=self.config.train.log_every,
+            total=self.recipe.steps,
+        )
+
+    def _logs(self) -> bool:
+        return self.world.is_first and self.trained_before is None
+
+    def _log_start(self) -> None:
+        """Environment and configuration, to the run's log."""
+        config = self.config
+        command = list(self.options.command or sys.argv)
+        place = record.environment(command=command, device=config.device)
+        suite = config.suite or "none"
+        run_log.info("row %s of suite %s, seed %d", config.row, suite, config.seed)
+        run_log.info("environment:\n%s", yaml.safe_dump(place, sort_keys=False).rstrip())
+        run_log.info("configuration:\n%s", yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip())
+
+    def _log_model(self) -> None:
+        """What is trained, on what and how, to the run's log."""
+        detector, recipe, fabric = self.detector, self.recipe, self.fabric
+        parameters = self.sections["parameters"]
+        rows = [*parameters["by_part"].items(), ("total", parameters["total"])]
+        run_log.info(
+            "model: %s of %s %s; parameters:\n%s",
+            detector.method,
+            detector.library,
+            detector.library_version,
+            table(rows),
+        )
+        total = self.sections["flops"]["total"]
+        if total is not None:
+            run_log.info("%.2f G multiply-adds an image of the profile's size", total / 1e9)
+        images = (f"{len(split)} of {split.split}" for split in [self.training, *self.splits])
+        run_log.info("images: %s", ", ".join(images))
+        run_log.info(
+            "%d steps of %d images, %.2f epochs, over %d process(es) on %s, %d part(s) each",
+            recipe.steps,
+            recipe.batch_size,
+            recipe.steps * recipe.batch_size / max(1, len(self.training)),
+            fabric.world_size,
+            fabric.device,
+            recipe.accumulate,
+        )
+        for note in self.notes:
+            run_log.info("note: %s", note)
 
 
 def _remarks(config: RunConfig, training: CocoDataset) -> list[str]:
@@ -344,63 +510,15 @@ def _training_section(result: TrainingLog, recipe: TrainConfig) -> dict[str, Any
     }
 
 
-def _save_weights(
-    detector: nn.Module, path: Path, output: Path, notes: list[str]
-) -> dict[str, Any] | None:
-    """Write what was trained, and return where it is and its hash; a full disk is a note."""
-    try:
-        save_file(detector.state_dict(), path)
-    except InputError as error:
-        notes.append(f"the weights were not kept: {error}; the newest checkpoint stays instead")
-        story.info("note: %s", notes[-1])
-        return None
-    story.info("weights: %s", path)
-    return {"path": path.relative_to(output).as_posix(), "sha256": sha256(path)}
-
-
-def _tell_model(
-    detector: detectors.Detector,
-    training: CocoDataset,
-    splits: Sequence[CocoDataset],
-    fabric: Fabric,
-    recipe: TrainConfig,
-    sections: dict[str, Any],
-    notes: Sequence[str],
-) -> None:
-    """What is trained, on what and how, to the run's log."""
-    parts = sections["parameters"]["by_part"]
-    rows = [*parts.items(), ("total", sections["parameters"]["total"])]
-    total = sections["flops"]["total"]
-    story.info(
-        "model: %s of %s %s; parameters:\n%s",
-        detector.method,
-        detector.library,
-        detector.library_version,
-        table(rows),
-    )
-    story.info("%.2f G multiply-adds an image of the profile's size", total / 1e9)
-    images = ", ".join(f"{len(split)} of {split.split}" for split in [training, *splits])
-    story.info("images: %s", images)
-    story.info(
-        "%d steps of %d images, %.2f epochs, over %d process(es) on %s, %d part(s) each",
-        recipe.steps,
-        recipe.batch_size,
-        recipe.steps * recipe.batch_size / max(1, len(training)),
-        fabric.world_size,
-        fabric.device,
-        recipe.accumulate,
-    )
-    for note in notes:
-        story.info("note: %s", note)
-
-
 def _profile(
     detector: detectors.Detector,
     model: nn.Module | None,
     dataset: CocoDataset,
     config: RunConfig,
     fabric: Fabric,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    *,
+    with_latency: bool,
+) -> dict[str, dict[str, Any]]:
     """Peak memory and latency of inference and of a training step, on images of one stated size."""
     profile, device, size = config.profile, fabric.device, config.profile.image_size
     images, targets = inputs.profile_batch(dataset, (size[0], size[1]), profile.batch_size)
@@ -415,6 +533,8 @@ def _profile(
         call = workload.call(mode)
         peak = memory.peak(call, device=device, live=workload.live(mode))
         peaks[mode], kind = peak.bytes, peak.kind
+        if not with_latency:
+            continue
         effort = latency.Effort(min_repeats=profile.repeats, min_seconds=profile.seconds)
         timing = latency.measure(call, device=device, effort=effort)
         timings[mode] = timing_section(timing)
@@ -426,13 +546,11 @@ def _profile(
         "precision": config.train.precision,
         "rois": stated_rois(config),
     }
-    return (
-        {"unit": "bytes", "kind": kind, **common, **peaks},
-        {
-            "unit": latency.UNIT,
-            "threads": torch.get_num_threads(),
-            **common,
-            **timings,
-            "notes": notes,
-        },
-    )
+    sections: dict[str, dict[str, Any]] = {
+        "memory": {"unit": "bytes", "kind": kind, **common, **peaks}
+    }
+    if with_latency:
+        threads = torch.get_num_threads()
+        common = {"unit": latency.UNIT, "threads": threads, **common}
+        sections["latency"] = {**common, **timings, "notes": notes}
+    return sections

@@ -32,7 +32,7 @@ from bench.errors import InputError
 from bench.model.backbone import ViL
 from bench.model.optimizer import learning_rate, optimizer
 from bench.run.checkpoints import Checkpoints
-from bench.system.interrupt import Held
+from bench.system.interrupt import StopRequest
 from bench.system.logs import StepLog
 
 Progress = Callable[[int, float], None]
@@ -104,7 +104,7 @@ def train(
     seed: int,
     checkpoints: Checkpoints,
     progress: Progress,
-    journal: StepLog | None = None,
+    step_log: StepLog | None = None,
 ) -> tuple[nn.Module, TrainingLog]:
     """Train `detector`, from its newest checkpoint if there is one.
 
@@ -114,7 +114,7 @@ def train(
     Args:
         config: the schedule; see `effective`.
         progress: called after each step with the steps done and the loss.
-        journal: told of every step.
+        step_log: told of every step.
 
     Returns:
         The detector as Fabric wrapped it, and the log.
@@ -133,8 +133,8 @@ def train(
     if state is not None:
         training.load(state)
     _check_same_step(fabric, training.log.steps)
-    if journal is not None:
-        journal.begin(training.log.steps)
+    if step_log is not None:
+        step_log.begin(training.log.steps)
     model.train()
     pace = Pace()
     batches = training_batches(
@@ -151,13 +151,13 @@ def train(
         pace=pace,
     )
     saved = training.log.steps
-    with Held(quiet=not fabric.is_global_zero) as held, clear_worker_errors():
+    with StopRequest(quiet=not fabric.is_global_zero) as request, clear_worker_errors():
         for images, targets in batches:
-            entry, stop = training.step(images, targets, pace=pace.reset(), stop=held.requested)
+            entry, stop = training.step(images, targets, pace=pace.reset(), stop=request.requested)
             step = training.log.steps
             last = step == config.steps
-            if journal is not None:
-                journal.write(entry)
+            if step_log is not None:
+                step_log.write(entry)
             if (step % config.checkpoint_every == 0 or last or stop) and step > saved:
                 if fabric.is_global_zero:
                     checkpoints.save({**training.state(), "annotations": dataset.fingerprint}, step)

@@ -6,7 +6,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from lightning.fabric import Fabric
@@ -24,7 +24,8 @@ from bench.errors import InputError
 from bench.system import processes as launch
 
 # How long a process that failed waits for the others to fail too.
-_MEETING = datetime.timedelta(seconds=10)
+_TIMEOUT = datetime.timedelta(seconds=10)
+_Decision = TypeVar("_Decision")
 
 
 def check_device(config: RunConfig, world: launch.World | None = None) -> tuple[str, int | None]:
@@ -90,7 +91,7 @@ def make_fabric(config: RunConfig) -> Fabric:
     # Of tables of one row, whose strides mean nothing.
     warnings.filterwarnings("ignore", message="(?s).*Grad strides do not match bucket view strides")
     fabric.launch()
-    _meeting()
+    _timed_group()
     return fabric
 
 
@@ -135,8 +136,8 @@ def _precision(config: RunConfig, accelerator: str) -> Precision:
     return _MixedPrecision(precision, device=accelerator)
 
 
-def agree(config: RunConfig, decide: Callable[[], list[bool]]) -> list[bool]:
-    """Return what the first process decides, in all processes of a run.
+def decide_in_first(config: RunConfig, decide: Callable[[], _Decision]) -> _Decision:
+    """Return what the first process of a run decides, in all of them; it is pickled for that.
 
     Raises:
         InputError: in all of them, where the first process raises it.
@@ -145,33 +146,33 @@ def agree(config: RunConfig, decide: Callable[[], list[bool]]) -> list[bool]:
     if world.size == 1:
         return decide()
     fabric = make_fabric(config)
-    decided: tuple[list[bool], str | None] = [], None
+    decided: tuple[_Decision | None, str | None] = None, None
     if world.is_first:
         try:
             decided = decide(), None
         except InputError as error:
-            decided = [], str(error)
+            decided = None, str(error)
     found, refused = fabric.broadcast(decided)
     if refused is not None:
-        leave()
+        close_group()
         raise InputError(refused)
-    return list(found)
+    return cast(_Decision, found)
 
 
-def leave() -> None:
-    """Part from the run's other processes, at a place that all of them reach.
+def close_group() -> None:
+    """Leave the group of the run's processes, at a place that all of them reach.
 
-    A process that just ends may be aborted, by a thread that still puts its last message away.
+    A process that ends without it may be aborted by a thread that still handles its last message.
     """
     if torch.distributed.is_initialized():
-        _meeting.cache_clear()
+        _timed_group.cache_clear()
         torch.distributed.destroy_process_group()
 
 
 @functools.cache
-def _meeting() -> Any:
+def _timed_group() -> Any:
     """A group of all processes in which a process can wait for a limited time."""
-    return torch.distributed.new_group(backend="gloo", timeout=_MEETING)
+    return torch.distributed.new_group(backend="gloo", timeout=_TIMEOUT)
 
 
 def all_failed(world: launch.World) -> bool:
@@ -179,7 +180,7 @@ def all_failed(world: launch.World) -> bool:
     if world.size == 1 or not torch.distributed.is_initialized():
         return True
     try:
-        torch.distributed.monitored_barrier(group=_meeting(), timeout=_MEETING)
+        torch.distributed.monitored_barrier(group=_timed_group(), timeout=_TIMEOUT)
     except RuntimeError:
         return False
     return True

@@ -14,7 +14,7 @@ EXIT_CODE = 130
 log = logging.getLogger(__name__)
 
 
-class Held:
+class StopRequest:
     """While it is entered, the first SIGINT or SIGTERM only sets `requested`; a second ends all.
 
     Python runs handlers in the main thread alone; entered in another one it does nothing.
@@ -29,7 +29,7 @@ class Held:
         self._before: dict[signal.Signals, Any] = {}
         self._owner = os.getpid()
 
-    def __enter__(self) -> "Held":
+    def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self

@@ -18,7 +18,7 @@ FOREVER = -1.0
 log = logging.getLogger(__name__)
 
 
-class HeldError(RuntimeError):
+class LockedError(RuntimeError):
     """Another process has the lock.
 
     Attributes:
@@ -31,7 +31,7 @@ class HeldError(RuntimeError):
 
 
 @contextmanager
-def locked(path: Path, *, patience: float = FOREVER) -> Iterator[None]:
+def locked(path: Path, *, timeout: float = FOREVER) -> Iterator[None]:
     """Have the lock at `path`, a file that says who has it.
 
     It stays, unless the caller removes it as the last thing that is done under the lock.
@@ -39,10 +39,10 @@ def locked(path: Path, *, patience: float = FOREVER) -> Iterator[None]:
     Where the file system has no locks, that is logged and the caller goes on without one.
 
     Args:
-        patience: seconds to wait for another process that has it.
+        timeout: seconds to wait for another process that has it.
 
     Raises:
-        HeldError: where another process still has it then.
+        LockedError: where another process still has it then.
         OSError: where the file cannot be made.
     """
     if path.parent.exists() and not path.parent.is_dir():
@@ -50,9 +50,9 @@ def locked(path: Path, *, patience: float = FOREVER) -> Iterator[None]:
     # A lock that is a file's mere existence would outlive a killed process.
     lock = FileLock(path, fallback_to_soft=False)
     try:
-        lock.acquire(timeout=patience)
+        lock.acquire(timeout=timeout)
     except Timeout as error:
-        raise HeldError(path) from error
+        raise LockedError(path) from error
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP):
             raise

@@ -19,10 +19,10 @@ from bench.files import write_whole
 TENSORBOARD_INSTALL = "pip install '.[tensorboard]'"
 
 # Lines for a person; they go to the run's log alone.
-story = logging.getLogger("bench.story")
-story.propagate = False
-story.setLevel(logging.INFO)
-story.addHandler(logging.NullHandler())
+run_log = logging.getLogger("bench.run_log")
+run_log.propagate = False
+run_log.setLevel(logging.INFO)
+run_log.addHandler(logging.NullHandler())
 
 
 class StepLog:
@@ -80,8 +80,8 @@ class StepLog:
                     self._board.add_scalar(name, value, entry["step"])
         self._untold.append(entry)
         if entry["step"] % self.every == 0 or entry["step"] == self.total:
-            story.info("step %d of %d: %s", entry["step"], self.total, _readable(entry))
-            story.info("the %d steps up to it: %s", len(self._untold), _pace(self._untold))
+            run_log.info("step %d of %d: %s", entry["step"], self.total, _readable(entry))
+            run_log.info("the %d steps up to it: %s", len(self._untold), _pace(self._untold))
             self._untold = []
 
     def __enter__(self) -> "StepLog":
@@ -105,7 +105,7 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Write what `story` says, and every warning of the harness, to the log at `path`.
+    """Write what `run_log` says, and every warning of the harness, to the log at `path`.
 
     Raises:
         InputError: where it cannot be written.
@@ -116,7 +116,7 @@ def readable(path: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    loggers = (story, logging.getLogger("bench"))
+    loggers = (run_log, logging.getLogger("bench"))
     for logger in loggers:
         logger.addHandler(handler)
     try:

@@ -4,6 +4,7 @@ One run over several processes is started by torchrun, by Slurm's srun, or by `s
 `run_all.py --devices N` uses. This module imports no torch.
 """
 
+import importlib
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ from bench.system.interrupt import EXIT_CODE, SIGNALS
 ABANDONED = 3
 _WATCHED = "BENCH_ENDS_WITH_ITS_PARENT"
 _STARTED_FIRST = "BENCH_STARTED_FIRST"
+_SHARED_CORES = "BENCH_SHARED_CORES"
 _GRACE = 60.0
 # Processes that fail alike need a moment to say so.
 _ALIKE = 15.0
@@ -106,8 +108,7 @@ def spawn(command: Sequence[str], count: int) -> int:
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port),
                     # With all cores each, the processes would wait for one another.
-                    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")
-                    or str(max(1, cores() // count)),
+                    **_threads(count),
                     **again,
                 },
             )
@@ -117,6 +118,22 @@ def spawn(command: Sequence[str], count: int) -> int:
         if code != ABANDONED:
             return code
         again = {_STARTED_FIRST: first}
+
+
+def _threads(count: int) -> dict[str, str]:
+    """Threads of each of `count` processes, unless the user has set them."""
+    if os.environ.get("OMP_NUM_THREADS"):
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, cores() // count)), _SHARED_CORES: "1"}
+
+
+def forget_world() -> None:
+    """Go on as one process, after the others of its world were done."""
+    own = world()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        os.environ.pop(name, None)
+    if own.launcher == "spawn" and os.environ.pop(_SHARED_CORES, ""):
+        os.environ.pop("OMP_NUM_THREADS", None)
 
 
 def started_first(environment: Mapping[str, str] = os.environ) -> str | None:
@@ -224,3 +241,73 @@ def this_command(arguments: Sequence[str]) -> list[str]:
     """`run_all.py` with `arguments`, in this interpreter."""
     script = Path(__file__).resolve().parents[2] / "run_all.py"
     return [sys.executable, str(script), *arguments]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row and its command.
+
+    Attributes:
+        log: where its output goes.
+    """
+
+    row: str
+    command: tuple[str, ...]
+    log: Path
+
+
+def run_local(jobs: Sequence[Job], *, count: int, devices: int, say: Callable[[str], None]) -> int:
+    """Run `jobs`, `count` at a time, and return 0, or the first exit code that is not 0.
+
+    Each takes its share of the cores, or `devices` GPUs of its own where there are GPUs.
+    """
+    waiting, free = list(jobs), list(range(count))
+    running: dict[subprocess.Popen[bytes], tuple[Job, int, float]] = {}
+    codes: list[int] = []
+    processes: list[subprocess.Popen[bytes]] = []
+    with PassedOn(processes) as passed_on:
+        while running or (waiting and not passed_on.received):
+            while waiting and free and not passed_on.received:
+                job, slot = waiting.pop(0), free.pop(0)
+                job.log.parent.mkdir(parents=True, exist_ok=True)
+                with job.log.open("ab") as file:
+                    environment = _share(slot, count, devices)
+                    process = start(job.command, environment, file.fileno())
+                processes.append(process)
+                running[process] = job, slot, time.monotonic()
+                say(f"{job.row}: started, output in {job.log}")
+            for process in [process for process in running if process.poll() is not None]:
+                job, slot, since = running.pop(process)
+                free.append(slot)
+                codes.append(process.returncode)
+                took = time.monotonic() - since
+                outcome = "done" if process.returncode == 0 else _last_line(job.log)
+                say(f"[{len(codes)}/{len(jobs)}] {job.row}: {outcome} in {took:.0f} s")
+            if passed_on.received > 1:
+                for process in running:
+                    process.kill()
+            time.sleep(_POLL)
+    if passed_on.received:
+        return EXIT_CODE
+    return next((code for code in codes if code), 0)
+
+
+def _share(slot: int, count: int, devices: int) -> dict[str, str]:
+    """The part of the machine that the job in a slot has."""
+    threads = _threads(count)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    listed = visible.split(",") if visible else [str(number) for number in range(_gpus())]
+    if not listed:
+        return threads
+    own = [listed[(slot * devices + place) % len(listed)] for place in range(devices)]
+    return threads | {"CUDA_VISIBLE_DEVICES": ",".join(own)}
+
+
+def _gpus() -> int:
+    torch = importlib.import_module("torch")
+    return int(torch.cuda.device_count())
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return f"failed, {lines[-1].strip()}" if lines else "failed"

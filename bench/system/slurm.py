@@ -1,4 +1,4 @@
-"""The rows of a suite side by side: as processes of this machine, or as jobs of Slurm.
+"""The rows of a suite as jobs of Slurm, through submitit.
 
 Every job is the command that a person would type for its row, so that it resumes as that does.
 """
@@ -6,69 +6,16 @@ Every job is the command that a person would type for its row, so that it resume
 import importlib
 import os
 import subprocess
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.errors import InputError
-from bench.files import cores
-from bench.system import processes as launch
-from bench.system.interrupt import EXIT_CODE
+from bench.system import processes
+from bench.system.processes import Job
 
 SUBMITIT_INSTALL = "pip install '.[slurm]'"
-_POLL = 0.2
-
-
-@dataclass(frozen=True)
-class Job:
-    """A row and its command.
-
-    Attributes:
-        log: where its output goes.
-    """
-
-    row: str
-    command: tuple[str, ...]
-    log: Path
-
-
-def run_local(jobs: Sequence[Job], *, count: int, devices: int, say: Callable[[str], None]) -> int:
-    """Run `jobs`, `count` at a time, and return 0, or the first exit code that is not 0.
-
-    Each takes its share of the cores, or `devices` GPUs of its own where there are GPUs.
-    """
-    waiting, free = list(jobs), list(range(count))
-    running: dict[subprocess.Popen[bytes], tuple[Job, int, float]] = {}
-    codes: list[int] = []
-    processes: list[subprocess.Popen[bytes]] = []
-    with launch.PassedOn(processes) as passed_on:
-        while running or (waiting and not passed_on.received):
-            while waiting and free and not passed_on.received:
-                job, slot = waiting.pop(0), free.pop(0)
-                job.log.parent.mkdir(parents=True, exist_ok=True)
-                with job.log.open("ab") as file:
-                    environment = _share(slot, count, devices)
-                    process = launch.start(job.command, environment, file.fileno())
-                processes.append(process)
-                running[process] = job, slot, time.monotonic()
-                say(f"{job.row}: started, output in {job.log}")
-            for process in [process for process in running if process.poll() is not None]:
-                job, slot, since = running.pop(process)
-                free.append(slot)
-                codes.append(process.returncode)
-                took = time.monotonic() - since
-                outcome = "done" if process.returncode == 0 else _last_line(job.log)
-                say(f"[{len(codes)}/{len(jobs)}] {job.row}: {outcome} in {took:.0f} s")
-            if passed_on.received > 1:
-                for process in running:
-                    process.kill()
-            time.sleep(_POLL)
-    if passed_on.received:
-        return EXIT_CODE
-    return next((code for code in codes if code), 0)
 
 
 class SlurmJob:
@@ -82,7 +29,7 @@ class SlurmJob:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> int:
-        self._process = launch.start(self.command, {})
+        self._process = processes.start(self.command, {})
         code = self._process.wait()
         if code not in (0, 1):
             raise RuntimeError(f"{' '.join(self.command)} ended with exit code {code}")
@@ -103,7 +50,7 @@ def submit(
     jobs: Sequence[Job],
     *,
     folder: Path,
-    devices: int,
+    gpus: int,
     options: Mapping[str, Any],
     cluster: str | None = None,
 ) -> list[Any]:
@@ -111,26 +58,30 @@ def submit(
 
     Args:
         folder: where submitit keeps what it needs and what the jobs print.
-        devices: GPUs of each job.
+        gpus: GPUs of each job; none are asked for where it is 0.
         options: parameters of submitit's executor, such as slurm_partition or timeout_min.
         cluster: "local" runs the jobs on this machine; None takes Slurm.
 
     Raises:
-        InputError: where submitit is not importable, there is no Slurm, or an option is unknown.
+        InputError: where submitit is not importable, there is no Slurm, an option is unknown, or
+            Slurm refuses a job.
     """
     submitit = _submitit()
+    cluster = cluster or "slurm"
     try:
-        executor = submitit.AutoExecutor(folder=folder, cluster=cluster or "slurm")
+        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         executor.update_parameters(name="vil-bench", timeout_min=7 * 24 * 60)
-        if (cluster or "slurm") == "slurm":
-            executor.update_parameters(gpus_per_node=devices, tasks_per_node=1)
+        if cluster == "slurm":
+            executor.update_parameters(
+                tasks_per_node=1, **({"gpus_per_node": gpus} if gpus else {})
+            )
         executor.update_parameters(**options)
-    except (RuntimeError, TypeError, ValueError, NameError) as error:
-        raise InputError(f"--launcher slurm: {' '.join(str(error).split())}") from error
-    return [executor.submit(SlurmJob(job.command, folder)) for job in jobs]
+        return [executor.submit(SlurmJob(job.command, folder)) for job in jobs]
+    except (OSError, RuntimeError, TypeError, ValueError, NameError) as error:
+        raise InputError(f"--launcher slurm: {_reason(error)}") from error
 
 
-def slurm_options(text: str | None) -> dict[str, Any]:
+def read_options(text: str | None) -> dict[str, Any]:
     """`slurm_partition=gpu,timeout_min=60` -> a dictionary; whole numbers become numbers.
 
     Raises:
@@ -159,22 +110,8 @@ def _submitit() -> Any:
         ) from error
 
 
-def _share(slot: int, count: int, devices: int) -> dict[str, str]:
-    """The part of the machine that the job in a slot has."""
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // count))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    listed = visible.split(",") if visible else [str(number) for number in range(_gpus())]
-    if not listed:
-        return {"OMP_NUM_THREADS": threads}
-    own = [listed[(slot * devices + place) % len(listed)] for place in range(devices)]
-    return {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ",".join(own)}
-
-
-def _gpus() -> int:
-    torch = importlib.import_module("torch")
-    return int(torch.cuda.device_count())
-
-
-def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"failed, {lines[-1].strip()}" if lines else "failed"
+def _reason(error: Exception) -> str:
+    """What went wrong, in one line: what sbatch said, where it was sbatch that refused."""
+    said = str(error)
+    refused = [line for line in said.splitlines() if line.startswith("sbatch: error:")]
+    return " ".join(" ".join(refused or [said]).split())

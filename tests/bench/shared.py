@@ -36,7 +36,7 @@ def main(data: str, file: str, devices: int, accumulate: int, model: str) -> Non
     dataset = CocoDataset(data, "train2017")
     fabric = make_fabric(run)
     detector = models.build_detector(run, dataset.num_classes)
-    journal = StepLog(Path(file).with_suffix(f".{fabric.global_rank}.jsonl"))
+    step_log = StepLog(Path(file).with_suffix(f".{fabric.global_rank}.jsonl"))
     train(
         detector,
         dataset,
@@ -55,12 +55,12 @@ def main(data: str, file: str, devices: int, accumulate: int, model: str) -> Non
         seed=5,
         checkpoints=Checkpoints(Path(file).with_suffix(".checkpoints")),
         progress=lambda *_: None,
-        journal=journal,
+        step_log=step_log,
     )
     if fabric.is_global_zero:
         steps = [
             {name: entry[name] for name in ("total", "gradient_norm", "lr")}
-            for entry in read_steps(journal.path)
+            for entry in read_steps(step_log.path)
         ]
         torch.save({"weights": detector.state_dict(), "steps": steps}, file)
 

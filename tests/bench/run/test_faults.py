@@ -27,7 +27,7 @@ from bench.errors import InputError
 from bench.run.checkpoints import Checkpoints
 from bench.run.train import DivergedError, TrainingLog, train
 from bench.system.devices import make_fabric
-from bench.system.interrupt import EXIT_CODE, Held
+from bench.system.interrupt import EXIT_CODE, StopRequest
 
 ROOT = Path(__file__).parents[3]
 HERE = Path(__file__).parent
@@ -379,7 +379,7 @@ def test_a_second_signal_ends_at_once() -> None:
     child = os.fork()
     if child == 0:
         logging.disable()
-        with Held():
+        with StopRequest():
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(30)

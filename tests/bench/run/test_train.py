@@ -274,7 +274,7 @@ def test_every_step_has_its_line_once_though_the_run_was_stopped(
         path = folder / "steps.jsonl"
         if damage:
             path.write_text(path.read_text() + '{"step": 6, "tot')
-        with contextlib.suppress(StopError), StepLog(path, every=3, total=STEPS) as journal:
+        with contextlib.suppress(StopError), StepLog(path, every=3, total=STEPS) as step_log:
             train(
                 Brightness(),
                 dataset,
@@ -284,7 +284,7 @@ def test_every_step_has_its_line_once_though_the_run_was_stopped(
                 seed=5,
                 checkpoints=Checkpoints(folder / "checkpoints"),
                 progress=progress,
-                journal=journal,
+                step_log=step_log,
             )
         return read_steps(path)
 
@@ -314,11 +314,11 @@ def test_the_readable_log_says_how_fast_data_is_read_beside_the_time_waited(
     tmp_path: Path,
 ) -> None:
     steps = [(10.0, 40.0, 0.1, 1.0), (30.0, 120.0, 0.3, 1.0), (10.0, 60.0, 0.0, 0.5)]
-    with readable(tmp_path / "x.log"), StepLog(tmp_path / "x.jsonl", every=2, total=3) as journal:
+    with readable(tmp_path / "x.log"), StepLog(tmp_path / "x.jsonl", every=2, total=3) as step_log:
         for number, values in enumerate(steps, start=1):
             names = ("images_per_second", "loader_images_per_second", "data_seconds",
                      "step_seconds")  # fmt: skip
-            journal.write({"step": number, **dict(zip(names, values, strict=True))})
+            step_log.write({"step": number, **dict(zip(names, values, strict=True))})
     lines = (tmp_path / "x.log").read_text().splitlines()
     told = [line.partition("up to it: ")[2] for line in lines if "up to it" in line]
     assert told == [

@@ -18,7 +18,7 @@ from bench.system import locks
 
 ROOT = Path(__file__).parents[3]
 HOLD = (
-    "import pathlib, sys, time; from bench import locks\n"
+    "import pathlib, sys, time; from bench.system import locks\n"
     "with locks.locked(pathlib.Path(sys.argv[1])):\n"
     "    print('held', flush=True); time.sleep(600)\n"
 )
@@ -46,12 +46,12 @@ def holder(path: Path) -> Iterator["subprocess.Popen[str]"]:
 def test_a_lock_that_another_process_has_names_it(tmp_path: Path) -> None:
     path = tmp_path / "new" / "row.lock"
     with holder(path) as process:
-        with pytest.raises(locks.HeldError) as caught, locks.locked(path, patience=0.1):
+        with pytest.raises(locks.LockedError) as caught, locks.locked(path, timeout=0.1):
             pass
         assert caught.value.holder.startswith(f"process {process.pid} on ")
         # A refusal leaves what the holder said.
-        with pytest.raises(locks.HeldError, match=f"process {process.pid} on "):
-            locks.locked(path, patience=0).__enter__()
+        with pytest.raises(locks.LockedError, match=f"process {process.pid} on "):
+            locks.locked(path, timeout=0).__enter__()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -62,7 +62,7 @@ def test_a_process_that_ends_in_any_way_leaves_no_lock(
     with holder(path) as process:
         os.kill(process.pid, number)
         process.wait()
-        with locks.locked(path, patience=0):
+        with locks.locked(path, timeout=0):
             assert str(os.getpid()) in path.read_text()
 
 
@@ -70,8 +70,8 @@ def test_who_does_not_say_who_it_is_is_another_process(tmp_path: Path) -> None:
     path = tmp_path / "row.lock"
     with holder(path):
         path.write_text("{")
-        with pytest.raises(locks.HeldError, match="locked by another process"):
-            locks.locked(path, patience=0).__enter__()
+        with pytest.raises(locks.LockedError, match="locked by another process"):
+            locks.locked(path, timeout=0).__enter__()
 
 
 def test_without_locks_in_the_file_system_it_goes_on_and_says_so(

@@ -15,7 +15,7 @@ import torch
 from bench.data.generated import generate
 from bench.errors import InputError
 from bench.system import processes as launch
-from bench.system import slurm as jobs
+from bench.system import slurm
 
 ROOT = Path(__file__).parents[3]
 SHARED = Path(__file__).parents[1] / "shared.py"
@@ -75,7 +75,7 @@ def test_an_environment_that_is_not_understood_is_one_clear_line() -> None:
 
 def test_each_process_knows_its_place() -> None:
     code = (
-        "import sys; from bench import launch; w = launch.world();"
+        "import sys; from bench.system import processes as launch; w = launch.world();"
         "sys.exit(0 if (w.size, w.local_size, w.launcher) == (3, 3, 'spawn')"
         " and w.rank == w.local_rank else 9)"
     )
@@ -111,12 +111,13 @@ def test_after_one_failed_alone_all_are_started_anew(tmp_path: Path) -> None:
 
 def test_a_process_ends_when_the_one_that_started_it_is_killed(tmp_path: Path) -> None:
     inner = (
-        "import os, pathlib, time; from bench import launch; launch.end_with_parent();"
+        "import os, pathlib, time; from bench.system.processes import end_with_parent;"
+        "end_with_parent();"
         f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()));"
         f"time.sleep(2); pathlib.Path({str(tmp_path / 'survived')!r}).touch()"
     )
     outer = (
-        "import sys, time; from bench import launch;"
+        "import sys, time; from bench.system import processes as launch;"
         f"launch.start([sys.executable, '-c', {inner!r}], {{}}); time.sleep(100)"
     )
     process = subprocess.Popen(python(outer))
@@ -162,8 +163,8 @@ def test_two_processes_do_what_one_does_in_two_parts(tmp_path: Path, model: str)
             assert (value - other).abs().max() <= 1e-5 * value.abs().max(), name
 
 
-def a_job(tmp_path: Path, row: str, code: str) -> jobs.Job:
-    return jobs.Job(row, tuple(python(code)), tmp_path / "logs" / f"{row}.out")
+def a_job(tmp_path: Path, row: str, code: str) -> launch.Job:
+    return launch.Job(row, tuple(python(code)), tmp_path / "logs" / f"{row}.out")
 
 
 def test_local_jobs_run_side_by_side_and_each_says_how_it_ended(tmp_path: Path) -> None:
@@ -182,19 +183,19 @@ def test_local_jobs_run_side_by_side_and_each_says_how_it_ended(tmp_path: Path) 
         a_job(tmp_path, "b", meet("b", "a")),
         a_job(tmp_path, "c", "print('out of luck'); raise SystemExit(1)"),
     ]
-    assert jobs.run_local(found, count=2, devices=1, say=said.append) == 1
+    assert launch.run_local(found, count=2, devices=1, say=said.append) == 1
     assert sum("done in" in line for line in said) == 2
     assert any(line.startswith("[3/3] c: failed, out of luck") for line in said)
 
 
 def test_slurm_options_are_read() -> None:
-    assert jobs.slurm_options("slurm_partition=gpu, timeout_min=60") == {
+    assert slurm.read_options("slurm_partition=gpu, timeout_min=60") == {
         "slurm_partition": "gpu",
         "timeout_min": 60,
     }
-    assert jobs.slurm_options(None) == {}
+    assert slurm.read_options(None) == {}
     with pytest.raises(InputError, match="'gpu' is no key=value"):
-        jobs.slurm_options("gpu")
+        slurm.read_options("gpu")
 
 
 def test_without_submitit_there_is_one_clear_line(
@@ -202,25 +203,25 @@ def test_without_submitit_there_is_one_clear_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(InputError, match=r"needs submitit.*pip install '\.\[slurm\]'"):
-        jobs.submit([], folder=tmp_path, devices=1, options={})
+        slurm.submit([], folder=tmp_path, gpus=1, options={})
 
 
 def test_an_unknown_slurm_option_or_no_slurm_is_one_clear_line(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     with pytest.raises(InputError, match="--launcher slurm"):
-        jobs.submit([], folder=tmp_path, devices=1, options={"nonsense": "x"}, cluster="local")
+        slurm.submit([], folder=tmp_path, gpus=1, options={"nonsense": "x"}, cluster="local")
     if not os.environ.get("SLURM_JOB_ID"):
         with pytest.raises(InputError, match="--launcher slurm"):
-            jobs.submit([], folder=tmp_path, devices=1, options={})
+            slurm.submit([], folder=tmp_path, gpus=1, options={})
 
 
 def test_a_preempted_job_is_requeued_and_resumes(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     output = tmp_path / "out"
     command = launch.this_command(["--rows", "ViL", "--output", str(output), "--no-report", *TINY])
-    job = jobs.Job("ViL", tuple(command), output / "x")
-    (handle,) = jobs.submit(
-        [job], folder=tmp_path / "slurm", devices=1, options={"timeout_min": 5}, cluster="local"
+    job = launch.Job("ViL", tuple(command), output / "x")
+    (handle,) = slurm.submit(
+        [job], folder=tmp_path / "slurm", gpus=1, options={"timeout_min": 5}, cluster="local"
     )
     wait_for(lambda: _steps(output) > 1)
     # As Slurm does, to the job's task, which submitit's local executor runs below another process.

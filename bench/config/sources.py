@@ -1,0 +1,108 @@
+"""The source of a user's mechanism: its file, and what it imports from beside it."""
+
+import ast
+import importlib.util
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.files import sha256
+
+_OURS = Path(__file__).resolve().parents[2]
+_INSTALLED = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib"))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of a user's mechanism.
+
+    Attributes:
+        name: its path from the folder of the mechanism's own file.
+        path: where it is.
+        sha256: of its content.
+    """
+
+    name: str
+    path: Path
+    sha256: str
+
+
+def mechanism_sources(attention: str) -> list[Source]:
+    """Return the files that the user's mechanisms in `attention` are made of.
+
+    They are the files that `file.py:Class` or `package.module:Class` names, and the modules that
+    these import from their own folder or package, theirs too. Mechanisms of this package have
+    none: their version is the commit in the record.
+
+    Args:
+        attention: one name, or one for each stage, comma-separated.
+    """
+    names = [name.rpartition(":")[0] for name in attention.split(",") if ":" in name]
+    starts = [start for start in map(_file, dict.fromkeys(names)) if start is not None]
+    return [
+        Source(Path(os.path.relpath(path, start.parent)).as_posix(), path, sha256(path))
+        for start in starts
+        for path in sorted(_reached(start))
+    ]
+
+
+def _file(source: str) -> Path | None:
+    if source.endswith(".py"):
+        path = Path(source)
+    else:
+        spec = importlib.util.find_spec(source)
+        if spec is None or spec.origin is None:
+            return None
+        path = Path(spec.origin)
+    return path.resolve() if path.is_file() else None
+
+
+def _reached(start: Path) -> set[Path]:
+    """The file and all that it imports from its own folder or package."""
+    reached, waiting = {start}, [start]
+    while waiting:
+        for path in _imported(waiting.pop()):
+            if path not in reached:
+                reached.add(path)
+                waiting.append(path)
+    return reached
+
+
+def _imported(path: Path) -> Iterator[Path]:
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        # A compiled module; or one that fails when it is imported, which says so itself.
+        return
+    # Where absolute names start: the folder beside the file, and the one its package lies in.
+    top = path.parent
+    while (top / "__init__.py").is_file():
+        top = top.parent
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield from _modules({path.parent, top}, alias.name)
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            base = path.parents[node.level - 1]
+            for alias in node.names:
+                yield from _modules({base}, ".".join(filter(None, (node.module, alias.name))))
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield from _modules({path.parent, top}, f"{node.module}.{alias.name}")
+
+
+def _modules(roots: set[Path], name: str) -> Iterator[Path]:
+    """The files of a dotted name below `roots`; its last parts may be names in a module."""
+    for root in roots:
+        # All that is installed lies beside one another; ours has its commit in the record.
+        ours = root == _OURS and name.split(".")[0] in ("attentions", "bench")
+        if ours or root in _INSTALLED:
+            continue
+        folder = root
+        for part in name.split("."):
+            for path in (folder / part / "__init__.py", folder / f"{part}.py"):
+                if path.is_file():
+                    yield path.resolve()
+            folder /= part

@@ -1,0 +1,36 @@
+"""What a split holds, as hashes: its annotations by content, its images by name and size."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from bench.files import sha256
+
+
+def fingerprint(root: Path, split: str) -> dict[str, str] | None:
+    """Return hashes of a split in COCO layout, or None where its annotations are not there.
+
+    Images are told apart by their names and sizes in bytes: reading all of COCO takes minutes at
+    each start, and times of change would make a copy another data set. An image that is changed
+    and keeps its size in bytes goes unnoticed.
+    """
+    path = root / "annotations" / f"instances_{split}.json"
+    try:
+        annotations = sha256(path)
+    except OSError:
+        return None
+    digest = hashlib.sha256()
+    for name, size in sorted(_files(root / split)):
+        digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
+    return {"annotations": annotations, "images": digest.hexdigest()}
+
+
+def _files(folder: Path) -> list[tuple[str, int]]:
+    found = []
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = Path(place, name)
+            # Names with a dot in front are what systems leave in folders that they show.
+            if not name.startswith(".") and path.is_file():
+                found.append((path.relative_to(folder).as_posix(), path.stat().st_size))
+    return found

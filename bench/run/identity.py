@@ -1,0 +1,235 @@
+"""What a run is: the settings and files that its weights come from, and what is made of them.
+
+Two runs with the same weights key train the same weights: they share checkpoints, kept weights and
+logs. Two with the same record key have the same record. The way that work is split up and reported
+belongs to neither, so that a run that was stopped can go on with other workers or devices.
+"""
+
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, is_dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from bench import record
+from bench.config.schema import RunConfig
+from bench.config.sources import Source, mechanism_sources
+from bench.config.suites import build_config
+from bench.data.fingerprint import fingerprint
+from bench.errors import InputError
+from bench.files import sha256
+from bench.model import detectors
+from bench.model.optimizer import effective
+from bench.record import Record
+
+# The row's name stands in each file's name, and is compared itself.
+_LABELS = ("suite", "row", "model.backbone", "train.schedule")
+_INDIFFERENT = ("data.workers", "train.checkpoint_every", "train.log_every")
+# What stands for them: the content of the files, and the product of the two numbers.
+_REPLACED = ("data.path", "train.init", "train.devices", "train.accumulate")
+# The weights do not depend on them; what is evaluated and measured does.
+_AFTER_TRAINING = (
+    "model.detector.rpn_proposals_test",
+    "model.detector.detections",
+    "model.detector.score_threshold",
+    "evaluate",
+    "profile",
+)
+# What `build.initialise` notes.
+_INIT_NOTE = re.compile(r"^initialised from .* \(sha256 ([0-9a-f]+)\)")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What one run is.
+
+    Attributes:
+        row: name of its row.
+        trained: settings that the weights depend on.
+        made: settings of evaluation and measurement.
+        train_split: the split that is trained on.
+        inputs: hashes of the files that the run depends on: `mechanism` (of each file by name),
+            `init` and `data` (of each split); for the record. A file that is not there has None.
+        sources: the files of the user's mechanisms.
+    """
+
+    row: str
+    trained: Mapping[str, Any]
+    made: Mapping[str, Any]
+    train_split: str
+    inputs: Mapping[str, Any]
+    sources: Sequence[Source] = ()
+
+    @functools.cached_property
+    def weights_key(self) -> str:
+        """Hash of all that the weights depend on."""
+        return record.key({"trained": self.trained, "inputs": self._of_training(self.inputs)})
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Hash of all that the record depends on."""
+        return record.key({"trained": self.trained, "made": self.made, "inputs": self.inputs})
+
+    @property
+    def stem(self) -> str:
+        """What checkpoints, weights, logs and lock are called."""
+        return f"{record.slug(self.row)}-{self.weights_key[:10]}"
+
+    def _of_training(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        data = {k: v for k, v in (inputs.get("data") or {}).items() if k == self.train_split}
+        return {**inputs, "data": data}
+
+    def changed(self, other: Record, *, weights_only: bool = False) -> list[str] | None:
+        """Return the files that changed since a record was made, or None for another run's.
+
+        A file that is not there now, or that the record knows no hash of, counts as unchanged.
+        Records of before hashes were kept are compared by what they hold: annotations of the first
+        split evaluated, the checkpoint at the start, and when the mechanism's files were changed.
+
+        Args:
+            weights_only: compare what the weights depend on alone.
+        """
+        if other.row != self.row:
+            return None
+        try:
+            theirs = identify(build_config(other.config), inputs={})
+        except InputError:
+            # Of a version with other settings.
+            return None
+        trained = {**theirs.trained, "model.library": other.model["library"]}
+        if trained != self.trained or not (weights_only or theirs.made == self.made):
+            return None
+        known = other.environment.get("inputs")
+        inputs = _inputs_of_old(other) if known is None else known
+        if weights_only:
+            inputs = self._of_training(inputs)
+        found = [f"data {split}" for split in _apart(self.inputs.get("data"), inputs.get("data"))]
+        if _differ(self.inputs.get("init"), inputs.get("init")):
+            found.append("the checkpoint of --init")
+        if known is None:
+            made = datetime.fromisoformat(other.created).timestamp()
+            return found + [s.name for s in self.sources if s.path.stat().st_mtime > made]
+        before, now = inputs.get("mechanism") or {}, self.inputs.get("mechanism") or {}
+        return found + sorted(n for n in {*before, *now} if before.get(n) != now.get(n))
+
+
+def identify(
+    config: RunConfig,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    seen: dict[tuple[str, str], Any] | None = None,
+) -> Identity:
+    """Return what a run is, with the files that it depends on as they are now.
+
+    Args:
+        config: of the run.
+        inputs: their hashes, where they are known.
+        seen: hashes of splits by folder and name, filled here, so that runs share them.
+    """
+    recipe = effective(config.train, config.model.method)
+    values = dict(_flat(replace(config, train=recipe)))
+    for name in (*_LABELS, *_INDIFFERENT, *_REPLACED):
+        del values[name]
+    values["parts"] = recipe.devices * recipe.accumulate
+    values["device"] = config.device.partition(":")[0]
+    # Where it cannot be had, that is the error of the run.
+    with suppress(InputError):
+        values["model.library"] = detectors.resolve_library(config.model.library)
+    if config.data.path is not None:
+        values = {k: v for k, v in values.items() if not k.startswith("data.generated.")}
+    made = {k: values.pop(k) for k in list(values) if k.startswith(_AFTER_TRAINING)}
+    sources: list[Source] = []
+    if inputs is None:
+        sources = mechanism_sources(config.model.attention)
+        inputs = _inputs(config, sources, {} if seen is None else seen)
+    return Identity(config.row, values, made, config.data.train_split, inputs, tuple(sources))
+
+
+def records_of(row: str, folder: Path) -> list[Record]:
+    """Return the readable records of a row in a folder of records, the oldest first."""
+    found = []
+    for path in folder.glob(f"{record.slug(row)}-*.json"):
+        try:
+            entry = record.read(path)
+        except InputError:
+            # The report says which files hold no record.
+            continue
+        if entry.row == row:
+            found.append(entry)
+    return sorted(found, key=lambda entry: entry.created)
+
+
+def done(identity: Identity, folder: Path) -> Record | None:
+    """Return the newest record of a run that succeeded, or None."""
+    return next(
+        (
+            entry
+            for entry in reversed(records_of(identity.row, folder))
+            if entry.status == "done" and identity.changed(entry) == []
+        ),
+        None,
+    )
+
+
+def _inputs(
+    config: RunConfig, sources: Sequence[Source], seen: dict[tuple[str, str], Any]
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if sources:
+        found["mechanism"] = {source.name: source.sha256 for source in sources}
+    if config.train.init is not None:
+        path = Path(config.train.init)
+        found["init"] = sha256(path) if path.is_file() else None
+    if config.data.path is not None:
+        splits = dict.fromkeys([config.data.train_split, *config.evaluate.splits])
+        for split in splits:
+            place = config.data.path, split
+            if place not in seen:
+                seen[place] = fingerprint(Path(config.data.path), split)
+        found["data"] = {split: seen[config.data.path, split] for split in splits}
+    return found
+
+
+def _inputs_of_old(entry: Record) -> dict[str, Any]:
+    """What a record without `inputs` says of the files that it was made from."""
+    found: dict[str, Any] = {"data": {}}
+    evaluation = entry.evaluation or {}
+    if (entry.config.get("data") or {}).get("path") is not None:
+        for section in (evaluation, *evaluation.get("also", ())):
+            if "annotations_sha256" in section:
+                found["data"][section["split"]] = {"annotations": section["annotations_sha256"]}
+    for note in entry.notes:
+        match = _INIT_NOTE.match(note)
+        if match is not None:
+            found["init"] = match[1]
+    return found
+
+
+def _apart(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> list[str]:
+    """Names under which both hold hashes that differ."""
+    one, other = one or {}, other or {}
+    found = []
+    for name in one:
+        ours, theirs = one[name] or {}, other.get(name) or {}
+        if any(_differ(ours.get(what), theirs.get(what)) for what in ours):
+            found.append(name)
+    return found
+
+
+def _differ(one: str | None, other: str | None) -> bool:
+    """Whether two hashes are not the same; of old records there may be the first letters alone."""
+    if one is None or other is None:
+        return False
+    return not one.startswith(other)
+
+
+def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for field in fields(node):
+        value, name = getattr(node, field.name), f"{prefix}{field.name}"
+        if is_dataclass(value):
+            yield from _flat(value, f"{name}.")
+        else:
+            yield name, value

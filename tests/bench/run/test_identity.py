@@ -1,0 +1,294 @@
+"""What a run is: what trains again, what evaluates and measures anew, what goes on."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import record
+from bench.config.schema import RunConfig
+from bench.config.sources import mechanism_sources
+from bench.config.suites import build_config, leaves, load_suite
+from bench.data.generated import generate
+from bench.record import Record
+from bench.run.identity import identify
+from bench.run.runner import Ending, ending
+from bench.run.settled import survey
+
+# Another value of every setting: of what the weights depend on, of what is made of them, and of
+# what is neither.
+TRAINED: dict[str, Any] = {
+    "seed": 1,
+    "device": "cuda",
+    "model.arch": "l1,h1,d32,n1,s1,g1,p4,f7,a0_l2,h2,d64,n2,s1,g1,p2,f7,a0",
+    "model.attention": "full",
+    "model.options": {"window": 5},
+    "model.drop_path": 0.3,
+    "model.norm_embed": False,
+    "model.method": "retinanet",
+    "model.library": "detectron2",
+    "model.detector.fpn_channels": 7,
+    "model.detector.head_width": 7,
+    "model.detector.mask_width": 7,
+    "model.detector.anchor_sizes": [7],
+    "model.detector.rpn_proposals": [7, 7],
+    "model.detector.rpn_batch": 3,
+    "model.detector.roi_batch": 3,
+    "data.generated.seed": 1,
+    "data.generated.train_images": 9,
+    "data.generated.val_images": 9,
+    "data.generated.image_size": [96, 96],
+    "data.train_split": "val2017",
+    "data.min_sizes": [640, 800],
+    "data.max_size": 1000,
+    "data.fixed_size": [96, 96],
+    "data.flip": False,
+    "data.aspect_ratio_grouping": True,
+    "data.degenerate_boxes": "drop",
+    "train.steps": 7,
+    "train.batch_size": 28,
+    "train.lr": 0.5,
+    "train.scale_from_batch": 2,
+    "train.weight_decay": 0.5,
+    "train.no_decay": ["norms"],
+    "train.lr_multipliers": {"backbone.*": 0.5},
+    "train.warmup_steps": 3,
+    "train.warmup_factor": 0.5,
+    "train.decay": "steps",
+    "train.milestones": [3],
+    "train.gamma": 0.5,
+    "train.clip_norm": 9.0,
+    "train.precision": "bf16-mixed",
+    # One part of a step more; the same number made up in another way is below.
+    "train.devices": 2,
+    "train.accumulate": 2,
+}
+MADE: dict[str, Any] = {
+    "model.detector.rpn_proposals_test": [7, 7],
+    "model.detector.detections": 7,
+    "model.detector.score_threshold": 0.1,
+    "evaluate.splits": ["train2017"],
+    "evaluate.batch_size": 7,
+    "evaluate.bootstrap": 7,
+    "profile.enabled": False,
+    "profile.image_size": [64, 64],
+    "profile.batch_size": 7,
+    "profile.proposals": 7,
+    "profile.repeats": 7,
+    "profile.seconds": 0.5,
+    "profile.training": False,
+}
+NEITHER: dict[str, Any] = {
+    "suite": "another",
+    "row": "another",
+    "model.backbone": "another",
+    "train.schedule": "another",
+    "data.workers": 2,
+    "train.checkpoint_every": 3,
+    "train.log_every": 3,
+    # By their content alone, which tests below change.
+    "data.path": None,
+    "train.init": None,
+}
+
+
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
+    return load_suite("quick", rows=["ViL"], device="cpu").runs[0]
+
+
+def with_(config: RunConfig, **changes: Any) -> RunConfig:
+    """The configuration with other values, by dotted name with `__` for dots."""
+    for name, value in changes.items():
+        *path, last = name.split("__")
+        nodes = [config]
+        for part in path:
+            nodes.append(getattr(nodes[-1], part))
+        node = dataclasses.replace(nodes.pop(), **{last: value})
+        for part in reversed(path):
+            node = dataclasses.replace(nodes.pop(), **{part: node})
+        config = node
+    return config
+
+
+def test_every_setting_is_of_the_weights_of_what_is_made_of_them_or_of_neither(
+    config: RunConfig,
+) -> None:
+    assert sorted([*TRAINED, *MADE, *NEITHER]) == sorted(leaves())
+    before = identify(config)
+    for name, value in (TRAINED | MADE | NEITHER).items():
+        after = identify(with_(config, **{name.replace(".", "__"): value}))
+        apart = after.weights_key != before.weights_key, after.key != before.key
+        expected = (name in TRAINED, name not in NEITHER)
+        assert apart == expected, name
+
+
+def test_devices_and_parts_count_as_their_product(config: RunConfig) -> None:
+    keys = {
+        identify(with_(config, train__devices=devices, train__accumulate=parts)).key
+        for devices, parts in ((4, 1), (2, 2), (1, 4))
+    }
+    assert len(keys) == 1
+
+
+def a_record(run: RunConfig, **changes: Any) -> Record:
+    identity = identify(run)
+    values: dict[str, Any] = {
+        "suite": run.suite, "row": run.row, "key": identity.key, "status": "done",
+        "created": "2030-01-01T00:00:00+00:00", "seed": 0, "config": run.as_dict(),
+        "environment": {"inputs": identity.inputs},
+        "model": {"backbone": "", "method": "mask_rcnn", "library": "torchvision",
+                  "attention": "", "arch": "", "drop_path": 0, "schedule": ""},
+    }  # fmt: skip
+    return Record(**(values | changes))
+
+
+def mechanism(folder: Path, text: str = "") -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "helper.py").write_text("WIDTH = 1\n")
+    (folder / "unrelated.py").write_text("")
+    (folder / "mine.py").write_text(
+        f"from torch import nn\n{text}\nif False:\n    from helper import WIDTH\n"
+        "class Mine(nn.Module):\n"
+        "    def __init__(self, *, dim, num_heads, num_global=1):\n        super().__init__()\n"
+    )
+    return f"{folder}/mine.py:Mine"
+
+
+def test_a_mechanism_is_its_file_and_what_it_imports_from_beside_it(tmp_path: Path) -> None:
+    name = mechanism(tmp_path)
+    before = {source.name: source.sha256 for source in mechanism_sources(f"full,{name},{name}")}
+    assert list(before) == ["helper.py", "mine.py"]
+    (tmp_path / "helper.py").write_text("WIDTH = 16\n")
+    after = {source.name: source.sha256 for source in mechanism_sources(name)}
+    assert [name for name in after if after[name] != before[name]] == ["helper.py"]
+
+
+def test_modules_of_a_package_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "pack_of_tests"
+    (package / "inner").mkdir(parents=True)
+    files = {
+        "__init__.py": "", "core.py": "import torch, json\nfrom .inner import part\n",
+        "inner/__init__.py": "from .. import other as o\n", "inner/part.py": "", "other.py": "",
+        "aside.py": "",
+    }  # fmt: skip
+    for name, text in files.items():
+        (package / name).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = {source.name for source in mechanism_sources("pack_of_tests.core:X")}
+    assert found == {"core.py", "inner/__init__.py", "inner/part.py", "other.py"}
+
+
+def test_an_edited_mechanism_is_run_again_and_says_so(tmp_path: Path) -> None:
+    config = load_suite("quick", rows=[mechanism(tmp_path / "code")]).runs[0]
+    output = tmp_path / "out"
+    record.write(a_record(config), output / "records")
+    (standing,) = survey([config], output, retry_failed=False)
+    assert standing.record is not None
+    (tmp_path / "code" / "helper.py").write_text("WIDTH = 16\n")
+    (standing,) = survey([config], output, retry_failed=False)
+    assert standing.record is None
+    assert "is run again: helper.py changed since its record was made" in standing.note
+    assert identify(config).weights_key != identify(config, inputs={}).weights_key
+
+
+def test_data_and_checkpoints_count_by_their_content(tmp_path: Path, config: RunConfig) -> None:
+    root = generate(tmp_path / "data", train_images=2, val_images=2, image_size=(64, 64))
+    init = tmp_path / "init.pth"
+    init.write_bytes(b"one")
+    config = with_(config, data__path=str(root), train__init=str(init))
+    before, entry = identify(config), a_record(config)
+    assert before.changed(entry) == []
+
+    moved = root.rename(tmp_path / "elsewhere")
+    other = with_(config, data__path=str(moved))
+    assert identify(other).key == before.key
+    # Not there, it cannot have changed: a report needs no data.
+    assert identify(config).changed(entry) == []
+
+    init.write_bytes(b"two")
+    assert identify(other).changed(entry) == ["the checkpoint of --init"]
+    init.write_bytes(b"one")
+
+    annotations = moved / "annotations" / "instances_val2017.json"
+    values = json.loads(annotations.read_text())
+    annotations.write_text(json.dumps(values | {"info": "mended"}))
+    after = identify(other)
+    assert after.changed(entry) == ["data val2017"]
+    assert after.changed(entry, weights_only=True) == []
+    assert after.weights_key == before.weights_key
+
+    image = next((moved / "train2017").iterdir())
+    image.write_bytes(image.read_bytes() + b"\0")
+    assert identify(other).changed(entry) == ["data train2017", "data val2017"]
+    assert identify(other).weights_key != before.weights_key
+
+
+def test_records_of_before_hashes_were_kept_are_compared_by_what_they_hold(
+    tmp_path: Path, config: RunConfig
+) -> None:
+    root = generate(tmp_path / "data", train_images=2, val_images=2, image_size=(64, 64))
+    init = tmp_path / "init.pth"
+    init.write_bytes(b"one")
+    config = with_(config, data__path=str(root), train__init=str(init))
+    inputs = identify(config).inputs
+    values = config.as_dict()
+    old = a_record(
+        config,
+        key=record.key(values),
+        config=values,
+        environment={},
+        evaluation={"split": "val2017", "box": None,
+                    "annotations_sha256": inputs["data"]["val2017"]["annotations"]},
+        notes=[f"initialised from init.pth (sha256 {inputs['init'][:16]}): 3 tensors"],
+    )  # fmt: skip
+    assert identify(config).changed(old) == []
+    assert identify(with_(config, train__steps=7)).changed(old) is None
+    init.write_bytes(b"two")
+    (root / "annotations" / "instances_val2017.json").write_text("{}")
+    assert identify(config).changed(old) == ["data val2017", "the checkpoint of --init"]
+
+    own = load_suite("quick", rows=[mechanism(tmp_path / "code")]).runs[0]
+    old = a_record(own, environment={}, created="2020-01-01T00:00:00+00:00")
+    for path in (tmp_path / "code").iterdir():
+        os.utime(path, (0, 0))
+    assert identify(own).changed(old) == []
+    os.utime(tmp_path / "code" / "helper.py")
+    assert identify(own).changed(old) == ["helper.py"]
+
+
+def test_a_record_of_another_version_of_the_settings_is_none_of_this_run(
+    config: RunConfig,
+) -> None:
+    values = config.as_dict() | {"a setting of tomorrow": 1}
+    assert identify(config).changed(a_record(config, config=values)) is None
+    assert identify(build_config(config.as_dict())).changed(a_record(config)) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "case", "expected"),
+    [
+        # kind, (first, alone, recorded, weights safe, interrupted), (writes, removes, raises)
+        (None, (True, False, False, True, False), (True, True, "")),
+        (None, (True, False, False, False, False), (True, False, "")),
+        (None, (False, False, False, True, False), (False, False, "")),
+        (None, (True, False, False, True, True), (True, True, "interrupted")),
+        ("error", (True, False, False, True, False), (True, False, "")),
+        ("input", (True, False, False, True, False), (True, False, "error")),
+        ("input", (False, False, False, True, False), (False, False, "error")),
+        ("interrupted", (True, False, False, True, True), (True, False, "error")),
+        # Alone, whichever it is, it writes, and ends the others: they would wait for ever.
+        ("input", (False, True, False, True, False), (True, False, "abandoned")),
+        ("error", (False, True, False, True, False), (True, False, "abandoned")),
+        # The first, left by the one that failed and wrote, has nothing to add.
+        ("error", (True, True, True, True, False), (False, False, "abandoned")),
+    ],
+)
+def test_how_a_process_ends_its_part_of_a_run(
+    error: str | None, case: tuple[bool, ...], expected: tuple[bool, bool, str]
+) -> None:
+    names = ("first", "alone", "recorded", "weights_safe", "interrupted")
+    assert ending(error, **dict(zip(names, case, strict=True))) == Ending(*expected)
