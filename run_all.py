@@ -455,7 +455,7 @@ def _survey(
         check: read the data of the rows that are to be run.
     """
     from bench.data import split as inputs
-    from bench.run import runner, settled
+    from bench.run import settled
 
     _check_output(output)
     standings = settled.survey(suite.runs, output, retry_failed=retry_failed)
@@ -466,7 +466,21 @@ def _survey(
         + (f", {have} have their record" if have else ""),
         highlight=False,
     )
-    for standing in missing:
+    _check_free(missing, output)
+    notes = [standing.note for standing in missing if standing.note]
+    if missing and check:
+        configs = [standing.config for standing in missing]
+        notes += inputs.check_data(configs, output, processes=processes)
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    return standings
+
+
+def _check_free(standings: Sequence["Standing"], output: Path) -> None:
+    """Stop before anything has cost time where another command does one of the runs."""
+    from bench.run import runner
+
+    for standing in standings:
         try:
             with runner.claimed(standing.identity, output):
                 pass
@@ -475,13 +489,6 @@ def _survey(
                 f"row {standing.config.row} is being run in {output} by {error.holder}; wait for"
                 " it, or name another --output"
             ) from error
-    notes = [standing.note for standing in missing if standing.note]
-    if missing and check:
-        configs = [standing.config for standing in missing]
-        notes += inputs.check_data(configs, output, processes=processes)
-    for note in notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    return standings
 
 
 def _measure_latency(

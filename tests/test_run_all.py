@@ -20,13 +20,15 @@ from bench import cli, record
 from bench.config.suites import build_config, load_suite
 from bench.data.generated import generate
 from bench.errors import InputError
-from bench.measure import latency
+from bench.measure import memory
 from bench.model import build as models
 from bench.model.weights import load_file
 from bench.run import runner
 from bench.run.evaluate import CocoEvaluator
+from bench.run.identity import identify
 from bench.run.train import _Training
 from bench.system.progress import SuiteProgress
+from report import load
 
 ROOT = Path(__file__).parents[1]
 # As many threads as the tests' own process has: with another number, sums round differently.
@@ -74,12 +76,27 @@ def test_every_row_leaves_a_full_record(finished: Path) -> None:
         assert entry["flops"]["total"] > 0
         assert not entry["flops"]["uncounted"]
         assert entry["memory"]["training"] > entry["memory"]["inference"] > 0
-        assert len(entry["latency"]["inference"]["samples"]) >= 2
         assert entry["training"]["steps"] == 4
         assert entry["training"]["losses"]
         assert entry["environment"]["packages"]["torch"]
         assert entry["config"]["train"]["steps"] == 4
         assert entry["seed"] == 0
+
+
+def test_the_latency_of_all_rows_comes_from_one_pass_after_the_last(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert all(entry["latency"] is None for entry in records(finished).values())
+    (path,) = (finished / "latency").iterdir()
+    measured = json.loads(path.read_text())
+    assert {row["row"] for row in measured["rows"]} == {"ViL", "linformer"}
+    for entry in load.load(finished):
+        for mode in ("inference", "training"):
+            assert len(entry.latency[mode]["samples"]) >= 2
+    # The same command measures nothing again.
+    assert run_all.main(["--rows", "ViL,linformer", "--output", str(finished), *TINY]) == 0
+    assert list((finished / "latency").iterdir()) == [path]
+    assert "measuring" not in capsys.readouterr().out
 
 
 def test_every_row_has_its_logs(finished: Path) -> None:
@@ -120,7 +137,8 @@ def test_the_weights_of_a_record_score_what_the_record_says(
 ) -> None:
     (path,) = (finished / "records").glob(f"{row}-*.json")
     entry = json.loads(path.read_text())
-    assert entry["training"]["weights"]["path"] == f"weights/{path.stem}.pth"
+    stem = Path(entry["training"]["weights"]["path"]).stem
+    assert list(finished.glob(f"weights/{row}-*.pth")) == [finished / f"weights/{stem}.pth"]
     recorded = {k: v for k, v in entry["evaluation"].items() if k not in ("seconds", "also")}
     again = evaluated(path, tmp_path / "again.json")
     assert {k: v for k, v in again["evaluation"].items() if k != "seconds"} == recorded
@@ -165,7 +183,7 @@ def test_weights_that_are_gone_or_changed_are_one_line(
     for folder in ("records", "weights"):
         shutil.copytree(finished / folder, tmp_path / folder)
     (path,) = (tmp_path / "records").glob("vil-*.json")
-    damage(tmp_path / "weights" / f"{path.stem}.pth")
+    damage(tmp_path / json.loads(path.read_text())["training"]["weights"]["path"])
     assert cli.main(["eval", "--record", str(path)]) == 2
     error = capsys.readouterr().err
     assert said in error
@@ -445,7 +463,7 @@ def test_told_to_stop_it_finishes_the_record_and_the_same_command_continues(
     [
         (CocoEvaluator, "update", signal.SIGTERM),
         (CocoEvaluator, "update", signal.SIGINT),
-        (latency, "measure", signal.SIGINT),
+        (memory, "peak", signal.SIGINT),
     ],
 )
 def test_interrupted_after_its_training_it_is_not_trained_again(
@@ -534,13 +552,13 @@ HOLD = (
 def test_a_row_that_another_command_runs_is_left_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runner, "_PATIENCE", 0.1)
+    monkeypatch.setattr(runner, "_LOCK_TIMEOUT", 0.1)
     arguments = ["--rows", "ViL,linformer", "--output", str(tmp_path), *TINY,
                  "profile.enabled=false"]  # fmt: skip
     config = load_suite("quick", rows=["ViL"], device="cpu", overrides=[
         value for value in arguments if "=" in value
     ]).runs[0]  # fmt: skip
-    lock = tmp_path / "locks" / f"{runner.stem(config)}.lock"
+    lock = tmp_path / "locks" / f"{identify(config).stem}.lock"
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(lock)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -599,17 +617,22 @@ def test_two_processes_make_the_records_of_one_that_takes_two_parts(tmp_path: Pa
     assert steps_done(two, "vil") == 4
 
 
-def test_a_row_that_fails_in_one_process_says_so_and_the_others_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", ["RuntimeError", "InputError"])
+def test_a_row_that_fails_in_one_process_says_so_and_the_others_go_on(
+    tmp_path: Path, error: str
+) -> None:
+    """An error of the user's input, such as a broken image, too."""
     mechanism = tmp_path / "fragile.py"
     mechanism.write_text(
         "import os, torch\n"
+        "from bench.errors import InputError\n"
         "class Fragile(torch.nn.Module):\n"
         "    def __init__(self, *, dim, num_heads, num_global=1):\n"
         "        super().__init__()\n"
         "        self.proj = torch.nn.Linear(dim, dim)\n"
         "    def forward(self, x, grid):\n"
         "        if os.environ.get('RANK') == '1' and not x.is_meta:\n"
-        "            raise RuntimeError('out of luck')\n"
+        f"            raise {error}('out of luck')\n"
         "        return self.proj(x)\n"
     )
     output = tmp_path / "out"
@@ -618,8 +641,9 @@ def test_a_row_that_fails_in_one_process_says_so_and_the_others_go_on(tmp_path: 
         *TINY, "profile.enabled=false",
         output=output,
     )  # fmt: skip
-    out, error = process.communicate(timeout=280)
-    assert process.returncode == 1, error
+    out, said = process.communicate(timeout=280)
+    assert process.returncode == 1, said
+    assert said.count("failed in one process: out of luck") == 1
     found = records(output)
     assert found[f"{mechanism}:Fragile"]["error"]["message"] == "out of luck"
     assert found["ViL"]["status"] == "done"
@@ -755,3 +779,87 @@ def test_a_suite_without_the_data_it_needs_says_where_to_get_it(tmp_path, monkey
     assert "suite ablation needs COCO 2017" in error
     assert "bench data coco" in error
     assert error.count("\n") == 1
+
+
+def test_other_settings_of_evaluation_or_workers_train_nothing_again(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for folder in ("records", "weights", "data", "latency"):
+        shutil.copytree(finished / folder, tmp_path / folder)
+
+    def train(*_: object, **__: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(_Training, "step", train)
+    arguments = ["--rows", "ViL", "--output", str(tmp_path), *TINY]
+    assert run_all.main([*arguments, "data.workers=1", "train.log_every=7"]) == 0
+    assert "0 of 1 rows to run" in capsys.readouterr().out
+    assert run_all.main([*arguments, "evaluate.bootstrap=5", "profile.enabled=false"]) == 0
+    assert "evaluated and measured anew, from the weights that were kept" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    found = [json.loads(path.read_text()) for path in (tmp_path / "records").glob("vil-*.json")]
+    before, after = sorted(found, key=lambda entry: entry["memory"] is None)
+    assert after["training"] == before["training"]
+    for kind in ("box", "mask"):
+        assert after["evaluation"][kind] == before["evaluation"][kind]
+    assert len(after["evaluation"]["bootstrap"]["box_AP"]) == 5
+    assert any("the weights are those of the run of" in note for note in after["notes"])
+
+
+def test_a_stopped_run_goes_on_with_other_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: SuiteProgress, _done: float, doing: str) -> None:
+        if doing.startswith("training, step 2 "):
+            raise KeyboardInterrupt
+
+    arguments = ["--rows", "ViL", "--output", str(tmp_path), *TINY, "profile.enabled=false"]
+    with monkeypatch.context() as meddled:
+        meddled.setattr(SuiteProgress, "update", interrupt)
+        assert run_all.main(arguments) == 130
+    assert run_all.main([*arguments, "data.workers=1", "evaluate.batch_size=1"]) == 0
+    done = [json.loads(path.read_text()) for path in (tmp_path / "records").glob("*.json")]
+    (entry,) = (entry for entry in done if entry["status"] == "done")
+    assert entry["training"]["resumed"] == 1
+
+
+def test_records_of_e514c85_are_settled_and_reported(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their key is a hash of the whole configuration, and they say nothing of files."""
+    (tmp_path / "records").mkdir()
+    for row, entry in records(finished).items():
+        entry["key"] = record.key(entry["config"])
+        del entry["environment"]["inputs"]
+        entry["latency"] = next(e.latency for e in load.load(finished) if e.row == row)
+        path = tmp_path / "records" / record.done_name(row, entry["key"])
+        path.write_text(json.dumps(entry))
+    assert run_all.main(["--rows", "ViL,linformer", "--output", str(tmp_path), *TINY]) == 0
+    out = capsys.readouterr().out
+    assert "0 of 2 rows to run" in out
+    assert "measuring" not in out
+    assert not (tmp_path / "latency").exists()
+    assert "linformer" in (tmp_path / "index.md").read_text()
+
+
+def test_each_row_starts_from_a_checkpoint_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = load_suite("quick", rows=["ViL", "Partial ViL"])
+    for name in ("ViL", "partial-vil"):
+        (tmp_path / f"{name}.pth").touch()
+    for init in (tmp_path, tmp_path / "{row}.pth"):
+        found = run_all._started(suite, str(init), partial=False).runs
+        assert [Path(run.train.init or "").stem for run in found] == ["ViL", "partial-vil"]
+    one = str(tmp_path / "ViL.pth")
+    assert all(run.train.init == one for run in run_all._started(suite, one, True).runs)
+    command = ["--rows", "ViL,Partial ViL", "--output", str(tmp_path / "out")]
+    for init, said in ((one, "--init-partial"), (f"{tmp_path}/x-{{row}}", "x-partial-vil")):
+        assert run_all.main([*command, "--init", init]) == 2
+        error = capsys.readouterr().err
+        assert said in error or "x-vil" in error
+        assert error.count("\n") == 1

@@ -195,13 +195,8 @@ class ViL(nn.Module):
         modules = (place.module for place in self.attention_places())
         self._redrawing = tuple(module for module in modules if isinstance(module, Redrawing))
         if self._redrawing:
-            # The published name; kept in the state dict so that a resumed run redraws when it
-            # should. The count itself is a plain number, so that reading it does not wait for the
-            # device.
-            self._training_calls = 0
-            self._steps_are_told = False
+            # The published name: steps that training was told of.
             self.register_buffer("calls_since_last_redraw", torch.tensor(0))
-            self.register_load_state_dict_post_hook(self._restore_training_calls)
 
     def _check_options(self, options: dict[str, Any]) -> None:
         known = {stage.attention: attentions.options(stage.attention) for stage in self.stages}
@@ -240,32 +235,16 @@ class ViL(nn.Module):
     def start_training_step(self, step: int) -> None:
         """Say which step, from 0, the next training calls belong to, and redraw what is due.
 
-        Without it every training call is a step of its own. A step of several calls, or of several
-        processes, needs it: what is redrawn is drawn now, once, from the random state of now.
+        Without it nothing is redrawn. What is redrawn is drawn now, once, from the random state of
+        now, however many calls and processes the step has.
         """
-        if self._redrawing:
-            self._steps_are_told = True
-            self._training_calls = step
-            self._tell_step()
-
-    def _tell_step(self) -> None:
         for module in self._redrawing:
-            module.set_training_step(self._training_calls)
-
-    def _count_training_call(self) -> None:
-        self._tell_step()
-        self.calls_since_last_redraw.fill_(self._training_calls + 1)
-        if not self._steps_are_told:
-            self._training_calls += 1
-
-    def _restore_training_calls(self, *_: Any) -> None:
-        if not self.calls_since_last_redraw.is_meta:
-            self._training_calls = int(self.calls_since_last_redraw)
+            module.set_training_step(step)
+        if self._redrawing:
+            self.calls_since_last_redraw.fill_(step + 1)
 
     def _tokens(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Feature maps of all stages, and the tokens of the last (B, N, dim)."""
-        if self.training and self._redrawing:
-            self._count_training_call()
         height, width = images.shape[-2:]
         image = nn.functional.pad(images, (0, -width % self.stride, 0, -height % self.stride))
         features: dict[str, Tensor] = {}

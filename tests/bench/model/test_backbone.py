@@ -345,7 +345,7 @@ def test_a_copy_is_independent():
     vil = ViL(ABSOLUTE, attention="performer", image_size=32, redraw_interval=1)
     other = copy.deepcopy(vil)
     before = {key: value.clone() for key, value in vil.state_dict().items()}
-    other(images(32, 32))
+    other.start_training_step(1)
     other(images(32, 32))
     assert int(other.calls_since_last_redraw) == 2
     for key, value in vil.state_dict().items():
