@@ -1,4 +1,6 @@
 import importlib.util
+import os
+import shutil
 
 import hypothesis
 import pytest
@@ -24,6 +26,15 @@ def pytest_collection_modifyitems(config, items):
         reasons["gpu"] = f"needs a CUDA device; torch {torch.__version__} sees none"
     if importlib.util.find_spec("detectron2") is None:
         reasons["detectron2"] = "detectron2 is not importable"
+    needed = [
+        name for name in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(name)
+    ]
+    if needed:
+        reasons["slurm"] = f"needs Slurm: no {', '.join(needed)}; install slurm-wlm and munge"
+    elif os.geteuid() != 0:
+        reasons["slurm"] = "needs to be root, which starts Slurm's daemons"
+    elif importlib.util.find_spec("submitit") is None:
+        reasons["slurm"] = "submitit is not importable"
     for item in items:
         for name, reason in reasons.items():
             if item.get_closest_marker(name):

@@ -4,10 +4,11 @@ Every job is the command that a person would type for its row, so that it resume
 """
 
 import importlib
+import io
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,9 @@ def submit(
                 tasks_per_node=1, **({"gpus_per_node": gpus} if gpus else {})
             )
         executor.update_parameters(**options)
-        return [executor.submit(SlurmJob(job.command, folder)) for job in jobs]
+        # submitit repeats there what sbatch says, which is in its error too.
+        with redirect_stderr(io.StringIO()):
+            return [executor.submit(SlurmJob(job.command, folder)) for job in jobs]
     except (OSError, RuntimeError, TypeError, ValueError, NameError) as error:
         raise InputError(f"--launcher slurm: {_reason(error)}") from error
 
