@@ -37,8 +37,9 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 TINY = [
     "--device", "cpu", "train.steps=4", "train.batch_size=2", "train.checkpoint_every=1",
     "data.generated.train_images=4", "data.generated.val_images=2",
-    "profile.repeats=2", "profile.seconds=0.01", "profile.batch_size=1",
+    "profile.repeats=2", "profile.seconds=0.01", "profile.batch_size=1", "--no-latency",
 ]  # fmt: skip
+TIMED = [word for word in TINY if word != "--no-latency"]
 
 
 def records(output: Path) -> dict[str, dict]:
@@ -62,7 +63,7 @@ def settled(entry: dict) -> dict:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of an undisturbed tiny suite of two rows."""
     output = tmp_path_factory.mktemp("finished")
-    assert run_all.main(["--rows", "ViL,linformer", "--output", str(output), *TINY]) == 0
+    assert run_all.main(["--rows", "ViL,linformer", "--output", str(output), *TIMED]) == 0
     return output
 
 
@@ -94,7 +95,7 @@ def test_the_latency_of_all_rows_comes_from_one_pass_after_the_last(
         for mode in ("inference", "training"):
             assert len(entry.latency[mode]["samples"]) >= 2
     # The same command measures nothing again.
-    assert run_all.main(["--rows", "ViL,linformer", "--output", str(finished), *TINY]) == 0
+    assert run_all.main(["--rows", "ViL,linformer", "--output", str(finished), *TIMED]) == 0
     assert list((finished / "latency").iterdir()) == [path]
     assert "measuring" not in capsys.readouterr().out
 
@@ -838,7 +839,7 @@ def test_records_of_e514c85_are_settled_and_reported(
         entry["latency"] = next(e.latency for e in load.load(finished) if e.row == row)
         path = tmp_path / "records" / record.done_name(row, entry["key"])
         path.write_text(json.dumps(entry))
-    assert run_all.main(["--rows", "ViL,linformer", "--output", str(tmp_path), *TINY]) == 0
+    assert run_all.main(["--rows", "ViL,linformer", "--output", str(tmp_path), *TIMED]) == 0
     out = capsys.readouterr().out
     assert "0 of 2 rows to run" in out
     assert "measuring" not in out

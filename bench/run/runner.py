@@ -456,7 +456,9 @@ class Run:
         suite = config.suite or "none"
         run_log.info("row %s of suite %s, seed %d", config.row, suite, config.seed)
         run_log.info("environment:\n%s", yaml.safe_dump(place, sort_keys=False).rstrip())
-        run_log.info("configuration:\n%s", yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip())
+        run_log.info(
+            "configuration:\n%s", yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip()
+        )
 
     def _log_model(self) -> None:
         """What is trained, on what and how, to the run's log."""

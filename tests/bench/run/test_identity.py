@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from bench import record
-from bench.config.schema import RunConfig
+from bench.config.schema import RunConfig, leaves
 from bench.config.sources import mechanism_sources
-from bench.config.suites import build_config, leaves, load_suite
+from bench.config.suites import build_config, load_suite
 from bench.data.generated import generate
 from bench.record import Record
 from bench.run.identity import identify
