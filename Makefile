@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# A source tree of detectron2, whose tests run then too; docs/detectors.md says what it needs.
+DETECTRON2_TREE ?=
 STAMP := $(VENV)/.installed
 
 .PHONY: run test lint install clean
@@ -11,7 +13,7 @@ run: $(STAMP)
 	$(VENV)/bin/python run_all.py $(ARGS)
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(if $(DETECTRON2_TREE),PYTHONPATH="$(DETECTRON2_TREE)$${PYTHONPATH:+:$$PYTHONPATH}" )$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         suite = plain if searched is None else search.expand(plain, searched)
         output = options.output or Path("results") / suite.name
         if options.dry_run:
-            return _dry_run(suite, output, options.measure_steps or 0)
+            return _dry_run(suite, output, options.retry_failed, options.measure_steps or 0)
         _check_needs(suite)
         if options.launcher != "none":
             return _launch(suite, plain, searched, output, options, command)
@@ -294,13 +294,21 @@ def _check_needs(suite: Suite) -> None:
         )
 
 
-def _dry_run(suite: Suite, output: Path, measure_steps: int) -> int:
+def _dry_run(suite: Suite, output: Path, retry_failed: bool, measure_steps: int) -> int:
     # Imported here, as in `run_suite`.
-    from bench.run import plan
+    from bench.run import plan, settled
 
     if measure_steps:
         _check_output(output)
     print(f"suite {suite.name}: what would run, to {output}", flush=True)
+    standings = settled.survey(suite.runs, output, retry_failed=retry_failed)
+    for standing in standings:
+        if standing.record is not None or standing.note:
+            print(standing.note or f"{standing.config.row} has its record")
+    missing = tuple(standing.config for standing in standings if standing.record is None)
+    if not missing:
+        return 0
+    suite = dataclasses.replace(suite, runs=missing)
     with Console(stderr=True).status("planning") as status:
         planned = plan.plan(
             suite,

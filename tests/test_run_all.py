@@ -864,3 +864,18 @@ def test_each_row_starts_from_a_checkpoint_of_its_own(
         error = capsys.readouterr().err
         assert said in error or "x-vil" in error
         assert error.count("\n") == 1
+
+
+def test_a_dry_run_names_rows_with_a_record_and_refuses_what_the_run_would(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--rows", "ViL,performer", *TINY, "--dry-run", "--output"]
+    assert run_all.main([*arguments, str(finished)]) == 0
+    out = capsys.readouterr().out
+    assert "ViL has its record" in out
+    assert [line.split()[0] for line in out.splitlines() if "mask_rcnn" in line] == ["performer"]
+    root = generate(tmp_path / "data", train_images=2, val_images=1)
+    (root / "annotations" / "instances_val2017.json").write_text("{")
+    assert run_all.main([*arguments, str(tmp_path / "out"), "--data", str(root)]) == 2
+    assert "instances_val2017.json is" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

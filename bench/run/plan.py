@@ -242,15 +242,19 @@ def _rates(recipe: TrainConfig) -> str:
 
 
 def _dataset(config: RunConfig, output: Path, *, needed: bool) -> CocoDataset | None:
-    """The training images, if they are there or have to be; generated ones are made if needed."""
-    if config.data.path is None and not needed:
+    """The training images, if they are there or have to be; generated ones are made if needed.
+
+    Raises:
+        InputError: for data that is there and that the run would refuse.
+    """
+    path = config.data.path
+    if not needed and (path is None or not Path(path).is_dir()):
         return None
-    try:
-        return inputs.open_split(config, inputs.data_root(config, output), config.data.train_split)
-    except InputError:
-        if needed:
-            raise
-        return None
+    root = inputs.data_root(config, output)
+    names = dict.fromkeys([config.data.train_split, *config.evaluate.splits])
+    splits = [inputs.open_split(config, root, name) for name in names]
+    inputs.check_categories({split.split: split.categories for split in splits}, root)
+    return splits[0]
 
 
 def _seconds(
