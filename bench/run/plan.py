@@ -13,7 +13,6 @@ from bench.config.schema import RunConfig, TrainConfig
 from bench.config.suites import Suite
 from bench.data import split as inputs
 from bench.data.coco import CocoDataset
-from bench.errors import InputError
 from bench.measure.predict import predict
 from bench.measure.workload import Workload
 from bench.model import build as models
