@@ -8,7 +8,8 @@ import importlib.resources
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -19,6 +20,7 @@ import attentions
 from attentions.contract import accepted_options
 from bench.arch import StageSpec, parse, render
 from bench.data.coco import default_root
+from bench.data.images import DEEPEST
 from bench.errors import InputError, choose, nearest
 from bench.vocabulary import LIBRARIES, METHODS, PRECISIONS
 
@@ -84,14 +86,21 @@ class DataConfig:
 
     Attributes:
         path: folder in COCO layout, or None for the generated data set.
+        train_file, val_file: annotation files of the split to train on and of the others, wherever
+            they are; None where `path` has them.
+        images: folder of the images of all splits; None to look for them near the annotations.
         min_sizes: shortest edge; training draws one of several, evaluation takes the last.
         max_size: longest edge.
         fixed_size: every image becomes exactly this (height, width); None keeps the aspect ratio.
         workers: decoding processes.
         degenerate_boxes: "error", or "drop" to leave out boxes without area.
+        deep_white: the value that is white in grey images of 16 bits, 4095 for 12 bits in 16.
     """
 
     path: str | None = None
+    train_file: str | None = None
+    val_file: str | None = None
+    images: str | None = None
     generated: GeneratedConfig = field(default_factory=GeneratedConfig)
     train_split: str = "train2017"
     min_sizes: list[int] = field(default_factory=lambda: [800])
@@ -101,6 +110,7 @@ class DataConfig:
     workers: int = 0
     aspect_ratio_grouping: bool = False
     degenerate_boxes: str = "error"
+    deep_white: int = 65535
 
 
 @dataclass(frozen=True)
@@ -633,5 +643,11 @@ def _validated(config: RunConfig) -> RunConfig:
             raise InputError(f"{key}={size} is no (height, width) of positive numbers")
     if not 0 <= config.model.drop_path < 1:
         raise InputError(f"model.drop_path={config.model.drop_path} is outside [0, 1)")
+    if not 1 <= config.data.deep_white <= DEEPEST:
+        raise InputError(f"data.deep_white={config.data.deep_white} must be from 1 to {DEEPEST}")
     _mechanisms(config)
+    named = config.data.train_file or config.data.val_file
+    if config.data.path is None and named is not None:
+        # What is not generated has a folder.
+        return replace(config, data=replace(config.data, path=str(Path(named).parent)))
     return config

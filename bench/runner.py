@@ -20,6 +20,7 @@ from bench.config import RunConfig, TrainConfig
 from bench.data.coco import CocoDataset
 from bench.errors import InputError
 from bench.evaluate import Progress, evaluate
+from bench.evaluate import remarks as evaluation_remarks
 from bench.failures import error_section
 from bench.interrupt import Held
 from bench.locks import HeldError
@@ -252,7 +253,7 @@ def _measure(
     sections["device"] = fabric.device
     recipe = effective(config.train, config.model.method)
     training, *splits = _open(config, output, fabric)
-    notes += _remarks(config, training)
+    notes += _remarks(config, [training, *splits] if fabric.is_global_zero else [])
 
     detector = models.build_detector(config, training.num_classes)
     sections["parameters"] = models.parameters_section(detector)
@@ -276,7 +277,9 @@ def _measure(
         ),
         journal=journal,
     )
-    sections["training"] = _training_section(result, recipe)
+    sections["training"] = _training_section(result, recipe) | {
+        "classes": [list(category) for category in training.categories]
+    }
     if fabric.is_global_zero and weights is not None:
         sections["training"]["weights"] = _save_weights(detector, weights, output, notes)
 
@@ -286,6 +289,7 @@ def _measure(
     evaluated = [evaluate(model, split, config, fabric, evaluating) for split in splits]
     if fabric.is_global_zero:
         sections["evaluation"] = evaluated[0] | {"also": evaluated[1:]}
+        notes += [note for section in evaluated for note in evaluation_remarks(section)]
 
     if config.profile.enabled and fabric.is_global_zero:
         progress(_EVALUATED, "measuring memory and latency")
@@ -306,19 +310,14 @@ def _open(config: RunConfig, output: Path, fabric: Fabric) -> list[CocoDataset]:
     if fabric.is_global_zero:
         inputs.data_root(config, output)
     fabric.barrier()
-    root = inputs.data_root(config, output)
-    names = [config.data.train_split, *config.evaluate.splits]
-    splits = [inputs.open_split(config, root, name) for name in names]
-    inputs.check_categories({split.split: split.categories for split in splits}, root)
-    return splits
+    return inputs.open_splits(config, inputs.data_root(config, output))
 
 
-def _remarks(config: RunConfig, training: CocoDataset) -> list[str]:
+def _remarks(config: RunConfig, splits: Sequence[CocoDataset]) -> list[str]:
     """What a reader of the numbers should know before anything is trained."""
     scaled = scaling_note(config.train)
     remarks = [scaled] if scaled else []
-    if config.data.path is not None:
-        remarks += training.check()
+    remarks += inputs.remarks(config, splits) if splits else []
     if config.data.fixed_size:
         size = "x".join(map(str, config.data.fixed_size))
         remarks.append(f"works for one sequence length: every image is resized to {size}")

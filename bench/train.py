@@ -29,7 +29,9 @@ from bench.backbone import ViL
 from bench.checkpoints import Checkpoints
 from bench.config import DataConfig, TrainConfig
 from bench.data.coco import CocoDataset
+from bench.data.images import to_float
 from bench.data.loader import Pace, clear_worker_errors, training_batches
+from bench.detectors.contract import Detector
 from bench.errors import InputError, choose
 from bench.interrupt import Held
 from bench.logs import StepLog
@@ -254,6 +256,7 @@ def train(
         steps=config.steps,
         num_workers=data.workers,
         flip=data.flip,
+        **_needs(detector),
         aspect_ratio_grouping=data.aspect_ratio_grouping,
         rank=fabric.global_rank,
         world_size=fabric.world_size,
@@ -279,9 +282,14 @@ def train(
     return model, training.log
 
 
-def to_float(image: Tensor) -> Tensor:
-    """uint8 (3, H, W) -> float32 in 0 to 1."""
-    return image.float() / 255
+def _needs(detector: nn.Module) -> dict[str, Any]:
+    """What a detector needs of the data, in the sizes it needs; another module gets all of it."""
+    if not isinstance(detector, Detector):
+        return {}
+    return {
+        "masks": detector.method == "mask_rcnn",
+        "network_size": detector.settings.network_size,
+    }
 
 
 class _Training:

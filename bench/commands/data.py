@@ -30,6 +30,7 @@ annotations/instances_SPLIT.json and the images in SPLIT/, for example train2017
 """
 _VARIABLE = "DETECTRON2_DATASETS"
 _LIMIT = 20
+_SHOWN = ("kind", "text", "handled", "image", "annotation", "left_out")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -188,32 +189,28 @@ def _cores() -> int:
 
 
 def _json(root: Path, reports: Sequence["SplitReport"]) -> str:
-    import dataclasses
-
-    return json.dumps(
+    splits = [
         {
-            "path": str(root),
-            "errors": sum(len(report.errors) for report in reports),
-            "odd": sum(len(report.odd) for report in reports),
-            "splits": [
-                dataclasses.asdict(report)
-                | {
-                    "findings": [
-                        {"error": finding.is_error, **dataclasses.asdict(finding)}
-                        for finding in report.findings
-                    ]
-                }
-                for report in reports
+            "split": report.split,
+            "images": report.images,
+            "annotations": report.annotations,
+            "categories": report.categories,
+            "decoded": report.decoded,
+            "findings": [
+                {"error": found.is_error} | {name: getattr(found, name) for name in _SHOWN}
+                for found in report.findings
             ],
-        },
-        indent=1,
-    )
+        }
+        for report in reports
+    ]
+    errors, odd = (sum(len(getattr(r, what)) for r in reports) for what in ("errors", "odd"))
+    return json.dumps({"path": str(root), "errors": errors, "odd": odd, "splits": splits}, indent=1)
 
 
 def _print(root: Path, reports: Sequence["SplitReport"], limit: int) -> None:
     import pandas as pd
 
-    from bench.data.check import by_kind
+    from bench.data.findings import by_kind
     from report import tables
 
     summary = [

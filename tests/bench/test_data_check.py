@@ -11,15 +11,16 @@ import pytest
 from PIL import Image
 
 from bench import cli
-from bench.data.annotations import Finding
 from bench.data.check import SplitReport, check
 from bench.data.coco import CocoDataset
+from bench.data.findings import Finding
 from bench.errors import InputError
 
 HEIGHT, WIDTH = 40, 60
 # Of an annotation in the sound data set: a rectangle as box, polygon and area.
 BOX = [10, 5, 20, 12]
 POLYGON = [10, 5, 30, 5, 30, 17, 10, 17]
+PAIRS = [[10, 5], [30, 5], [30, 17], [10, 17]]
 
 
 def annotation(id_: int, image_id: int, **changes: Any) -> dict[str, Any]:
@@ -97,15 +98,19 @@ ERRORS: list[tuple[dict[str, Any], str, str]] = [
     ({"segmentation": RUN | {"size": [9, 9]}}, "run-length mask of the wrong size", "[9, 9]"),
     ({"segmentation": RUN | {"counts": [7]}}, "run-length mask of the wrong size", "7 pixels"),
     ({"segmentation": RUN | {"counts": [-1, 2]}}, "malformed run-length mask", "counts"),
-    ({"segmentation": RUN | {"counts": "zz"}}, "malformed run-length mask", "cannot be read"),
+    ({"segmentation": RUN | {"counts": "S5a0g"}}, "malformed run-length mask", "cannot be read"),
+    ({"segmentation": [[{"x": 1, "y": 2}]]}, "malformed polygon", "'x': 1"),
     ({"bbox": None}, "malformed entry", "annotations[0]"),
-    ({"id": 102}, "id used twice", "annotations id 102"),
+    ({"id": 102}, "id used twice", "twice in the list 'annotations'"),
 ]
 
 ODD: list[tuple[dict[str, Any], str, str, int]] = [
     ({"bbox": [10, 5, 0, 12]}, "box without area in the image", "left out", 0),
     ({"bbox": [70, 5, 9, 12]}, "box without area in the image", "left out", 0),
-    ({"segmentation": [POLYGON, [1, 2, 3, 4]]}, "polygon of fewer than 3 points", "left out", 1),
+    ({"segmentation": [POLYGON, [1, 2, 3, 4]]}, "polygon of two corners", "left out", 1),
+    ({"segmentation": [POLYGON, [1, 2]]}, "polygon of fewer than 3 points", "left out", 1),
+    ({"segmentation": [PAIRS]}, "polygon of point pairs", "x and y in turn", 1),
+    ({"segmentation": PAIRS}, "polygon of point pairs", "x and y in turn", 1),
     (
         {"segmentation": [POLYGON, [1, 2, 3, 4, 5, 6, 7]]},
         "polygon of an odd count of numbers",
@@ -114,7 +119,9 @@ ODD: list[tuple[dict[str, Any], str, str, int]] = [
     ),
     ({"segmentation": None}, "annotation without a segmentation", "its box is its mask", 1),
     ({"segmentation": []}, "annotation without a segmentation", "its box is its mask", 1),
-    ({"area": None}, "annotation without an area", "its box's area", 1),
+    ({"segmentation": [[]]}, "annotation without a segmentation", "its box is its mask", 1),
+    ({"area": None}, "annotation without an area", "that of its mask", 1),
+    ({"area": HEIGHT * WIDTH}, "area of the whole image", "small, medium or large", 1),
     ({"iscrowd": 1}, "crowd outlined by polygons", "crowd", 1),
     ({"ignore": 1}, "marked 'ignore'", "it counts", 1),
     ({"area": 600}, "area that does not fit its mask", "small, medium or large", 1),
@@ -142,9 +149,8 @@ def test_an_error_is_found_by_the_annotation_s_id(
     if kind != "malformed entry":
         assert error.annotation == data["annotations"][0]["id"]
         assert str(error.annotation) in error.text
-    if kind != "malformed run-length mask":
-        with pytest.raises(InputError, match=r"instances_train2017\.json: "):
-            CocoDataset(tmp_path, "train2017")
+    with pytest.raises(InputError, match=r"instances_train2017\.json: "):
+        CocoDataset(tmp_path, "train2017")
 
 
 @pytest.mark.parametrize(("changes", "kind", "words", "used"), ODD, ids=str)
@@ -226,7 +232,7 @@ def truncate(path: Path) -> None:
 FILES: list[tuple[Spoil, str, str, bool]] = [
     (Path.unlink, "image missing", "image 2 is missing", True),
     (truncate, "image unreadable", "truncated", True),
-    (lambda path: path.write_bytes(b""), "image unreadable", "image 2: ", True),
+    (lambda path: path.write_bytes(b""), "image unreadable", "image 2 ", True),
     (lambda path: path.write_text("no"), "image unreadable", "unknown format", True),
     (saved(Image.new("RGB", (60, 41))), "image of another size", "41x60", True),
     (
@@ -420,11 +426,11 @@ def test_a_folder_of_images_of_another_name_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tmp_path, content())
-    (tmp_path / "train2017").rename(tmp_path / "images")
+    (tmp_path / "train2017").rename(tmp_path / "pictures")
     code, out, _ = run(capsys, str(tmp_path))
     assert code == 1
     assert "for split 'train2017', where the images belong" in " ".join(out.split())
-    assert "folders there: annotations, images" in " ".join(out.split())
+    assert "folders there: annotations, pictures" in " ".join(out.split())
 
 
 def test_speed_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -340,13 +340,13 @@ def test_ctrl_c_does_not_reach_the_workers(data: CocoDataset) -> None:
 def test_the_time_to_read_is_added_up_whether_or_not_it_is_waited_for(
     data: CocoDataset, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    read = CocoDataset.__getitem__
+    read = CocoDataset.read
 
-    def slow(dataset: CocoDataset, index: int) -> loader.Sample:
+    def slow(dataset: CocoDataset, index: int, **options: Any) -> loader.Sample:
         time.sleep(0.05)
-        return read(dataset, index)
+        return read(dataset, index, **options)
 
-    monkeypatch.setattr(CocoDataset, "__getitem__", slow)
+    monkeypatch.setattr(CocoDataset, "read", slow)
     pace = loader.Pace()
     found = loader.training_batches(
         data, batch_size=2, seed=0, steps=6, num_workers=workers, pace=pace

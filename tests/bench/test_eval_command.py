@@ -17,11 +17,11 @@ from bench.checkpoints import Checkpoints
 from bench.config import build_config
 from bench.data.coco import CocoDataset
 from bench.data.generated import generate
+from bench.data.images import to_float
 from bench.detectors import weights
 from bench.errors import InputError
 from bench.evaluate import CocoEvaluator
 from bench.models import build_detector
-from bench.train import to_float
 
 ARCH = (
     "l1,h1,d8,n1,s1,g1,p4,f3,a1_l2,h2,d16,n1,s1,g1,p2,f3,a1_"
@@ -138,7 +138,7 @@ def test_a_detector_that_learnt_its_image_has_a_high_average_precision(capsys, t
     box = {"id": 1, "image_id": 1, "category_id": 4, "bbox": [20, 10, 30, 24], "area": 720}
     content = {
         "images": [{"id": 1, "file_name": "1.png", "height": 48, "width": 72}],
-        "annotations": [box | {"iscrowd": 0, "segmentation": []}],
+        "annotations": [box | {"iscrowd": 0, "segmentation": [[20, 10, 50, 10, 50, 34, 20, 34]]}],
         "categories": [{"id": 4, "name": "box"}],
     }
     (tmp_path / "annotations").mkdir()

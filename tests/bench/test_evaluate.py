@@ -24,6 +24,7 @@ class Annotations:
 
     def __init__(self, images, annotations):
         self.categories = CATEGORIES
+        self.has_masks = True
         self._truth = {
             "images": [{"id": i, "height": SIZE[0], "width": SIZE[1]} for i in images],
             "annotations": annotations,

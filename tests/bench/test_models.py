@@ -8,8 +8,8 @@ from bench import models
 from bench.config import load_suite
 from bench.data.coco import CocoDataset
 from bench.data.generated import generate
+from bench.data.images import to_float
 from bench.evaluate import CocoEvaluator
-from bench.train import to_float
 
 
 def test_an_untrained_detector_of_the_quick_suite_scores_next_to_nothing(tmp_path: Path) -> None:
