@@ -78,9 +78,7 @@ def _configure_check(parser: argparse.ArgumentParser) -> None:
 
 def _configure_coco(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(act=coco)
-    parser.epilog = (
-        "exit code: 0 all is there; 1 the download failed, the same command continues it"
-    )
+    parser.epilog = "exit code: 0 all is there; 1 the download failed"
     parser.add_argument(
         "--root",
         type=Path,
@@ -270,11 +268,10 @@ def _print_places(texts: Sequence[str], limit: int) -> None:
 
 def coco(options: argparse.Namespace) -> int:
     """Download and say where it is."""
-    from bench.data.download import Downloader
+    from bench.data.download import download
 
     root = _root(options.root)
-    downloader = Downloader(root, base_url=options.base_url, keep_archives=options.keep_archives)
-    downloader.download(options.splits)
+    download(root, options.splits, base_url=options.base_url, keep_archives=options.keep_archives)
     print(f"COCO is in {root}: --data {root}, or nothing where ${_VARIABLE}/coco is that folder")
     return 0
 
