@@ -213,9 +213,9 @@ class AnnotationReader:
             return segmentation if self._is_run_length(raw, segmentation, image) else None
         if raw.get("iscrowd") == 1:
             self._say(raw, "crowd outlined by polygons")
-        other = next((part for part in segmentation if not isinstance(part, list)), None)
-        if other is not None:
-            self._say(raw, "malformed polygon", what=f"the polygon {shortened(other)}")
+        others = [part for part in segmentation if not isinstance(part, list)]
+        if others:
+            self._say(raw, "malformed polygon", what=f"the polygon {shortened(others[0])}")
             return None
         polygons = _joined(segmentation)
         if polygons is not segmentation:
@@ -235,7 +235,7 @@ class AnnotationReader:
             # The sum is not a number where one of them is none, which the extremes do not show.
             low, high, total = min(polygon, default=0), max(polygon, default=0), sum(polygon)
             sound = -_FARTHEST < low <= high < _FARTHEST and total == total
-        except TypeError:
+        except (TypeError, OverflowError):
             sound = False
         if not sound:
             wrong = next(value for value in polygon if not _is_number(value, _FARTHEST))

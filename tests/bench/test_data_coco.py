@@ -392,6 +392,9 @@ SIZE = [HEIGHT, WIDTH]
         (("annotations", 0, "segmentation"), [1, 2, 3, 4, 5, 6], ["annotation 1", "polygon 1"]),
         (("annotations", 0, "segmentation"), [["a", 2, 3, 4, 5, 6]], ["annotation 1", "'a'"]),
         (("annotations", 0, "segmentation"), [[float("nan"), *TRIANGLE[1:]]], ["nan"]),
+        (("annotations", 0, "segmentation"), [[10**400, *TRIANGLE[1:]]], ["annotation 1"]),
+        (("annotations", 0, "segmentation"), [TRIANGLE, [None]], ["annotation 1", "None"]),
+        (("annotations", 0, "segmentation"), [None, TRIANGLE], ["annotation 1", "None"]),
         (
             ("annotations", 0, "segmentation"),
             [[1e9, *TRIANGLE[1:]]],
