@@ -158,6 +158,13 @@ KINDS: Mapping[str, Kind] = {
     "image with a warning": Kind("makes Pillow warn: {why}", "read all the same"),
 }
 
+# What is said of a whole split, and the kinds of single places that then need no line.
+_COVERED = {
+    "boxes that look like fractions": ("box smaller than a pixel", "mask without a pixel"),
+    "boxes that look like corners": ("box over the image's edge",),
+    "no masks at all": ("annotation without a segmentation",),
+}
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -268,10 +275,11 @@ class Tally:
         Args:
             where: what they are of, such as the annotation file.
         """
+        covered = {single for whole in self._first for single in _COVERED.get(whole, ())}
         return [
             f"{where}: {_line(self._first[kind], self.counts[kind])}"
             for kind in KINDS
-            if kind in self._first and not self._first[kind][0].is_error
+            if kind in self._first and kind not in covered and not self._first[kind][0].is_error
         ]
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from bench import cli
-from bench.data.check import SplitReport, check
+from bench.data.check import SplitReport, check, remarks
 from bench.data.coco import CocoDataset
 from bench.data.findings import Finding
 from bench.errors import InputError
@@ -362,6 +362,120 @@ def test_splits_of_other_classes_do_not_go_together(tmp_path: Path) -> None:
     assert "8 'cup', 8 'mug'" in error.text
     assert [report.split for report in check(tmp_path, ["val2017"])] == ["val2017"]
     assert check(tmp_path, ["val2017"])[0].findings == ()
+
+
+def test_a_file_that_two_images_name_is_found(tmp_path: Path) -> None:
+    data = content()
+    write(tmp_path, data)
+    data["images"][2]["file_name"] = "./1.png"
+    data["images"][3]["file_name"] = "job\\2.png"
+    (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(data))
+    report = only(tmp_path)
+    twice = [f for f in report.findings if f.kind == "file named by two images"]
+    assert [(f.image, f.values["other"]) for f in twice] == [(3, 1), (4, 2)]
+    assert kinds(report.findings)["image twice in a split"] == 0
+    (line,) = [x for x in remarks([CocoDataset(tmp_path, "train2017")]) if "two images" in x]
+    assert "2 of: file named by two images (images 3, 4)" in line
+
+
+Change = Callable[[dict[str, Any]], None]
+
+
+def fractions(a: dict[str, Any]) -> None:
+    x, y, w, h = a["bbox"]
+    a["bbox"] = [x / WIDTH, y / HEIGHT, w / WIDTH, h / HEIGHT]
+
+
+def corners(a: dict[str, Any]) -> None:
+    x, y, w, h = a["bbox"]
+    a["bbox"] = [x, y, x + w, y + h]
+
+
+def centres(a: dict[str, Any]) -> None:
+    x, y, w, h = a["bbox"]
+    a["bbox"] = [x + w / 2, y + h / 2, w, h]
+
+
+def rows_first(a: dict[str, Any]) -> None:
+    x, y, w, h = a["bbox"]
+    a["bbox"] = [y, x, h, w]
+
+
+@pytest.mark.parametrize(
+    ("change", "masks", "said"),
+    [
+        (fractions, False, "4 of 4 boxes are smaller than a pixel: are they fractions"),
+        (fractions, True, "4 of 4 boxes fit their masks if they are read as fractions"),
+        (corners, False, "4 of 4 boxes reach over the image's edge: are they x1, y1, x2, y2"),
+        (corners, True, "4 of 4 boxes fit their masks if they are read as x1, y1, x2, y2"),
+        (centres, False, "4 of 4 boxes reach over the image's edge"),
+        (centres, True, "4 of 4 boxes fit their masks if they are read as a centre"),
+        (rows_first, True, "4 of 4 boxes fit their masks if they are read as y, x, height, width"),
+        (None, False, ""),
+        (None, True, ""),
+    ],
+)
+def test_boxes_of_another_format_are_suspected(
+    tmp_path: Path, change: Change | None, masks: bool, said: str
+) -> None:
+    data = content()
+    for a in data["annotations"]:
+        a["bbox"], a["area"] = [32, 20, 24, 14], 24 * 14
+        a["segmentation"] = []
+        if masks:
+            a["bbox"], a["area"] = [20, 12, 12, 8], 12 * 8
+            a["segmentation"] = [[20, 12, 32, 12, 32, 20, 20, 20]]
+        if change is not None:
+            change(a)
+    write(tmp_path, data)
+    suspected = [x for x in remarks([CocoDataset(tmp_path, "train2017")]) if " of 4 boxes " in x]
+    assert any(said in line for line in suspected) if said else suspected == []
+    assert len(suspected) == len({f.text for f in only(tmp_path).odd if " of 4 boxes " in f.text})
+
+
+def test_percentages_are_suspected(tmp_path: Path) -> None:
+    data = content(16)
+    for image, a in zip(data["images"], data["annotations"], strict=True):
+        image |= {"height": 300, "width": 400}
+        a |= {"bbox": [10, 5, 60, 70], "segmentation": []}
+    (tmp_path / "train2017").mkdir(parents=True)
+    for image in data["images"]:
+        picture(image["id"]).resize((400, 300)).save(tmp_path / "train2017" / image["file_name"])
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(data))
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    assert any("all 16 boxes end within the first 100 pixels" in line for line in lines)
+
+
+def test_a_small_range_of_deep_images_is_said_and_can_be_scaled(tmp_path: Path) -> None:
+    folder = write(tmp_path, content())
+    values = np.linspace(0, 4000, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.uint16)
+    Image.fromarray(values).save(folder / "2.png")
+    line, *_ = remarks([CocoDataset(tmp_path, "train2017")])
+    assert "values up to 4000 of 65535 in 1 16-bit images; scaled by 65535, which leaves" in line
+    assert "0 to 16 of 255; data.deep_white=4095 scales by that" in line
+    scaled = CocoDataset(tmp_path, "train2017", deep_white=4095)
+    np.testing.assert_allclose(scaled[1][0][0], values * (255 / 4095), atol=0.51)
+    assert not any("values up to" in line for line in remarks([scaled]))
+    with pytest.raises(InputError, match=r"2\.png: pixels up to 4000; data\.deep_white=255 must"):
+        CocoDataset(tmp_path, "train2017", deep_white=255)[1]
+
+
+def test_remarks_are_of_every_split_the_first_first(tmp_path: Path) -> None:
+    folder = write(tmp_path, content())
+    data = content()
+    data["annotations"][0]["segmentation"] = [PAIRS]
+    write(tmp_path, data, split="val2017", first=50)
+    (tmp_path / "val2017" / "2.png").write_bytes((folder / "2.png").read_bytes())
+    picture(3, "L").save(folder / "3.png")
+    sets = [CocoDataset(tmp_path, split) for split in ("val2017", "train2017")]
+    pairs, grey = [line for line in remarks(sets) if "two splits" not in line]
+    assert "instances_val2017.json: 1 of: polygon of point pairs (annotations 101); read" in pairs
+    assert "instances_train2017.json: 1 of: grey image (images 3); three equal channels" in grey
+    assert any("1 of: image in two splits (images 2)" in line for line in remarks(sets))
+    truncate(folder / "4.png")
+    with pytest.raises(InputError, match=r"instances_train2017\.json: image 4 \(4\.png\) cannot"):
+        remarks(sets)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
