@@ -21,11 +21,13 @@ EPILOG = """\
 examples:
   python -m bench data check my_data
   python -m bench data check /datasets/coco --split val2017 --format json
+  python -m bench data check export/result.json --images export/images
   python -m bench data coco --root /datasets/coco
   python -m bench data speed /datasets/coco --workers 0,2,4,8
 
 `python -m bench data ACTION --help` explains an action. A data set is a folder in COCO layout:
-annotations/instances_SPLIT.json and the images in SPLIT/, for example train2017.
+annotations/instances_SPLIT.json and the images in SPLIT/, for example train2017; or Roboflow's,
+SPLIT/_annotations.coco.json beside its images; or, to check it, any annotation file.
 
 """
 _VARIABLE = "DETECTRON2_DATASETS"
@@ -53,6 +55,12 @@ def _configure_check(parser: argparse.ArgumentParser) -> None:
     )
     _add_path(parser)
     _add_splits(parser)
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="folder of the images (default: looked for near the annotations)",
+    )
     parser.add_argument(
         "--no-images", action="store_true", help="read the annotations and masks only"
     )
@@ -165,6 +173,7 @@ def check(options: argparse.Namespace) -> int:
         # One process beside this one would only cost the passing of messages.
         workers=0 if workers == 1 else workers,
         degenerate_boxes=options.degenerate_boxes,
+        pictures=options.images,
     )
     if options.format == "json":
         print(_json(root, reports))

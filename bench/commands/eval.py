@@ -279,6 +279,9 @@ def _config(
         },
     }
     if record:
+        if options.data:
+            # The files that the run was given are not of this folder.
+            run["data"] |= dict.fromkeys(("train_file", "val_file", "images"))
         values = dict(record.config)
         run["model"] = {"library": record.model["library"]}
         return build_config(

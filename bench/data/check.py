@@ -86,26 +86,30 @@ def check(
     decode: bool = True,
     workers: int = 0,
     degenerate_boxes: str = "drop",
+    pictures: Path | None = None,
 ) -> list[SplitReport]:
     """Read a data set and report everything wrong or odd, split by split.
 
     Args:
+        root: its folder, or an annotation file, which is the only split then.
         chosen: names of splits; all that have an annotation file where empty.
         decode: whether to decode every image; else only annotations and masks are read.
         workers: processes that decode.
         degenerate_boxes: "drop" to leave out boxes without area, or "error", as when training.
+        pictures: folder of the images; None to look for them near the annotations.
 
     Raises:
         InputError: for a folder or a split that is not there.
         DataWorkerError: where a worker died.
     """
-    if not root.is_dir():
+    file = root if root.is_file() else None
+    if file is None and not root.is_dir():
         raise InputError(f"no data folder {root}")
-    there = layout.splits(root)
+    there = layout.splits(root) if file is None else (root.stem,)
     if not there:
         raise InputError(
             f"no annotations/instances_SPLIT.json in {root}; needed: {layout.LAYOUT}, or"
-            " SPLIT/_annotations.coco.json beside its images"
+            " SPLIT/_annotations.coco.json beside its images; any other file may be named itself"
         )
     missing = [name for name in chosen if name not in there]
     if missing:
@@ -116,7 +120,12 @@ def check(
         found: list[Finding] = []
         try:
             dataset = CocoDataset(
-                root, split, degenerate_boxes=degenerate_boxes, report=found.append
+                root if file is None else root.parent,
+                split,
+                file=file,
+                images=pictures,
+                degenerate_boxes=degenerate_boxes,
+                report=found.append,
             )
         except InputError as error:
             unreadable = finding("annotation file unreadable", why=error)

@@ -550,6 +550,20 @@ def test_an_image_too_large_to_be_one_is_named(tmp_path: Path) -> None:
         data[1]
 
 
+def test_an_image_beyond_pillow_s_limit_is_read_where_the_list_says_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = dataset(tmp_path, content())
+    monkeypatch.setattr(images, "_MOST_PIXELS", 100)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert data[1][0].shape == (3, HEIGHT, WIDTH)
+    Image.new("RGB", (2 * WIDTH, 2 * HEIGHT)).save(tmp_path / "train2017" / "12.png")
+    with pytest.raises(InputError, match=r"cannot read image .*12\.png: .*exceeds limit"):
+        data[1]
+
+
 def put(root: Path, image: Image.Image, name: str, **options: Any) -> torch.Tensor:
     """The image as the data set reads it, from a file of this name; no warning may come of it."""
     write(root, content())

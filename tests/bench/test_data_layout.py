@@ -10,6 +10,7 @@ import torch
 
 from bench import inputs
 from bench.config import RunConfig, build_config, load_suite
+from bench.data.check import check
 from bench.data.coco import CocoDataset
 from bench.data.generated import generate
 from bench.data.layout import splits
@@ -108,6 +109,8 @@ def test_any_file_and_folder_can_be_named(source: Path, tmp_path: Path) -> None:
     assert same(training, CocoDataset(source, "train2017"))
     assert same(val, CocoDataset(source, "val2017"))
     assert any("val2017 is read from" in line for line in inputs.remarks(config, [training, val]))
+    (report,) = check(Path(files["val_file"]), pictures=tmp_path / "pictures")
+    assert (report.split, report.images, report.errors) == ("val2017-export", len(val), ())
     with pytest.raises(InputError, match=r"no data folder .*nowhere"):
         CocoDataset(tmp_path, "x", file=Path(files["val_file"]), images=tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"cannot read .*nowhere\.json: No such file"):
