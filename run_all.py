@@ -16,15 +16,20 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import jobs, launch, logs, record, search
-from bench.config import RunConfig, Suite, load_suite, suites
+from bench import record
+from bench.cli import Parser, add, add_overrides, names, positive
+from bench.config import search
+from bench.config.schema import RunConfig
+from bench.config.suites import Suite, load_suite, suites
 from bench.data.generated import SPLITS
 from bench.errors import InputError
-from bench.interrupt import EXIT_CODE
-from bench.locks import HeldError
-from bench.options import Parser, names, positive, seed
-from bench.progress import SuiteProgress
 from bench.record import Record
+from bench.system import logs
+from bench.system import processes as launch
+from bench.system import slurm as jobs
+from bench.system.interrupt import EXIT_CODE
+from bench.system.locks import HeldError
+from bench.system.progress import SuiteProgress
 from report import load, page, tables
 
 LAUNCHERS = ("none", "local", "slurm")
@@ -33,7 +38,7 @@ _FINAL_ERRORS = ("error", "diverged", "out_of_memory")
 _WIDTH = 120
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
     result = Parser(
         prog="run_all.py",
@@ -70,103 +75,111 @@ same command continues. Two commands may share an output folder, but not a row a
 
 exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 130 interrupted""",
     )
-    result.add_argument("--suite", default="quick", help="which suite (default: %(default)s)")
-    result.add_argument(
-        "--data",
+    add(result, "suite", default="quick", metavar="NAME", help="which suite")
+    add(
+        result,
+        "data",
         metavar="PATH",
         help=f"folder in COCO layout: annotations/instances_{SPLITS[0]}.json, {SPLITS[0]}/, and"
         f" {SPLITS[1]} alike (default: the suite's; quick generates its own)",
     )
-    result.add_argument(
-        "--output", metavar="DIR", type=Path, help="where everything goes (default: results/SUITE)"
+    add(result, "output", help="where everything goes (default: results/SUITE)")
+    add(
+        result,
+        "device",
+        default=None,
+        help="auto, cpu, cuda or cuda:N (default: auto, a GPU where there is one)",
     )
-    result.add_argument(
-        "--device", help="auto, cpu, cuda or cuda:N (default: auto, a GPU where there is one)"
-    )
-    result.add_argument("--seed", type=seed, metavar="N", help="of everything random (default: 0)")
-    result.add_argument(
-        "--rows",
+    add(result, "seed", default=None, help="of everything random (default: 0)")
+    add(
+        result,
+        "rows",
         metavar="A,B",
         type=names,
         default=(),
         help="rows of the suite, by name, or mechanisms of yours as package.module:Class or"
         " file.py:Class (default: all)",
     )
-    result.add_argument(
-        "--schedule",
+    add(
+        result,
+        "schedule",
         metavar="NAME",
         help="recipe of the training: 1x, 3x or quick (default: the suite's); of the zoo, the rows"
         " that have it",
     )
-    result.add_argument(
-        "--method", metavar="NAME", help="mask_rcnn or retinanet (default: the suite's), likewise"
+    add(result, "method", default=None, help="of detection (default: the suite's), likewise")
+    add(
+        result,
+        "retry-failed",
+        action="store_true",
+        help="run again the rows whose record is a failure",
     )
-    result.add_argument(
-        "--retry-failed", action="store_true", help="run again the rows whose record is a failure"
-    )
-    result.add_argument(
-        "--init",
+    add(
+        result,
+        "init",
         metavar="CHECKPOINT",
         help="start from the backbone of a classifier, or from a detector (default: from scratch)",
     )
-    result.add_argument(
-        "--no-weights",
+    add(
+        result,
+        "no-weights",
         action="store_true",
         help="keep no weights of finished runs (default: in weights/)",
     )
-    result.add_argument(
-        "--search",
+    add(
+        result,
+        "search",
         metavar="NAME=A,B",
         help="run each row with each value of a setting, such as drop_path=0.05,0.1,0.2, and say"
         " which is best",
     )
     processes = result.add_argument_group("processes and machines")
-    processes.add_argument(
-        "--devices",
+    add(
+        processes,
+        "devices",
         metavar="N",
         type=positive,
         help="devices of this machine that share each run, a process each; under torchrun or srun"
         " it is their number of processes (default: 1)",
     )
-    processes.add_argument(
-        "--launcher",
+    add(
+        processes,
+        "launcher",
         choices=LAUNCHERS,
         default="none",
         help="none runs one row after the other; local runs --jobs of them side by side; slurm"
-        " submits each as a job, which requeues and resumes when preempted (default: %(default)s)",
+        " submits each as a job, which requeues and resumes when preempted",
     )
-    processes.add_argument(
-        "--jobs", metavar="N", type=positive, default=2, help="rows side by side (default: 2)"
-    )
-    processes.add_argument(
-        "--slurm",
+    add(processes, "jobs", metavar="N", type=positive, default=2, help="rows side by side")
+    add(
+        processes,
+        "slurm",
         metavar="KEY=VALUE,…",
         help="parameters of submitit's executor, such as slurm_partition=gpu,timeout_min=4320",
     )
     look = result.add_argument_group("looking")
-    look.add_argument(
-        "--dry-run",
+    add(
+        look,
+        "dry-run",
         action="store_true",
         help="print what would run, its schedule, memory and time, and run nothing",
     )
-    look.add_argument(
-        "--measure-steps",
+    add(
+        look,
+        "measure-steps",
         metavar="N",
         type=positive,
-        default=0,
         help="in a dry run, time N training steps of each row on one device here",
     )
-    look.add_argument(
-        "--tensorboard", action="store_true", help="write TensorBoard's events, to tensorboard/"
+    add(
+        look,
+        "tensorboard",
+        action="store_true",
+        help="write TensorBoard's events, to tensorboard/",
     )
     # Of a row that was started for a suite, which writes its report itself.
     result.add_argument("--no-report", action="store_true", help=argparse.SUPPRESS)
-    result.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="any configuration value, such as train.steps=100; see bench/config.py",
-    )
+    add_overrides(result)
     return result
 
 
@@ -180,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     first = True
     try:
-        options = parser().parse_args(given)
+        options = parser().parse(given)
         world = launch.world()
         first = world.is_first
         if options.tensorboard:
@@ -190,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         suite = plain if searched is None else search.expand(plain, searched)
         output = options.output or Path("results") / suite.name
         if options.dry_run:
-            return _dry_run(suite, output, options.measure_steps)
+            return _dry_run(suite, output, options.measure_steps or 0)
         _check_needs(suite)
         if options.launcher != "none":
             return _launch(suite, plain, searched, output, options)
@@ -246,7 +259,7 @@ def _check_needs(suite: Suite) -> None:
 
 def _dry_run(suite: Suite, output: Path, measure_steps: int) -> int:
     # Imported here, as in `run_suite`.
-    from bench import plan
+    from bench.run import plan
 
     if measure_steps:
         _check_output(output)
@@ -304,7 +317,7 @@ def _launch(
         print("--launcher writes the report.")
         return 0
     # Generated data is made once, before the rows ask for it.
-    from bench import inputs
+    from bench.data import split as inputs
 
     for line in inputs.check_data(missing, output, processes=devices) if missing else ():
         print(f"note: {line}")
@@ -349,7 +362,9 @@ def run_suite(
     All processes that share the runs call this; the first decides what is missing.
     """
     # Imported here: torch takes seconds, which `--help` and wrong input should not cost.
-    from bench import devices, inputs, runner
+    from bench.data import split as inputs
+    from bench.run import runner
+    from bench.system import devices
 
     def prepare() -> list[bool]:
         _check_output(output)
@@ -398,7 +413,7 @@ def run_suite(
 def _check_free(runs: Sequence[RunConfig], output: Path) -> None:
     """Stop before anything has cost time where another command does one of the runs."""
     # Imported here, as in `run_suite`.
-    from bench import runner
+    from bench.run import runner
 
     for config in runs:
         try:

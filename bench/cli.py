@@ -1,24 +1,70 @@
-"""The command line: `python -m bench COMMAND …`."""
+"""The command line: `python -m bench COMMAND …`, its parser and the options of several commands.
+
+The type of an option is a function from text to value that raises `ArgumentTypeError`, one line.
+"""
 
 import argparse
 import importlib
 import logging
+import math
 import os
 import pkgutil
+import re
 import sys
-from collections.abc import Sequence
-from types import ModuleType
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 from bench import commands
-from bench.errors import InputError
-from bench.options import Parser, UsageError
+from bench.config.schema import METHODS, MODES, POSITIONS, PRECISIONS
+from bench.data import DataError
+from bench.errors import InputError, nearest
 
 PROG = "python -m bench"
+_HELP = "Profile, check and compare attention mechanisms for high-resolution vision."
+_EPILOG = f"""\
+`{PROG} COMMAND --help` explains a command; `python run_all.py` runs whole suites.
+
+"""
 _EXIT_CODES = """\
 exit code: 0 done; 1 something failed, the output says what; 2 wrong input; 130 interrupted"""
+_DASH = "expected one argument"
+
+ImageSize = tuple[int, int]
+_Value = TypeVar("_Value")
 
 
-def find_commands() -> dict[str, ModuleType]:
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line that names what is meant; the usage is for --help.
+
+    Raises:
+        InputError: instead of ending the program.
+    """
+
+    def __init__(self, **how: Any) -> None:
+        # A part of a name is a mistake as often as it is meant.
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **how
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise InputError."""
+        hint = "; one that begins with a dash is given as --name=VALUE" * message.endswith(_DASH)
+        raise InputError(message.removeprefix("argument ") + hint)
+
+    def parse(self, words: Sequence[str]) -> Namespace:
+        """Parse all words; those of a list may stand before, between and after options."""
+        found, unknown = self.parse_known_intermixed_args(words)
+        if unknown:
+            known = nearest(
+                unknown[0].partition("=")[0], re.findall("--[a-z-]+", self.format_help())
+            )
+            self.error(f"unknown argument {unknown[0]!r}{known}; --help lists what there is")
+        return found
+
+
+def find_commands() -> dict[str, Any]:
     """Return the modules of `bench.commands` by the name of their command."""
     return {
         found.name: importlib.import_module(f"{commands.__name__}.{found.name}")
@@ -27,41 +73,39 @@ def find_commands() -> dict[str, ModuleType]:
     }
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line with all commands."""
+def parser_of(prog: str, command: Any) -> Parser:
+    """Return the parser of a command, or one that chooses among its COMMANDS."""
+    nested: Mapping[str, Any] = getattr(command, "COMMANDS", {})
+    listed = "".join(f"\n  {name:<10}{nested[name].HELP}" for name in nested)
     result = Parser(
-        prog=PROG,
-        description="Profile, check and compare attention mechanisms for high-resolution vision.",
-        epilog=f"{_EXIT_CODES}\n\n`{PROG} COMMAND --help` explains a command; `python run_all.py`"
-        " runs whole suites.",
+        prog=prog,
+        description=command.HELP + (f"\n\ncommands:{listed}" if nested else ""),
+        epilog=getattr(command, "EPILOG", "") + getattr(command, "EXIT_CODES", _EXIT_CODES),
     )
-    subparsers = result.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, module in find_commands().items():
-        command = subparsers.add_parser(
-            name,
-            help=module.HELP,
-            description=module.HELP,
-            epilog=getattr(module, "EPILOG", "") + _EXIT_CODES,
-        )
-        module.configure(command)
-        command.set_defaults(run=module.run)
+    if nested:
+        result.add_argument("command", type=one_of(nested), metavar="COMMAND")
+    else:
+        command.configure(result)
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    words = list(sys.argv[1:] if arguments is None else arguments)
     prog = PROG
+    command: Any = Namespace(HELP=_HELP, EPILOG=_EPILOG, COMMANDS=find_commands())
     try:
-        options = parser().parse_args(arguments)
-        prog = f"{PROG} {options.command}"
-        code: int = options.run(options)
-    except UsageError as error:
-        print(f"{error.prog}: error: {error}", file=sys.stderr)
-        return 2
+        while hasattr(command, "COMMANDS"):
+            name = parser_of(prog, command).parse(words[:1]).command
+            prog, command, words = f"{prog} {name}", command.COMMANDS[name], words[1:]
+        code: int = command.run(parser_of(prog, command).parse(words))
     except InputError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
+    except DataError as error:
+        print(f"{prog}: failed: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -70,3 +114,249 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return code
+
+
+def image_size(text: str) -> ImageSize:
+    """`800x1344` -> (800, 1344), height before width; `1024` -> (1024, 1024)."""
+    found = re.fullmatch(r"0*([1-9]\d*)(?:x0*([1-9]\d*))?", text.strip())
+    if found is None:
+        raise ArgumentTypeError(
+            f"{text!r} is not an image size; allowed: HEIGHTxWIDTH, for example 800x1344, or one"
+            " side, in pixels"
+        )
+    return int(found[1]), int(found[2] or found[1])
+
+
+def grid(text: str) -> tuple[int, int]:
+    """`50x84` -> (50, 84), rows before columns."""
+    found = re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", text.strip())
+    if found is None:
+        raise ArgumentTypeError(f"{text!r} is not a grid; allowed: ROWSxCOLUMNS, such as 50x84")
+    return int(found[1]), int(found[2])
+
+
+def _whole(least: int, below: float = math.inf) -> Callable[[str], int]:
+    """Return the type of whole numbers of `least` or more, less than `below`."""
+
+    def parse(text: str) -> int:
+        value = int(text) if text.isascii() and text.isdigit() else -1
+        if not least <= value < below:
+            limit = "" if below == math.inf else f", less than {below}"
+            raise ArgumentTypeError(f"{text!r} is not a whole number of {least} or more{limit}")
+        return value
+
+    return parse
+
+
+count, positive, seed = _whole(0), _whole(1), _whole(0, below=2**63)
+# What quartiles need.
+repeats = _whole(2)
+
+
+def seconds(text: str) -> float:
+    """Read a number of seconds, 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise ArgumentTypeError(f"{text!r} is not a number of seconds, 0 or more")
+    return value
+
+
+def names(text: str) -> tuple[str, ...]:
+    """`a,b` -> ("a", "b"), each once and in the order given."""
+    found = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not found:
+        raise ArgumentTypeError(f"{text!r} names nothing; allowed: names separated by commas")
+    return found
+
+
+def one_name(text: str) -> str:
+    """Read the name of one row or mechanism."""
+    if text == "all":
+        raise ArgumentTypeError("'all' is many rows, and a checkpoint is of one; name it")
+    return text
+
+
+def one_of(allowed: Iterable[str]) -> Callable[[str], str]:
+    """Return the type of one name out of `allowed`."""
+
+    def parse(text: str) -> str:
+        if text not in allowed:
+            raise ArgumentTypeError(
+                f"unknown value {text!r}{nearest(text, allowed)}; allowed: {', '.join(allowed)}"
+            )
+        return text
+
+    return parse
+
+
+def several(kind: Callable[[str], _Value]) -> Callable[[str], tuple[_Value, ...]]:
+    """Return the type of values of `kind` separated by commas."""
+    return lambda text: tuple(kind(part) for part in names(text))
+
+
+def some_of(allowed: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """Return the type of names out of `allowed` separated by commas."""
+    return several(one_of(allowed))
+
+
+def modes(text: str) -> tuple[str, ...]:
+    """`inference,train` -> ("inference", "training")."""
+    full = ("training" if name == "train" else name for name in names(text))
+    return some_of(MODES)(",".join(full))
+
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMG", start=1)}
+_UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMG", start=1)}
+
+
+def memory_budget(text: str) -> int:
+    """`24GB` -> 24,000,000,000 bytes; `24GiB`, `500MB` and plain bytes too."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B)?", text.strip(), flags=re.IGNORECASE)
+    size = int(float(found[1]) * _UNITS.get((found[2] or "").upper(), 1)) if found else 0
+    if size < 1:
+        raise ArgumentTypeError(f"{text!r} is not an amount of memory; allowed: 24GB, 24GiB, 500MB")
+    return size
+
+
+SHARED: Mapping[str, Mapping[str, Any]] = {
+    "attention": {
+        "type": names,
+        "default": "all",
+        "metavar": "A,B",
+        "help": "mechanisms, rows such as 'Partial ViL', or mechanisms of yours as"
+        " package.module:Class or file.py:Class",
+    },
+    "backbone": {
+        "default": "small",
+        "metavar": "NAME",
+        "help": "a backbone of configs/backbones.yaml",
+    },
+    "method": {"choices": METHODS, "default": "mask_rcnn", "help": "method of detection"},
+    "position": {"choices": POSITIONS, "help": "in all stages (default: that of the row)"},
+    "image-size": {
+        "type": image_size,
+        "metavar": "HxW",
+        "help": "height and width in pixels, or one number for both",
+    },
+    "grid": {
+        "type": grid,
+        "metavar": "RxC",
+        "help": "rows and columns of tokens that a mechanism gets",
+    },
+    "sizes": {
+        "metavar": "val2017",
+        "help": "FLOPs of whole detectors over the true image sizes of a data set",
+    },
+    "batch-size": {"type": positive, "default": 1, "metavar": "N", "help": "images in a batch"},
+    "device": {
+        "default": "auto",
+        "metavar": "DEVICE",
+        "help": "auto, cpu, cuda or cuda:N; auto is a GPU where there is one",
+    },
+    "mode": {
+        "type": modes,
+        "default": ",".join(MODES),
+        "metavar": "M",
+        "help": "inference, training or both",
+    },
+    "repeats": {"type": repeats, "metavar": "N", "help": "fewest samples of a latency"},
+    "seconds": {
+        "type": seconds,
+        "metavar": "S",
+        "help": "that these samples take together at least",
+    },
+    "seed": {"type": seed, "default": 0, "metavar": "N", "help": "of weights and images"},
+    "format": {"choices": ("table", "json"), "default": "table", "help": "what is printed"},
+    "output": {"type": Path, "metavar": "DIR"},
+}
+"""What each option is, by its name without the dashes; commands differ in defaults at most."""
+
+
+def add(parser: "argparse._ActionsContainer", *options: str, **own: Any) -> None:
+    """Add options, which show their defaults.
+
+    Args:
+        parser: of the command, or a group of it.
+        options: their names; of those in SHARED, what they are is known.
+        own: what this command says besides or otherwise, as `add_argument` takes it.
+    """
+    for name in options:
+        spec = {**SHARED.get(name, {}), **own}
+        choices = spec.pop("choices", None)
+        if choices:
+            spec = {"type": one_of(choices), "metavar": f"{{{','.join(choices)}}}", **spec}
+        if spec.get("default") is not None and "default" not in spec["help"]:
+            spec["help"] += " (default: %(default)s)"
+        parser.add_argument(f"--{name}", **spec)
+
+
+def add_row(parser: "argparse._ActionsContainer") -> None:
+    """Add --attention for one row."""
+    add(
+        parser,
+        "attention",
+        type=one_name,
+        default="ViL",
+        metavar="ROW",
+        help="a row of configs/rows.yaml or a mechanism, yours too",
+    )
+
+
+def add_what(parser: "argparse._ActionsContainer", quantities: Sequence[str]) -> None:
+    """Add --what, some of `quantities`, by default all."""
+    add(
+        parser,
+        "what",
+        type=some_of(quantities),
+        default=",".join(quantities),
+        metavar="Q",
+        help=f"some of {','.join(quantities)} (default: all)",
+    )
+
+
+def add_precision(parser: "argparse._ActionsContainer", default: str | None = "32-true") -> None:
+    """Add --precision and --amp, which exclude each other; `precision` reads them."""
+    either = parser.add_mutually_exclusive_group()
+    add(
+        either,
+        "precision",
+        choices=PRECISIONS,
+        default=default,
+        help="of the numbers that a model computes with"
+        + (" (default: that of --record, or 32-true)" if default is None else ""),
+    )
+    add(
+        either,
+        "amp",
+        action="store_true",
+        help="mixed precision: 16-mixed on a GPU, else bf16-mixed",
+    )
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add `key=value` arguments."""
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="any value of bench/config/schema.py, for example model.detector.detections=50",
+    )
+
+
+def precision(options: Namespace) -> str:
+    """Return what --precision or --amp asks for."""
+    if not options.amp:
+        return str(options.precision)
+    return "16-mixed" if on_gpu(options.device) else "bf16-mixed"
+
+
+def on_gpu(device: str) -> bool:
+    """Return whether --device means a GPU here."""
+    import torch
+
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())

@@ -10,6 +10,8 @@ class InputError(ValueError):
     The message is one line that names the value, where it came from and what is allowed.
     """
 
+    kind = "input"
+
 
 def nearest(value: str, allowed: Iterable[str]) -> str:
     """Return `" (did you mean 'x'?)"` for the closest of `allowed`, or nothing."""

@@ -13,6 +13,7 @@ import platform
 import re
 import shlex
 import subprocess
+import traceback
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import InputError
+from bench.files import cores, sync_folder
 
 SCHEMA = 1
 STATUSES = ("done", "failed")
@@ -208,12 +210,39 @@ def write(record: Record, directory: Path) -> Path:
             target = _publish(temporary, directory, record)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync(directory)
+        sync_folder(directory)
     except OSError as error:
         raise InputError(
             f"cannot write the record of {record.row} to {directory}: {error.strerror or error}"
         ) from error
     return target
+
+
+def error_section(error: BaseException) -> dict[str, Any]:
+    """Return the `error` section of a record.
+
+    An exception class of ours says its kind, one of ERROR_KINDS, in an attribute `kind`.
+    """
+    return {
+        "kind": _error_kind(error),
+        "message": " ".join(str(error).split()) or type(error).__name__,
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+
+
+def _error_kind(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    # torch's class is known by its name, since records need no torch; what torch raises on the CPU
+    # has no class of its own.
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    ):
+        return "out_of_memory"
+    kind = getattr(error, "kind", None)
+    return kind if kind in ERROR_KINDS else "error"
 
 
 def done_name(row: str, key: str) -> str:
@@ -250,7 +279,7 @@ def environment(*, command: str | Sequence[str], device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu(),
-        "cores": _cores(),
+        "cores": cores(),
         "memory_bytes": _memory(),
         "device": device,
         "packages": _versions(),
@@ -335,16 +364,6 @@ def _link(temporary: Path, target: Path) -> None:
         temporary.rename(target)
 
 
-def _sync(directory: Path) -> None:
-    """Make the new name in `directory` survive a power cut, where the system can."""
-    with suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _git(root: Path, *arguments: str) -> str | None:
     try:
         result = subprocess.run(
@@ -374,13 +393,6 @@ def _cpu() -> str:
         if found:
             return found[1].strip()
     return platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _memory() -> int | None:

@@ -1,6 +1,6 @@
 """How sure an average precision is, and whether two rows can be told apart.
 
-The records hold the average precision of many draws of images (see `bench/bootstrap.py`). Rows on
+The records hold the average precision of many draws of images (see `bootstrap.py`). Rows on
 the same images have the same draws, so that a difference is worked out draw by draw, which leaves
 out what makes an image easy or hard for both.
 """
@@ -12,16 +12,14 @@ import numpy as np
 import pandas as pd
 
 from bench.record import Record
-from report.load import frame
-from report.tables import MISSING, Table
+from report.columns import Column, Table, Unit, decimals, joined, number, table
+from report.load import KINDS, Library, at, per_library
 
 LEVEL = 0.95
 # What the other rows are compared with: the first of these that is there.
 REFERENCES = ("ViL", "full")
 SAME = "indistinguishable"
 
-_KINDS = ("box", "mask")
-_LEAST = 2
 _ABOUT_INTERVALS = (
     "An interval says how far mAP moves with the choice of test images, by bootstrap over images"
     " ({draws} draws). It knows nothing of the training's seed, which moves mAP too, and with few"
@@ -33,140 +31,118 @@ _ABOUT_DIFFERENCES = (
     f" about one in {1 / (1 - LEVEL):.0f} is told apart by chance."
 )
 
-Row = tuple[str, Record]
-"""A record and its label."""
+
+@per_library
+def intervals(library: Library) -> Table | None:
+    """Return the intervals of mAP for each library; none where no record has any."""
+    lines = library.data[["label"]].copy()
+    for kind in KINDS:
+        limits = [at(one, f"evaluation.{kind}_interval.AP") for one in library.records]
+        lines[f"{kind}_AP"] = library.data[f"{kind}_AP"]
+        lines[f"{kind}_low"] = [limit[0] if limit else None for limit in limits]
+        lines[f"{kind}_high"] = [limit[1] if limit else None for limit in limits]
+    if lines["box_low"].isna().all():
+        return None
+    columns = [Column("row", "row", "label")]
+    for kind in KINDS:
+        columns += [
+            Column(f"{kind}_AP", f"{kind} mAP {{}}", "", Unit.PERCENT, optional=True),
+            *_interval_columns(kind),
+        ]
+    draws = dict.fromkeys(
+        str(draws["resamples"]) for draws in map(_bootstrap, library.records) if draws
+    )
+    note = _ABOUT_INTERVALS.format(draws=", ".join(draws))
+    return table("intervals", "Intervals of mAP", lines, columns, [note])
 
 
-def intervals(records: Sequence[Record]) -> list[Table]:
-    """Return the intervals of mAP, one table for each library; none where no record has any."""
-    tables = []
-    for rows, suffix in _libraries(records):
-        raw = _intervals(rows)
-        if raw["box_low"].isna().all():
-            continue
-        notes = (_ABOUT_INTERVALS.format(draws=_draws(rows)),)
-        title = f"Intervals of mAP{suffix}"
-        tables.append(Table(f"intervals{_slug(suffix)}", title, raw, _shown(raw), notes))
-    return tables
-
-
-def differences(records: Sequence[Record]) -> list[Table]:
-    """Return the differences of mAP to one row, one table for each library with two such rows.
+@per_library
+def differences(library: Library) -> Table | None:
+    """Return the differences of mAP to one row, for each library with two rows that have draws.
 
     That row is the first of `REFERENCES` that was evaluated, or else the first row. A row on other
     images, or with other draws, is not compared and says so.
     """
-    tables = []
-    for rows, suffix in _libraries(records):
-        usable = [row for row in rows if _bootstrap(row[1])]
-        if len(usable) < _LEAST:
-            continue
-        named = (row for name in REFERENCES for row in usable if row[1].row == name)
-        label, reference = next(named, usable[0])
-        raw = _differences([row for row in rows if row[1] is not reference], reference)
-        tables.append(
-            Table(
-                f"differences{_slug(suffix)}",
-                f"Differences of mAP to {label}{suffix}",
-                raw,
-                _differences_shown(raw),
-                (_ABOUT_DIFFERENCES,),
-            )
-        )
-    return tables
+    rows = list(zip(library.data["label"], library.records, strict=True))
+    usable = [row for row in rows if _bootstrap(row[1])]
+    if len(usable) < 2:
+        return None
+    named = (row for name in REFERENCES for row in usable if row[1].row == name)
+    label, reference = next(named, usable[0])
+    lines = pd.DataFrame(
+        _difference(label, record, reference) for label, record in rows if record is not reference
+    )
+    columns = [Column("row", "row")]
+    for kind in KINDS:
+        signed = decimals(1, sign=True)
+        columns += [
+            Column(f"{kind}_difference", f"{kind} mAP", "", Unit.PERCENT, signed, optional=True),
+            *_interval_columns(kind, sign=True),
+            Column(f"{kind}_verdict", f"{kind} verdict", optional=True),
+        ]
+    columns.append(Column("not_compared", "why not compared", optional=True))
+    title = f"Differences of mAP to {label}"
+    return table("differences", title, lines, columns, [_ABOUT_DIFFERENCES])
 
 
 def difference_interval(
-    ours: Sequence[float | None], theirs: Sequence[float | None], *, level: float = LEVEL
+    difference: float,
+    ours: Sequence[float | None],
+    theirs: Sequence[float | None],
+    *,
+    level: float = LEVEL,
 ) -> tuple[float, float] | None:
-    """Return the percentile interval of the difference of two rows, draw by draw.
+    """Return the interval of the difference of two rows, in percent.
+
+    It is the percentile interval of the differences draw by draw, moved so that their mean is the
+    difference itself, as the interval of one row is (`bench.bootstrap.interval`): draws raise
+    average precision, and that of a good row more than that of a bad one.
 
     Args:
+        difference: of the two rows on all images, in percent.
         ours: a figure of every draw, None where it is not defined.
         theirs: the same of the other row, of the same draws.
 
     Raises:
         ValueError: for another number of draws.
     """
-    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
-    if not pairs:
+    drawn = [a - b for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+    if not drawn:
         return None
     tail = 50 * (1 - level)
-    low, high = np.percentile([a - b for a, b in pairs], [tail, 100 - tail])
-    return float(low), float(high)
+    limits = np.percentile(drawn, [tail, 100 - tail]) - np.mean(drawn) + difference
+    low, high = np.clip(limits, -100, 100).tolist()
+    return low, high
 
 
-def _intervals(rows: Sequence[Row]) -> pd.DataFrame:
-    lines = []
-    for label, record in rows:
-        line: dict[str, Any] = {"row": label}
-        evaluation = record.evaluation or {}
-        for kind in _KINDS:
-            found = evaluation.get(f"{kind}_interval") or {}
-            low, high = found.get("AP") or (None, None)
-            value = (evaluation.get(kind) or {}).get("AP")
-            line |= {f"{kind}_AP": value, f"{kind}_low": low, f"{kind}_high": high}
-        lines.append(line)
-    raw = pd.DataFrame(lines)
-    return raw.astype({name: "Float64" for name in raw.columns if name != "row"})
+def _interval_columns(kind: str, *, sign: bool = False) -> list[Column]:
+    limits = f"{kind}_low", f"{kind}_high"
+    values = joined(" to ", limits, Unit.PERCENT, number(1, sign=sign))
+    return [*map(Column, limits), Column("", f"{kind} {LEVEL:.0%} interval", values, optional=True)]
 
 
-def _shown(raw: pd.DataFrame) -> pd.DataFrame:
-    shown: dict[str, Any] = {"row": raw["row"]}
-    for kind in _KINDS:
-        if raw[f"{kind}_AP"].notna().any():
-            shown[f"{kind} mAP %"] = raw[f"{kind}_AP"].map(_number)
-            shown[f"{kind} {LEVEL:.0%} interval"] = _ranges(raw, kind, signed=False)
-    return pd.DataFrame(shown)
+def _difference(label: str, record: Record, reference: Record) -> dict[str, Any]:
+    """A line of the table of differences."""
+    why_not = _why_not(record, reference)
+    line: dict[str, Any] = {"row": label, "not_compared": why_not}
+    for kind in KINDS:
+        value, other = (at(one, f"evaluation.{kind}.AP") for one in (record, reference))
+        ours, theirs = (at(one, f"evaluation.bootstrap.{kind}_AP") for one in (record, reference))
+        limits = None
+        if why_not is None and None not in (value, other, ours, theirs):
+            limits = difference_interval(value - other, ours, theirs)
+        low, high = limits or (None, None)
+        line |= {
+            f"{kind}_difference": value - other if limits else None,
+            f"{kind}_low": low,
+            f"{kind}_high": high,
+            f"{kind}_verdict": _verdict(low, high),
+        }
+    return line
 
 
-def _differences(rows: Sequence[Row], reference: Record) -> pd.DataFrame:
-    lines = []
-    for label, record in rows:
-        line: dict[str, Any] = {"row": label, "not_compared": _why_not(record, reference)}
-        for kind in _KINDS:
-            line |= _difference(record, reference, kind) if not line["not_compared"] else {}
-        lines.append(line)
-    columns = ["row", "not_compared"]
-    numbers = [f"{kind}_{part}" for kind in _KINDS for part in ("difference", "low", "high")]
-    raw = pd.DataFrame(lines, columns=[*columns, *numbers])
-    raw = raw.astype(dict.fromkeys(numbers, "Float64"))
-    for kind in _KINDS:
-        raw[f"{kind}_verdict"] = [
-            _verdict(low, high)
-            for low, high in zip(raw[f"{kind}_low"], raw[f"{kind}_high"], strict=True)
-        ]
-    return raw
-
-
-def _difference(record: Record, reference: Record, kind: str) -> dict[str, float]:
-    ours, theirs = _bootstrap(record), _bootstrap(reference)
-    value = ((record.evaluation or {}).get(kind) or {}).get("AP")
-    other = ((reference.evaluation or {}).get(kind) or {}).get("AP")
-    draws, others = ours.get(f"{kind}_AP"), theirs.get(f"{kind}_AP")
-    if value is None or other is None or draws is None or others is None:
-        return {}
-    limits = difference_interval(draws, others)
-    if limits is None:
-        return {}
-    low, high = limits
-    return {f"{kind}_difference": value - other, f"{kind}_low": low, f"{kind}_high": high}
-
-
-def _differences_shown(raw: pd.DataFrame) -> pd.DataFrame:
-    shown: dict[str, Any] = {"row": raw["row"]}
-    for kind in _KINDS:
-        if raw[f"{kind}_difference"].notna().any():
-            shown[f"{kind} mAP"] = raw[f"{kind}_difference"].map(_signed)
-            shown[f"{kind} {LEVEL:.0%} interval"] = _ranges(raw, kind, signed=True)
-            shown[f"{kind} verdict"] = raw[f"{kind}_verdict"]
-    if (raw["not_compared"] != "").any():
-        shown["why not compared"] = raw["not_compared"].replace("", MISSING)
-    return pd.DataFrame(shown)
-
-
-def _why_not(record: Record, reference: Record) -> str:
-    """Why a record has no draws in common with the reference; nothing if it has."""
+def _why_not(record: Record, reference: Record) -> str | None:
+    """Why a record has no draws in common with the reference; None if it has."""
     if record.evaluation is None:
         return "not evaluated"
     ours, theirs = _bootstrap(record), _bootstrap(reference)
@@ -174,61 +150,19 @@ def _why_not(record: Record, reference: Record) -> str:
         return "no draws recorded"
     if any(ours.get(name) != theirs.get(name) for name in ("seed", "resamples")):
         return "other draws"
-    same = ("split", "images", "annotations_sha256")
-    base = reference.evaluation or {}
-    if any(record.evaluation.get(name) != base.get(name) for name in same):
+    same = [f"evaluation.{name}" for name in ("split", "images", "annotations_sha256")]
+    if any(at(record, path) != at(reference, path) for path in same):
         return "other images"
-    return ""
+    return None
 
 
-def _verdict(low: Any, high: Any) -> str:
-    if pd.isna(low) or pd.isna(high):
-        return MISSING
+def _verdict(low: float | None, high: float | None) -> str | None:
+    if low is None or high is None:
+        return None
     if low <= 0 <= high:
         return SAME
     return "better" if low > 0 else "worse"
 
 
 def _bootstrap(record: Record) -> dict[str, Any]:
-    return dict((record.evaluation or {}).get("bootstrap") or {})
-
-
-def _draws(rows: Sequence[Row]) -> str:
-    found = [str(_bootstrap(record)["resamples"]) for _, record in rows if _bootstrap(record)]
-    return ", ".join(dict.fromkeys(found))
-
-
-def _libraries(records: Sequence[Record]) -> list[tuple[list[Row], str]]:
-    """The rows of each library, and what the titles of its tables end in."""
-    rows = [
-        (str(label), record) for label, record in zip(frame(records)["label"], records, strict=True)
-    ]
-    libraries = list(dict.fromkeys(str(record.model["library"]) for record in records))
-    return [
-        (
-            [row for row in rows if row[1].model["library"] == library],
-            f", {library}" if len(libraries) > 1 else "",
-        )
-        for library in libraries
-    ]
-
-
-def _ranges(raw: pd.DataFrame, kind: str, *, signed: bool) -> list[str]:
-    say = _signed if signed else _number
-    return [
-        MISSING if pd.isna(low) else f"{say(low)} to {say(high)}"
-        for low, high in zip(raw[f"{kind}_low"], raw[f"{kind}_high"], strict=True)
-    ]
-
-
-def _number(value: Any) -> str:
-    return MISSING if pd.isna(value) else f"{value:.1f}"
-
-
-def _signed(value: Any) -> str:
-    # What rounds to nothing is nothing: no sign before it.
-    return MISSING if pd.isna(value) else f"{value:+.1f}" if round(value, 1) else "0.0"
-
-
-def _slug(suffix: str) -> str:
-    return suffix.replace(", ", "-")
+    return dict(at(record, "evaluation.bootstrap") or {})

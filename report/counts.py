@@ -12,11 +12,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from bench.record import Record
-from report.load import PARTIAL, frame, published
+from report.columns import METHODS, Column, Table, Unit, decimals, joined, number, table
+from report.load import Library, family, labels, per_library, published
 from report.plots import Look, Plot, looks, render
-from report.tables import METHODS, MISSING, Table, aligned
 
-_MEGA, _GIGA = 1e6, 1e9
 # Differences below this share of the whole are not explained: they vanish in the digits shown.
 EXPLAINED = 1e-3
 # Published numbers are reproduced within this share; where not, the row's note says what is known.
@@ -24,6 +23,7 @@ REPRODUCED = 2e-3
 # The image and proposals that published numbers are of.
 _PUBLISHED_SIZE, _PUBLISHED_PROPOSALS = [800, 1344], 1000
 _BAR = 40
+_COUNTERS = ("declared", "operators", "fvcore")
 
 
 def audit(lines: Sequence[Mapping[str, Any]], *, title: str) -> Table:
@@ -35,30 +35,38 @@ def audit(lines: Sequence[Mapping[str, Any]], *, title: str) -> Table:
             (calls, by counter and operator) and `failures` (why, by counter); multiply-adds.
         title: what was counted on, and how.
     """
-    raw = pd.DataFrame(lines).drop(columns="failures")
-    raw = raw.assign(
-        options=[_options(line["options"]) for line in lines],
-        uncounted=[_uncounted(line["uncounted"]) for line in lines],
-    )
-    shares = [name for name in raw.columns if name not in (*_WORDS, *_COUNTERS)]
-    raw = raw.astype(dict.fromkeys(shares, "Float64") | dict.fromkeys(_COUNTERS, "Int64"))
-    marks = ["" if line["passed"] else " !" for line in lines]
-    shown = pd.DataFrame({"counted": [line["name"] for line in lines] + pd.Series(marks)})
-    if raw["options"].ne("").any():
-        shown["options"] = raw["options"].replace("", MISSING)
-    for counter in _COUNTERS:
-        shown[f"{counter} M"] = _millions(raw[counter])
-    shown["disagree %"] = (100 * raw["disagreement"]).map(_percent)
-    shown["fvcore alone misses %"] = (100 * raw["fvcore_alone_missed"]).map(_percent)
-    shown["torch on CPU misses %"] = (100 * raw["torch_on_cpu_missed"]).map(_percent)
+    data = pd.DataFrame(
+        {
+            **{name: value for name, value in line.items() if name != "failures"},
+            "options": _options(line["options"]) or None,
+            "uncounted": _uncounted(line["uncounted"]) or None,
+        }
+        for line in lines
+    ).astype(dict.fromkeys(_COUNTERS, "Int64"))
+    columns = [
+        Column("name"),
+        Column(
+            "", "counted", lambda rows: rows["name"] + rows["passed"].map({True: "", False: " !"})
+        ),
+        Column("options", "options", optional=True),
+        Column("error"),
+        Column("passed"),
+        *(Column(counter, f"{counter} {{}}", unit=Unit.MEGA) for counter in _COUNTERS),
+        Column("disagreement", "disagree {}", unit=Unit.SHARE),
+        Column("fvcore_alone_missed", "fvcore alone misses {}", unit=Unit.SHARE),
+        Column("torch_on_cpu_missed", "torch on CPU misses {}", unit=Unit.SHARE),
+        Column("uncounted"),
+        Column("unit"),
+    ]
     notes = [
         "M = 10^6 multiply-adds of one image. Declared: closed forms; operators: what the"
         " dispatcher runs; fvcore: the traced graph, with handles for what fvcore lacks.",
         "Alone: fvcore without these handles, and torch's FlopCounterMode on a CPU; a negative"
         " share is what they count although it is no product of matrices.",
     ]
-    for line, uncounted in zip(lines, raw["uncounted"], strict=True):
+    for line in lines:
         name = " ".join(filter(None, (line["name"], _options(line["options"]))))
+        uncounted = _uncounted(line["uncounted"])
         if line["error"]:
             notes.append(f"{name}: not counted, {line['error']}")
         failures = line["failures"].items()
@@ -68,18 +76,14 @@ def audit(lines: Sequence[Mapping[str, Any]], *, title: str) -> Table:
     failed = sum(not line["passed"] for line in lines)
     verdict = f"{failed} of {len(lines)} do not agree or are not complete (!)."
     notes.append(verdict if failed else f"All {len(lines)} agree, and nothing went uncounted.")
-    return Table("audit", title, raw, shown, tuple(notes))
-
-
-_COUNTERS = ("declared", "operators", "fvcore")
-_WORDS = ("name", "options", "error", "passed", "uncounted", "unit")
+    return table("audit", title, data, columns, notes)
 
 
 def published_lines(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Return what `conventions` takes, of the records whose model and image are published ones."""
     known = {(row.row, row.arch, row.method): row for row in published().itertuples()}
     lines = []
-    for label, record in zip(frame(records)["label"], records, strict=True):
+    for label, record in zip(labels(records), records, strict=True):
         flops, model = record.flops or {}, record.model
         method = METHODS.get(str(model["method"]), model["method"])
         row: Any = known.get((record.row, model["arch"], method))
@@ -95,8 +99,8 @@ def published_lines(records: Sequence[Record]) -> list[dict[str, Any]]:
             {
                 "row": label,
                 "library": model["library"],
-                "family": str(model["attention"]).split("/")[0].strip(),
-                "published": row.flops_g * _GIGA,
+                "family": family(record),
+                "published": row.flops_g * Unit.GIGA.size,
                 "recounted": recounted.get("total"),
                 "actual": flops["total"],
                 "differences": recounted.get("differences", []),
@@ -115,37 +119,41 @@ def conventions(lines: Sequence[Mapping[str, Any]]) -> Table:
             (of the published row), `counted_arch` (if the publication counted another ARCH string)
             and, if known, `library`, `published_parameters`, `parameters`.
     """
-    raw = pd.DataFrame(lines)
-    numbers = ["published", "recounted", "actual", "published_parameters", "parameters"]
-    raw = raw.astype({name: "Float64" for name in numbers if name in raw.columns})
-    raw["ratio"] = raw["actual"] / raw["published"]
     reasons = [_reasons(line) for line in lines]
     subjects: dict[str, dict[str, None]] = {}
     for subject, reason in itertools.chain.from_iterable(reasons):
         subjects.setdefault(reason, {})[subject] = None
     letters = dict(zip(subjects, _letters(), strict=False))
-    shown = pd.DataFrame({"row": raw["row"]})
-    if "library" in raw.columns and raw["library"].nunique() > 1:
-        shown["library"] = raw["library"]
-    if "parameters" in raw.columns:
-        shown["published params M"] = (raw["published_parameters"] / _MEGA).map("{:.1f}".format)
-        shown["counted params M"] = (raw["parameters"] / _MEGA).map("{:.2f}".format)
-    shown["published G"] = (raw["published"] / _GIGA).map("{:.1f}".format)
-    shown["recounted G"] = (raw["recounted"] / _GIGA).map(_tenth)
-    shown["actual G"] = (raw["actual"] / _GIGA).map("{:.1f}".format)
-    shown["actual / published"] = raw["ratio"].map("{:.3f}".format)
-    shown["why"] = [", ".join(letters[reason] for _, reason in own) or MISSING for own in reasons]
-    raw["why"] = ["; ".join(": ".join(pair) for pair in own) for own in reasons]
-    raw = raw.drop(columns=["differences", "unit"], errors="ignore")
+    data = pd.DataFrame(lines)
+    data["letters"] = [", ".join(letters[why] for _, why in own) or None for own in reasons]
+    data["why"] = ["; ".join(map(": ".join, own)) for own in reasons]
+    several = "library" in data.columns and data["library"].nunique() > 1
+    columns = [
+        Column("row", "row"),
+        Column("library", "library" * several),
+        *map(Column, ("method", "family", "note", "counted_arch")),
+        Column("published_parameters", "published params {}", unit=Unit.MEGA),
+        Column("parameters", "counted params {}", unit=Unit.MEGA),
+        Column("published", "published {}", unit=Unit.GIGA, format=decimals(1)),
+        Column("recounted", "recounted {}", unit=Unit.GIGA, format=decimals(1)),
+        Column("actual", "actual {}", unit=Unit.GIGA, format=decimals(1)),
+        Column(
+            "ratio",
+            "actual / published",
+            lambda rows: rows["actual"] / rows["published"],
+            Unit.ONE,
+            decimals(3),
+        ),
+        Column("", "why", "letters"),
+        Column("why"),
+    ]
     notes = [
         "G = 10^9 multiply-adds of one image of 800x1344 with 1000 proposals, the mask head left"
         " out. Recounted: in the convention of the publication. Actual: what runs.",
-        *(
-            f"{letter}, {', '.join(subjects[reason])}: {reason}."
-            for reason, letter in letters.items()
-        ),
+        *(f"{letter}, {', '.join(subjects[why])}: {why}." for why, letter in letters.items()),
     ]
-    return Table("conventions", "FLOPs published, recounted and actual", raw, shown, tuple(notes))
+    title = "FLOPs published, recounted and actual"
+    return table("conventions", title, data, columns, notes)
 
 
 def _reasons(line: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -168,49 +176,31 @@ def _letters() -> Iterable[str]:
         yield from map("".join, itertools.product(string.ascii_lowercase, repeat=length))
 
 
-def conventions_plots(records: Sequence[Record]) -> list[Plot]:
+@per_library
+def conventions_plots(library: Library) -> Plot | None:
     """Draw published and actual FLOPs of the records that are published rows, for each library."""
-    lines = published_lines(records)
-    libraries = list(dict.fromkeys(line["library"] for line in lines))
-    several = len(libraries) > 1
-    return [
-        conventions_plot(
-            [line for line in lines if line["library"] == library],
-            suffix=f", {library}" if several else "",
-        )
-        for library in libraries
-    ]
+    lines = published_lines(library.records)
+    return conventions_plot(lines) if lines else None
 
 
-def conventions_plot(lines: Sequence[Mapping[str, Any]], *, suffix: str = "") -> Plot:
+def conventions_plot(lines: Sequence[Mapping[str, Any]]) -> Plot:
     """Draw published and actual FLOPs of every row as two marks and a line between them."""
     style = looks([line["family"] for line in lines])
-    name = f"conventions{suffix.replace(', ', '-')}"
-    title = f"FLOPs as published and as they are{suffix}"
-    return render(name, title, lambda: _dumbbells(lines, style))
+    title = "FLOPs as published and as they are"
+    return render("conventions", title, lambda: _dumbbells(lines, style))
 
 
 def _dumbbells(lines: Sequence[Mapping[str, Any]], style: Mapping[str, Look]) -> Figure:
     figure = Figure(figsize=(7.5, 1.1 + 0.3 * len(lines)), layout="constrained")
     ax = figure.subplots()
     for place, line in enumerate(lines):
-        told, found = line["published"] / _GIGA, line["actual"] / _GIGA
+        told, found = line["published"] / Unit.GIGA.size, line["actual"] / Unit.GIGA.size
         look = style[line["family"]]
-        hollow = line["row"].startswith(PARTIAL)
         ax.plot([told, found], [place, place], color=look.colour, linewidth=2, zorder=2)
         ax.plot(told, place, "|", color="#222222", markersize=11, markeredgewidth=2, zorder=3)
-        ax.plot(
-            found,
-            place,
-            look.marker,
-            color=look.colour,
-            markerfacecolor="white" if hollow else look.colour,
-            markeredgewidth=1.6,
-            markersize=8,
-            zorder=4,
-        )
+        ax.plot(found, place, **look.mark(line["row"]), markersize=8, zorder=4)
         ax.annotate(
-            f"{_signed(100 * (found / told - 1))} %",
+            f"{number(1, sign=True)(100 * (found / told - 1))} %",
             (max(told, found), place),
             xytext=(9, 0),
             textcoords="offset points",
@@ -234,18 +224,17 @@ def sizes(lines: Sequence[Mapping[str, Any]]) -> Table:
             (multiply-adds; the last at the size of published tables, or None), `padded_pixels`
             (share) and `fixed_size`.
     """
-    raw = pd.DataFrame(lines)
-    raw = raw.drop(columns=["by_size", "windows", "histogram", "unit"], errors="ignore")
-    numbers = {name: raw[name].astype("Float64") / _GIGA for name in _SIZE_NUMBERS}
-    shown = pd.DataFrame({"row": raw["row"]})
-    shown["FLOPs G, mean ± deviation"] = [
-        f"{mean:.1f} ± {deviation:.1f}"
-        for mean, deviation in zip(numbers["mean"], numbers["deviation"], strict=True)
+    columns = [
+        Column("row", "row"),
+        *map(Column, ("dataset", "images", "family", "proposals", "fixed_size")),
+        Column("", "FLOPs G, mean ± deviation", joined(" ± ", ("mean", "deviation"), Unit.GIGA)),
+        Column("mean"),
+        Column("deviation"),
+        Column("minimum", "minimum {}", unit=Unit.GIGA, format=decimals(1)),
+        Column("maximum", "maximum {}", unit=Unit.GIGA, format=decimals(1)),
+        Column("one_size", "at 800x1344 {}", unit=Unit.GIGA, format=decimals(1)),
+        Column("padded_pixels", "padded pixels {}", unit=Unit.SHARE),
     ]
-    for name in ("minimum", "maximum"):
-        shown[f"{name} G"] = numbers[name].map("{:.1f}".format)
-    shown["at 800x1344 G"] = numbers["one_size"].map(_tenth)
-    shown["padded pixels %"] = (100 * raw["padded_pixels"]).map("{:.1f}".format)
     notes = [
         "G = 10^9 multiply-adds of one image, the mask head left out. Images are resized to a"
         " shortest edge of 800 and a longest of 1333, then padded to whole strides.",
@@ -258,10 +247,7 @@ def sizes(lines: Sequence[Mapping[str, Any]]) -> Table:
     ]
     images, dataset = lines[0]["images"], lines[0]["dataset"]
     title = f"FLOPs over the {images:,} image sizes of {dataset}"
-    return Table("sizes", title, raw, shown, tuple(notes))
-
-
-_SIZE_NUMBERS = ("mean", "deviation", "minimum", "maximum", "one_size")
+    return table("sizes", title, pd.DataFrame(lines), columns, notes)
 
 
 def windows(lines: Sequence[Mapping[str, Any]]) -> Table | None:
@@ -274,17 +260,17 @@ def windows(lines: Sequence[Mapping[str, Any]]) -> Table | None:
     flat = [{"row": line["row"], **window} for line in lines for window in line["windows"]]
     if not flat:
         return None
-    raw = pd.DataFrame(flat)
-    shown = raw[["row", "stage", "attention"]].copy()
-    shown["window"] = raw["window"].map(str)
-    shown["padded queries %"] = (100 * raw["padded_queries"]).map("{:.1f}".format)
-    shown["padded products %"] = (100 * raw["padded_products"]).map("{:.1f}".format)
-    notes = (
+    columns = [
+        *(Column(name, name) for name in ("row", "stage", "attention", "window")),
+        Column("padded_queries", "padded queries {}", unit=Unit.SHARE),
+        Column("padded_products", "padded products {}", unit=Unit.SHARE),
+    ]
+    note = (
         "Padded queries: the share that fills the grid up to whole windows. Padded products: the"
-        " share of products of queries and keys of which one is no token: padding, or a window"
-        " beyond the edge.",
+        " share of products of queries and keys of which one is not a token but padding, or a"
+        " window beyond the edge."
     )
-    return Table("windows", "Work of windows on padding", raw, shown, notes)
+    return table("windows", "Work of windows on padding", pd.DataFrame(flat), columns, [note])
 
 
 def histogram(line: Mapping[str, Any]) -> str:
@@ -292,16 +278,17 @@ def histogram(line: Mapping[str, Any]) -> str:
     bins = line["histogram"]
     most = max(images for _, _, images in bins)
     text = [f"{line['row']}: images by FLOPs (G multiply-adds)"]
-    for low, high, images in bins:
+    for *ends, images in bins:
+        low, high = (end / Unit.GIGA.size for end in ends)
         bar = "#" * round(_BAR * images / most)
-        text.append(f"{low / _GIGA:8.1f} to {high / _GIGA:7.1f} {images:6,} {bar}".rstrip())
+        text.append(f"{low:8.1f} to {high:7.1f} {images:6,} {bar}".rstrip())
     return "\n".join(text) + "\n"
 
 
-def sizes_plot(lines: Sequence[Mapping[str, Any]], name: str = "sizes") -> Plot:
+def sizes_plot(lines: Sequence[Mapping[str, Any]]) -> Plot:
     """Draw a row's images by FLOPs, one panel a row, each with an axis of its own."""
     title = f"Images of {lines[0]['dataset']} by FLOPs"
-    return render(name, title, lambda: _histograms(lines))
+    return render("sizes", title, lambda: _histograms(lines))
 
 
 def _histograms(lines: Sequence[Mapping[str, Any]]) -> Figure:
@@ -315,11 +302,13 @@ def _histograms(lines: Sequence[Mapping[str, Any]]) -> Figure:
     style = looks([line["family"] for line in lines])
     for ax, line in zip(axes, lines, strict=True):
         colour = style[line["family"]].colour
-        totals = [size["total"] / _GIGA for size in line["by_size"]]
+        totals = [size["total"] / Unit.GIGA.size for size in line["by_size"]]
         weights = [size["images"] for size in line["by_size"]]
         ax.hist(totals, bins=30, weights=weights, color=colour)
-        ax.axvline(line["mean"] / _GIGA, color="#222222", linewidth=1.2)
-        ax.set_title(f"{line['row']}, mean {line['mean'] / _GIGA:.1f}", fontsize=9, loc="left")
+        ax.axvline(line["mean"] / Unit.GIGA.size, color="#222222", linewidth=1.2)
+        ax.set_title(
+            f"{line['row']}, mean {line['mean'] / Unit.GIGA.size:.1f}", fontsize=9, loc="left"
+        )
     figure.supxlabel("FLOPs (G multiply-adds, one image); line: mean", fontsize=9)
     figure.supylabel("Images", fontsize=9)
     return figure
@@ -334,21 +323,3 @@ def _uncounted(uncounted: Mapping[str, Mapping[str, int]]) -> str:
         f"{counter}: " + ", ".join(f"{name} ({calls})" for name, calls in names.items())
         for counter, names in uncounted.items()
     )
-
-
-def _millions(values: pd.Series) -> pd.Series:
-    return aligned(values / _MEGA)
-
-
-def _percent(value: Any) -> str:
-    # What rounds to nothing is nothing: no minus before it.
-    return MISSING if pd.isna(value) else f"{round(float(value), 1) + 0.0:.1f}"
-
-
-def _signed(value: float) -> str:
-    rounded = round(value, 1)
-    return f"{rounded:+.1f}" if rounded else "0.0"
-
-
-def _tenth(value: Any) -> str:
-    return MISSING if pd.isna(value) else f"{value:.1f}"

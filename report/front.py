@@ -1,14 +1,14 @@
-"""Which rows no other row beats: none has at least their box AP, to a tenth, for no more cost."""
+"""Rows that no other row beats: none has at least their box AP, to a tenth, for no more cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
-from bench.record import Record
-from report.tables import Table, aligned, by_library, memory_column, memory_unit
+from report.columns import Table, Unit, aligned, memory_unit
+from report.load import Library, per_library
+from report.tables import memory_column
 
-_GIGA = 1e9
 _COLUMNS = ["cost", "row", "box_map_percent", "value", "beaten_by"]
 _LEAST_ROWS = 2
 _ABOUT = (
@@ -16,6 +16,41 @@ _ABOUT = (
     " Differences within chance count too; see How sure mAP is. The table's CSV file says which row"
     " beats each of the others."
 )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a row costs.
+
+    Attributes:
+        column: of `report.load.frame`.
+        title: in tables.
+        name: in sentences.
+        unit: that suits the rows.
+        label: in plots.
+    """
+
+    column: str
+    title: str
+    name: str
+    unit: Unit
+    label: str
+
+
+def costs(data: pd.DataFrame) -> dict[str, Cost]:
+    """Return FLOPs, memory and latency with the units that suit the rows of `data`."""
+    memory, mode = memory_column(data)
+    unit = memory_unit(data[memory])
+    batch, batches = (
+        f"batch of {', '.join(map(str, data[name].dropna().unique()))}"
+        for name in ("memory_batch", "latency_batch")
+    )
+    peak = f"Peak memory, {mode} ({unit.symbol}, {batch})"
+    return {
+        "flops": Cost("flops", "FLOPs G", "FLOPs", Unit.GIGA, "FLOPs (G multiply-adds, one image)"),
+        "memory": Cost(memory, f"memory {unit.symbol}, {mode}", "memory", unit, peak),
+        "latency": Cost("latency", "latency ms", "latency", Unit.MS, f"Latency (ms, {batches})"),
+    }
 
 
 @dataclass(frozen=True)
@@ -34,12 +69,12 @@ class Place:
 def places(data: pd.DataFrame, cost: str) -> list[Place]:
     """Return where each row of `report.load.frame` that can be compared stands, cheapest first.
 
+    Compared are the rows with both numbers that were measured and evaluated as most of them were;
+    of a search the best row alone.
+
     Args:
         data: rows of one detector library, numbered from 0.
         cost: "flops", "latency" or "memory_training", for example; less is better.
-
-    Compared are the rows with both numbers that were measured and evaluated as most of them were;
-    of a search only its best row.
     """
     # As tables show it: a difference that no reader sees should decide nothing.
     shown = data.assign(box_AP=data["box_AP"].astype("Float64").round(1))
@@ -48,57 +83,41 @@ def places(data: pd.DataFrame, cost: str) -> list[Place]:
     return [Place(row, _beaten_by(ap, x, ranked)) for row, ap, x in ranked]
 
 
-def tables(records: Sequence[Record]) -> list[Table]:
-    """Return the rows that no other beats in each cost, one table for each library.
-
-    There is none for a library without two rows that can be compared.
-    """
-    return [table for table in by_library(records, _table) if not table.raw.empty]
-
-
-def _table(data: pd.DataFrame, suffix: str) -> Table:
-    memory, mode = memory_column(data)
-    unit, size = memory_unit(data[memory])
-    costs = {
-        "flops": ("FLOPs G", 1 / _GIGA),
-        memory: (f"memory {unit}, {mode}", 1 / size),
-        "latency": ("latency ms", 1e3),
-    }
-    every = {cost: places(data, cost) for cost in costs}
+@per_library
+def tables(library: Library) -> Table | None:
+    """Return the rows that no other beats in each cost, for each library with two such rows."""
+    data = library.data
+    every = {cost: places(data, cost.column) for cost in costs(data).values()}
     found = {cost: rows if len(rows) >= _LEAST_ROWS else [] for cost, rows in every.items()}
+    if not any(found.values()):
+        return None
     raw = pd.DataFrame(
         {
-            "cost": cost,
+            "cost": cost.column,
             "row": data.loc[place.row, "label"],
             "box_map_percent": data.loc[place.row, "box_AP"],
-            "value": data.loc[place.row, cost],
+            "value": data.loc[place.row, cost.column],
             "beaten_by": None if place.beaten_by is None else data.loc[place.beaten_by, "label"],
         }
         for cost, rows in found.items()
         for place in rows
     )
-    raw = raw.reindex(columns=_COLUMNS)
     shown = pd.DataFrame(
         {
-            "cost": name,
-            "not beaten, cheapest first (box mAP % at cost)": _front(part, scale),
+            "cost": cost.title,
+            "not beaten, cheapest first (box mAP % at cost)": _front(
+                raw[raw["cost"] == cost.column], cost.unit
+            ),
         }
-        for cost, (name, scale) in costs.items()
-        for part in [raw[raw["cost"] == cost]]
-        if found[cost]
+        for cost, rows in found.items()
+        if rows
     )
-    notes = [_ABOUT, *_left_out(data, found)]
-    return Table(
-        f"fronts{suffix.replace(', ', '-')}",
-        f"Rows that no other beats{suffix}",
-        raw,
-        shown,
-        tuple(notes),
-    )
+    notes = (_ABOUT, *_left_out(data, found))
+    return Table("fronts", "Rows that no other beats", raw, shown, notes)
 
 
-def _front(part: pd.DataFrame, scale: float) -> str:
-    values = aligned(part["value"].astype("Float64") * scale)
+def _front(part: pd.DataFrame, unit: Unit) -> str:
+    values = aligned(part["value"].astype("Float64") / unit.size)
     return ", ".join(
         f"{row} ({ap:.1f} at {value})"
         for row, ap, value, other in zip(
@@ -108,17 +127,16 @@ def _front(part: pd.DataFrame, scale: float) -> str:
     )
 
 
-def _left_out(data: pd.DataFrame, found: dict[str, list[Place]]) -> list[str]:
+def _left_out(data: pd.DataFrame, found: dict[Cost, list[Place]]) -> list[str]:
     """Which rows each cost does not compare, in a sentence."""
     sentences: dict[str, list[str]] = {}
     worse = data.index[~data["best"].fillna(True).astype(bool)]
     for cost, rows in found.items():
         out = data.drop(index=[*(place.row for place in rows), *worse])["label"]
         if len(out):
-            what = "FLOPs" if cost == "flops" else cost.partition("_")[0]
-            sentences.setdefault(", ".join(out), []).append(what)
-    searched = ["Of a search its best row is compared alone."] if len(worse) else []
-    return searched + [
+            sentences.setdefault(", ".join(out), []).append(cost.name)
+    searched = ["The best row of a search is compared, its other rows are not."]
+    return searched * bool(len(worse)) + [
         f"Not compared in {', '.join(costs)}, as not measured or not as the others were: {rows}."
         for rows, costs in sentences.items()
     ]

@@ -1,9 +1,11 @@
 """Records from a folder, and as a data frame with one row a record."""
 
+import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -13,37 +15,120 @@ from report import searches
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+KINDS = ("box", "mask")
+MODES = ("inference", "training")
 PARTIAL = "Partial "
 
 log = logging.getLogger(__name__)
 
-# fmt: off
-_TEXT = (
-    "row", "base", "label", "suite", "key", "status", "error_kind", "error", "created", "backbone",
-    "method", "library", "library_version", "attention", "family", "arch", "schedule",
-    "flops_convention", "memory_kind", "memory_device", "memory_precision", "latency_device",
-    "latency_precision", "split", "device", "precision", "commit", "init", "notes",
-    "flops_as", "memory_as", "latency_as", "evaluated_as",
-)
-_WHOLE = (
-    "seed", "parameters", "flops", "memory_inference", "memory_training", "memory_batch",
-    "latency_batch", "steps", "batch_size", "images", "resumed",
-)
-_REAL = (
-    "drop_path", "latency", "latency_q1", "latency_q3", "latency_training", "latency_training_q1",
-    "latency_training_q3", "train_seconds", "steps_per_second", "images_per_second",
-    *(f"{kind}_{figure}" for kind in ("box", "mask") for figure in FIGURES),
-)
-# fmt: on
+_QUARTILES = {"": "median", "_q1": "q1", "_q3": "q3"}
+# Column: where its value stands in a record.
+_TEXT = {
+    **{name: name for name in ("row", "key", "status", "created")},
+    **{
+        name: f"model.{name}"
+        for name in ("backbone", "method", "library", "library_version", "attention", "arch")
+    },
+    "schedule": "model.schedule",
+    "error_kind": "error.kind",
+    "flops_convention": "flops.convention",
+    "memory_kind": "memory.kind",
+    "split": "evaluation.split",
+    "device": "environment.device",
+    "commit": "environment.commit",
+    "precision": "config.train.precision",
+    "init": "config.train.init",
+    **{f"group_{mode}": f"latency.group.{mode}" for mode in MODES},
+}
+_WHOLE = {
+    "seed": "seed",
+    "parameters": "parameters.total",
+    "flops": "flops.total",
+    **{f"memory_{mode}": f"memory.{mode}" for mode in MODES},
+    **{f"predicted_{mode}": f"memory.predicted.{mode}.total" for mode in MODES},
+    "memory_batch": "memory.batch_size",
+    "latency_batch": "latency.batch_size",
+    "steps": "training.steps",
+    "batch_size": "training.batch_size",
+    "images": "evaluation.images",
+}
+_REAL = {
+    "drop_path": "model.drop_path",
+    **{f"latency{part}": f"latency.inference.{name}" for part, name in _QUARTILES.items()},
+    **{f"latency_training{part}": f"latency.training.{name}" for part, name in _QUARTILES.items()},
+    "train_seconds": "training.seconds",
+    "images_per_second": "training.images_per_second",
+    **{f"{kind}_{figure}": f"evaluation.{kind}.{figure}" for kind in KINDS for figure in FIGURES},
+}
+# What rows have to share for a number of theirs to be compared.
+_CONDITIONS = ("device", "batch_size", "image_size", "precision")
+_PLACE = ("environment.cpu", "environment.device")
+_COMPARED = {
+    "flops_as": [f"flops.{name}" for name in ("convention", "image_size", "proposals")],
+    "memory_as": [f"memory.{name}" for name in (*_CONDITIONS, "kind")],
+    "latency_as": [*(f"latency.{name}" for name in (*_CONDITIONS, "threads")), *_PLACE],
+    "evaluated_as": [f"evaluation.{name}" for name in ("split", "images", "annotations_sha256")],
+}
+_DERIVED = ("base", "family", "notes", *_COMPARED)
+
+
+@dataclass(frozen=True)
+class Named:
+    """A table or a plot.
+
+    Attributes:
+        name: for file names.
+        title: heading.
+    """
+
+    name: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Library:
+    """The records of one detector library, and their frame."""
+
+    records: list[Record]
+    data: pd.DataFrame
+
+
+Exhibit = TypeVar("Exhibit", bound=Named)
+
+
+def per_library(
+    build: Callable[[Library], Exhibit | None],
+) -> Callable[[Sequence[Record]], list[Exhibit]]:
+    """Make a function of one library's records one of all: a table or plot for each library.
+
+    Two libraries never share a column or an axis; their names are in those of the results.
+    """
+
+    @functools.wraps(build)
+    def every(records: Sequence[Record]) -> list[Exhibit]:
+        data = frame(records)
+        names = data["library"].unique()
+        found = []
+        for name in names:
+            chosen = data["library"] == name
+            own = [record for record, keep in zip(records, chosen, strict=True) if keep]
+            one = build(Library(own, data[chosen].reset_index(drop=True)))
+            if one is not None and len(names) > 1:
+                one = replace(one, name=f"{one.name}-{name}", title=f"{one.title}, {name}")
+            if one is not None:
+                found.append(one)
+        return found
+
+    return every
 
 
 def load(directory: Path) -> list[Record]:
     """Read the records in `directory/records`, or in `directory` itself if it has no such folder.
 
     Of the records of one run (same row and configuration) the newest success is returned, or,
-    without one, the newest failure. A file that holds no record is reported with a warning and left
-    out. The rows come in the order of the published ablation, the others after it by name, each
-    mechanism before its partial form, so that the order does not depend on which run ended first.
+    without one, the newest failure. A file that is not a record is left out with a warning. The
+    rows come in the order of the published ablation, the others after it by name, each mechanism
+    before its partial form, so that the order does not depend on which run ended first.
     """
     folder = directory / "records" if (directory / "records").is_dir() else directory
     newest: dict[tuple[str, str], Record] = {}
@@ -57,6 +142,10 @@ def load(directory: Path) -> list[Record]:
         if other is None or _rank(record) > _rank(other):
             newest[record.row, record.key] = record
     return ordered(newest.values())
+
+
+def _rank(record: Record) -> tuple[bool, str]:
+    return record.status == "done", record.created
 
 
 def ordered(records: Iterable[Record]) -> list[Record]:
@@ -91,100 +180,65 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
     Parameters and FLOPs (multiply-adds) are counts, memory is in bytes, times are in seconds,
     average precision in percent. What a record lacks is missing. `base` is the row's name without
     the value of a search; `label` is the whole, with the first letters of the key where several
-    records have that name. `family` is the mechanism of its first stage, by which plots choose
+    records have that name. `family` is the mechanism of the first stage, by which plots choose
     colours. `best` marks the best of a search. `*_as` say how a number was made: rows are compared
     where they are the same.
     """
-    table = pd.DataFrame([_values(record) for record in records], columns=[*_TEXT, *_WHOLE, *_REAL])
-    table = table.astype(
-        dict.fromkeys(_TEXT, "string")
+    paths = _TEXT | _WHOLE | _REAL
+    lines = [
+        {name: at(record, path) for name, path in paths.items()} | _derived(record)
+        for record in records
+    ]
+    types = (
+        dict.fromkeys((*_TEXT, *_DERIVED), "string")
         | dict.fromkeys(_WHOLE, "Int64")
         | dict.fromkeys(_REAL, "Float64")
     )
-    table["best"] = _best(records)
-    twice = table["row"].duplicated(keep=False)
-    table["label"] = table["row"].mask(twice, table["row"] + " #" + table["key"].str[:6])
-    return table
+    data = pd.DataFrame(lines, columns=list(types)).astype(types)
+    for latency in ("latency", "latency_training"):
+        data[f"{latency}_iqr"] = data[f"{latency}_q3"] - data[f"{latency}_q1"]
+    data["steps_per_second"] = data["steps"] / data["train_seconds"].replace(0, pd.NA)
+    data["best"] = pd.Series(_best(records), dtype="boolean")
+    twice = data["row"].duplicated(keep=False)
+    data["label"] = data["row"].mask(twice, data["row"] + " #" + data["key"].str[:6])
+    return data
 
 
-def _best(records: Sequence[Record]) -> pd.Series:
-    """Which rows are the best of their search, missing for those that are of none."""
+def labels(records: Sequence[Record]) -> list[str]:
+    """Return the names that tell `records` apart; see `frame`."""
+    return [str(label) for label in frame(records)["label"]]
+
+
+def at(record: Record, path: str) -> Any:
+    """Return the value at a dotted path of a record, None where there is none."""
+    value: Any = vars(record)
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def family(record: Record) -> str:
+    """Return the mechanism of the first stage."""
+    return str(record.model["attention"]).split("/")[0].strip()
+
+
+def _derived(record: Record) -> dict[str, Any]:
+    return {
+        "base": searches.base(record),
+        "family": family(record),
+        "notes": "; ".join(record.notes) or None,
+        **{
+            name: ", ".join(f"{path} {at(record, path)}" for path in paths)
+            for name, paths in _COMPARED.items()
+        },
+    }
+
+
+def _best(records: Sequence[Record]) -> list[bool | None]:
+    """Whether each record is the best of its search, None for those that are of none."""
     marks: dict[int, bool] = {}
     for search in searches.find(records):
         best = search.best
         for _, record in search.tried:
             marks[id(record)] = best is not None and best[1] is record
-    return pd.Series([marks.get(id(record)) for record in records], dtype="boolean")
-
-
-def _rank(record: Record) -> tuple[bool, str]:
-    return record.status == "done", record.created
-
-
-def _values(record: Record) -> dict[str, Any]:
-    """The columns of one record."""
-    model, error = record.model, record.error or {}
-    flops, memory, latency = record.flops or {}, record.memory or {}, record.latency or {}
-    training, evaluation = record.training or {}, record.evaluation or {}
-    inference, step = latency.get("inference") or {}, latency.get("training") or {}
-    recipe = record.config.get("train") or {}
-    place = {"cpu": record.environment.get("cpu"), "machine": record.environment.get("device")}
-    steps, seconds = training.get("steps"), training.get("seconds")
-    return {
-        "row": record.row,
-        "base": searches.base(record),
-        "suite": record.suite,
-        "key": record.key,
-        "status": record.status,
-        "error_kind": error.get("kind"),
-        "error": error.get("message"),
-        "created": record.created,
-        "seed": record.seed,
-        **{name: model.get(name) for name in ("backbone", "method", "library", "library_version")},
-        **{name: model.get(name) for name in ("attention", "arch", "schedule", "drop_path")},
-        "family": str(model["attention"]).split("/")[0].strip(),
-        "parameters": (record.parameters or {}).get("total"),
-        "flops": flops.get("total"),
-        "flops_convention": flops.get("convention"),
-        "memory_inference": memory.get("inference"),
-        "memory_training": memory.get("training"),
-        "memory_batch": memory.get("batch_size"),
-        **{f"memory_{name}": memory.get(name) for name in ("kind", "device", "precision")},
-        **{f"latency_{name}": latency.get(name) for name in ("device", "precision")},
-        "latency_batch": latency.get("batch_size"),
-        "latency": inference.get("median"),
-        "latency_q1": inference.get("q1"),
-        "latency_q3": inference.get("q3"),
-        "latency_training": step.get("median"),
-        "latency_training_q1": step.get("q1"),
-        "latency_training_q3": step.get("q3"),
-        "steps": steps,
-        "batch_size": training.get("batch_size"),
-        "train_seconds": seconds,
-        "steps_per_second": steps / seconds if steps and seconds else None,
-        "images_per_second": training.get("images_per_second"),
-        "resumed": training.get("resumed"),
-        "split": evaluation.get("split"),
-        "images": evaluation.get("images"),
-        **{
-            f"{kind}_{figure}": (evaluation.get(kind) or {}).get(figure)
-            for kind in ("box", "mask")
-            for figure in FIGURES
-        },
-        "device": record.environment.get("device"),
-        **{name: recipe.get(name) for name in ("precision", "init")},
-        "commit": record.environment.get("commit"),
-        "notes": "; ".join(record.notes),
-        "flops_as": _said(flops, "convention", "image_size", "proposals"),
-        "memory_as": _said(memory, *_CONDITIONS, "kind"),
-        "latency_as": _said({**latency, **place}, *_CONDITIONS, "threads", *place),
-        "evaluated_as": _said(evaluation, "split", "images", "annotations_sha256"),
-    }
-
-
-_CONDITIONS = ("device", "batch_size", "image_size", "precision")
-
-
-def _said(section: Mapping[str, Any], *names: str) -> str:
-    """What numbers have to share to be compared, as text that is equal where they do."""
-    return ", ".join(f"{name} {section.get(name)}" for name in names)
+    return [marks.get(id(record)) for record in records]

@@ -1,7 +1,6 @@
 """The page of a set of records: one content as Markdown and HTML, tables and plots as files."""
 
 import base64
-import json
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,19 +14,12 @@ import pandas as pd
 from bench.errors import InputError
 from bench.record import Record
 from report import confidence, counts, front, plots, provenance, tables
+from report.columns import MISSING, Table, reason
+from report.load import labels
 from report.plots import Plot
-from report.searches import flat
-from report.tables import Table
+from report.provenance import listed, said
 
 HERE = Path(__file__).resolve().parent
-
-
-@dataclass(frozen=True)
-class Text:
-    """A paragraph."""
-
-    text: str
-    kind: str = "text"
 
 
 @dataclass(frozen=True)
@@ -35,55 +27,18 @@ class Code:
     """Text shown as it is."""
 
     text: str
-    kind: str = "code"
-
-    @property
-    def fence(self) -> str:
-        """More backticks than there are in the text."""
-        longest = max((len(run) for run in re.findall(r"`+", self.text)), default=0)
-        return "`" * max(3, longest + 1)
 
 
-@dataclass(frozen=True)
-class TableBlock:
-    """A table."""
-
-    table: Table
-    kind: str = "table"
-
-    @property
-    def markdown(self) -> str:
-        """As Markdown."""
-        return tables.to_markdown(self.table.shown).strip()
-
-    @property
-    def html(self) -> str:
-        """As HTML."""
-        return tables.to_html(self.table.shown, self.table.name)
-
-
-@dataclass(frozen=True)
-class PlotBlock:
-    """A plot that there is a picture of."""
-
-    plot: Plot
-    kind: str = "plot"
-
-    @property
-    def image(self) -> str:
-        """The picture in base 64."""
-        return base64.b64encode(self.plot.png).decode()
-
-
-Block = Text | Code | TableBlock | PlotBlock
+Block = str | Code | Table | Plot
+"""A paragraph, code, a table or a plot."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it."""
+    """A heading and what stands under it; left out of the page if that is nothing."""
 
     title: str
-    blocks: tuple[Block, ...]
+    blocks: Sequence[Block]
 
 
 def write(records: Sequence[Record], directory: Path, *, title: str) -> Path:
@@ -97,25 +52,15 @@ def write(records: Sequence[Record], directory: Path, *, title: str) -> Path:
     """
     if not records:
         raise InputError(f"there are no records to report in {directory}")
-    drawn = [*plots.draw(records), *counts.conventions_plots(records)]
-    sections = _sections(records, drawn)
     made = provenance.sentence(records)
-    return publish(sections, drawn, directory, title=title, made=made)
+    return publish(_sections(records), directory, title=title, made=made)
 
 
-def publish(
-    sections: Sequence[Section],
-    drawn: Sequence[Plot],
-    directory: Path,
-    *,
-    title: str,
-    made: str = "",
-) -> Path:
-    """Write a page of `sections` with its tables and plots, and return its `index.md`.
+def publish(sections: Sequence[Section], directory: Path, *, title: str, made: str = "") -> Path:
+    """Write a page of `sections` with files of its tables and plots, and return its `index.md`.
 
     Args:
         sections: of the page.
-        drawn: plots that get files of their own.
         directory: made if it is missing.
         title: of the page.
         made: where the numbers come from, for the page and each table's file.
@@ -124,7 +69,8 @@ def publish(
         InputError: if the folder cannot be written.
     """
     try:
-        for table in _tables(sections):
+        found = [block for section in sections for block in section.blocks]
+        for table in (block for block in found if isinstance(block, Table)):
             base = directory / "tables" / table.name
             _replace(base.with_suffix(".csv"), tables.to_csv(table.raw))
             notes = [*table.notes, *filter(None, [made])]
@@ -134,11 +80,10 @@ def publish(
                 base.with_suffix(".tex"),
                 tables.to_latex(table.shown, caption=caption, label=table.name),
             )
-        for plot in drawn:
-            if not plot.skipped:
-                base = directory / "plots" / plot.name
-                _replace(base.with_suffix(".png"), plot.png)
-                _replace(base.with_suffix(".svg"), plot.svg)
+        for plot in (block for block in found if isinstance(block, Plot) and not block.skipped):
+            base = directory / "plots" / plot.name
+            _replace(base.with_suffix(".png"), plot.png)
+            _replace(base.with_suffix(".svg"), plot.svg)
         _replace(directory / "index.html", _render("page.html.jinja", title, sections, made))
         markdown = _render("page.md.jinja", title, sections, made)
         page = directory / "index.md"
@@ -152,7 +97,7 @@ def publish(
 
 def _standalone(table: Table, notes: Sequence[str]) -> str:
     """A table as Markdown that says by itself what it is."""
-    return "\n\n".join([f"**{table.title}**", TableBlock(table).markdown, *notes]) + "\n"
+    return "\n\n".join([f"**{table.title}**", _markdown(table), *notes]) + "\n"
 
 
 def _render(template: str, title: str, sections: Sequence[Section], made: str) -> str:
@@ -163,10 +108,30 @@ def _render(template: str, title: str, sections: Sequence[Section], made: str) -
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["markdown"] = _markdown
+    environment.filters["classes"] = _classes
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    environment.filters["fence"] = _fence
+    environment.filters["kind"] = lambda block: type(block).__name__
     css = (HERE / "page.css").read_text(encoding="utf-8").strip()
     return environment.get_template(template).render(
         title=title, sections=sections, made=made, css=css
     )
+
+
+def _classes(shown: pd.DataFrame) -> list[str]:
+    """The CSS class of each column."""
+    return ["number" if tables.is_numeric(shown[name]) else "text" for name in shown.columns]
+
+
+def _markdown(table: Table) -> str:
+    return tables.to_markdown(table.shown).strip()
+
+
+def _fence(text: str) -> str:
+    """More backticks than there are in the text."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    return "`" * max(3, longest + 1)
 
 
 def _replace(path: Path, content: str | bytes) -> None:
@@ -179,78 +144,55 @@ def _replace(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _tables(sections: Iterable[Section]) -> list[Table]:
-    return [
-        block.table
-        for section in sections
-        for block in section.blocks
-        if isinstance(block, TableBlock)
-    ]
-
-
-def _sections(records: Sequence[Record], drawn: Sequence[Plot]) -> list[Section]:
+def _sections(records: Sequence[Record]) -> list[Section]:
     failures = [record for record in records if record.status == "failed"]
-    counts = f"{len(records)} rows, of which {len(failures)} failed."
-    counts += " The rows that failed stay in the table; see Failures." if failures else ""
-    sections = [
-        Section("Comparison", (Text(counts), *map(TableBlock, tables.comparison(records)))),
-        *_tabled("Rows that no other beats", front.tables(records)),
-        *_tabled("Searched settings", tables.searches(records)),
-        Section("Plots", (Text(_LEGEND), *(_picture(plot) for plot in drawn))),
-        Section("All COCO figures, %", tuple(map(TableBlock, tables.figures(records)))),
-        *_tabled(
+    how_many = f"{len(records)} rows, of which {len(failures)} failed."
+    how_many += " The rows that failed stay in the table; see Failures." if failures else ""
+    further, different = tables.further_splits(records), provenance.differences(records)
+    drawn = [*plots.draw(records), *counts.conventions_plots(records)]
+    return [
+        Section("Comparison", [how_many, *tables.comparison(records)]),
+        Section("Rows that no other beats", front.tables(records)),
+        Section("Searched settings", tables.searches(records)),
+        Section("Plots", [_LEGEND, *drawn]),
+        Section("All COCO figures, %", tables.figures(records)),
+        Section(
             "How sure mAP is", [*confidence.intervals(records), *confidence.differences(records)]
         ),
-        *_further(records),
-        Section("Details", tuple(map(TableBlock, tables.details(records)))),
+        Section("Further splits, %", [further] if further else []),
+        Section("Details", tables.details(records)),
         Section("Published numbers", _published(records)),
-        Section("How the numbers were counted", tuple(map(Text, _counting(records)))),
-        Section("Differences in configuration", _differences(records)),
-        Section("Environment", _environment(records)),
+        Section("How the numbers were counted", _counting(records)),
+        Section("Differences in configuration", [_DIFFERENT, different] if different else [_SAME]),
+        Section("Environment", [provenance.environment(records)]),
+        Section("Failures", [block for record in failures for block in _failure(record)]),
+        run_again(records, "The same command again runs only what has no record yet."),
     ]
-    if failures:
-        blocks = [block for record in failures for block in _failure(record)]
-        sections.append(Section("Failures", tuple(blocks)))
-    commands = dict.fromkeys(str(record.environment.get("command")) for record in records)
-    again = Text("The same command again runs only what has no record yet.")
-    sections.append(Section("Run it again", (again, Code("\n".join(commands)))))
-    return sections
-
-
-def _tabled(title: str, found: Sequence[Table]) -> tuple[Section, ...]:
-    """A section of tables, or none without them."""
-    return (Section(title, tuple(map(TableBlock, found))),) if found else ()
-
-
-def _further(records: Sequence[Record]) -> tuple[Section, ...]:
-    table = tables.further_splits(records)
-    return () if table is None else (Section(table.title, (TableBlock(table),)),)
 
 
 _LEGEND = (
     "Colour and marker say the mechanism; hollow marks and bars are rows with full attention in"
-    " their later stages. Bars of latency are medians, with their quartiles. Losses are drawn raw"
-    " (light) and as a moving average (dark)."
+    " their later stages. Latencies are medians, with their quartiles. Losses are drawn raw (light)"
+    " and as a moving average (dark)."
 )
+_SAME = "The configurations of all rows are the same."
+_DIFFERENT = "Settings that are not listed are the same in all rows; each record has all of them."
 
 
-def _picture(plot: Plot) -> Block:
-    return Text(plot.skipped) if plot.skipped else PlotBlock(plot)
+def run_again(records: Sequence[Record], about: str) -> Section:
+    """Return the section with the commands that `records` were made with."""
+    commands = dict.fromkeys(str(record.environment.get("command")) for record in records)
+    return Section("Run it again", [about, Code("\n".join(commands))])
 
 
-def _published(records: Sequence[Record]) -> tuple[Block, ...]:
+def _published(records: Sequence[Record]) -> list[Block]:
     lines = counts.published_lines(records)
     found = [tables.against_published(records), counts.conventions(lines) if lines else None]
-    blocks = tuple(TableBlock(table) for table in found if table is not None)
-    if blocks:
-        return blocks
-    suites = _list(record.suite for record in records)
-    return (
-        Text(
-            f"No row here has the architecture and schedule of a published one (suite {suites}),"
-            " so these numbers are not comparable with published ones."
-        ),
-    )
+    suites = listed(record.suite for record in records)
+    return [table for table in found if table is not None] or [
+        f"No row here has the architecture and schedule of a published one (suite {suites}),"
+        " so these numbers are not comparable with published ones."
+    ]
 
 
 def _counting(records: Sequence[Record]) -> list[str]:
@@ -263,13 +205,13 @@ def _counting(records: Sequence[Record]) -> list[str]:
         "Average precision and recall: COCO's, in percent"
         f" ({_facts(evaluation, split='split', images='images')}).",
         "Parameters: of the whole detector, the backbone's classification head included, in 10^6.",
-        f"FLOPs: {_list(part.get('unit') for part in flops)}, in 10^9, of one image, the"
+        f"FLOPs: {listed(part.get('unit') for part in flops)}, in 10^9, of one image, the"
         " mask head left out as in published tables"
         f" ({_facts(flops, convention='convention', image_size='size', proposals='proposals')}).",
         f"Memory: the peak, MB = 10^6 and GB = 10^9 bytes ({_facts(memory, **_CONDITIONS)}).",
         "Latency: the median of one batch; its spread is the interquartile range"
         f" ({_facts(latency, **_CONDITIONS, threads='threads')}).",
-        f"{tables.MISSING} means that there is no such number.",
+        f"{MISSING} means that there is no such number.",
     ]
     uncounted = {
         f"{name} ({record.row})"
@@ -277,10 +219,10 @@ def _counting(records: Sequence[Record]) -> list[str]:
         for name in (record.flops or {}).get("uncounted") or ()
     }
     if uncounted:
-        sentences.append(f"Operators without a formula, not counted: {_list(sorted(uncounted))}.")
+        sentences.append(f"Operators without a formula, not counted: {listed(sorted(uncounted))}.")
     sentences += [
         f"Latency of {label}: {note}."
-        for label, record in zip(_labels(records), records, strict=True)
+        for label, record in zip(labels(records), records, strict=True)
         for note in (record.latency or {}).get("notes") or ()
     ]
     return sentences
@@ -298,80 +240,23 @@ _CONDITIONS = {
 def _facts(parts: Sequence[Mapping[str, Any]], **names: str) -> str:
     """The values that `parts` have in the fields `names`, as a phrase."""
     facts = [
-        f"{label} {_list(_size(part[field]) for part in parts if part.get(field) is not None)}"
+        f"{label} {listed(_size(part[field]) for part in parts if part.get(field) is not None)}"
         for field, label in names.items()
         if any(part.get(field) is not None for part in parts)
     ]
     return "; ".join(facts) or "not measured"
 
 
-def _differences(records: Sequence[Record]) -> tuple[Block, ...]:
-    """Where the configurations differ: setting, value and the rows that have it."""
-    flats = [flat({k: v for k, v in record.config.items() if k != "row"}) for record in records]
-    settings = dict.fromkeys(name for config in flats for name in config)
-    labels = _labels(records)
-    lines = []
-    for setting in settings:
-        rows: dict[str, list[str]] = {}
-        for label, config in zip(labels, flats, strict=True):
-            rows.setdefault(_say(config.get(setting)), []).append(label)
-        if len(rows) > 1:
-            lines += [(setting, value, ", ".join(having)) for value, having in rows.items()]
-    if not lines:
-        return (Text("The configurations of all rows are the same."),)
-    table = pd.DataFrame(lines, columns=["setting", "value", "rows"])
-    return (
-        Text("Settings that are not listed are the same in all rows; each record has all of them."),
-        TableBlock(Table("configuration", "Settings that differ", table, table)),
-    )
-
-
-def _environment(records: Sequence[Record]) -> tuple[Block, ...]:
-    flats = [
-        flat({k: v for k, v in record.environment.items() if k != "command"}) for record in records
-    ]
-    facts = dict.fromkeys(name for environment in flats for name in environment)
-    labels = _labels(records)
-    lines = []
-    for fact in facts:
-        rows: dict[str, list[str]] = {}
-        for label, environment in zip(labels, flats, strict=True):
-            rows.setdefault(_say(environment.get(fact)), []).append(label)
-        same = len(rows) == 1
-        value = "; ".join(v if same else f"{v} ({', '.join(rows[v])})" for v in rows)
-        lines.append((fact.removeprefix("packages."), value))
-    times = sorted(record.created for record in records)
-    lines.append(("records made", f"{times[0]} to {times[-1]}"))
-    lines.append(("seed", _list(str(record.seed) for record in records)))
-    table = pd.DataFrame(lines, columns=["fact", "value"])
-    return (TableBlock(Table("environment", "Where it ran", table, table)),)
-
-
 def _failure(record: Record) -> Iterable[Block]:
     error = record.error or {}
     message = str(error.get("message"))
-    kind = tables.reason(str(error.get("kind")))
-    yield Text(f"{record.row} failed, {kind}: {' '.join(message.split())}")
+    kind = reason(str(error.get("kind")))
+    yield f"{record.row} failed, {kind}: {' '.join(message.split())}"
     text = str(error.get("traceback") or "").rstrip()
     yield Code(text if message in text else f"{message}\n{text}".rstrip())
-
-
-def _labels(records: Sequence[Record]) -> list[str]:
-    return [str(label) for label in tables.frame(records)["label"]]
 
 
 def _size(value: Any) -> str:
     """A size as height times width, anything else as it is."""
     pair = isinstance(value, list | tuple) and len(value) == 2
-    return "\N{MULTIPLICATION SIGN}".join(map(str, value)) if pair else _say(value)
-
-
-def _say(value: Any) -> str:
-    if value is None:
-        return tables.MISSING
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=list)
-
-
-def _list(values: Iterable[Any]) -> str:
-    """The distinct values, in order."""
-    return ", ".join(dict.fromkeys(str(value) for value in values)) or tables.MISSING
+    return "\N{MULTIPLICATION SIGN}".join(map(str, value)) if pair else said(value)

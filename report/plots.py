@@ -12,15 +12,17 @@ from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
+from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.transforms import Bbox
 
 from bench.record import Record
 from report import front
-from report.load import PARTIAL, frame, published
-from report.tables import aligned, memory_column, memory_unit, reason
+from report.columns import Unit, aligned
+from report.front import Cost
+from report.load import PARTIAL, Library, Named, at, family, per_library, published
+from report.tables import marked
 
 # Okabe and Ito's colours, told apart with any colour vision; their yellow is too light on white.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#666666", "#56B4E9", "#8C6D1F")
@@ -28,20 +30,10 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h", "p")
 DPI = 150
 SMOOTHING = 5
 LEAST_AP = 1.0
-
-# Where a label may stand, in points from its point: nearer first, to the right first.
-NEAR = 16
-OFFSETS = [
-    (right * distance, up * distance)
-    for distance in (9, NEAR, 26, 38, 52)
-    for right, up in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
-]
-
 FRONT = "#BBBBBB"
-Point = tuple[float, float]
 
-_HORIZONTAL = {0.0: "left", 0.5: "center", 1.0: "right"}
-_VERTICAL = {0.0: "bottom", 0.5: "center", 1.0: "top"}
+# Points around a mark that a label keeps free.
+_CLEAR = 6
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -57,12 +49,10 @@ _STYLE: dict[Any, Any] = {
 
 
 @dataclass(frozen=True)
-class Plot:
-    """One plot, or why there is none.
+class Plot(Named):
+    """One plot, or why there is none; its title is also for those who cannot see it.
 
     Attributes:
-        name: for file names.
-        title: what it shows; also the text for those who cannot see it.
         png: the picture, empty if skipped.
         svg: the same, scalable.
         skipped: a sentence, empty if there is a picture.
@@ -70,8 +60,6 @@ class Plot:
         note: a sentence that belongs under it, or nothing.
     """
 
-    name: str
-    title: str
     png: bytes
     svg: str
     skipped: str
@@ -86,8 +74,24 @@ class Look:
     colour: str
     marker: str
 
+    def fill(self, row: str) -> str:
+        """Return the colour inside the marks of a row."""
+        return "white" if row.startswith(PARTIAL) else self.colour
 
-def looks(families: Sequence[str]) -> dict[str, Look]:
+    def mark(self, row: str) -> dict[str, Any]:
+        """Return how Matplotlib draws the mark of a row."""
+        return {
+            "color": self.colour,
+            "marker": self.marker,
+            "markerfacecolor": self.fill(row),
+            "markeredgewidth": 1.6,
+        }
+
+
+Looks = dict[str, Look]
+
+
+def looks(families: Sequence[str]) -> Looks:
     """Return how each mechanism is drawn: the published ones first, then the others by name.
 
     Colours and markers repeat with different periods, so that 72 mechanisms can be told apart.
@@ -102,137 +106,110 @@ def looks(families: Sequence[str]) -> dict[str, Look]:
 
 def draw(records: Sequence[Record]) -> list[Plot]:
     """Return all plots of `records`; those of different detector libraries are drawn apart."""
-    data = frame(records)
-    style = looks(list(data["family"].unique()))
-    libraries = list(data["library"].unique())
-    plots = []
-    for library in libraries:
-        chosen = (data["library"] == library).to_numpy()
-        part = data[chosen].reset_index(drop=True)
-        losses = [_losses(r) for r, keep in zip(records, chosen, strict=True) if keep]
-        several = len(libraries) > 1
-        name, title = (f"-{library}", f", {library}") if several else ("", "")
-        memory, _ = memory_column(part)
-        drawings: tuple[tuple[str, str, Callable[[], Figure | str], str], ...] = (
-            (
-                "accuracy_flops",
-                "Box AP against FLOPs",
-                partial(accuracy_flops, part, style),
-                _not_drawn(part, "flops"),
-            ),
-            (
-                "accuracy_memory",
-                "Box AP against memory",
-                partial(accuracy_memory, part, style),
-                _not_drawn(part, memory),
-            ),
-            (
-                "accuracy_latency",
-                "Box AP against latency",
-                partial(accuracy_latency, part, style),
-                _not_drawn(part, "latency"),
-            ),
-            ("cost", "Cost per row", partial(cost, part, style), ""),
-            ("loss", "Training loss over steps", partial(loss, part, losses, style), ""),
-        )
-        plots += [
-            replace(render(stem + name, text + title, make), note=note)
-            for stem, text, make, note in drawings
-        ]
-    return plots
+    style = looks([family(record) for record in records])
+    makers: list[Callable[[Library], Plot]] = [
+        *(partial(_draw_accuracy, name, style) for name in ("flops", "memory", "latency")),
+        lambda library: render("cost", "Cost per row", lambda: costs(library.data, style)),
+        lambda library: render("loss", "Training loss over steps", lambda: losses(library, style)),
+    ]
+    return [plot for make in makers for plot in per_library(make)(records)]
 
 
-def _not_drawn(data: pd.DataFrame, cost: str) -> str:
-    """Which rows have no place in a plot of box AP against a cost, in a sentence."""
-    missing = data[["box_AP", cost]].isna().any(axis="columns")
-    rows = [name for name, out in zip(_names(data), missing, strict=True) if out]
-    return f"Not drawn, as a number is missing: {', '.join(rows)}." if rows else ""
+def _draw_accuracy(name: str, style: Looks, library: Library) -> Plot:
+    data, cost = library.data, front.costs(library.data)[name]
+    missing = data[["box_AP", cost.column]].isna().any(axis="columns")
+    rows = [row for row, out in zip(marked(data), missing, strict=True) if out]
+    note = f"Not drawn, as a number is missing: {', '.join(rows)}." if rows else ""
+    title = f"Box AP against {cost.name}"
+    plot = render(f"accuracy_{name}", title, lambda: accuracy(data, style, cost))
+    return replace(plot, note=note)
 
 
-def accuracy_flops(data: pd.DataFrame, style: dict[str, Look]) -> Figure | str:
-    """Draw box AP against FLOPs, one point a row."""
-    data = data.assign(x=data["flops"] / 1e9)
-    return _scatter(data, style, "FLOPs (G multiply-adds, one image)", "FLOPs", cost="flops")
+def accuracy(data: pd.DataFrame, style: Looks, cost: Cost) -> Figure | str:
+    """Draw box AP against a cost, one point a row, and the line of rows that no other beats.
+
+    Args:
+        data: rows of one library, numbered from 0.
+        style: see `looks`.
+        cost: one of `report.front.costs`; a latency has its quartiles.
+    """
+    ends = [f"{cost.column}{end}" for end in ("_q1", "_q3")]
+    ends = ends if ends[0] in data.columns else [cost.column] * 2
+    scaled = dict(zip(("x", "left", "right"), (cost.column, *ends), strict=True))
+    data = data.assign(**{name: data[of] / cost.unit.size for name, of in scaled.items()})
+    data = data.dropna(subset=["x", "box_AP"]).astype(dict.fromkeys((*scaled, "box_AP"), float))
+    if data.empty:
+        return f"No row has both box AP and {cost.name}, so there is no plot of them."
+    data[["left", "right"]] = data[["left", "right"]].apply(lambda end: end.fillna(data["x"]))
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    ax = figure.subplots()
+    ax.margins(0.12)
+    steps = _draw_front(ax, data, cost.column)
+    for row in data.to_dict("records"):
+        look = style[row["family"]]
+        ax.plot(row["x"], row["box_AP"], **look.mark(row["row"]), markersize=8, zorder=3)
+    colours = [style[family].colour for family in data["family"]]
+    ax.hlines(data["box_AP"], data["left"], data["right"], colors=colours, linewidth=1.2, zorder=2)
+    if data["x"].max() > 20 * data["x"].min():
+        ax.set_xscale("log")
+    ax.set_xlabel(cost.label)
+    ax.set_ylabel("Box AP (%)")
+    low, high = ax.get_ylim()
+    if high - low < LEAST_AP:
+        # Drawn over the whole height, a difference within chance would look large.
+        ax.set_ylim((low + high - LEAST_AP) / 2, (low + high + LEAST_AP) / 2)
+    _label(figure, ax, data, steps)
+    return figure
 
 
-def accuracy_memory(data: pd.DataFrame, style: dict[str, Look]) -> Figure | str:
-    """Draw box AP against peak memory, of training where it was measured."""
-    column, mode = memory_column(data)
-    unit, size = memory_unit(data[column])
-    label = f"Peak memory, {mode} ({unit}, batch of {_batches(data, 'memory_batch')})"
-    return _scatter(data.assign(x=data[column] / size), style, label, "memory", cost=column)
-
-
-def accuracy_latency(data: pd.DataFrame, style: dict[str, Look]) -> Figure | str:
-    """Draw box AP against the median latency of inference, with its quartiles."""
-    scaled = {"x": "latency", "low": "latency_q1", "high": "latency_q3"}
-    data = data.assign(**{name: data[column] * 1e3 for name, column in scaled.items()})
-    unit = f"Latency (ms, batch of {_batches(data, 'latency_batch')}; median and quartiles)"
-    return _scatter(data, style, unit, "latency", cost="latency")
-
-
-def _batches(data: pd.DataFrame, column: str) -> str:
-    return ", ".join(str(size) for size in data[column].dropna().unique())
-
-
-def cost(data: pd.DataFrame, style: dict[str, Look]) -> Figure | str:
+def costs(data: pd.DataFrame, style: Looks) -> Figure | str:
     """Draw parameters, FLOPs, memory and latency of every row as bars, one panel each."""
-    memory, mode = memory_column(data)
-    unit, size = memory_unit(data[memory])
-    panels = {
-        "Parameters (M)": data["parameters"] / 1e6,
-        "FLOPs (G multiply-adds)": data["flops"] / 1e9,
-        f"Peak memory, {mode} ({unit})": data[memory] / size,
-        f"Latency (ms, batch of {_batches(data, 'latency_batch')})": data["latency"] * 1e3,
-    }
-    if all(values.isna().all() for values in panels.values()):
+    parameters = Cost("parameters", "", "parameters", Unit.MEGA, "Parameters (M)")
+    panels = [parameters, *front.costs(data).values()]
+    if data[[cost.column for cost in panels]].isna().all(axis=None):
         return "No row has a cost yet, so there is no plot of costs."
-    figure = Figure(figsize=(11, 1.1 + 0.3 * len(data)), layout="constrained")
+    figure = Figure(figsize=(12, 1.1 + 0.3 * len(data)), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True)
     places = range(len(data))
-    for ax, (title, values) in zip(axes, panels.items(), strict=True):
-        lengths = values.astype("float64")
-        bars = ax.barh(places, lengths, height=0.68)
-        for bar, row, family in zip(bars, data["row"], data["family"], strict=True):
-            _paint(bar, style[family].colour, hollow=row.startswith(PARTIAL))
+    for ax, cost in zip(axes, panels, strict=True):
+        values = data[cost.column].astype("Float64") / cost.unit.size
+        lengths = values.astype(float)
+        bars = ax.barh(places, lengths, height=0.68, linewidth=1.4)
+        for bar, row, mechanism in zip(bars, data["row"], data["family"], strict=True):
+            bar.set_facecolor(style[mechanism].fill(row))
+            bar.set_edgecolor(style[mechanism].colour)
         ends = lengths.fillna(0.0)
-        if title.startswith("Latency"):
-            ends = _quartile_bars(ax, data)
+        if cost.name == "latency":
+            ends = _draw_quartiles(ax, data)
         top = max(float(ends.max()), 1e-12)
         for place, (text, end) in enumerate(zip(aligned(values), ends, strict=True)):
             ax.text(end + 0.03 * top, place, text, va="center", fontsize=8)
         ax.set_xlim(0, 1.28 * top)
-        ax.set_title(title, fontsize=9, loc="left")
+        ax.set_title(cost.label, fontsize=9, loc="left")
         ax.grid(visible=False, axis="y")
         ax.tick_params(axis="y", length=0)
-    axes[0].set_yticks(places, _names(data))
+    axes[0].set_yticks(places, marked(data))
     axes[0].invert_yaxis()
     return figure
 
 
-def loss(data: pd.DataFrame, losses: Sequence[pd.Series], style: dict[str, Look]) -> Figure | str:
-    """Draw the training loss of every row, raw and smoothed, one panel a row with shared axes.
-
-    Args:
-        data: rows of `frame`.
-        losses: the total loss by step, one series for each row of `data`.
-        style: see `looks`.
-    """
-    drawn = [(i, series) for i, series in enumerate(losses) if series.notna().any()]
+def losses(library: Library, style: Looks) -> Figure | str:
+    """Draw the training loss of every row, raw and smoothed, one panel a row with shared axes."""
+    rows = zip(marked(library.data), library.records, strict=True)
+    drawn = [(name, one, found) for name, one in rows if (found := _losses(one)).notna().any()]
     if not drawn:
         return "No row has been trained, so there is no plot of losses."
     columns = min(4, len(drawn))
     lines = -(-len(drawn) // columns)
     figure = Figure(figsize=(max(2.6 * columns, 4.5), 0.5 + 1.8 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-    names, families = _names(data), data["family"].tolist()
-    for ax, (i, series) in zip(axes.flat, drawn, strict=False):
-        colour = style[families[i]].colour
+    for ax, (name, record, series) in zip(axes.flat, drawn, strict=False):
+        colour = style[family(record)].colour
         ax.plot(series.index, series, color=colour, alpha=0.3, linewidth=0.9)
         window = max(SMOOTHING, len(series) // 20)
         smooth = series.rolling(window, center=True, min_periods=1).mean()
         ax.plot(series.index, smooth, color=colour, linewidth=1.6)
-        ax.set_title(names[i], fontsize=9, loc="left")
+        ax.set_title(name, fontsize=9, loc="left")
     for ax in axes.flat[len(drawn) :]:
         ax.set_visible(False)
         # The panel above is then the lowest of its column and needs the numbers.
@@ -245,46 +222,7 @@ def loss(data: pd.DataFrame, losses: Sequence[pd.Series], style: dict[str, Look]
     return figure
 
 
-def _scatter(
-    data: pd.DataFrame, style: dict[str, Look], unit: str, what: str, *, cost: str
-) -> Figure | str:
-    data = data.dropna(subset=["x", "box_AP"])
-    if data.empty:
-        return f"No row has both box AP and {what}, so there is no plot of them."
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
-    ax = figure.subplots()
-    ax.margins(0.12)
-    steps = _draw_front(ax, data, cost)
-    for row in data.to_dict("records"):
-        look = style[row["family"]]
-        ax.plot(
-            row["x"],
-            row["box_AP"],
-            marker=look.marker,
-            markersize=8,
-            color=look.colour,
-            markerfacecolor="white" if row["row"].startswith(PARTIAL) else look.colour,
-            markeredgewidth=1.6,
-            linestyle="none",
-            zorder=3,
-        )
-    ends = data[["x", "x"]] if "low" not in data.columns else data[["low", "high"]]
-    left, right = (ends.iloc[:, side].fillna(data["x"]).astype(float) for side in (0, 1))
-    colours = [style[family].colour for family in data["family"]]
-    ax.hlines(data["box_AP"].astype(float), left, right, colors=colours, linewidth=1.2, zorder=2)
-    if data["x"].max() > 20 * data["x"].min():
-        ax.set_xscale("log")
-    ax.set_xlabel(unit)
-    ax.set_ylabel("Box AP (%)")
-    low, high = ax.get_ylim()
-    if high - low < LEAST_AP:
-        # Drawn over the whole height, a difference within chance would look large.
-        ax.set_ylim((low + high - LEAST_AP) / 2, (low + high + LEAST_AP) / 2)
-    _label(figure, ax, data.assign(left=left, right=right, colour=colours), steps)
-    return figure
-
-
-def _draw_front(ax: Axes, data: pd.DataFrame, cost: str) -> list[Point]:
+def _draw_front(ax: Axes, data: pd.DataFrame, cost: str) -> list[tuple[float, float]]:
     """Draw the highest box AP that each cost buys, as a line of steps, and return its corners."""
     rows = [place.row for place in front.places(data, cost) if place.beaten_by is None]
     points = [(float(x), float(y)) for x, y in data.loc[rows, ["x", "box_AP"]].to_numpy()]
@@ -297,85 +235,55 @@ def _draw_front(ax: Axes, data: pd.DataFrame, cost: str) -> list[Point]:
     return steps
 
 
-def _label(figure: Figure, ax: Axes, data: pd.DataFrame, steps: Sequence[Point]) -> None:
-    """Write each point's name beside it, at the nearest place that covers nothing yet."""
+def _label(
+    figure: Figure, ax: Axes, data: pd.DataFrame, steps: Sequence[tuple[float, float]]
+) -> None:
+    """Write each point's name beside it, where it covers no mark, line or other name."""
     figure.draw_without_rendering()
     # Frozen, so that what was measured stays where it is.
     figure.set_layout_engine("none")
-    pixel = figure.dpi / 72
-    frame_box = ax.get_window_extent()
-    taken = []
     points = data.to_dict("records")
-    for point in points:
-        ends = [(point["left"], point["box_AP"]), (point["right"], point["box_AP"])]
-        low, high = ax.transData.transform(ends)
-        taken.append(Bbox([low - 6 * pixel, high + 6 * pixel]))
-    for corners in itertools.pairwise(steps):
-        low, high = sorted(ax.transData.transform(corners).tolist())
-        taken.append(Bbox([low, high]).padded(pixel))
-    for point in points:
-        text = ax.text(0, 0, point["label"], fontsize=8)
-        size = text.get_window_extent()
-        text.remove()
-        x, y = ax.transData.transform((point["x"], point["box_AP"]))
-        best, least, chosen = OFFSETS[0], float("inf"), frame_box
-        for offset in OFFSETS:
-            place = Bbox.from_bounds(
-                x + offset[0] * pixel - size.width * _before(offset[0]),
-                y + offset[1] * pixel - size.height * _before(offset[1]),
-                size.width,
-                size.height,
-            )
-            covered = sum(_overlap(place, other) for other in taken)
-            outside = size.width * size.height - _overlap(place, frame_box)
-            if covered + outside < least - 1e-6:
-                best, least, chosen = offset, covered + outside, place
-            if least <= 1e-6:
-                break
-        taken.append(chosen)
-        line = {"arrowstyle": "-", "color": point["colour"], "lw": 0.6, "shrinkB": 5}
-        ax.annotate(
-            point["label"],
-            (point["x"], point["box_AP"]),
-            xytext=best,
-            textcoords="offset points",
-            ha=_HORIZONTAL[_before(best[0])],
-            va=_VERTICAL[_before(best[1])],
-            fontsize=8,
-            arrowprops=line if max(map(abs, best)) > NEAR else None,
-        )
+    spans = [[(row["left"], row["box_AP"]), (row["right"], row["box_AP"])] for row in points]
+    marks = [_around(ax, span, _CLEAR) for span in spans]
+    lines = [_around(ax, corners, 1) for corners in itertools.pairwise(steps)]
+    adjust_text(
+        [
+            # The margin above the highest mark has room for a name, that to the right has not.
+            ax.text(row["x"], mark.y1, f" {row['label']}", va="bottom", fontsize=8)
+            for row, mark in zip(points, marks, strict=True)
+        ],
+        target_x=data["x"].to_numpy(),
+        target_y=data["box_AP"].to_numpy(),
+        objects=[*marks, *lines],
+        avoid_self=False,
+        force_explode=(0.5, 1.0),
+        force_text=(0.2, 0.4),
+        # Two lines that cross are easier to read than two names in one place.
+        prevent_crossings=False,
+        ax=ax,
+        # Not the default limit of time, which would draw other pictures on a slower machine.
+        iter_lim=300,
+        min_arrow_len=12,
+        arrowprops={"arrowstyle": "-", "color": "#999999", "lw": 0.6, "shrinkB": 4},
+    )
 
 
-def _before(shift: float) -> float:
-    """The share of a label that lies before its anchor, if it stands `shift` away."""
-    if shift == 0:
-        return 0.5
-    return 0.0 if shift > 0 else 1.0
-
-
-def _overlap(one: Bbox, other: Bbox) -> float:
-    """Area that two boxes share, in square pixels."""
-    both = Bbox.intersection(one, other)
-    return 0.0 if both is None else both.width * both.height
+def _around(ax: Axes, corners: Sequence[tuple[float, float]], points: float) -> Bbox:
+    """The box around two places, and some points more, in the units of the axes."""
+    low, high = sorted(ax.transData.transform(corners).tolist())
+    box = Bbox([low, high]).padded(points * ax.figure.dpi / 72)
+    return Bbox(ax.transData.inverted().transform(box.get_points()))
 
 
 def _losses(record: Record) -> pd.Series:
     """The total loss by step; numbers that were not finite are missing."""
-    entries = (record.training or {}).get("losses") or []
-    values = {entry["step"]: entry.get("total") for entry in entries}
-    return pd.Series(values, dtype=float)
+    entries = at(record, "training.losses") or []
+    return pd.Series({entry["step"]: entry.get("total") for entry in entries}, dtype=float)
 
 
-def _names(data: pd.DataFrame) -> list[str]:
-    return [
-        label if pd.isna(kind) else f"{label} ({reason(kind)})"
-        for label, kind in zip(data["label"], data["error_kind"], strict=True)
-    ]
-
-
-def _quartile_bars(ax: Axes, data: pd.DataFrame) -> pd.Series:
+def _draw_quartiles(ax: Axes, data: pd.DataFrame) -> pd.Series:
     """Draw the quartiles of latency, and return where each row's bar and quartiles end (ms)."""
-    times = data[["latency", "latency_q1", "latency_q3"]].astype(float) * 1e3
+    times = data[["latency", "latency_q1", "latency_q3"]].astype(float) / Unit.MS.size
     there = times.dropna()
     ax.errorbar(
         there["latency"],
@@ -387,12 +295,6 @@ def _quartile_bars(ax: Axes, data: pd.DataFrame) -> pd.Series:
         capsize=2.5,
     )
     return times.max(axis="columns").fillna(0.0)
-
-
-def _paint(bar: Patch, colour: str, *, hollow: bool) -> None:
-    bar.set_facecolor("white" if hollow else colour)
-    bar.set_edgecolor(colour)
-    bar.set_linewidth(1.4)
 
 
 def render(name: str, title: str, make: Callable[[], Figure | str]) -> Plot:

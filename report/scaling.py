@@ -5,10 +5,17 @@ exponent by least squares over the larger sizes, the crossover by straight lines
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
+from scipy.stats import linregress
+
+from report.load import MODES
+
+BASELINE = "full"
+QUANTITIES = {"flops": "FLOPs", "memory": "memory", "latency": "latency"}
 
 # Sizes that an exponent is fitted to: the upper half, but not fewer than these.
 _FEWEST = 3
@@ -20,17 +27,19 @@ class Growth:
 
     Attributes:
         exponent: of the number of pixels; 1 is linear, 2 what full attention tends to.
-        error: standard error of the exponent; None for two sizes.
+        exponent_error: its standard error; None for two sizes.
         r_squared: the share of the logarithm's variance that the fit explains; None likewise.
-        count: sizes that were fitted.
-        first: pixels of the smallest of them.
+        fitted_sizes: how many there are.
     """
 
     exponent: float
-    error: float | None
+    exponent_error: float | None
     r_squared: float | None
-    count: int
-    first: float
+    fitted_sizes: int
+
+    def __str__(self) -> str:
+        error = "" if self.exponent_error is None else f" ± {self.exponent_error:.2f}"
+        return f"{self.exponent:.2f}{error}"
 
 
 @dataclass(frozen=True)
@@ -43,13 +52,15 @@ class Crossover:
             not smaller at the largest size, `pixels`, nor at any other; "until": it is smaller,
             but only before `pixels`; "unknown": there is no size with both.
         pixels: see above; between two sizes it is interpolated.
-        between: pixels of the sizes to both sides, where it is interpolated.
+        after_pixels: of the size before it, where it is interpolated.
+        before_pixels: of the size after it, likewise.
         often: whether the order changes more than once, as noise makes it do.
     """
 
     kind: str
     pixels: float = math.nan
-    between: tuple[float, float] | None = None
+    after_pixels: float | None = None
+    before_pixels: float | None = None
     often: bool = False
 
     def __str__(self) -> str:
@@ -74,26 +85,19 @@ def growth(pixels: Sequence[float], costs: Sequence[float]) -> Growth | None:
     x, y = np.log(np.asarray(pixels, float))[-count:], np.log(np.asarray(costs, float))[-count:]
     if len(x) < 2:
         return None
-    centred = x - x.mean()
-    spread = float(centred @ centred)
-    exponent = float(centred @ y / spread)
+    line = linregress(x, y)
     if len(x) == 2:
-        return Growth(exponent, None, None, 2, float(pixels[-2]))
-    residuals = y - y.mean() - exponent * centred
-    left, whole = float(residuals @ residuals), float(((y - y.mean()) ** 2).sum())
-    return Growth(
-        exponent=exponent,
-        error=math.sqrt(left / (len(x) - 2) / spread),
-        r_squared=1 - left / whole if whole else 1.0,
-        count=len(x),
-        first=float(pixels[-len(x)]),
-    )
+        # They are on a line whatever they cost.
+        return Growth(line.slope, None, None, 2)
+    if np.ptp(y) == 0:
+        return Growth(0.0, 0.0, 1.0, len(x))
+    return Growth(line.slope, line.stderr, line.rvalue**2, len(x))
 
 
 def crossover(
     pixels: Sequence[float], costs: Sequence[float], others: Sequence[float]
 ) -> Crossover:
-    """Where `costs` become smaller than `others`.
+    """Return where `costs` become smaller than `others`.
 
     Args:
         pixels: of each size, rising.
@@ -114,6 +118,39 @@ def crossover(
     return Crossover(
         kind="from" if smaller[-1] else "until",
         pixels=math.exp(low + share * (high - low)),
-        between=(float(pixels[last - 1]), float(pixels[last])),
+        after_pixels=float(pixels[last - 1]),
+        before_pixels=float(pixels[last]),
         often=len(changes) > 1,
     )
+
+
+def parts(data: pd.DataFrame) -> Iterable[tuple[str, str, pd.DataFrame]]:
+    """Return name, title and lines of each mode and batch size of `report.sweep.frame`."""
+    several = data["batch"].nunique() > 1
+    for mode in MODES:
+        for batch in data["batch"].unique():
+            part = data[(data["mode"] == mode) & (data["batch"] == batch)]
+            if not part.empty:
+                name = f"{mode}-batch-{batch}" if several else mode
+                yield name, f"{mode}, batch of {batch}" if several else mode, part
+
+
+def known(part: pd.DataFrame, quantity: str) -> pd.DataFrame:
+    """Return the lines of a row that have a quantity, one a size."""
+    return part.dropna(subset=[quantity]).drop_duplicates("pixels")
+
+
+def growth_of(part: pd.DataFrame, quantity: str) -> Growth | None:
+    """Return the growth of a quantity of one row; None for fewer than two sizes."""
+    found = known(part, quantity)
+    return growth(found["pixels"].astype(float).tolist(), found[quantity].astype(float).tolist())
+
+
+def crossover_of(data: pd.DataFrame, part: pd.DataFrame, quantity: str) -> Crossover | None:
+    """Return where a row crosses full attention in the same mode; None without full attention."""
+    full = data[data["row"] == BASELINE]
+    if full.empty:
+        return None
+    both = known(part, quantity).merge(known(full, quantity), on="pixels", suffixes=("", "_full"))
+    columns = ("pixels", quantity, f"{quantity}_full")
+    return crossover(*(both[name].astype(float).tolist() for name in columns))

@@ -54,6 +54,32 @@ def test_imports_go_one_way(package):
     assert wrong == []
 
 
+# The rooms of bench, each importing only of itself and of those before it; `integrations` stands on
+# `model`, and `conformance` on `measure`.
+LINE = ("errors", "files", "record", "config", "system", "data", "model", "measure", "run")
+BRANCHES = {"conformance": "measure", "integrations": "model"}
+ABOVE = ("cli", "commands", "__main__", "__init__")
+
+
+def rooms_below(room):
+    if room in ABOVE:
+        return {*LINE, *BRANCHES, *ABOVE}
+    top = LINE.index(BRANCHES.get(room, room))
+    return {*LINE[: top + 1], room}
+
+
+def test_rooms_of_bench_form_a_line():
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in files("bench")
+        for name in imported(path)
+        if name.startswith("bench.")
+        and name.split(".")[1]
+        not in rooms_below(path.relative_to(ROOT / "bench").parts[0].removesuffix(".py"))
+    ]
+    assert wrong == []
+
+
 def test_attentions_import_torch_alone():
     outside = {
         name.partition(".")[0] for path in files("attentions") for name in imported(path)

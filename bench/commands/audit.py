@@ -5,13 +5,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from bench.cli import SHARED, add, positive
 from bench.commands._output import FORMATS, check_writable, progress, show
 from bench.errors import InputError
-from bench.options import SHARED, add, positive
 
 if TYPE_CHECKING:
-    from bench.config import RunConfig
-    from bench.sizes import SizesReport
+    from bench.config.schema import RunConfig
+    from bench.measure.sizes import SizesReport
 
 HELP = "count FLOPs in three independent ways, and fail where they disagree"
 EPILOG = """\
@@ -45,16 +45,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     what = parser.add_mutually_exclusive_group()
     add(what, "image-size", help="count whole detectors on images of this size")
-    what.add_argument(
-        "--published",
+    add(
+        what,
+        "published",
         action="store_true",
         help="the 25 published rows: as published, counted again the same way, and as they are",
     )
     add(what, "sizes")
     add(parser, "backbone", "method")
-    parser.add_argument(
-        "--proposals", type=positive, default=1000, metavar="N", help="boxes in the box head"
-    )
+    add(parser, "proposals", type=positive, default=1000, metavar="N", help="boxes in the box head")
     add(parser, "format", choices=FORMATS)
     add(parser, "output", help="write tables and plots there too")
 
@@ -77,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _audit(options: argparse.Namespace) -> int:
     import attentions
-    from bench import audit
+    from bench.measure import audit
     from report import counts
 
     if options.image_size:
@@ -146,7 +145,7 @@ def _audit_line(line: Any) -> dict[str, Any]:
 
 
 def _published(options: argparse.Namespace) -> int:
-    from bench import published
+    from bench.measure import published
     from report import counts
 
     done = list(progress(published.recount(), lambda row: row.row))
@@ -160,7 +159,7 @@ def _published(options: argparse.Namespace) -> int:
 
 
 def _sizes(options: argparse.Namespace) -> int:
-    from bench.config import profile_configs
+    from bench.config.suites import profile_configs
 
     values = {"model": {"method": options.method}, "profile": {"proposals": options.proposals}}
     return show_sizes(
@@ -174,7 +173,7 @@ def show_sizes(options: argparse.Namespace, configs: "Sequence[RunConfig]") -> i
     Raises:
         InputError: for an unknown data set.
     """
-    from bench import sizes
+    from bench.measure import sizes
     from report import counts
 
     sizes.image_sizes(options.sizes)

@@ -4,9 +4,10 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from bench.cli import add, positive
 from bench.commands._output import WIDTH
+from bench.config.values import read
 from bench.errors import InputError
-from bench.options import add, positive
 
 if TYPE_CHECKING:
     from bench.conformance import Report
@@ -30,10 +31,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "mechanisms",
         nargs="+",
         metavar="MECHANISM",
-        help="a name, package.module:Class or file.py:Class; all for every one of the package",
+        help="a name or a row that has it, package.module:Class or file.py:Class; all for every one"
+        " of the package",
     )
-    parser.add_argument(
-        "--option",
+    add(
+        parser,
+        "option",
         nargs="+",
         action="extend",
         default=[],
@@ -46,15 +49,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="6x8",
         help="rows and columns of the ordinary calls; odd grids are near it",
     )
-    parser.add_argument("--dim", type=positive, default=48, metavar="N", help="channels")
-    parser.add_argument("--num-heads", type=positive, default=3, metavar="N", help="heads")
+    add(parser, "dim", type=positive, default=48, metavar="N", help="channels")
+    add(parser, "num-heads", type=positive, default=3, metavar="N", help="heads")
     add(parser, "format")
 
 
 def run(options: argparse.Namespace) -> int:
     """Check and print; 1 where a check failed."""
     if options.dim % options.num_heads:
-        raise InputError(f"--dim {options.dim} is no multiple of --num-heads {options.num_heads}")
+        raise InputError(
+            f"--dim {options.dim} must be a multiple of --num-heads {options.num_heads}"
+        )
     if min(options.grid) < 2:
         raise InputError(
             f"--grid {options.grid[0]}x{options.grid[1]}: both sides must be 2 or more"
@@ -77,31 +82,28 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _names(mechanisms: Sequence[str]) -> list[str]:
+    """Return the mechanisms that are named, or that stand in rows that are named."""
     import attentions
+    from bench.config.suites import mechanism
 
     every = [
-        own for name in mechanisms for own in (attentions.names() if name == "all" else [name])
+        own
+        for name in mechanisms
+        for own in (attentions.names() if name == "all" else [mechanism(name)])
     ]
     return list(dict.fromkeys(every))
 
 
 def _parsed(options: Sequence[str]) -> dict[str, Any]:
     """`key=value` as YAML reads values: numbers, true and false, null, lists."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    values: dict[str, Any] = {}
+    values = {}
     for option in options:
-        key, equals, _ = option.partition("=")
+        key, equals, text = option.partition("=")
         if not (equals and key.isidentifier()):
-            raise InputError(f"--option {option!r} is no key=value, for example window=5")
-        try:
-            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([option]))
-        except (OmegaConfBaseException, YAMLError) as error:
-            raise InputError(f"--option {option!r}: {str(error).splitlines()[0]}") from error
-        if isinstance(parsed, dict):
-            values |= {str(name): value for name, value in parsed.items()}
+            raise InputError(
+                f"--option {option!r} is not of the form key=value, for example window=5"
+            )
+        values[key] = read(text, f"--option {option}")
     return values
 
 

@@ -8,15 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.commands._inputs import with_positions
+from bench.cli import add, add_overrides, add_row
 from bench.commands._output import WIDTH
 from bench.errors import InputError
-from bench.options import add, add_overrides, add_row
 
 if TYPE_CHECKING:
-    from bench.backbone import ViL
-    from bench.checkpoints import Conversion, Step
-    from bench.config import RunConfig
+    from bench.config.schema import RunConfig
+    from bench.model.backbone import ViL
+    from bench.model.weights import Conversion, Step
 
 HELP = "convert a classification checkpoint for the training of a detector"
 EPILOG = """\
@@ -35,18 +34,16 @@ _MANY_KINDS = 12
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument(
-        "--source", type=Path, required=True, metavar="FILE", help="classification checkpoint"
+    add(
+        parser, "source", type=Path, required=True, metavar="FILE", help="classification checkpoint"
     )
     add(parser, "output", required=True, metavar="FILE", help="where the result goes")
     add(parser, "backbone")
     add_row(parser)
     add(parser, "position")
     add(parser, "image-size", help="of the images to come (default: 1333x1333)")
-    parser.add_argument("--force", action="store_true", help="overwrite the output")
-    parser.add_argument(
-        "--every", action="store_true", help="one line for each tensor, not for each kind"
-    )
+    add(parser, "force", action="store_true", help="overwrite the output")
+    add(parser, "every", action="store_true", help="one line for each tensor, not for each kind")
     add(parser, "format")
     add_overrides(parser)
 
@@ -55,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     """Convert, write and print."""
     _check_output(options.source, options.output, force=options.force)
 
-    from bench.checkpoints import convert, load_file, save_file
+    from bench.model.weights import convert, load_file, save_file
 
     config = _config(options)
     vil = _backbone(config)
@@ -84,22 +81,23 @@ def _check_output(source: Path, output: Path, *, force: bool) -> None:
 
 
 def _config(options: argparse.Namespace) -> "RunConfig":
-    from bench.config import profile_configs
+    from bench.config.suites import profile_configs
 
     (config,) = profile_configs(
         [options.attention],
         backbone=options.backbone,
+        position=options.position,
         image_size=options.image_size,
         overrides=options.overrides,
     )
-    return with_positions(config, options.position)
+    return config
 
 
 def _backbone(config: "RunConfig") -> "ViL":
     """The backbone that is converted for, with nothing allocated."""
     import torch
 
-    from bench.models import build_detector
+    from bench.model.build import build_detector
 
     with torch.device("meta"):
         detector = build_detector(config, num_classes=80)
@@ -124,7 +122,7 @@ def _first_misfit(steps: Sequence["Step"]) -> str:
 def _print(conversion: "Conversion", config: "RunConfig", options: argparse.Namespace) -> None:
     import pandas as pd
 
-    from bench.checkpoints import ACTIONS
+    from bench.model.weights import ACTIONS
     from report import tables
 
     model = config.model
@@ -209,7 +207,7 @@ def _json(conversion: "Conversion", config: "RunConfig") -> str:
     import dataclasses
     import json
 
-    from bench.checkpoints import ACTIONS
+    from bench.model.weights import ACTIONS
 
     return json.dumps(
         {

@@ -3,15 +3,16 @@
 import argparse
 import json
 import os
-import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from bench.cli import add, count, names, several
 from bench.commands._output import WIDTH
+from bench.config.schema import DEGENERATE_BOXES
 from bench.errors import InputError
-from bench.options import add, count, names, several
+from bench.files import cores
 
 if TYPE_CHECKING:
     from bench.data.check import SplitReport
@@ -25,7 +26,7 @@ examples:
   python -m bench data coco --root /datasets/coco
   python -m bench data speed /datasets/coco --workers 0,2,4,8
 
-`python -m bench data ACTION --help` explains an action. A data set is a folder in COCO layout:
+`python -m bench data COMMAND --help` explains a command. A data set is a folder in COCO layout:
 annotations/instances_SPLIT.json and the images in SPLIT/, for example train2017; or Roboflow's,
 SPLIT/_annotations.coco.json beside its images; or, to check it, any annotation file.
 
@@ -35,47 +36,35 @@ _LIMIT = 20
 _SHOWN = ("kind", "text", "handled", "image", "annotation", "left_out")
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the actions and their options."""
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    _configure_check(_action(actions, "check", "report everything wrong or odd in a data set"))
-    _configure_coco(_action(actions, "coco", "download COCO 2017, or what is missing of it"))
-    _configure_speed(_action(actions, "speed", "measure how many images a second are read"))
-
-
-def _action(actions: Any, name: str, help_: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = actions.add_parser(name, help=help_, description=help_)
-    return parser
-
-
 def _configure_check(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(act=check)
-    parser.epilog = (
-        "exit code: 0 fine, or odd but handled; 1 errors found; 2 no such folder or split"
-    )
     _add_path(parser)
     _add_splits(parser)
-    parser.add_argument(
-        "--images",
+    add(
+        parser,
+        "images",
         type=Path,
         metavar="DIR",
         help="folder of the images (default: looked for near the annotations)",
     )
-    parser.add_argument(
-        "--no-images", action="store_true", help="read the annotations and masks only"
-    )
-    parser.add_argument(
-        "--degenerate-boxes",
-        choices=("drop", "error"),
+    add(parser, "no-images", action="store_true", help="read the annotations and masks only")
+    add(
+        parser,
+        "degenerate-boxes",
+        choices=DEGENERATE_BOXES,
         default="drop",
         help="what boxes without area are: left out, as in training by the published recipes, or"
         " errors",
     )
-    parser.add_argument(
-        "--workers", type=count, metavar="N", help="processes that decode (default: one a core)"
+    add(
+        parser,
+        "workers",
+        type=count,
+        metavar="N",
+        help="processes that decode (default: one a core)",
     )
-    parser.add_argument(
-        "--limit",
+    add(
+        parser,
+        "limit",
         type=count,
         default=_LIMIT,
         metavar="N",
@@ -85,38 +74,37 @@ def _configure_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _configure_coco(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(act=coco)
-    parser.epilog = "exit code: 0 all is there; 1 the download failed"
-    parser.add_argument(
-        "--root",
+    add(
+        parser,
+        "root",
         type=Path,
         metavar="DIR",
         help="where to put it (default: $DETECTRON2_DATASETS/coco)",
     )
-    parser.add_argument(
-        "--splits",
+    add(
+        parser,
+        "splits",
         type=names,
         default="train2017,val2017",
         metavar="A,B",
         help="whose images and annotations",
     )
-    parser.add_argument(
-        "--base-url",
+    add(
+        parser,
+        "base-url",
         default="http://images.cocodataset.org",
         metavar="URL",
         help="where it comes from; name a mirror here",
     )
-    parser.add_argument(
-        "--keep-archives", action="store_true", help="keep the zip files after extraction"
-    )
+    add(parser, "keep-archives", action="store_true", help="keep the zip files after extraction")
 
 
 def _configure_speed(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(act=speed)
     _add_path(parser)
-    parser.add_argument("--split", default="train2017", metavar="NAME", help="split to read")
-    parser.add_argument(
-        "--workers",
+    add(parser, "split", default="train2017", metavar="NAME", help="split to read")
+    add(
+        parser,
+        "workers",
         type=several(count),
         default="0,1,2,4",
         metavar="A,B",
@@ -138,25 +126,14 @@ def _add_path(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_splits(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--split",
+    add(
+        parser,
+        "split",
         nargs="+",
         default=(),
         metavar="NAME",
         help="splits to check (default: every annotations/instances_NAME.json)",
     )
-
-
-def run(options: argparse.Namespace) -> int:
-    """Do the action; 1 where it failed for a reason that is no wrong input."""
-    from bench.data import DataError
-
-    try:
-        code: int = options.act(options)
-    except DataError as error:
-        print(f"python -m bench data {options.action}: failed: {error}", file=sys.stderr)
-        return 1
-    return code
 
 
 def check(options: argparse.Namespace) -> int:
@@ -165,7 +142,7 @@ def check(options: argparse.Namespace) -> int:
 
     from bench.data import check as checks
 
-    workers = _cores() if options.workers is None else options.workers
+    workers = cores() if options.workers is None else options.workers
     reports = checks.check(
         root,
         options.split,
@@ -189,10 +166,6 @@ def _root(path: Path | None) -> Path:
     if not value:
         raise InputError(f"no folder was named, and ${_VARIABLE} is not set")
     return Path(value).expanduser() / "coco"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _json(root: Path, reports: Sequence["SplitReport"]) -> str:
@@ -314,8 +287,29 @@ def speed(options: argparse.Namespace) -> int:
 
     from report import tables
 
-    print(f"{root}, {options.split}: {len(dataset)} images, {_cores()} cores\n")
+    print(f"{root}, {options.split}: {len(dataset)} images, {cores()} cores\n")
     print(tables.to_text(pd.DataFrame(rows), WIDTH))
     print("0 workers: the process that trains reads. A GPU is kept fed where this is more than it")
     print("trains with; the log of a training says how long it waited.")
     return 0
+
+
+COMMANDS = {
+    "check": argparse.Namespace(
+        HELP="report everything wrong or odd in a data set",
+        EXIT_CODES="exit code: 0 fine, or odd but handled; 1 errors found; 2 no such data",
+        configure=_configure_check,
+        run=check,
+    ),
+    "coco": argparse.Namespace(
+        HELP="download COCO 2017, or what is missing of it",
+        EXIT_CODES="exit code: 0 all is there; 1 the download failed; run it again to go on",
+        configure=_configure_coco,
+        run=coco,
+    ),
+    "speed": argparse.Namespace(
+        HELP="measure how many images a second are read",
+        configure=_configure_speed,
+        run=speed,
+    ),
+}

@@ -4,14 +4,10 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.commands._inputs import with_positions
-from bench.commands._output import WIDTH
-from bench.errors import InputError
-from bench.options import (
+from bench.cli import (
     add,
     add_overrides,
     add_precision,
@@ -21,10 +17,13 @@ from bench.options import (
     precision,
     some_of,
 )
-from bench.vocabulary import LIBRARIES, METHODS, PRECISIONS
+from bench.commands._output import WIDTH
+from bench.config.schema import LIBRARIES, METHODS, PRECISIONS
+from bench.errors import InputError
+from bench.files import write_whole
 
 if TYPE_CHECKING:
-    from bench.config import RunConfig
+    from bench.config.schema import RunConfig
     from bench.data.coco import CocoDataset
     from bench.record import Record
 
@@ -61,29 +60,37 @@ _DETECTOR = {
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument(
-        "--weights",
+    add(
+        parser,
+        "weights",
         type=Path,
         metavar="FILE",
         help="the checkpoint (default: what the run of --record kept)",
     )
-    parser.add_argument(
-        "--data",
+    add(
+        parser,
+        "data",
         type=Path,
         metavar="DIR",
         help="folder in COCO layout (default: that of --record, or $DETECTRON2_DATASETS/coco)",
     )
-    parser.add_argument(
-        "--split",
+    add(
+        parser,
+        "split",
         metavar="NAME",
         help=f"of the data (default: the first of --record, or {_SPLIT})",
     )
     model = parser.add_argument_group("the detector")
-    model.add_argument(
-        "--record", type=Path, metavar="FILE", help="that of a run, instead of all other options"
+    add(
+        model,
+        "record",
+        type=Path,
+        metavar="FILE",
+        help="that of a run, instead of all other options",
     )
-    model.add_argument(
-        "--library",
+    add(
+        model,
+        "library",
         choices=LIBRARIES,
         default="auto",
         help="whose names the weights have; auto tells by the names",
@@ -98,7 +105,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(model, "backbone")
     add_row(model)
     add(model, "position")
-    model.add_argument("--arch", help="ARCH string, instead of backbone, row and position")
+    add(model, "arch", help="ARCH string, instead of backbone, row and position")
     run = parser.add_argument_group("the run")
     add(
         run,
@@ -106,12 +113,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="images in a batch of each process (default: that of --record, or 1)",
     )
-    run.add_argument("--workers", type=count, default=2, metavar="N", help="decoding processes")
+    add(run, "workers", type=count, default=2, metavar="N", help="decoding processes")
     add(run, "device")
-    add_precision(run)
-    # Known when the record is.
-    parser.set_defaults(precision=None)
-    run.add_argument("--limit", type=positive, metavar="N", help="the first N images alone")
+    # Its default is known when the record is.
+    add_precision(run, default=None)
+    add(run, "limit", type=positive, metavar="N", help="the first N images alone")
     add(
         run,
         "format",
@@ -132,16 +138,16 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from bench import record
-    from bench.checkpoints import load_file
     from bench.data.check import remarks
-    from bench.detectors import weights
-    from bench.devices import make_fabric
-    from bench.evaluate import evaluate
-    from bench.evaluate import remarks as evaluation_remarks
-    from bench.inputs import open_split
-    from bench.launch import world
-    from bench.models import build_detector
-    from bench.progress import Bar
+    from bench.data.split import open_split
+    from bench.model import weights
+    from bench.model.build import build_detector
+    from bench.model.weights import load_file
+    from bench.run.evaluate import evaluate
+    from bench.run.evaluate import remarks as evaluation_remarks
+    from bench.system.devices import make_fabric
+    from bench.system.processes import world
+    from bench.system.progress import Bar
 
     found = record.read(options.record) if options.record else None
     path, root = options.weights, options.data
@@ -150,7 +156,7 @@ def run(options: argparse.Namespace) -> int:
         root = root or _recorded_root(options.record, found)
     root = root or _root()
     state = load_file(path)
-    config = _config(options, found, weights.kind(state), root)
+    config = _config(options, found, weights.detector_kind(state), root)
     (name,) = config.evaluate.splits
     split = open_split(config, root, name)
     if options.limit:
@@ -158,7 +164,7 @@ def run(options: argparse.Namespace) -> int:
     labels, notes = _labels(options.record, found, split)
     detector = build_detector(config, split.num_classes)
     try:
-        weights.load(detector, state)
+        weights.load_detector(detector, state)
     except InputError as error:
         raise InputError(f"--weights {path}: {error}") from error
     fabric = make_fabric(config)
@@ -194,7 +200,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _kept(path: Path, record: "Record") -> Path:
     """The weights that the run of a record kept, beside the folder of records."""
-    from bench.checkpoints import sha256
+    from bench.files import sha256
 
     kept = (record.training or {}).get("weights")
     if kept is None:
@@ -223,7 +229,7 @@ def _labels(
             f" --record); taken for those of {split.annotation_file} by the order of ids:"
             f" {names}{more}"
         ]
-    from bench.inputs import labels_by_name
+    from bench.data.split import labels_by_name
 
     try:
         categories = tuple((id_, name) for id_, name in trained)
@@ -234,14 +240,14 @@ def _labels(
 
 def _recorded_root(path: Path, record: "Record") -> Path:
     """The data of a record's run; generated data is made where it is missing."""
-    from bench.config import build_config
-    from bench.inputs import data_root
+    from bench.config.suites import build_config
+    from bench.data.split import data_root
 
     return data_root(build_config(record.config), path.resolve().parent.parent)
 
 
 def _root() -> Path:
-    from bench.data.coco import DATASETS_VARIABLE, default_root
+    from bench.config.suites import DATASETS_VARIABLE, default_root
     from bench.data.layout import LAYOUT
 
     root = default_root()
@@ -259,8 +265,9 @@ def _config(
     root: Path,
 ) -> "RunConfig":
     """The run's configuration; `kind` is library and method by the names of the weights."""
-    from bench.config import RunConfig, build_config, profile_configs
-    from bench.launch import world
+    from bench.config.schema import RunConfig
+    from bench.config.suites import build_config, profile_configs
+    from bench.system.processes import world
 
     recorded = build_config(record.config) if record else None
     evaluate = (recorded or RunConfig()).evaluate
@@ -298,10 +305,11 @@ def _config(
     (config,) = profile_configs(
         [options.attention],
         backbone=options.backbone,
+        position=options.position,
         values=run,
         overrides=[*arch, *options.overrides],
     )
-    return with_positions(config, options.position)
+    return config
 
 
 def _precision(options: argparse.Namespace, recorded: "RunConfig | None") -> str:
@@ -315,8 +323,8 @@ def _result(
 ) -> dict[str, Any]:
     """What the file holds."""
     from bench import record
-    from bench.checkpoints import sha256
-    from bench.models import model_section
+    from bench.files import sha256
+    from bench.model.build import model_section
 
     model = model_section(config)
     return {
@@ -340,7 +348,7 @@ def _print(options: argparse.Namespace, result: dict[str, Any]) -> None:
         figures = {k: v for k, v in section.items() if k != "bootstrap"}
         print(json.dumps(short | {"evaluation": figures}))
     if options.output:
-        _write(options.output, json.dumps(result, indent=1) + "\n")
+        write_whole(options.output, json.dumps(result, indent=1) + "\n")
 
 
 def _print_table(model: Mapping[str, Any], section: Mapping[str, Any]) -> None:
@@ -371,15 +379,3 @@ def _print_table(model: Mapping[str, Any], section: Mapping[str, Any]) -> None:
 
 def _number(value: float | None) -> str:
     return "\N{EN DASH}" if value is None else f"{value:.2f}"
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write --output {path}: {error.strerror or error}") from error

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.commands._output import FORMATS, check_writable, show, write
-from bench.errors import InputError
-from bench.options import (
+from bench.cli import (
     add,
     add_overrides,
     add_precision,
@@ -19,7 +17,9 @@ from bench.options import (
     on_gpu,
     precision,
 )
-from bench.vocabulary import LIBRARIES, QUANTITIES
+from bench.commands._output import FORMATS, check_writable, show, write
+from bench.config.schema import LIBRARIES, QUANTITIES
+from bench.errors import InputError
 
 HELP = "measure parameters, FLOPs, memory and latency of one mechanism or many"
 EPILOG = """\
@@ -38,9 +38,7 @@ FITS = ("image-size", "batch-size")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add(parser, "attention", "backbone", "method")
-    parser.add_argument(
-        "--library", choices=LIBRARIES, default="torchvision", help="whose detector"
-    )
+    add(parser, "library", choices=LIBRARIES, default="torchvision", help="whose detector")
     add(parser, "image-size", default="800x1344")
     add(parser, "batch-size")
     add_precision(parser)
@@ -49,18 +47,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(parser, "repeats", default=10)
     add(parser, "seconds", default="1")
     add(parser, "seed")
-    parser.add_argument("--data", metavar="DIR", help="images in COCO layout (default: generated)")
-    parser.add_argument(
-        "--no-parts", action="store_true", help="measure whole detectors alone, not their parts"
+    add(parser, "data", metavar="DIR", help="images in COCO layout (default: generated)")
+    add(
+        parser,
+        "no-parts",
+        action="store_true",
+        help="measure whole detectors alone, not their parts",
     )
-    parser.add_argument(
-        "--memory-budget",
+    add(
+        parser,
+        "memory-budget",
         type=memory_budget,
         metavar="24GB",
         help="find the largest square image or batch that is predicted to fit into it",
     )
-    parser.add_argument(
-        "--fit", choices=FITS, default="image-size", help="which of them --memory-budget finds"
+    add(
+        parser,
+        "fit",
+        choices=FITS,
+        default="image-size",
+        help="which of them --memory-budget finds",
     )
     add(parser, "sizes")
     add(parser, "format", choices=FORMATS)
@@ -79,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _configs(options: argparse.Namespace) -> tuple[Any, ...]:
-    from bench.config import profile_configs
+    from bench.config.suites import profile_configs
 
     return profile_configs(options.attention, image_size=options.image_size, **_given(options))
 
@@ -103,9 +109,10 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _profile(options: argparse.Namespace, configs: Sequence[Any]) -> int:
-    from bench import profiler, record
-    from bench.devices import make_fabric
-    from bench.progress import Bar
+    from bench import record
+    from bench.measure import profile as profiler
+    from bench.system.devices import make_fabric
+    from bench.system.progress import Bar
     from report import load, page, profiles
 
     if options.output is not None:
@@ -153,9 +160,10 @@ def _check_new(folder: Path, configs: Sequence[Any]) -> None:
 
 def _fit(options: argparse.Namespace, configs: Sequence[Any]) -> int:
     """The largest image or batch of each row within the budget."""
-    from bench import detectors, predict
-    from bench.config import profile_configs
-    from bench.profiler import build_on_meta
+    from bench.config.suites import profile_configs
+    from bench.measure import predict
+    from bench.measure.profile import build_on_meta
+    from bench.model import detectors
     from report import profiles
 
     vary = options.fit.replace("-", "_")
@@ -189,7 +197,7 @@ def _fit(options: argparse.Namespace, configs: Sequence[Any]) -> int:
 def _over_sizes(options: argparse.Namespace) -> int:
     """FLOPs over the image sizes of a data set."""
     from bench.commands.audit import show_sizes
-    from bench.config import profile_configs
+    from bench.config.suites import profile_configs
 
     # Positions for the largest image of the data set, whatever size is profiled otherwise.
     return show_sizes(options, profile_configs(options.attention, **_given(options)))

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from bench.cli import add
 from bench.errors import InputError
 
 HELP = "make tables, plots and pages of a folder of records, or of several"
@@ -17,10 +18,14 @@ examples:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="output folders")
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="where the report goes (default: the first DIR)"
+    add(
+        parser,
+        "output",
+        type=Path,
+        metavar="DIR",
+        help="where the report goes (default: the first DIR)",
     )
-    parser.add_argument("--title", default="Report", help="heading of the page")
+    add(parser, "title", default="Report", help="heading of the page")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -29,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
 
     for folder in options.folders:
         if not folder.is_dir():
-            raise InputError(f"{folder} is no folder; name the output folder of a run")
+            raise InputError(f"{folder} is not a folder; name the output folder of a run")
     records = load.ordered(entry for folder in options.folders for entry in load.load(folder))
     if not records:
         raise InputError(f"no record in {', '.join(map(str, options.folders))}")

@@ -8,8 +8,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.commands._output import FORMATS, WIDTH
-from bench.options import (
+from bench.cli import (
     SHARED,
     ImageSize,
     add,
@@ -24,7 +23,8 @@ from bench.options import (
     seconds,
     several,
 )
-from bench.vocabulary import MODES, SCOPES, SWEPT
+from bench.commands._output import FORMATS, WIDTH
+from bench.config.schema import MODES, SCOPES, SWEPT
 
 HELP = "measure FLOPs, memory and latency against resolution, and find where full attention loses"
 EPILOG = """\
@@ -56,7 +56,7 @@ def image_sizes(text: str) -> tuple[ImageSize, ...]:
     numbers = [int(part) for part in parts if part.isascii() and part.isdigit()]
     if len(numbers) != len(parts) or len(parts) not in (2, 3):
         raise ArgumentTypeError(
-            f"{text!r} is no series of image sizes; allowed: FIRST:LAST, FIRST:LAST:COUNT or A,B,…"
+            f"{text!r} is not a series of image sizes; allowed: FIRST:LAST, FIRST:LAST:COUNT, A,B,…"
         )
     first, last = (_STEP * max(1, round(side / _STEP)) for side in numbers[:2])
     if not 0 < numbers[0] < numbers[1]:
@@ -76,23 +76,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "attention",
         help=f"{SHARED['attention']['help']}; all is every mechanism once",
     )
-    parser.add_argument(
-        "--image-sizes",
+    add(
+        parser,
+        "image-sizes",
         type=image_sizes,
         default="224:1024",
         metavar="A:B",
         help="224:1024 is a geometric series of multiples of 32, 224:1024:9 one of 9 sizes,"
         " 256,512x768 a list",
     )
-    parser.add_argument(
-        "--batch-sizes",
+    add(
+        parser,
+        "batch-sizes",
         type=several(positive),
         default="1",
         metavar="A,B",
         help="images in a batch",
     )
-    parser.add_argument(
-        "--scope",
+    add(
+        parser,
+        "scope",
         choices=SCOPES,
         default="backbone",
         help="what is measured; attention is the first module of the backbone alone",
@@ -105,14 +108,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(parser, "repeats", default=3)
     add(parser, "seconds", default="0.5")
     add(parser, "seed")
-    parser.add_argument(
-        "--memory-limit",
+    add(
+        parser,
+        "memory-limit",
         type=memory_budget,
         metavar="16GB",
         help="of each point, on the CPU (default: nine tenths of what is free)",
     )
-    parser.add_argument(
-        "--max-seconds",
+    add(
+        parser,
+        "max-seconds",
         type=seconds,
         default="600",
         metavar="S",
@@ -127,11 +132,10 @@ def run(options: argparse.Namespace) -> int:
     """Sweep, write the report and print its tables."""
     from rich.console import Console
 
-    from bench.sweep.points import plan
-    from bench.sweep.store import Limits
-    from bench.sweep.walks import sweep
-    from report.sweep.page import write
-    from report.sweep.points import alike
+    from bench.measure.sweep.points import plan
+    from bench.measure.sweep.store import Limits
+    from bench.measure.sweep.walks import sweep
+    from report.sweep import alike, write
 
     walks = plan(
         options.attention,
@@ -166,8 +170,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _table(points: Sequence[Any]) -> None:
     from report import tables
-    from report.sweep.points import frame
-    from report.sweep.tables import summaries
+    from report.sweep import frame, summaries
 
     for table in summaries(frame(points)):
         print(f"{table.title}\n\n{tables.to_text(table.shown, WIDTH)}")
@@ -175,22 +178,18 @@ def _table(points: Sequence[Any]) -> None:
 
 
 def _markdown(points: Sequence[Any]) -> None:
-    from report import tables
-    from report.sweep import tables as sweep
-    from report.sweep.points import frame
+    from report import sweep, tables
 
-    data = frame(points)
+    data = sweep.frame(points)
     for table in (*sweep.summaries(data), sweep.points(data)):
         print(f"## {table.title}\n\n{tables.to_markdown(table.shown)}")
         print("\n".join((*table.notes, "")))
 
 
 def _csv(points: Sequence[Any]) -> None:
-    from report import tables
-    from report.sweep import tables as sweep
-    from report.sweep.points import frame
+    from report import sweep, tables
 
-    print(tables.to_csv(sweep.points(frame(points)).raw), end="")
+    print(tables.to_csv(sweep.points(sweep.frame(points)).raw), end="")
 
 
 def _json(points: Sequence[Any]) -> None:

@@ -1,6 +1,6 @@
 """Whether an attention module keeps the contract that the suite relies on.
 
-`CHECKS` is the table of promises (`bench.conformance.promises`) with what to say about each.
+`CHECKS` are the promises of `bench.conformance.promises`.
 Whatever a mechanism itself raises is a failure of that check and never ends the others, except
 where nothing further can be learnt: a mechanism that cannot be built or called.
 """
@@ -9,7 +9,7 @@ import contextlib
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import nn
 
 import attentions
 from attentions.contract import Grid, accepted_options
-from bench.conformance import promises
+from bench.conformance.promises import CHECKS, Check
 from bench.conformance.subject import (
     DIM,
     GRID,
@@ -33,27 +33,6 @@ PASSED, WARNED, FAILED, SKIPPED = "passed", "warning", "failed", "skipped"
 _WORST_FIRST = (FAILED, WARNED, PASSED, SKIPPED)
 # What the code of a user may raise, an attempt to end the program included.
 _ANY_ERROR = (Exception, SystemExit)
-
-
-@dataclass(frozen=True)
-class Check:
-    """One promise of the contract.
-
-    Attributes:
-        name: for the table.
-        promise: what holds where it passes.
-        advice: what to change where the mechanism itself raises an error.
-        run: raises a `VerdictError`; whatever else it raises is a failure.
-        essential: without it the checks that follow mean nothing.
-        once: run with the first set of options alone, for what takes long.
-    """
-
-    name: str
-    promise: str
-    advice: str
-    run: Callable[[Subject], None]
-    essential: bool = False
-    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +59,7 @@ class Report:
     Attributes:
         mechanism: its name.
         options: the sets of options that were run.
-        results: one a check, in the order of `CHECKS`; none after an essential check that failed.
+        results: one a check, in the order of CHECKS; none after an essential check that failed.
     """
 
     mechanism: str
@@ -225,112 +204,3 @@ def _contained() -> Iterator[None]:
             yield
         finally:
             logging.disable(disabled)
-
-
-CHECKS: tuple[Check, ...] = (
-    Check(
-        "constructor",
-        "takes dim, num_heads and num_global; every option has a default",
-        "build it with Class(dim=48, num_heads=3, num_global=2) and correct what it raises",
-        promises.constructor,
-        essential=True,
-    ),
-    Check(
-        "keywords",
-        "arguments by keyword only, unknown ones refused, declarations true",
-        "see attentions/contract.py for what a mechanism may declare",
-        promises.keywords,
-    ),
-    Check(
-        "output",
-        "as many tokens and channels as came in, and their dtype",
-        "forward(self, x, grid) takes x (B, num_global + rows * columns, dim) and returns the like",
-        promises.plain_output,
-        essential=True,
-    ),
-    Check(
-        "odd grids",
-        "grids with odd sides, none of them square",
-        "take rows and columns from grid; pad what must be a multiple, and cut the result",
-        promises.odd_grids,
-    ),
-    Check(
-        "thin grids",
-        "grids of one token, one row and one column",
-        "handle it, or raise ValueError with the grid as ROWSxCOLUMNS and the least that works",
-        promises.thin_grids,
-    ),
-    Check(
-        "global tokens",
-        "no global token, one and several",
-        "the first num_global tokens of x are global, the grid comes after",
-        promises.few_globals,
-    ),
-    Check(
-        "resolution",
-        "one module takes another image size, or says that it cannot",
-        "let nothing depend on the grid it was made for, or declare fixed_size = True",
-        promises.resolution,
-    ),
-    Check(
-        "batch",
-        "an image comes out the same whatever is beside it in the batch",
-        "reduce over tokens or channels, never over dimension 0",
-        promises.batch,
-    ),
-    Check(
-        "gradients",
-        "finite gradients reach the input and every parameter",
-        "call backward on its output while training and correct what it raises",
-        promises.gradients,
-    ),
-    Check(
-        "calls",
-        "no call leaves a trace: same input, same output; the input stays as it is",
-        "keep nothing on self in forward, and draw random numbers only where self.training",
-        promises.calls,
-    ),
-    Check(
-        "instances",
-        "instances share nothing",
-        "keep nothing that changes in the class body or the module",
-        promises.instances,
-    ),
-    Check(
-        "copies",
-        "deep copies and loaded state dicts are equal and independent",
-        "register every tensor as a parameter or, by register_buffer, as a buffer",
-        promises.copies,
-    ),
-    Check(
-        "precision",
-        "float64 stays float64, and float32 agrees with it",
-        "make new tensors with the dtype and device of x: x.new_zeros(…), torch.ones_like(x)",
-        promises.precision,
-    ),
-    Check(
-        "autocast",
-        "bfloat16 autocast: finite output and gradients",
-        "keep one dtype in each product; compute exponentials and sums of them in float32",
-        promises.autocast,
-    ),
-    Check(
-        "compile",
-        "torch.compile gives the same output, in one graph",
-        "avoid what torch.compile cannot trace, or wrap it with torch.compiler.disable",
-        promises.compiles,
-        once=True,
-    ),
-    Check(
-        "FLOPs",
-        "runs on the meta device, every operator counted, multiply_adds true",
-        "branch on no value of a tensor: no .item(), .tolist(), .numpy() or boolean indexing",
-        promises.multiply_adds,
-    ),
-    Check(
-        "reference",
-        "implementation='fast' equals 'reference', gradients too",
-        "both take the same parameters by name; correct the one that differs from the paper",
-        promises.reference,
-    ),
-)

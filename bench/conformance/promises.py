@@ -1,23 +1,31 @@
 """The promises of an attention module's contract, one small function each.
 
-`attentions/contract.py` says what a mechanism is. Each function here tries one promise on a
-`Subject`, a mechanism with one set of options, and raises `FailedError` with what to change where
-it is broken. `bench.conformance` runs them all and says what they found.
+`attentions/contract.py` says what a mechanism is. Each function here tries one promise, which its
+docstring states, on a `Subject`, and raises `FailedError` with what to change where it is broken.
+`bench.conformance.check` runs them all, in the order of this file.
 """
 
 import copy
 import inspect
 import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from attentions.contract import Grid, accepted_options
-from bench.conformance.outcomes import (
+from bench.conformance.subject import (
+    BATCH,
     OUTPUT,
+    FailedError,
+    SkippedError,
+    Subject,
+    WarnedError,
     check_output,
     difference,
     differences,
+    disturb,
     during,
     no_leaf,
     outcome,
@@ -26,15 +34,7 @@ from bench.conformance.outcomes import (
     run,
     show,
 )
-from bench.conformance.subject import (
-    BATCH,
-    FailedError,
-    SkippedError,
-    Subject,
-    WarnedError,
-    disturb,
-)
-from bench.operators import count_call
+from bench.measure.operators import count_call
 
 _SIZE = ("dim", "num_heads", "num_global")
 _PLACE = ("grid", "seq_len", "position", "block_index")
@@ -47,10 +47,57 @@ _DECLARED = 0.01
 # It traces forward and backward as any backend does, and needs no compiler of the system.
 _BACKEND = "aot_eager"
 _UNKNOWN_OPTION = "an_option_that_no_mechanism_has"
+# Step and tolerance of central differences in float64, relative to the derivative's scale.
+_STEP, _DERIVATIVE = 1e-6, 1e-5
 
 
+@dataclass(frozen=True)
+class Check:
+    """One promise of the contract.
+
+    Attributes:
+        name: for the table.
+        advice: what to change where the mechanism itself raises an error.
+        run: raises a `VerdictError`; whatever else it raises is a failure.
+        essential: without it the checks that follow mean nothing.
+        once: run with the first set of options alone, for what takes long.
+    """
+
+    name: str
+    advice: str
+    run: Callable[[Subject], None]
+    essential: bool = False
+    once: bool = False
+
+    @property
+    def promise(self) -> str:
+        """What holds where it passes."""
+        text = " ".join((self.run.__doc__ or "").split()).removesuffix(".")
+        return text[:1].lower() + text[1:]
+
+
+CHECKS: list[Check] = []
+
+
+def promise(
+    name: str, advice: str, *, essential: bool = False, once: bool = False
+) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
+    """Add a function to CHECKS; its docstring is the promise."""
+
+    def add(run: Callable[[Subject], None]) -> Callable[[Subject], None]:
+        CHECKS.append(Check(name, advice, run, essential=essential, once=once))
+        return run
+
+    return add
+
+
+@promise(
+    "constructor",
+    "build it with Class(dim=48, num_heads=3, num_global=2) and correct what it raises",
+    essential=True,
+)
 def constructor(subject: Subject) -> None:
-    """It can be built from its size, its place and the options given."""
+    """Takes dim, num_heads and num_global; every option has a default."""
     accepted = accepted_options(subject.factory)
     absent = [name for name in _SIZE if name not in accepted]
     if absent:
@@ -71,8 +118,9 @@ def constructor(subject: Subject) -> None:
     subject.build()
 
 
+@promise("keywords", "see attentions/contract.py for what a mechanism may declare")
 def keywords(subject: Subject) -> None:
-    """Arguments are given by keyword, unknown ones refused, and declarations true."""
+    """Arguments by keyword only, unknown ones refused, declarations true."""
     accepted = accepted_options(subject.factory)
     positional = [
         name for name, p in accepted.items() if p.kind is not inspect.Parameter.KEYWORD_ONLY
@@ -113,8 +161,13 @@ def keywords(subject: Subject) -> None:
     )
 
 
+@promise(
+    "output",
+    "forward(self, x, grid) takes x (B, num_global + rows * columns, dim) and returns the like",
+    essential=True,
+)
 def plain_output(subject: Subject) -> None:
-    """In float32, it returns what came in: tokens, channels and dtype."""
+    """As many tokens and channels as came in, and their dtype."""
     refused = refusals(subject, [subject.grid], dtype=torch.float32)
     if refused:
         raise FailedError(refused[0], "handle it; or, if it is too small, name a larger --grid")
@@ -126,8 +179,11 @@ def plain_output(subject: Subject) -> None:
         )
 
 
+@promise(
+    "odd grids", "take rows and columns from grid; pad what must be a multiple, and cut the result"
+)
 def odd_grids(subject: Subject) -> None:
-    """It takes grids with odd sides."""
+    """Grids with odd sides, none of them square."""
     refused = refusals(subject, subject.odd_grids)
     if refused:
         raise FailedError(
@@ -137,15 +193,20 @@ def odd_grids(subject: Subject) -> None:
         )
 
 
+@promise(
+    "thin grids",
+    "handle it, or raise ValueError with the grid as ROWSxCOLUMNS and the least that works",
+)
 def thin_grids(subject: Subject) -> None:
-    """It takes grids of one row or column, or says clearly that it does not."""
+    """Grids of one token, one row and one column."""
     refused = refusals(subject, [(1, 1), (1, subject.grid[1]), (subject.grid[0], 1)])
     if refused:
         raise WarnedError(f"refused, by a clear error: {refused[0]}")
 
 
+@promise("global tokens", "the first num_global tokens of x are global, the grid comes after")
 def few_globals(subject: Subject) -> None:
-    """It takes no global token, or as few as it declares, and several."""
+    """No global token, one and several."""
     for count in dict.fromkeys(max(few, subject.least_globals) for few in _FEW_GLOBALS):
         least = f"; or declare least_globals = {count + 1}" if count < 1 else ""
         with during(
@@ -157,8 +218,11 @@ def few_globals(subject: Subject) -> None:
             run(module, subject.tokens(num_global=count), subject.grid, f"num_global {count}")
 
 
+@promise(
+    "resolution", "let nothing depend on the grid it was made for, or declare fixed_size = True"
+)
 def resolution(subject: Subject) -> None:
-    """One module takes another size and keeps nothing of the one before; or refuses it."""
+    """One module takes another image size, or says that it cannot."""
     grid, other = subject.grid, subject.other_grid
     if subject.fixed_size:
         return _refuses(subject, other)
@@ -189,8 +253,9 @@ def _refuses(subject: Subject, other: Grid) -> None:
     )
 
 
+@promise("batch", "reduce over tokens or channels, never over dimension 0")
 def batch(subject: Subject) -> None:
-    """An image does not see its neighbours in the batch."""
+    """An image comes out the same whatever is beside it in the batch."""
     module, x = subject.module(), subject.tokens()
     together = run(module, x, subject.grid, "a batch")
     for i in range(BATCH):
@@ -202,8 +267,9 @@ def batch(subject: Subject) -> None:
         raise FailedError("an image comes out otherwise where its neighbours are large")
 
 
+@promise("gradients", "call backward on its output while training and correct what it raises")
 def gradients(subject: Subject) -> None:
-    """Finite gradients reach the input and every parameter while training."""
+    """Finite gradients reach the input and every parameter."""
     module, x = subject.module().train(), subject.tokens().requires_grad_()
     y = module(no_leaf(x), subject.grid)
     check_output(y, x, "while training")
@@ -228,8 +294,92 @@ def gradients(subject: Subject) -> None:
             )
 
 
+@promise(
+    "derivatives",
+    "correct its backward: torch.autograd.gradcheck finds the part of it that is wrong",
+)
+def derivatives(subject: Subject) -> None:
+    """Gradients equal central differences, for each layout of input and incoming gradient."""
+    if subject.dtype != torch.float64:
+        raise SkippedError("it does not work in float64, which finite differences need")
+    wrong: dict[int, str] = {}
+    for batch, (layout, x, gradient) in itertools.product((1, 2), _layouts(subject)):
+        found = _wrong_derivative(subject, x[:batch], gradient[:batch])
+        if found:
+            wrong.setdefault(batch, f"batch {batch}, {layout}: {found}")
+    if not wrong:
+        return
+    advice = ""
+    if 2 not in wrong:
+        advice = (
+            "only batch 1 is wrong: on the CPU, nn.InstanceNorm2d of torch 2.11 returns a wrong"
+            " gradient for batch 1 when the incoming gradient is channels-last; call .contiguous()"
+            " on its input and its output's gradient, or normalise with F.layer_norm over the grid"
+        )
+    raise FailedError(next(iter(wrong.values())), advice)
+
+
+def _layouts(subject: Subject) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Input and incoming gradient, each contiguous or strided as channels-first data is."""
+    x = subject.tokens()
+    gradient = output_gradient(x)
+
+    def strided(value: Tensor) -> Tensor:
+        return value.transpose(1, 2).contiguous().transpose(1, 2)
+
+    yield "contiguous", x, gradient
+    yield "strided incoming gradient", x, strided(gradient)
+    yield "strided input", strided(x), gradient
+
+
+def _wrong_derivative(subject: Subject, x: Tensor, gradient: Tensor) -> str | None:
+    """Name the input or parameter whose gradient differs from central differences, if any does.
+
+    Each is moved along one random direction; the derivative along it is the gradient's product
+    with the direction.
+    """
+    module = subject.module().train()
+    moved = no_leaf(x.detach()).requires_grad_()
+
+    def loss() -> Tensor:
+        torch.manual_seed(0)
+        y: Tensor = module(no_leaf(moved), subject.grid)
+        return y
+
+    module.zero_grad()
+    loss().backward(gradient)
+    generator = torch.Generator().manual_seed(2)
+    places = [
+        ("the input", moved),
+        *((f"parameter {n!r}", p) for n, p in module.named_parameters()),
+    ]
+    for what, value in places:
+        if value.grad is None:
+            continue
+        direction = torch.randn(value.shape, generator=generator, dtype=value.dtype)
+        ends = []
+        with torch.no_grad():
+            for step in (_STEP, -2 * _STEP):
+                value.add_(direction, alpha=step)
+                ends.append(loss())
+            value.add_(direction, alpha=_STEP)
+        terms = (ends[0] - ends[1]) / (2 * _STEP) * gradient
+        numeric, analytic = float(terms.sum()), float((value.grad * direction).sum())
+        # What differences of this size can tell is limited by the terms that cancel in the sum.
+        scale = max(abs(numeric), float(terms.abs().sum()) ** 0.5, 1.0)
+        if not abs(numeric - analytic) <= _DERIVATIVE * scale:
+            return (
+                f"the gradient of {what} is wrong: along a random direction it says"
+                f" {analytic:.6g} and the output changes by {numeric:.6g}"
+            )
+    return None
+
+
+@promise(
+    "calls", "keep nothing on self in forward, and draw random numbers only where self.training"
+)
 def calls(subject: Subject) -> None:
-    """While evaluating, a call leaves no trace and draws no random number."""
+    """No call leaves a trace: same input, same output; the input stays as it is."""
     module, x, other = subject.module(), subject.tokens(), subject.tokens(seed=1)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     kept = x.clone()
@@ -250,8 +400,9 @@ def calls(subject: Subject) -> None:
         )
 
 
+@promise("instances", "keep nothing that changes in the class body or the module")
 def instances(subject: Subject) -> None:
-    """Two instances share no parameter, and a call of one does not change the other."""
+    """Instances share nothing."""
     one, other = subject.module(seed=0), subject.module(seed=1)
     mine = {p.data_ptr(): name for name, p in one.named_parameters() if p.numel()}
     shared = [mine[p.data_ptr()] for p in other.parameters() if p.numel() and p.data_ptr() in mine]
@@ -268,8 +419,9 @@ def instances(subject: Subject) -> None:
         raise FailedError("calling one instance changes the output of another")
 
 
+@promise("copies", "register every tensor as a parameter or, by register_buffer, as a buffer")
 def copies(subject: Subject) -> None:
-    """Deep copies and loaded state dicts are equal to what they are of, and independent."""
+    """Deep copies and loaded state dicts are equal and independent."""
     module, loaded = subject.module(seed=0), subject.module(seed=1)
     x = subject.tokens()
     expected = run(module, x, subject.grid, "the original")
@@ -295,8 +447,12 @@ def copies(subject: Subject) -> None:
         raise FailedError("changing a deep copy changes the original", register)
 
 
+@promise(
+    "precision",
+    "make new tensors with the dtype and device of x: x.new_zeros(…), torch.ones_like(x)",
+)
 def precision(subject: Subject) -> None:
-    """float64 in, float64 out, and float32 close to it."""
+    """Float64 stays float64, and float32 agrees with it."""
     module, x = subject.module(dtype=torch.float64), subject.tokens(dtype=torch.float64)
     exact = run(module, x, subject.grid, "float64")
     if exact.dtype != x.dtype:
@@ -310,8 +466,11 @@ def precision(subject: Subject) -> None:
         )
 
 
+@promise(
+    "autocast", "keep one dtype in each product; compute exponentials and sums of them in float32"
+)
 def autocast(subject: Subject) -> None:
-    """Under bfloat16 autocast, output and gradients are finite."""
+    """Bfloat16 autocast: finite output and gradients."""
     module = subject.module(dtype=torch.float32)
 
     def rounded(x: Tensor, grid: Grid) -> Tensor:
@@ -337,8 +496,13 @@ def autocast(subject: Subject) -> None:
         )
 
 
+@promise(
+    "compile",
+    "avoid what torch.compile cannot trace, or wrap it with torch.compiler.disable",
+    once=True,
+)
 def compiles(subject: Subject) -> None:
-    """torch.compile gives the same output and gradients, in one graph."""
+    """Torch.compile gives the same output, in one graph."""
     module, x = subject.module(), subject.tokens()
     expected = outcome(module, x, subject.grid)
     torch._dynamo.reset()
@@ -363,8 +527,11 @@ def compiles(subject: Subject) -> None:
         )
 
 
+@promise(
+    "FLOPs", "branch on no value of a tensor: no .item(), .tolist(), .numpy() or boolean indexing"
+)
 def multiply_adds(subject: Subject) -> None:
-    """It runs on the meta device, every operator is counted, and what it declares is true."""
+    """Runs on the meta device, every operator counted, multiply_adds true."""
     for grid in (subject.grid, subject.other_grid):
         with torch.device("meta"):
             module = subject.build(grid=grid)
@@ -388,8 +555,12 @@ def multiply_adds(subject: Subject) -> None:
             )
 
 
+@promise(
+    "reference",
+    "both take the same parameters by name; correct the one that differs from the paper",
+)
 def reference(subject: Subject) -> None:
-    """The fast form equals the oracle, gradients too."""
+    """Implementation='fast' equals 'reference', gradients too."""
     if "implementation" not in accepted_options(subject.factory):
         raise SkippedError("no option 'implementation': there is no oracle to compare with")
     grids = (subject.grid, *subject.odd_grids[:2])

@@ -25,7 +25,7 @@ from bench.data.findings import Finding, Tally, finding
 from bench.data.images import DEEP_MODES, DEEPEST, Picture
 from bench.data.loader import clear_worker_errors, prepare_worker
 from bench.errors import InputError
-from bench.progress import Bar
+from bench.system.progress import Bar
 
 _AT_ONCE = 8
 # A run looks at all images of splits up to this size, and at some of larger ones.

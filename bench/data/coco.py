@@ -37,23 +37,12 @@ from bench.data.annotations import (
 from bench.data.findings import Finding, Report, Tally, finding
 from bench.errors import InputError, choose
 
-DATASETS_VARIABLE = "DETECTRON2_DATASETS"
-
 Target = dict[str, Tensor]
 Categories = tuple[tuple[int, str], ...]
 
 # A share of boxes that ordinary data does not come near.
 _MANY, _SOME = 0.1, 2
 _PERCENT = 100
-
-
-def default_root() -> Path | None:
-    """COCO's folder by detectron2's convention, `$DETECTRON2_DATASETS/coco`, if there is one."""
-    value = os.environ.get(DATASETS_VARIABLE)
-    if not value:
-        return None
-    root = Path(value).expanduser() / "coco"
-    return root if root.is_dir() else None
 
 
 class Packed(Sequence[Any]):

@@ -19,8 +19,8 @@ from faster_coco_eval.core import mask as mask_api
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from bench import locks
 from bench.errors import InputError
+from bench.system import locks
 
 Array = NDArray[np.float64]
 

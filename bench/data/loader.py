@@ -31,6 +31,8 @@ _FLOAT_BYTES = 4
 class DataWorkerError(DataError):
     """A process that reads data died, most often killed for want of memory."""
 
+    kind = "data_worker"
+
 
 @dataclass
 class Pace:

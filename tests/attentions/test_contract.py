@@ -8,7 +8,7 @@ import torch
 import attentions
 from attentions.contract import Attention, AttentionModule, Redrawing
 from attentions.registry import register
-from bench.backbone import ViL
+from bench.model.backbone import ViL
 
 EXAMPLES = [
     pytest.param(name, options, id=f"{name}-{'-'.join(map(str, options.values()))}")

@@ -5,8 +5,8 @@ import torch
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 import attentions
-from bench.backbone import ViL
-from bench.checkpoints import convert_classifier
+from bench.model.backbone import ViL
+from bench.model.weights import convert_classifier
 
 LONG, WIDE = (3, 9), (9, 3)
 

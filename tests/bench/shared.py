@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
-from bench import models
-from bench.checkpoints import Checkpoints
-from bench.config import DataConfig, RunConfig, TrainConfig, build_config, load_suite
+from bench.config.schema import DataConfig, RunConfig, TrainConfig
+from bench.config.suites import build_config, load_suite
 from bench.data.coco import CocoDataset
-from bench.devices import make_fabric
-from bench.logs import StepLog, read_steps
-from bench.train import train
+from bench.model import build as models
+from bench.run.checkpoints import Checkpoints
+from bench.run.train import train
+from bench.system.devices import make_fabric
+from bench.system.logs import StepLog, read_steps
 
 STEPS = 4
 

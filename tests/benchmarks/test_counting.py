@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from bench import published
+from bench.measure import published
 
 # What counting all published rows may take, in seconds of a processor and bytes.
 SECONDS, BYTES = 30, 3e9
@@ -22,7 +22,7 @@ def test_parameters_and_both_counts_of_the_published_rows(benchmark):
 
 @pytest.mark.slow
 def test_counting_the_published_rows_is_cheap():
-    code = "from bench import published; assert len(list(published.recount())) == 25"
+    code = "from bench.measure import published; assert len(list(published.recount())) == 25"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", code], check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

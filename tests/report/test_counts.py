@@ -6,7 +6,7 @@ import pytest
 
 from bench.record import Record
 from report import counts, load, page
-from report.tables import MISSING
+from report.columns import MISSING
 
 DIFFERENCE = {
     "attention": "longformer",

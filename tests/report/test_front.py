@@ -8,7 +8,7 @@ import numpy as np
 
 from bench.record import Record
 from report import front, load, plots
-from tests.report.test_report import failed, make
+from tests.report.test_report import drawn, failed, make
 from tests.report.test_searches import tried
 
 
@@ -110,10 +110,7 @@ def test_plots_mark_the_front_as_steps_beside_the_labels() -> None:
         point("good", 20.0, 2_000_000_000),
         point("worse", 15.0, 3_000_000_000),
     ]
-    data = load.frame(records)
-    figure = plots.accuracy_flops(data, plots.looks(list(data["family"])))
-    assert not isinstance(figure, str)
-    (ax,) = figure.axes
+    ax = drawn(records)
     (line,) = (line for line in ax.lines if line.get_color() == plots.FRONT)
     assert np.asarray(line.get_xydata()).tolist() == [[1, 10], [2, 10], [2, 20]]
     corners = ax.transData.transform(line.get_xydata())

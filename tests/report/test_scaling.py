@@ -16,9 +16,9 @@ def power(exponent, factor=1.0, constant=0.0):
 def test_a_power_is_found_exactly(exponent):
     fitted = growth(PIXELS, power(exponent, 3e-5))
     assert fitted.exponent == pytest.approx(exponent, abs=1e-9)
-    assert fitted.error == pytest.approx(0, abs=1e-6)
+    assert fitted.exponent_error == pytest.approx(0, abs=1e-6)
     assert fitted.r_squared == pytest.approx(1)
-    assert (fitted.count, fitted.first) == (3, 640**2)
+    assert fitted.fitted_sizes == 3
 
 
 def test_small_sizes_do_not_count():
@@ -34,7 +34,7 @@ def test_error_and_r_squared_are_those_of_least_squares():
     x, y = np.log(pixels[20:]), np.log(costs[20:])
     slope, covariance = np.polyfit(x, y, 1, cov=True)
     assert fitted.exponent == pytest.approx(slope[0])
-    assert fitted.error == pytest.approx(math.sqrt(covariance[0, 0]))
+    assert fitted.exponent_error == pytest.approx(math.sqrt(covariance[0, 0]))
     assert fitted.r_squared == pytest.approx(np.corrcoef(x, y)[0, 1] ** 2)
 
 
@@ -43,7 +43,7 @@ def test_few_sizes():
     assert growth([100], [1]) is None
     two = growth([100, 400], [1, 16])
     assert two.exponent == pytest.approx(2)
-    assert (two.error, two.r_squared) == (None, None)
+    assert (two.exponent_error, two.r_squared) == (None, None)
 
 
 def test_powers_cross_where_they_are_equal():
@@ -51,7 +51,7 @@ def test_powers_cross_where_they_are_equal():
     found = crossover(PIXELS, power(1.0, 1e5), power(2.0))
     assert found.kind == "from"
     assert found.pixels == pytest.approx(1e5)
-    assert found.between == (224**2, 320**2)
+    assert (found.after_pixels, found.before_pixels) == (224**2, 320**2)
     assert str(found) == "from 316"
 
 
@@ -61,7 +61,7 @@ def test_powers_cross_where_they_are_equal():
 )
 def test_no_crossing(factor, kind, text):
     found = crossover(PIXELS, power(1.0, factor), power(2.0))
-    assert (found.kind, found.between, str(found)) == (kind, None, text)
+    assert (found.kind, found.after_pixels, str(found)) == (kind, None, text)
 
 
 def test_an_equal_cost_is_no_smaller_cost():
@@ -76,7 +76,7 @@ def test_what_becomes_larger_is_smaller_only_before():
 def test_several_changes_are_said_and_the_last_counts():
     found = crossover(PIXELS, [2, 0.5, 2, 2, 0.5, 0.5], [1] * 6)
     assert found.often
-    assert found.between == (640**2, 896**2)
+    assert (found.after_pixels, found.before_pixels) == (640**2, 896**2)
     # Halfway on logarithms.
     assert str(found) == f"from {math.sqrt(640 * 896):.0f} (more than once)"
 

@@ -1,0 +1,1 @@
+"""What to run: configuration, suites and architectures."""

@@ -1,0 +1,297 @@
+"""The configuration of a run: every value that it depends on, typed and frozen; needs no torch.
+
+A field's type is its range. `build` makes a configuration of plain values and says in one line what
+is wrong with them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import field, fields, is_dataclass
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
+
+from bench.errors import InputError, choose, nearest
+
+METHODS = ("mask_rcnn", "retinanet")
+LIBRARIES = ("torchvision", "detectron2", "auto")
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+POSITIONS = ("absolute", "relative")
+MODES = ("inference", "training")
+SCOPES = ("backbone", "attention", "detector")
+SWEPT = ("flops", "memory", "latency")
+QUANTITIES = ("parameters", *SWEPT)
+DECAYS = ("steps", "cosine")
+DEGENERATE_BOXES = ("error", "drop")
+
+# Strict: neither true nor "1" is the number 1.
+Whole = Annotated[int, Field(strict=True, ge=0)]
+Positive = Annotated[int, Field(strict=True, gt=0)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+PositiveNumber = Annotated[Number, Field(gt=0)]
+Fraction = Annotated[Number, Field(lt=1)]
+Size = tuple[Positive, Positive]
+Sizes = Annotated[tuple[Positive, ...], Field(min_length=1)]
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
+
+_RULES = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+_Config = TypeVar("_Config")
+# Of pydantic's messages.
+_PLAIN = {"Input should": "must", "Tuple should": "must", " after validation": ""}
+
+
+def _one_of(allowed: tuple[str, ...]) -> AfterValidator:
+    return AfterValidator(lambda value: choose(value, allowed, "value"))
+
+
+@dataclass(frozen=True, config=_RULES)
+class DetectorConfig:
+    """The detector around the backbone; the defaults are the published recipe.
+
+    Attributes:
+        fpn_channels: channels of the feature pyramid.
+        head_width: width of the two linear layers of the box head (Mask R-CNN).
+        mask_width: channels of the four convolutions of the mask head (Mask R-CNN).
+        anchor_sizes: one anchor size in pixels a pyramid level; RetinaNet adds two octave scales.
+        rpn_proposals: proposals in training: a level before NMS, an image after it (Mask R-CNN).
+        rpn_proposals_test: the same in evaluation (Mask R-CNN).
+        rpn_batch: anchors an image in the loss of the RPN (Mask R-CNN).
+        roi_batch: RoIs an image in the loss of the box head (Mask R-CNN).
+        detections: detections kept an image.
+        score_threshold: detections below it are dropped.
+    """
+
+    fpn_channels: Positive = 256
+    head_width: Positive = 1024
+    mask_width: Positive = 256
+    anchor_sizes: Sizes = (32, 64, 128, 256, 512)
+    rpn_proposals: Size = (2000, 1000)
+    rpn_proposals_test: Size = (1000, 1000)
+    rpn_batch: Positive = 256
+    roi_batch: Positive = 512
+    detections: Positive = 100
+    score_threshold: Fraction = 0.05
+
+
+@dataclass(frozen=True, config=_RULES)
+class ModelConfig:
+    """Backbone, mechanism and detector.
+
+    Attributes:
+        backbone: its label, for the tables.
+        arch: ARCH string.
+        attention: mechanism of the stages with `s1`, or one for each stage, comma-separated.
+        options: options of the mechanisms.
+        drop_path: rate of the last block.
+    """
+
+    backbone: str = ""
+    arch: str = ""
+    attention: str = "longformer"
+    options: dict[str, Any] = field(default_factory=dict)
+    drop_path: Fraction = 0.0
+    norm_embed: bool = True
+    method: Annotated[str, _one_of(METHODS)] = "mask_rcnn"
+    library: Annotated[str, _one_of(LIBRARIES)] = "torchvision"
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
+
+
+@dataclass(frozen=True, config=_RULES)
+class GeneratedConfig:
+    """The generated data set; image_size is (height, width)."""
+
+    seed: Seed = 0
+    train_images: Positive = 800
+    val_images: Positive = 100
+    image_size: Size = (128, 160)
+
+
+@dataclass(frozen=True, config=_RULES)
+class DataConfig:
+    """Images and how they are resized.
+
+    Attributes:
+        path: folder in COCO layout, or None for the generated data set.
+        train_file, val_file: annotation files of the split to train on and of the others, wherever
+            they are; None where `path` has them.
+        images: folder of the images of all splits; None to look for them near the annotations.
+        min_sizes: shortest edge; training draws one of several, evaluation takes the last.
+        max_size: longest edge.
+        fixed_size: every image becomes exactly this (height, width); None keeps the aspect ratio.
+        workers: decoding processes.
+        degenerate_boxes: "error", or "drop" to leave out boxes without area.
+        deep_white: the value that is white in grey images of 16 bits, 4095 for 12 bits in 16.
+    """
+
+    path: str | None = None
+    train_file: str | None = None
+    val_file: str | None = None
+    images: str | None = None
+    generated: GeneratedConfig = field(default_factory=GeneratedConfig)
+    train_split: str = "train2017"
+    min_sizes: Sizes = (800,)
+    max_size: Positive = 1333
+    fixed_size: Size | None = None
+    flip: bool = True
+    workers: Whole = 0
+    aspect_ratio_grouping: bool = False
+    degenerate_boxes: Annotated[str, _one_of(DEGENERATE_BOXES)] = "error"
+    deep_white: Annotated[int, Field(strict=True, ge=1, le=65535)] = 65535
+
+
+@dataclass(frozen=True, config=_RULES)
+class TrainConfig:
+    """Schedule: steps are optimizer steps, batch_size images a step, lr the peak rate.
+
+    Attributes:
+        batch_size: of all processes and accumulated parts together.
+        devices: processes that share a step, one a GPU.
+        accumulate: parts that each process does its share of a step in, one after the other. The
+            result depends on `devices * accumulate` alone, not on how it is made up.
+        scale_from_batch: images a step that lr, steps, warmup_steps and milestones are meant for;
+            with another batch_size, lr is scaled by the ratio and the steps inversely.
+        no_decay: what has no weight decay: "norms", "biases", "tokens", "positions" or patterns of
+            parameter names such as "backbone.*".
+        lr_multipliers: factors of the rate by pattern of parameter names; the first that fits.
+        init: checkpoint that a new run starts from, of a classifier or a detector.
+        clip_norm: of the gradient of the full model, 0 for no clipping, None for the published one
+            of the method.
+    """
+
+    schedule: str = "1x"
+    steps: Positive = 90000
+    batch_size: Positive = 16
+    devices: Positive = 1
+    accumulate: Positive = 1
+    lr: PositiveNumber = 1e-4
+    scale_from_batch: Positive | None = None
+    weight_decay: Number = 0.05
+    no_decay: tuple[str, ...] = ()
+    lr_multipliers: dict[str, Number] = field(default_factory=dict)
+    init: str | None = None
+    warmup_steps: Whole = 1000
+    warmup_factor: Number = 0.01
+    decay: Annotated[str, _one_of(DECAYS)] = "steps"
+    milestones: tuple[Whole, ...] = ()
+    gamma: Number = 0.1
+    clip_norm: Number | None = None
+    precision: Annotated[str, _one_of(PRECISIONS)] = "32-true"
+    checkpoint_every: Positive = 2500
+    log_every: Positive = 20
+
+
+@dataclass(frozen=True, config=_RULES)
+class EvaluateConfig:
+    """Splits to evaluate on; the first one fills the tables.
+
+    Attributes:
+        bootstrap: draws of images that the intervals of mAP come from; 0 for none.
+    """
+
+    splits: Names = ("val2017",)
+    batch_size: Positive = 4
+    bootstrap: Whole = 1000
+
+
+@dataclass(frozen=True, config=_RULES)
+class ProfileConfig:
+    """What is measured: image_size is (height, width); seconds and repeats are the least."""
+
+    enabled: bool = True
+    image_size: Size = (800, 1344)
+    batch_size: Positive = 1
+    proposals: Positive = 1000
+    repeats: Positive = 10
+    seconds: Number = 1.0
+    training: bool = True
+
+
+@dataclass(frozen=True, config=_RULES)
+class RunConfig:
+    """Everything that one run depends on."""
+
+    suite: str = ""
+    row: str = ""
+    seed: Seed = 0
+    device: str = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain nested values, for the record."""
+        values: dict[str, Any] = TypeAdapter(RunConfig).dump_python(self, mode="json")
+        return values
+
+
+def build(kind: type[_Config], values: Mapping[str, Any]) -> _Config:
+    """Return a configuration of plain nested values, such as those of a record.
+
+    Args:
+        kind: one of the classes above.
+        values: of its fields; those that are missing have their defaults.
+
+    Raises:
+        InputError: for an unknown key or a value that its field does not allow.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise InputError(_line(kind, error.errors()[0])) from error
+
+
+def leaves(node: Any = RunConfig) -> tuple[str, ...]:
+    """Return the dotted names of all values of a class above."""
+    names: list[str] = []
+    for part in fields(node):
+        inner = is_dataclass(part.type)
+        names += [f"{part.name}.{name}" for name in leaves(part.type)] if inner else [part.name]
+    return tuple(names)
+
+
+def _line(kind: type, error: ErrorDetails) -> str:
+    """Say in one line what pydantic found."""
+    path, given, allowed = ".".join(map(str, error["loc"])), error["input"], error["msg"]
+    match error["type"]:
+        case "unexpected_keyword_argument":
+            return _unknown_key(kind, [str(part) for part in error["loc"]], given)
+        case "value_error":
+            return f"{path}: {error['ctx']['error']}"
+        case "dataclass_type":
+            allowed = "must be a group of values, " + ", ".join(leaves(_part(kind, path)))
+        case "tuple_type":
+            allowed = f"must be a list, such as [{given}]"
+        case "missing":
+            path, allowed = path.rpartition(".")[0], "has too few values"
+        case "string_type" | "int_type" | "float_type" if isinstance(given, Mapping):
+            allowed = "must be one value, not a group of values"
+    for word, plain in _PLAIN.items():
+        allowed = allowed.replace(word, plain)
+    return f"{path}={repr(given) if isinstance(given, str) else given} {allowed}"
+
+
+def _part(kind: Any, path: str) -> Any:
+    """Return the class of a group of values."""
+    for name in path.split("."):
+        kind = next(part.type for part in fields(kind) if part.name == name)
+    return kind
+
+
+def _unknown_key(kind: type, path: list[str], given: Any) -> str:
+    *groups, _ = path
+    known = [part.name for part in fields(_part(kind, ".".join(groups)) if groups else kind)]
+    while isinstance(given, Mapping) and given:
+        inner, given = next(iter(given.items()))
+        path = [*path, str(inner)]
+    key, names = ".".join(path), leaves(kind)
+    # The name alone is enough where one value alone has it.
+    alike = [name for name in names if name.rpartition(".")[2] == path[-1]]
+    only = f" (did you mean {alike[0]!r}?)" if len(alike) == 1 else ""
+    return (
+        f"unknown configuration key {key!r}{nearest(key, alike) or only or nearest(key, names)};"
+        f" allowed at {'.'.join(groups) or 'the top level'}: {', '.join(known)}"
+    )

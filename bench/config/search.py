@@ -1,0 +1,91 @@
+"""The same rows with several values of one setting; `report/searches.py` says which is best."""
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bench.config.schema import RunConfig, leaves
+from bench.config.suites import CHOSEN, Suite, build_config, check_sizes
+from bench.config.values import read
+from bench.errors import InputError, nearest
+
+
+@dataclass(frozen=True)
+class Search:
+    """A setting and the values that are tried.
+
+    Attributes:
+        path: the setting, such as "model.drop_path".
+        values: as they are in the configuration.
+    """
+
+    path: str
+    values: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        """The setting as rows are called by it."""
+        return self.path.rpartition(".")[2]
+
+    def row(self, row: str, value: Any) -> str:
+        """The name of a row with a value."""
+        return f"{row} ({self.name}={value})"
+
+
+def parse(text: str) -> Search:
+    """`drop_path=0.05,0.1` -> the search of model.drop_path over both.
+
+    Raises:
+        InputError: for an unknown setting, one name of several settings, or no values.
+    """
+    name, _, listed = text.partition("=")
+    known = [path for path in leaves() if path not in CHOSEN]
+    named = [path for path in known if path.rpartition(".")[2] == name]
+    found = [name] if name in known else named
+    if len(found) != 1:
+        which = f"; it is one of {', '.join(found)}" if found else nearest(name, known)
+        raise InputError(f"--search {text}: {name!r} is not a setting{which}")
+    values = _values(listed)
+    if not values:
+        raise InputError(
+            f"--search {text}: no values; allowed: NAME=VALUE,VALUE, for example"
+            " drop_path=0.05,0.1,0.2"
+        )
+    default = functools.reduce(getattr, found[0].split("."), RunConfig())
+    if isinstance(default, float):
+        # 0 and 0.0 are one run, of one name.
+        values = [float(value) if type(value) is int else value for value in values]
+    once = [value for place, value in enumerate(values) if value not in values[:place]]
+    return Search(found[0], tuple(once))
+
+
+def expand(suite: Suite, search: Search) -> Suite:
+    """Return the suite with each of its rows once for each value.
+
+    Raises:
+        InputError: for a value that the setting cannot have.
+    """
+    runs = [_with(config, search, value) for config in suite.runs for value in search.values]
+    return replace(suite, runs=tuple(runs))
+
+
+def _values(listed: str) -> list[Any]:
+    """Read the values of a list as overrides are read; malformed text has none."""
+    try:
+        values = read(f"[{listed}]")
+    except InputError:
+        return []
+    return values if isinstance(values, list) else []
+
+
+def _with(config: RunConfig, search: Search, value: Any) -> RunConfig:
+    values = config.as_dict()
+    *groups, last = search.path.split(".")
+    node = values
+    for group in groups:
+        node = node[group]
+    node[last] = value
+    values["row"] = search.row(config.row, value)
+    found = build_config(values)
+    check_sizes(found)
+    return found

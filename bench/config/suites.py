@@ -1,0 +1,393 @@
+"""What to run: typed, frozen configuration, read from `configs/`.
+
+A suite names a backbone, a recipe and rows; each row becomes one `RunConfig`, which holds every
+value that the run depends on. Later sources win: defaults here, recipe, suite, row, command line.
+"""
+
+import dataclasses
+import importlib.resources
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import attentions
+from attentions.contract import accepted_options
+from bench.config import schema
+from bench.config.arch import StageSpec, parse, render
+from bench.config.schema import METHODS, RunConfig
+from bench.config.values import assigned, merged, read
+from bench.errors import InputError, choose, nearest
+
+DATASETS_VARIABLE = "DETECTRON2_DATASETS"
+# What only labels a run, and the options that set what it says.
+CHOSEN = {"suite": "--suite", "row": "--rows", "train.schedule": "--schedule"}
+_GLOBALS = (1, 1, 1, 0)
+_FEATURE = 7
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A named list of runs.
+
+    Attributes:
+        needs: the data set that it cannot do without, or None where it generates its own.
+    """
+
+    name: str
+    runs: tuple[RunConfig, ...]
+    needs: str | None = None
+
+
+def suites() -> tuple[str, ...]:
+    """Names of the suites in `configs/suites`."""
+    folder = importlib.resources.files("configs") / "suites"
+    return tuple(sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".yaml")))
+
+
+def load_suite(
+    name: str,
+    *,
+    rows: Sequence[str] = (),
+    schedule: str | None = None,
+    method: str | None = None,
+    data: str | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Suite:
+    """Read a suite and what the command line changes of it.
+
+    Args:
+        name: a file in `configs/suites`.
+        rows: some of its rows, or mechanisms of the user as `package.module:Class`; empty for all.
+        schedule: recipe of `configs/recipes.yaml`, instead of the suite's; where the rows have
+            schedules of their own, it chooses among them.
+        method: "mask_rcnn" or "retinanet", likewise.
+        data: folder in COCO layout, instead of the suite's data; without it, a suite that needs
+            COCO takes `$DETECTRON2_DATASETS/coco` where that is a folder.
+        seed: of everything random.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        overrides: `key=value`, for example `train.steps=100`.
+
+    Raises:
+        InputError: for an unknown suite, row or key, a value that is not allowed, or values that
+            contradict each other.
+    """
+    choose(name, suites(), "suite")
+    suite = _read(f"suites/{name}.yaml")
+    table = _suite_rows(name, suite, schedule, method)
+    layers = [suite.get("run", {})]
+    needs = suite.get("needs")
+    if data is None and needs is not None:
+        root = default_root()
+        data = None if root is None else str(root)
+    if data is not None:
+        layers += [suite.get("with_data", {}), {"data": {"path": data}}]
+    command_line = _overrides(overrides)
+    recipes, known_backbones = _read("recipes.yaml"), _read("backbones.yaml")
+    runs = []
+    for row in dict.fromkeys(rows or table):
+        found = _suite_row(row, table, name, suite)
+        layer = _row_layer(found.stages, known_backbones[found.backbone])
+        top: dict[str, Any] = {"suite": name, "row": row}
+        top |= {key: v for key, v in (("seed", seed), ("device", device)) if v is not None}
+        top |= {} if method is None else {"model": {"method": method}}
+        recipe = recipes[found.recipe]
+        layers_of_row = [recipe, *layers, layer, found.settings, top, command_line]
+        run = _with_fixed_size(build_config(merged(layers_of_row)))
+        check_sizes(run)
+        runs.append(run)
+    return Suite(name, tuple(runs), needs)
+
+
+def profile_configs(
+    names: Sequence[str],
+    *,
+    backbone: str = "small",
+    position: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    values: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+) -> tuple[RunConfig, ...]:
+    """Return a configuration for each name, to be measured and not trained.
+
+    Args:
+        names: rows of `configs/rows.yaml`, mechanisms (the first row that has it in all stages), or
+            mechanisms of the user; "all" for every row.
+        backbone: one of `configs/backbones.yaml`.
+        position: "absolute" or "relative" in all stages; None for that of the row.
+        image_size: (height, width) of every image in pixels, which the detector takes as it is.
+        values: nested values besides, such as {"model": {"method": "retinanet"}}.
+        overrides: `key=value`.
+
+    Raises:
+        InputError: for an unknown name, backbone or key, or a value of the wrong type.
+    """
+    known_backbones = _read("backbones.yaml")
+    choose(backbone, known_backbones, "backbone")
+    table = _rows()
+    first = {spec["attention"]: row for row, spec in reversed(table.items()) if "dense" not in spec}
+    rows = [row for name in names for row in (table if name == "all" else [first.get(name, name)])]
+    if not all(row in table or ":" in row for row in rows):
+        wrong = next(row for row in rows if row not in table and ":" not in row)
+        known = [*attentions.names(), *(row for row in table if row not in attentions.names())]
+        raise InputError(
+            f"unknown attention {wrong!r}{nearest(wrong, known)}; allowed: {', '.join(known)},"
+            " all, or a mechanism of yours as package.module:Class or file.py:Class"
+        )
+    size: dict[str, Any] = {}
+    if image_size is not None:
+        size = {
+            "data": {"min_sizes": [min(image_size)], "max_size": max(image_size)},
+            "profile": {"image_size": list(image_size)},
+        }
+    command_line = _overrides(overrides)
+    configs = []
+    for row in dict.fromkeys(rows):
+        spec = table.get(row, {"attention": row}) | ({"position": position} if position else {})
+        layer = _row_layer(spec, known_backbones[backbone])
+        top = {"suite": "profile", "row": row}
+        config = build_config(merged([size, values or {}, layer, top, command_line]))
+        configs.append(_with_fixed_size(config, image_size))
+    return tuple(configs)
+
+
+def mechanism(name: str) -> str:
+    """Return the mechanism of a row of `configs/rows.yaml`, or `name`, which is one itself."""
+    spec = _rows().get(name, {})
+    return str(name if name in attentions.names() else spec.get("attention", name))
+
+
+def backbones() -> tuple[str, ...]:
+    """Names of the backbones in `configs/backbones.yaml`."""
+    return tuple(_read("backbones.yaml"))
+
+
+def default_root() -> Path | None:
+    """COCO's folder by detectron2's convention, `$DETECTRON2_DATASETS/coco`, if there is one."""
+    value = os.environ.get(DATASETS_VARIABLE)
+    if not value:
+        return None
+    root = Path(value).expanduser() / "coco"
+    return root if root.is_dir() else None
+
+
+def build_config(values: Mapping[str, Any]) -> RunConfig:
+    """Return the `RunConfig` of nested plain values, such as those of a record.
+
+    Raises:
+        InputError: for an unknown key, a value that is not allowed, or values that do not go
+            together.
+    """
+    config = schema.build(RunConfig, values)
+    named = config.data.train_file or config.data.val_file
+    if config.data.path is None and named is not None:
+        # What is not generated has a folder.
+        config = replace(config, data=replace(config.data, path=str(Path(named).parent)))
+    train = config.train
+    if train.batch_size % (train.devices * train.accumulate):
+        raise InputError(
+            f"train.batch_size={train.batch_size} must be a multiple of train.devices="
+            f"{train.devices} times train.accumulate={train.accumulate}"
+        )
+    _stages(config)
+    return config
+
+
+def _read(path: str) -> dict[str, Any]:
+    content = read((importlib.resources.files("configs") / path).read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise InputError(f"configs/{path} is not a mapping")
+    return content
+
+
+def _rows() -> dict[str, Any]:
+    """All rows: those of rows.yaml, then one and a partial one for every other mechanism."""
+    table = _read("rows.yaml")
+    named = {spec["attention"] for spec in table.values()}
+    for mechanism in attentions.names():
+        if mechanism not in named:
+            table[mechanism] = {"attention": mechanism}
+            table[f"Partial {mechanism}"] = {"attention": mechanism, "dense": [3, 4]}
+    return table
+
+
+@dataclass(frozen=True)
+class _SuiteRow:
+    """A row of a suite: what stands in the stages of which backbone, its recipe, its settings."""
+
+    stages: Mapping[str, Any]
+    backbone: str
+    recipe: str
+    settings: Mapping[str, Any]
+
+
+def _suite_rows(
+    name: str, suite: Mapping[str, Any], schedule: str | None, method: str | None
+) -> dict[str, _SuiteRow]:
+    """The rows of a suite, by name, that have a schedule and a method or can be given them."""
+    asked = {"schedule": schedule, "method": method}
+    if schedule is not None:
+        choose(schedule, _read("recipes.yaml"), "schedule")
+    if method is not None:
+        choose(method, METHODS, "method")
+    if suite["rows"] == "all":
+        recipe, own = schedule or suite["recipe"], suite.get("row_run", {})
+        return {
+            row: _SuiteRow(stages, suite["backbone"], recipe, own.get(row, {}))
+            for row, stages in _rows().items()
+        }
+    rows = {
+        row: _SuiteRow(
+            suite["stages"],
+            entry["backbone"],
+            entry["recipe"],
+            {"model": {key: entry[key] for key in ("method", "drop_path")}},
+        )
+        for row, entry in suite["rows"].items()
+        if schedule in (None, entry["recipe"]) and method in (None, entry["method"])
+    }
+    if not rows:
+        given = " and ".join(f"{k} {v}" for k, v in asked.items() if v is not None)
+        raise InputError(
+            f"no row of suite {name} has {given}; its rows: {', '.join(suite['rows'])}"
+        )
+    return rows
+
+
+def _suite_row(
+    row: str, table: Mapping[str, _SuiteRow], name: str, suite: Mapping[str, Any]
+) -> _SuiteRow:
+    """A row by its name, or made of a mechanism of the user where the suite has a place for it."""
+    if row in table:
+        return table[row]
+    takes_mechanisms = suite["rows"] == "all"
+    if takes_mechanisms and ":" in row:
+        recipe = next(iter(table.values())).recipe
+        return _SuiteRow({"attention": row}, suite["backbone"], recipe, {})
+    more = ", or a mechanism of yours as package.module:Class or file.py:Class"
+    raise InputError(
+        f"unknown row {row!r} of suite {name}{nearest(row, table)}; allowed:"
+        f" {', '.join(table)}{more if takes_mechanisms else ''}"
+    )
+
+
+def _row_layer(spec: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """The model settings of a row in a backbone."""
+    dense = spec.get("dense", [])
+    count = len(backbone["stages"])
+    feature, least = _needs(spec["attention"])
+    features = spec.get("feature", [feature] * count)
+    num_global = spec.get("num_global") or [
+        few if number in dense else max(few, least)
+        for number, few in enumerate(_GLOBALS[:count], start=1)
+    ]
+    stages = [
+        StageSpec(
+            number=number,
+            heads=stage["heads"],
+            dim=stage["dim"],
+            blocks=stage["blocks"],
+            attention="full" if number in dense else spec["attention"],
+            num_global=num_global[number - 1],
+            patch=stage["patch"],
+            feature=features[number - 1],
+            absolute=spec.get("position", "absolute") == "absolute",
+        )
+        for number, stage in enumerate(backbone["stages"], start=1)
+    ]
+    arch = render(stages)
+    if spec["attention"] == "full":
+        # `s` tells the chosen mechanism from full attention; here they are the same.
+        arch = arch.replace(",s0,", ",s1,")
+    model = {"backbone": backbone["label"], "arch": arch, "attention": spec["attention"]}
+    if "options" in spec:
+        model["options"] = spec["options"]
+    return {"model": model}
+
+
+def _needs(mechanism: str) -> tuple[int, int]:
+    """What `f` in an ARCH string says of a mechanism by default, and its least global tokens."""
+    try:
+        factory = attentions.find(mechanism)
+    except ValueError as error:
+        raise InputError(f"model: {error}") from error
+    parameter = accepted_options(factory).get(getattr(factory, "arch_option", None) or "")
+    own = None if parameter is None else parameter.default
+    feature = own if type(own) is int and own > 0 else _FEATURE
+    return feature, getattr(factory, "least_globals", 0)
+
+
+def _overrides(given: Sequence[str]) -> dict[str, Any]:
+    for override in given:
+        name = override.partition("=")[0]
+        if name in CHOSEN:
+            raise InputError(f"{override!r}: {name} is chosen by {CHOSEN[name]}")
+    return assigned(given)
+
+
+def _stages(config: RunConfig) -> tuple[StageSpec, ...]:
+    """Return the stages of a model whose mechanisms know each of its options."""
+    names = config.model.attention.split(",")
+    try:
+        stages = parse(config.model.arch, names[0] if len(names) == 1 else names)
+        known = {option for stage in stages for option in attentions.options(stage.attention)}
+    except ValueError as error:
+        raise InputError(f"model: {error}") from error
+    for option in config.model.options:
+        if option not in known:
+            raise InputError(
+                f"model.options.{option}: no attention of row {config.row!r} has such an option"
+                f"{nearest(option, known)}; allowed: {', '.join(sorted(known))}"
+            )
+    return stages
+
+
+def _with_fixed_size(config: RunConfig, image_size: tuple[int, int] | None = None) -> RunConfig:
+    """Give a fixed image size to a row whose mechanism works for one size only.
+
+    It is `image_size` (height, width) or else the size of evaluation, rounded up to the stride.
+    """
+    stages = _stages(config)
+    needs = any(getattr(attentions.find(s.attention), "fixed_size", False) for s in stages)
+    if not needs or config.data.fixed_size is not None:
+        return config
+    height, width = image_size or (config.data.min_sizes[-1], config.data.max_size)
+    size = _padded(height, stages), _padded(width, stages)
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, fixed_size=size),
+        profile=dataclasses.replace(config.profile, image_size=size),
+    )
+
+
+def _padded(side: int, stages: Sequence[StageSpec]) -> int:
+    """Return a side of an image, rounded up to the stride of a backbone."""
+    stride = math.prod(stage.patch for stage in stages)
+    return math.ceil(side / stride) * stride
+
+
+def check_sizes(config: RunConfig) -> None:
+    """Check that images are as large as their resize says, and those of the profile no larger.
+
+    Raises:
+        InputError: where they cannot be.
+    """
+    data, profile = config.data, config.profile
+    if data.fixed_size is None and max(data.min_sizes) > data.max_size:
+        raise InputError(
+            f"data.min_sizes={list(data.min_sizes)} must not be above data.max_size={data.max_size}"
+        )
+    stages = _stages(config)
+    limits = data.fixed_size or (data.max_size, data.max_size)
+    padded = [_padded(limit, stages) for limit in limits]
+    if profile.enabled and any(a > b for a, b in zip(profile.image_size, padded, strict=True)):
+        said = f"fixed_size={list(limits)}" if data.fixed_size else f"max_size={data.max_size}"
+        raise InputError(
+            f"profile.image_size={list(profile.image_size)} must not be larger than the images that"
+            f" row {config.row} is made for, data.{said}; change one of them, or measure nothing"
+            " with profile.enabled=false"
+        )

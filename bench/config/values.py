@@ -1,0 +1,78 @@
+"""Values as they are written: YAML, and `key=value` of the command line."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import yaml
+
+from bench.errors import InputError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, and neither 2020-01-02, 1:30 nor 010 is another one."""
+
+
+_OTHERWISE = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("timestamp", "float", "int"))
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _OTHERWISE]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9]\d*)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))$"
+        r"|\.(nan|NaN|NAN)$"
+    ),
+    list("-+.0123456789"),
+)
+
+
+def read(text: str, word: str | None = None) -> Any:
+    """Return the value that a text stands for: a number, true, null, text, a list or a mapping.
+
+    Args:
+        text: YAML.
+        word: what it is a part of, for the error.
+
+    Raises:
+        InputError: for malformed YAML.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        where = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise InputError(f"cannot read {word or text!r}: {where}") from error
+
+
+def assigned(words: Iterable[str]) -> dict[str, Any]:
+    """`["train.steps=3", "seed=1"]` -> {"train": {"steps": 3}, "seed": 1}.
+
+    Raises:
+        InputError: for a word that is not of this form.
+    """
+    result: dict[str, Any] = {}
+    for word in words:
+        if not re.fullmatch(r"\w+(\.\w+)*=.*", word, flags=re.DOTALL):
+            raise InputError(f"{word!r} is not of the form key=value, for example train.steps=100")
+        path, _, text = word.partition("=")
+        value = read(text, word)
+        for name in reversed(path.split(".")):
+            value = {name: value}
+        result = merged([result, value])
+    return result
+
+
+def merged(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return nested mappings as one; the values of later ones win, and lists count as values."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            below = result.get(key)
+            if isinstance(value, Mapping):
+                value = merged([below if isinstance(below, Mapping) else {}, value])
+            result[key] = value
+    return result

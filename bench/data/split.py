@@ -1,0 +1,190 @@
+"""What a run is given: its data, checked before it costs time, and the images it is measured on."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2.functional import resize_image
+
+from bench.config.schema import RunConfig
+from bench.data import check
+from bench.data.coco import Categories, CocoDataset, Target
+from bench.data.generated import generate
+from bench.data.images import to_float
+from bench.errors import InputError
+from bench.system import processes as launch
+from bench.system.devices import check_device
+
+_SHOWN = 5
+_said: dict[tuple[tuple[str, str, int], ...], list[str]] = {}
+
+
+def data_root(config: RunConfig, output: Path) -> Path:
+    """The folder of the run's data; generated data is made where it is missing."""
+    if config.data.path is not None:
+        return Path(config.data.path)
+    generated = config.data.generated
+    size = (generated.image_size[0], generated.image_size[1])
+    name = f"generated-{generated.seed}-{generated.train_images}-{generated.val_images}"
+    return generate(
+        output / "data" / f"{name}-{size[0]}x{size[1]}",
+        seed=generated.seed,
+        train_images=generated.train_images,
+        val_images=generated.val_images,
+        image_size=size,
+    )
+
+
+def open_split(config: RunConfig, root: Path, split: str) -> CocoDataset:
+    """Read one split as the run's configuration says."""
+    data = config.data
+    file = data.train_file if split == data.train_split else data.val_file
+    return CocoDataset(
+        root,
+        split,
+        file=None if file is None else Path(file),
+        images=None if data.images is None else Path(data.images),
+        degenerate_boxes=data.degenerate_boxes,
+        deep_white=data.deep_white,
+    )
+
+
+def open_splits(config: RunConfig, root: Path) -> list[CocoDataset]:
+    """Read the split that is trained on and, after it, those to evaluate on.
+
+    Raises:
+        InputError: for data that cannot be used, or splits of different classes.
+    """
+    names = [config.data.train_split, *config.evaluate.splits]
+    opened = {name: open_split(config, root, name) for name in dict.fromkeys(names)}
+    check_categories({name: split.categories for name, split in opened.items()}, root)
+    return [opened[name] for name in names]
+
+
+def remarks(config: RunConfig, splits: Sequence[CocoDataset]) -> list[str]:
+    """What a reader of the numbers should know of the data, a line each; evaluated splits first.
+
+    Args:
+        splits: as `open_splits` returns them.
+    """
+    # What the generator leaves empty it does on purpose.
+    if config.data.path is None:
+        return []
+    distinct = {split.split: split for split in [*splits[1:], splits[0]]}
+    key = tuple(
+        (str(split.annotation_file), split.fingerprint, split.deep_white)
+        for split in distinct.values()
+    )
+    if key not in _said:
+        _said[key] = check.remarks(distinct.values())
+    return _said[key]
+
+
+def check_data(
+    configs: Sequence[RunConfig], output: Path, *, processes: int | None = None
+) -> list[str]:
+    """Read every split of the runs and return what is odd but usable, a line each.
+
+    Args:
+        processes: how many each run will have, if they are not started yet.
+
+    Raises:
+        InputError: for data that cannot be used; before any run has cost time.
+    """
+    lines: dict[str, None] = {}
+    seen = set()
+    for config in configs:
+        local = launch.World(size=processes, local_size=processes) if processes else None
+        check_device(config, local)
+        if config.train.init is not None and not Path(config.train.init).is_file():
+            raise InputError(f"train.init={config.train.init}: no such file")
+        root = data_root(config, output)
+        place = (root, str(config.data), *config.evaluate.splits)
+        if place not in seen:
+            seen.add(place)
+            lines |= dict.fromkeys(remarks(config, open_splits(config, root)))
+    return list(lines)
+
+
+def check_categories(found: Mapping[str, Categories], root: Path) -> None:
+    """Compare the categories of the first split, which is trained on, with those of the others.
+
+    Labels count categories in the order of their ids: with one more or less, each that comes after
+    it would be taken for another.
+
+    Args:
+        found: id and name of each category, by split.
+
+    Raises:
+        InputError: where they are not the same.
+    """
+    (first, trained), *others = found.items()
+    for split, own in others:
+        apart = [
+            f"only {where} has {_named(categories)}"
+            for where, categories in (
+                (first, sorted(set(trained) - set(own))),
+                (split, sorted(set(own) - set(trained))),
+            )
+            if categories
+        ]
+        if apart:
+            raise InputError(
+                f"{root}: the categories of {split} are not those of {first}: {'; '.join(apart)};"
+                " both annotation files must list the same ids and names, also of those without"
+                " an instance"
+            )
+
+
+def labels_by_name(trained: Categories, own: Categories) -> list[int] | None:
+    """For each label of a detector that of the data it is evaluated on; None where they agree.
+
+    Args:
+        trained: id and name of the classes that the detector was trained on, in the order of its
+            labels.
+        own: the same of the data.
+
+    Raises:
+        InputError: where they are not of the same names, or names do not tell classes apart.
+    """
+    if tuple(trained) == tuple(own):
+        return None
+    first, second = ({name: label for label, (_, name) in enumerate(c, 1)} for c in (trained, own))
+    if first.keys() != second.keys() or len(first) < len(trained) or len(second) < len(own):
+        raise InputError(
+            "the classes differ in their names, by which they are matched: trained on"
+            f" {_named(trained)}; the data has {_named(own)}"
+        )
+    return [second[name] for _, name in trained]
+
+
+def _named(categories: Sequence[tuple[int, str]]) -> str:
+    shown = ", ".join(f"{id_} {name!r}" for id_, name in categories[:_SHOWN])
+    more = len(categories) - _SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def profile_batch(
+    dataset: CocoDataset, size: tuple[int, int], count: int
+) -> tuple[list[Tensor], list[Target]]:
+    """The first `count` images with instances, stretched to `size` (height, width)."""
+    usable = [index for index in range(len(dataset)) if dataset.instances(index)]
+    images, targets = [], []
+    for place in range(count):
+        image, target = dataset.read(usable[place % len(usable)], size=size, crowds=False)
+        height, width = image.shape[-2:]
+        scale = torch.tensor([size[1] / width, size[0] / height] * 2)
+        images.append(resize_image(to_float(image), list(size)))
+        masks = torch.nn.functional.interpolate(
+            target["masks"][:, None], size, mode="nearest-exact"
+        )[:, 0]
+        targets.append(
+            {
+                "image_id": target["image_id"],
+                "boxes": target["boxes"] * scale,
+                "labels": target["labels"],
+                "masks": masks,
+            }
+        )
+    return images, targets

@@ -1,0 +1,67 @@
+"""Files that appear whole or not at all, and what the system says of them."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from bench.errors import InputError
+
+
+def write_whole(path: Path, content: bytes | str | Callable[[IO[bytes]], object]) -> None:
+    """Write a file whole or not at all, and make it survive a power cut.
+
+    Args:
+        path: the file; its folder is made where it is missing, a file that is there is replaced.
+        content: text (UTF-8), bytes, or a function that writes to the open file.
+
+    Raises:
+        InputError: where it cannot be written; a file that is there already stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        # torch turns a failed write into a RuntimeError of its own.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {reason(error)}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a new name in `folder` survive a power cut, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Return the hash of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def reason(error: Exception) -> str:
+    """Return why a file could not be read or written, without its name."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,459 @@
+"""Three counts of multiply-adds that know nothing of each other, compared.
+
+- **declared**: closed forms. Of a mechanism, its `multiply_adds(grid)`; of a whole detector, those
+  of its mechanisms and, for every layer outside of them, the formula of its class.
+- **operators**: `bench.measure.flops`, from the operators that the dispatcher runs.
+- **fvcore**: `fvcore.nn.FlopCountAnalysis`, from the traced graph, with `HANDLES` for operators
+  that it has no formula for, or one that is not exact.
+
+Besides these, what two counters give as they come: fvcore without `HANDLES`, and torch's
+`FlopCounterMode` on a CPU, in multiply-adds. fvcore does not know fused attention, and torch 2.11
+counts that of the CPU as nothing.
+
+fvcore runs what it counts, and on the meta device its graphs lose convolutions without a word: it
+counts on the CPU, and so do the two that are taken as they come.
+"""
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from fvcore.nn import FlopCountAnalysis
+from fvcore.nn.jit_handles import einsum_flop_jit, get_shape
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils.flop_counter import FlopCounterMode
+
+import attentions
+from attentions.contract import Grid
+from bench.config.schema import RunConfig
+from bench.config.suites import profile_configs
+from bench.errors import InputError
+from bench.measure import flops, operators
+from bench.measure.formulas import is_free
+from bench.model.backbone import ViL
+from bench.model.build import build_detector
+from bench.model.detectors import Detector
+
+# Counts that differ by more than this share of the largest one do not agree.
+TOLERANCE = 0.01
+# The mechanisms that are audited: channels, heads and global tokens.
+DIM, NUM_HEADS, NUM_GLOBAL = 96, 3, 2
+# Tokens of a grid that a mechanism is still run on: full attention makes tables of their square.
+LARGEST_GRID = 2**13
+_COCO_CLASSES = 80
+_CPU, _META = torch.device("cpu"), torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What each counter found in one module, for one image; unit: multiply-adds.
+
+    Attributes:
+        declared: closed forms; None where a mechanism declares nothing.
+        operators: from the operators that ran.
+        fvcore: from the traced graph, with our handles; None where it cannot be traced.
+        uncounted: calls without a formula, by counter and name; empty in complete counts.
+        fvcore_alone: fvcore without our handles; None where it cannot be traced.
+        torch_on_cpu: torch's own counter on a CPU; None where it fails.
+        failures: why a counter counted nothing, by counter ("fvcore", "torch on CPU").
+    """
+
+    declared: int | None
+    operators: int
+    fvcore: int | None
+    uncounted: Mapping[str, Mapping[str, int]]
+    fvcore_alone: int | None
+    torch_on_cpu: int | None
+    failures: Mapping[str, str] = field(default_factory=dict)
+    unit: str = flops.UNIT
+
+    @property
+    def found(self) -> tuple[int, ...]:
+        """Those of the three counts that there are."""
+        return tuple(c for c in (self.declared, self.operators, self.fvcore) if c is not None)
+
+    @property
+    def disagreement(self) -> float:
+        """The largest difference between two of the three counts, as a share of the largest."""
+        largest = max(self.found)
+        return (largest - min(self.found)) / largest if largest else 0.0
+
+    @property
+    def agrees(self) -> bool:
+        """Whether there are two counts or three that agree, and nothing went uncounted."""
+        return len(self.found) > 1 and self.disagreement <= TOLERANCE and not self.uncounted
+
+    def missed(self, count: int | None) -> float | None:
+        """The share of `operators` that another counter's `count` lacks; None without a count."""
+        return None if count is None or not self.operators else 1 - count / self.operators
+
+
+@dataclass(frozen=True)
+class Audited:
+    """One line of an audit.
+
+    Attributes:
+        name: of a mechanism or a row.
+        options: of the mechanism.
+        counts: None where it could not be built or run for this size.
+        error: why.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    counts: Counts | None
+    error: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether there are counts and they agree."""
+        return self.counts is not None and self.counts.agrees
+
+
+def audit(attention: nn.Module, grid: Grid) -> Counts:
+    """Count a mechanism in three ways, for one image on `grid` (rows, columns).
+
+    Args:
+        attention: with real parameters on the CPU, where it is run; it is not changed.
+        grid: (rows, columns). On one of more than `LARGEST_GRID` tokens nothing is run: closed form
+            and operators are compared alone.
+
+    Raises:
+        InputError: for a module that does not say its `dim` and `num_global`.
+        ValueError: from the mechanism, for a grid that it does not take.
+    """
+    declare = getattr(attention, "multiply_adds", None)
+    declared = None if declare is None else declare(grid)
+    counted = operators.count_call(attention, (flops.tokens(attention, grid), grid))
+    if grid[0] * grid[1] > LARGEST_GRID:
+        why = f"not run on grids of more than {LARGEST_GRID} tokens"
+        uncounted = {"operators": counted.uncounted} if counted.uncounted else {}
+        failures = dict.fromkeys(("fvcore", "torch on CPU"), why)
+        return Counts(declared, counted.total, None, uncounted, None, None, failures)
+    tokens = flops.tokens(attention, grid, device=_CPU)
+    return _compare(_OnGrid(attention, grid), (tokens,), declared=declared, counted=counted)
+
+
+def audit_detector(
+    detector: Detector, *, image_size: tuple[int, int], proposals: int = 1000, detections: int = 100
+) -> Counts:
+    """Count a detector in three ways, part by part and added up, the mask head included.
+
+    Args:
+        detector: with real parameters on the CPU, where its parts are run; it is not changed.
+        image_size: (height, width) in pixels.
+        proposals: boxes in the box head.
+        detections: boxes in the mask head.
+    """
+    parts = []
+    for call in detector.part_calls(image_size, proposals=proposals, detections=detections):
+        with _declaring(call.module) as declared:
+            counted = operators.count_call(call.module, call.make_inputs(_META, torch.float32))
+        inputs = call.make_inputs(_CPU, torch.float32)
+        parts.append(_compare(call.module, inputs, declared=declared.total, counted=counted))
+    return _sum(parts)
+
+
+def audit_mechanisms(names: Iterable[str], grid: Grid) -> Iterator[Audited]:
+    """Audit each mechanism with each of its example options, on one grid.
+
+    A mechanism that does not take the grid gives a line that says so.
+
+    Raises:
+        InputError: for an unknown mechanism, before anything is counted.
+    """
+    try:
+        found = {name: attentions.find(name) for name in names}
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    examples = [
+        (name, example) for name, factory in found.items() for example in _examples(factory)
+    ]
+    return (_line(*example, partial(_audit_example, *example, grid)) for example in examples)
+
+
+def audit_rows(
+    names: Sequence[str],
+    *,
+    backbone: str,
+    method: str,
+    image_size: tuple[int, int],
+    proposals: int,
+) -> Iterator[Audited]:
+    """Audit the whole detector of each row, its backbone included.
+
+    Raises:
+        InputError: for an unknown row, backbone or method, before anything is counted.
+    """
+    configs = profile_configs(
+        names, backbone=backbone, image_size=image_size, values={"model": {"method": method}}
+    )
+    return (
+        _line(
+            config.row,
+            config.model.options,
+            partial(_audit_row, config, image_size, proposals),
+        )
+        for config in configs
+    )
+
+
+def _examples(factory: type[nn.Module]) -> Sequence[Mapping[str, Any]]:
+    examples: Sequence[Mapping[str, Any]] = getattr(factory, "examples", ({},))
+    return examples
+
+
+def _audit_example(name: str, options: Mapping[str, Any], grid: Grid) -> Counts:
+    attention = attentions.build_for(
+        name, grid=grid, dim=DIM, num_heads=NUM_HEADS, num_global=NUM_GLOBAL, **options
+    )
+    return audit(attention, grid)
+
+
+def _audit_row(config: RunConfig, image_size: tuple[int, int], proposals: int) -> Counts:
+    detector = build_detector(config, _COCO_CLASSES)
+    return audit_detector(detector, image_size=image_size, proposals=proposals)
+
+
+def _line(name: str, options: Mapping[str, Any], count: Callable[[], Counts]) -> Audited:
+    try:
+        return Audited(name, options, count())
+    except ValueError as error:
+        return Audited(name, options, None, " ".join(str(error).split()))
+
+
+def _compare(
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    *,
+    declared: int | None,
+    counted: operators.OperatorCount,
+) -> Counts:
+    fvcore = alone = torch_on_cpu = None
+    lacking: dict[str, int] = {}
+    failures: dict[str, str] = {}
+    with operators.evaluating(module), torch.no_grad():
+        with _failing("fvcore", failures):
+            fvcore, lacking = count_graph(module, inputs, HANDLES)
+            alone, _ = count_graph(module, inputs, {})
+        with _failing("torch on CPU", failures):
+            torch_on_cpu = _torch_on_cpu(module, inputs)
+    uncounted = {"operators": dict(counted.uncounted), "fvcore": lacking}
+    return Counts(
+        declared=declared,
+        operators=counted.total,
+        fvcore=fvcore,
+        uncounted={counter: names for counter, names in uncounted.items() if names},
+        fvcore_alone=alone,
+        torch_on_cpu=torch_on_cpu,
+        failures=failures,
+    )
+
+
+@contextmanager
+def _failing(counter: str, failures: dict[str, str]) -> Iterator[None]:
+    """Whatever stops a counter that is not ours belongs into the audit, and does not end it."""
+    try:
+        yield
+    except Exception as error:
+        failures[counter] = " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _sum(parts: Sequence[Counts]) -> Counts:
+    uncounted: dict[str, Counter[str]] = {}
+    for part in parts:
+        for counter, names in part.uncounted.items():
+            uncounted.setdefault(counter, Counter()).update(names)
+
+    def total(counts: Iterable[int | None]) -> int | None:
+        known = list(counts)
+        return None if None in known else sum(filter(None, known))
+
+    return Counts(
+        declared=total(part.declared for part in parts),
+        operators=sum(part.operators for part in parts),
+        fvcore=total(part.fvcore for part in parts),
+        uncounted=uncounted,
+        fvcore_alone=total(part.fvcore_alone for part in parts),
+        torch_on_cpu=total(part.torch_on_cpu for part in parts),
+        failures={name: why for part in parts for name, why in part.failures.items()},
+    )
+
+
+class _OnGrid(nn.Module):
+    """A mechanism on one grid, so that tokens are its only input: a trace takes tensors alone."""
+
+    def __init__(self, attention: nn.Module, grid: Grid) -> None:
+        super().__init__()
+        self.attention = attention
+        self.grid = grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.attention(x, self.grid)
+        return out
+
+
+class _Declared:
+    """Closed forms, added up call by call; `total` is None where a mechanism declares nothing."""
+
+    def __init__(self) -> None:
+        self.total: int | None = 0
+
+    def add(self, count: int | None) -> None:
+        self.total = None if count is None or self.total is None else self.total + count
+
+    def mechanism(self, module: nn.Module, inputs: Any, _output: Any) -> None:
+        declare = getattr(module, "multiply_adds", None)
+        self.add(None if declare is None else declare(inputs[1]))
+
+    def layer(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        formula = next(formula for kind, formula in _LAYERS.items() if isinstance(module, kind))
+        self.add(formula(module, inputs[0], output))
+
+
+_LAYERS: Mapping[type[nn.Module], Callable[[Any, Tensor, Tensor], int]] = {
+    nn.Linear: lambda layer, _, out: out.numel() * layer.in_features,
+    # Weights (in, out / groups, …): each input reaches a whole kernel of every output channel.
+    _ConvTransposeNd: lambda layer, x, _: x.numel() * layer.weight[0].numel(),
+    # Weights (out, in / groups, …): each output is one product with a kernel.
+    _ConvNd: lambda layer, _, out: out.numel() * layer.weight[0].numel(),
+}
+"""Multiply-adds of a layer, its input and its output, by its class; the first that fits."""
+
+
+@contextmanager
+def _declaring(module: nn.Module) -> Iterator[_Declared]:
+    """Add up the closed forms of whatever part of `module` is called meanwhile."""
+    declared = _Declared()
+    mechanisms = {
+        place.module
+        for part in module.modules()
+        if isinstance(part, ViL)
+        for place in part.attention_places()
+    }
+    inside = {part for mechanism in mechanisms for part in mechanism.modules()}
+    layers = {part for part in module.modules() if isinstance(part, tuple(_LAYERS))} - inside
+    hooks = [part.register_forward_hook(declared.mechanism) for part in mechanisms]
+    hooks += [part.register_forward_hook(declared.layer) for part in layers]
+    try:
+        yield declared
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _torch_on_cpu(module: nn.Module, inputs: tuple[Any, ...]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        module(*inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+def count_graph(
+    module: nn.Module, inputs: tuple[Any, ...], handles: Mapping[str, Any]
+) -> tuple[int, dict[str, int]]:
+    """Count by fvcore: multiply-adds, and calls of operators without a formula.
+
+    Args:
+        module: in evaluation, on the CPU.
+        inputs: on the CPU.
+        handles: besides those of fvcore.
+    """
+    analysis = FlopCountAnalysis(module, inputs).set_op_handle(**handles)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    analysis.tracer_warnings("none")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        total = round(analysis.total())
+    lacking = analysis.unsupported_ops()
+    return total, {name: calls for name, calls in lacking.items() if not _is_free(name)}
+
+
+def _is_free(name: str) -> bool:
+    """Whether an operator of a traced graph, such as "aten::add", holds no product of matrices."""
+    space, _, short = name.partition("::")
+    packet = getattr(torch.ops.aten, short, None)
+    if space != "aten" or packet is None:
+        return space == "prim"
+    overloads = (getattr(packet, overload) for overload in packet.overloads())
+    return short in FREE_COMPOSITES.split() or any(map(is_free, overloads))
+
+
+FREE_COMPOSITES = (
+    "unflatten pad cartesian_prod meshgrid numpy_T softmax log_softmax tile concat concatenate"
+    " hstack vstack broadcast_to movedim swapaxes tensor_split one_hot std var frobenius_norm"
+    " upsample_nearest3d upsample_bicubic2d index_add unsafe_chunk __or__ __xor__ max_pool1d"
+    " max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool3d"
+)
+"""Operators that a trace keeps whole, made of others without products of matrices."""
+
+
+def _attention_handle(inputs: Sequence[Any], _outputs: Sequence[Any]) -> int:
+    query, key, value = (get_shape(part) for part in inputs[:3])
+    return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _matmul_handle(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    # fvcore takes all of the left operand and so misses that it is repeated for a longer right one.
+    return math.prod(get_shape(outputs[0])) * get_shape(inputs[0])[-1]
+
+
+def _added_product_handle(inputs: Sequence[Any], _outputs: Sequence[Any]) -> int:
+    left, right = get_shape(inputs[1]), get_shape(inputs[2])
+    return math.prod(left) * (right[-1] if len(right) > 1 else 1)
+
+
+def _vector_handle(inputs: Sequence[Any], _outputs: Sequence[Any]) -> int:
+    return math.prod(get_shape(inputs[0]))
+
+
+def _einsum_handle(inputs: Sequence[Any], outputs: Sequence[Any]) -> float:
+    """Of two operands, the sizes of all indices; of more, fvcore's count, which has four digits."""
+    shapes = [get_shape(operand) for operand in inputs[1].node().inputs()]
+    terms = inputs[0].toIValue().replace(" ", "").partition("->")[0].split(",")
+    if len(shapes) != 2:
+        count: float = einsum_flop_jit(inputs, outputs)
+        return count
+    sizes: dict[str, int] = {}
+    for term, shape in zip(terms, shapes, strict=True):
+        for index, size in zip(_indices(term, len(shape)), shape, strict=True):
+            sizes[index] = max(size, sizes.get(index, 1))
+    return math.prod(sizes.values())
+
+
+def _indices(term: str, dimensions: int) -> list[str]:
+    """One name a dimension; those behind an ellipsis are named by their place from its end."""
+    before, ellipsis, after = term.partition("...")
+    hidden = dimensions - len(before) - len(after) if ellipsis else 0
+    return [*before, *(f"...{place}" for place in range(hidden, 0, -1)), *after]
+
+
+def _no_products(_inputs: Sequence[Any], _outputs: Sequence[Any]) -> int:
+    return 0
+
+
+_NOT_PRODUCTS = (
+    "batch_norm group_norm layer_norm instance_norm upsample_nearest2d upsample_bilinear2d"
+    " adaptive_avg_pool2d grid_sampler"
+)
+
+HANDLES: Mapping[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
+    "aten::scaled_dot_product_attention": _attention_handle,
+    "aten::matmul": _matmul_handle,
+    "aten::einsum": _einsum_handle,
+    "aten::baddbmm": _added_product_handle,
+    "aten::addbmm": _added_product_handle,
+    "aten::addmv": _added_product_handle,
+    "aten::mv": _vector_handle,
+    "aten::dot": _vector_handle,
+    **dict.fromkeys((f"aten::{name}" for name in _NOT_PRODUCTS.split()), _no_products),
+}
+"""For fvcore: formulas that it lacks or that are not exact, and 0 for what it counts although it
+holds no product of matrices. (`None`, by its documentation, ignores an operator; where fvcore has a
+formula it does not.)"""

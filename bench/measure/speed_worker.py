@@ -1,0 +1,123 @@
+"""A process that builds and times mechanisms of one checkout, as `speed.py` asks it to.
+
+It is started in a folder that holds the `attentions` package of the commit to measure; all else is
+this checkout's. Requests and answers are one line of JSON each, on standard input and output.
+"""
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import attentions
+from bench.measure import memory
+
+
+class Case:
+    """One mechanism at one place, in one mode.
+
+    Args:
+        spec: keyword arguments of `attentions.build_for`, with its `name`.
+        mode: "inference" or "training"; training is forward and backward.
+        seed: of weights, input and incoming gradient.
+    """
+
+    def __init__(self, spec: dict[str, Any], mode: str, batch_size: int, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.grid = tuple(spec["grid"])
+        spec = {**spec, "grid": self.grid}
+        self.module: nn.Module = attentions.build_for(**spec)
+        self.module.train(mode == "training")
+        generator = torch.Generator().manual_seed(seed)
+        shape = (batch_size, spec["num_global"] + self.grid[0] * self.grid[1], spec["dim"])
+        self.x = torch.randn(shape, generator=generator)
+        self.gradient = torch.randn(shape, generator=generator)
+        self.training = mode == "training"
+        self.x.requires_grad_(self.training)
+
+    def call(self) -> Tensor:
+        """Run it once; gradients are those of this call alone."""
+        if not self.training:
+            with torch.no_grad():
+                return self.module(self.x, self.grid)
+        self.x.grad = None
+        self.module.zero_grad(set_to_none=True)
+        y: Tensor = self.module(self.x, self.grid)
+        y.backward(self.gradient)
+        return y.detach()
+
+    def results(self) -> dict[str, Tensor]:
+        """Output and, of training, all gradients, by name."""
+        found = {"output": self.call()}
+        if self.training:
+            named = [("input", self.x), *self.module.named_parameters()]
+            found |= {f"gradient of {n}": p.grad for n, p in named if p.grad is not None}
+        return found
+
+    def timed(self) -> dict[str, float]:
+        """Seconds of one call: on the clock and of this process's cores."""
+        wall, cores = time.perf_counter(), time.process_time()
+        self.call()
+        return {"wall": time.perf_counter() - wall, "cores": time.process_time() - cores}
+
+    def peak(self) -> int:
+        """Bytes at the peak of a call above what was there before it."""
+        self.x.grad = None
+        self.module.zero_grad(set_to_none=True)
+        found = memory.peak(self.call, device="cpu", live=[self.module, self.x, self.gradient])
+        return found.bytes - found.before
+
+
+def _answer(request: dict[str, Any], case: Case | None) -> tuple[Any, Case | None]:
+    match request["do"]:
+        case "build":
+            case = Case(request["spec"], request["mode"], request["batch_size"], request["seed"])
+            weights = request["weights"]
+            if request["save"]:
+                torch.save(case.module.state_dict(), weights)
+                return None, case
+            given = torch.load(weights, weights_only=True)
+            own = {name for name, _ in case.module.named_parameters()}
+            if not own <= set(given):
+                raise ValueError(f"parameters without a counterpart: {sorted(own - set(given))}")
+            case.module.load_state_dict(given, strict=False)
+            return None, case
+        case "results":
+            assert case is not None
+            torch.save(case.results(), request["path"])
+            return None, case
+        case "time":
+            assert case is not None
+            return case.timed(), case
+        case "peak":
+            assert case is not None
+            return case.peak(), case
+        case other:
+            raise ValueError(f"unknown request {other!r}")
+
+
+def main() -> None:
+    """Answer requests until standard input ends."""
+    # What a mechanism prints must not look like an answer.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    # The first backward of a process makes what stays; it belongs to no case.
+    torch.ones(1, requires_grad=True).sum().backward()
+    case: Case | None = None
+    for line in sys.stdin:
+        try:
+            found, case = _answer(json.loads(line), case)
+            answer = {"found": found}
+        except Exception as error:
+            # Whatever a mechanism of either commit raises is the answer to this request.
+            case = None
+            answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

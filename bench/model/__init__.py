@@ -1,0 +1,1 @@
+"""The backbone, detectors around it, their weights and optimizer."""

@@ -1,0 +1,121 @@
+"""The model of a run, as its configuration describes it, and what a record says of it."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.config.arch import parse
+from bench.config.schema import RunConfig
+from bench.errors import InputError
+from bench.files import sha256
+from bench.model import detectors, weights
+from bench.model.backbone import ViL
+
+
+def build_backbone(config: RunConfig) -> ViL:
+    """The untrained backbone of a run, its weights drawn from the run's seed.
+
+    Raises:
+        InputError: for a model that cannot be built, naming the row.
+    """
+    data, model = config.data, config.model
+    names = model.attention.split(",")
+    torch.manual_seed(config.seed)
+    try:
+        return ViL(
+            model.arch,
+            attention=names[0] if len(names) == 1 else names,
+            image_size=data.fixed_size or data.max_size,
+            drop_path=model.drop_path,
+            norm_embed=model.norm_embed,
+            **model.options,
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"row {config.row!r}: {error}") from error
+
+
+def build_detector(config: RunConfig, num_classes: int) -> detectors.Detector:
+    """The untrained detector of a run, its weights drawn from the run's seed."""
+    data, model = config.data, config.model
+    fixed = data.fixed_size
+    return detectors.build(
+        build_backbone(config),
+        method=model.method,
+        num_classes=num_classes,
+        library=model.library,
+        min_size=None if fixed else data.min_sizes,
+        max_size=None if fixed else data.max_size,
+        fixed_size=fixed,
+        **vars(model.detector),
+    )
+
+
+def initialise(detector: detectors.Detector, path: Path) -> str:
+    """Load what fits of a classifier's or detector's checkpoint, and say what did.
+
+    Raises:
+        InputError: for a file that cannot be read, or none of whose tensors fits the backbone.
+    """
+    given = weights.load_file(path)
+    if not any(name.startswith(weights.DETECTOR_PREFIX) for name in given):
+        given = weights.convert(given, detector.vil).tensors
+    own = detector.state_dict()
+    fitting = {
+        name: tensor
+        for name, tensor in given.items()
+        if name in own and own[name].shape == tensor.shape
+    }
+    if not any(name.startswith(weights.DETECTOR_PREFIX) for name in fitting):
+        raise InputError(f"train.init={path}: none of its {len(given)} tensors fits the backbone")
+    detector.load_state_dict({**own, **fitting})
+    left = sorted(set(given) - set(fitting))
+    missing = sum(name.startswith(weights.DETECTOR_PREFIX) for name in set(own) - set(fitting))
+    digest = sha256(path)
+    return (
+        f"initialised from {path.name} (sha256 {digest[:16]}): {len(fitting)} tensors"
+        + (f"; left out as they do not fit: {', '.join(left)}" if left else "")
+        + (f"; {missing} of the backbone start anew" if missing else "")
+    )
+
+
+def parameters_section(detector: detectors.Detector) -> dict[str, Any]:
+    """The `parameters` section of a record."""
+
+    def count(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    parts = {name: count(module) for name, module in detector.parts().items()}
+    return {"total": count(detector), "by_part": parts}
+
+
+def model_section(config: RunConfig) -> dict[str, Any]:
+    """The `model` section of a record."""
+    model = config.model
+    library, version = model.library, None
+    # Where the library cannot be had, that is the error of the record.
+    with suppress(InputError):
+        library = detectors.resolve_library(library)
+        version = detectors.library_version(library)
+    return {
+        "backbone": model.backbone,
+        "method": model.method,
+        "library": library,
+        "library_version": version,
+        "attention": _attention_label(config),
+        "arch": model.arch,
+        "drop_path": model.drop_path,
+        "schedule": config.train.schedule,
+    }
+
+
+def _attention_label(config: RunConfig) -> str:
+    """The mechanism, and "/ full" where the last stages have full attention instead."""
+    names = config.model.attention.split(",")
+    try:
+        stages = parse(config.model.arch, names[0] if len(names) == 1 else names)
+    except ValueError:
+        return config.model.attention
+    return " / ".join(dict.fromkeys(stage.attention for stage in stages))

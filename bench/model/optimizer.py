@@ -1,0 +1,124 @@
+"""The optimizer of a detector, and the schedule of its learning rate."""
+
+import fnmatch
+import math
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from bench.config.schema import TrainConfig
+from bench.errors import InputError, choose
+
+# The published ones, by method.
+CLIP_NORMS = {"mask_rcnn": 0.5, "retinanet": 1.0}
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+_POSITIONS = ("cls_pos_embed", "x_pos_embed", "y_pos_embed", "relative_position_bias_table")
+KINDS = ("norms", "biases", "tokens", "positions")
+
+
+def effective(config: TrainConfig, method: str) -> TrainConfig:
+    """Return the schedule as it is run: clipped as `method` is, and scaled to its batch.
+
+    By the linear rule, half the images a step take half the rate and twice the steps.
+    """
+    clip_norm = CLIP_NORMS[method] if config.clip_norm is None else config.clip_norm
+    if config.scale_from_batch is None:
+        return replace(config, clip_norm=clip_norm)
+    factor = config.batch_size / config.scale_from_batch
+    return replace(
+        config,
+        clip_norm=clip_norm,
+        scale_from_batch=None,
+        lr=config.lr * factor,
+        steps=max(1, round(config.steps / factor)),
+        warmup_steps=round(config.warmup_steps / factor),
+        milestones=tuple(round(milestone / factor) for milestone in config.milestones),
+    )
+
+
+def scaling_note(config: TrainConfig) -> str | None:
+    """What `effective` scales, in a line; None where it scales nothing."""
+    if config.scale_from_batch in (None, config.batch_size):
+        return None
+    scaled = effective(config, "mask_rcnn")
+    return (
+        f"recipe for {config.scale_from_batch} images a step scaled to {config.batch_size} by the"
+        f" linear rule: rate {config.lr:g} to {scaled.lr:g}, steps {config.steps} to"
+        f" {scaled.steps}, warm-up {config.warmup_steps} to {scaled.warmup_steps}, milestones"
+        f" {list(config.milestones)} to {list(scaled.milestones)}"
+    )
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The rate of step `step`, counted from 0: linear warm-up, then steps or a cosine.
+
+    Warm-up rises from `warmup_factor` of the rate over `warmup_steps`; "steps" multiplies by
+    `gamma` at every milestone; "cosine" falls to 0 at the last step.
+    """
+    warm = 1.0
+    if step < config.warmup_steps:
+        done = step / config.warmup_steps
+        warm = config.warmup_factor * (1 - done) + done
+    if config.decay == "cosine":
+        decay = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    else:
+        decay = config.gamma ** sum(step >= milestone for milestone in config.milestones)
+    return config.lr * warm * decay
+
+
+def optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over all parameters, in groups of one weight decay and one factor of the rate each.
+
+    Raises:
+        InputError: for a pattern that no parameter's name fits, or an unknown kind of parameter.
+    """
+    kinds = _kinds(model)
+    for pattern in [*config.no_decay, *config.lr_multipliers]:
+        if pattern in config.no_decay and pattern.isalpha():
+            choose(pattern, KINDS, "kind of parameter in train.no_decay")
+        elif not fnmatch.filter(kinds, pattern):
+            raise InputError(
+                f"train: no parameter is called {pattern!r}; there are {', '.join(list(kinds)[:3])}"
+                f" and {len(kinds) - 3} more, * stands for any part of a name"
+            )
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        exempt = any(
+            pattern == kinds[name] or fnmatch.fnmatchcase(name, pattern)
+            for pattern in config.no_decay
+        )
+        factor = next(
+            (f for p, f in config.lr_multipliers.items() if fnmatch.fnmatchcase(name, p)), 1.0
+        )
+        decay = 0.0 if exempt else config.weight_decay
+        groups.setdefault((decay, factor), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": decay, "lr_factor": factor}
+            for (decay, factor), parameters in groups.items()
+        ],
+        lr=config.lr,
+    )
+
+
+def _kinds(model: nn.Module) -> dict[str, str]:
+    """Names of all parameters, and of which of `KINDS` they are, or "weights"."""
+    norms = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if isinstance(module, _NORMS)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+    def kind(name: str) -> str:
+        last = name.rpartition(".")[2]
+        if name in norms:
+            return "norms"
+        if last == "cls_token":
+            return "tokens"
+        if last.endswith(_POSITIONS):
+            return "positions"
+        return "biases" if last == "bias" else "weights"
+
+    return {name: kind(name) for name, _ in model.named_parameters()}

@@ -1,0 +1,304 @@
+"""What a suite would do, without doing it: steps, rates, memory and time."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from bench.config.schema import RunConfig, TrainConfig
+from bench.config.suites import Suite
+from bench.data import split as inputs
+from bench.data.coco import CocoDataset
+from bench.errors import InputError
+from bench.measure.predict import predict
+from bench.measure.workload import Workload
+from bench.model import build as models
+from bench.model import detectors
+from bench.model.optimizer import effective, learning_rate, scaling_note
+from bench.system import devices
+
+UNKNOWN = "-"
+# Of COCO's train2017, the images with an instance that is no crowd.
+_COCO_CLASSES, _COCO_IMAGES = 80, 117_266
+_DAY, _HOUR, _MINUTE = 86400, 3600, 60
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run, as it would be.
+
+    Attributes:
+        config: of the run.
+        recipe: its schedule as it is run, clipped and scaled.
+        library: of its detector, the one that "auto" stands for here.
+        data: what it trains on.
+        images: of its training data with an instance, or None if that is not known.
+        memory: predicted peak of a training step on one device, in bytes.
+        on_gpu: whether memory is that of a GPU.
+        seconds: of its training steps, or None if none was timed.
+    """
+
+    config: RunConfig
+    recipe: TrainConfig
+    library: str
+    data: str
+    images: int | None
+    memory: float
+    on_gpu: bool
+    seconds: float | None
+
+    @property
+    def images_of_a_part(self) -> int:
+        """Images that a device takes at once."""
+        return self.recipe.batch_size // (self.recipe.devices * self.recipe.accumulate)
+
+
+def plan(
+    suite: Suite,
+    output: Path,
+    *,
+    measure_steps: int,
+    tell: Callable[[str], object],
+) -> list[Planned]:
+    """Return what every run would be; a suite that needs COCO is planned for it, there or not.
+
+    Args:
+        suite: with the runs.
+        output: where the runs' data is made, if it is generated.
+        measure_steps: training steps that are timed, on one device here, for the time of a run;
+            0 for none.
+        tell: called with each row before it is planned, which takes seconds.
+    """
+    # Runs share their data, and reading COCO's annotations takes long.
+    opened: dict[str, CocoDataset | None] = {}
+    planned = []
+    for config in suite.runs:
+        tell(config.row)
+        name = repr((config.data.path, config.data.generated, config.data.train_split))
+        if name not in opened:
+            opened[name] = _dataset(config, output, needed=measure_steps > 0)
+        planned.append(_plan(config, suite, opened[name], measure_steps))
+    return planned
+
+
+def table(planned: Sequence[Planned]) -> pd.DataFrame:
+    """Return one row of text a run."""
+    return pd.DataFrame(
+        {
+            "row": run.config.row,
+            "method": run.config.model.method,
+            "schedule": run.recipe.schedule,
+            "drop path": f"{run.config.model.drop_path:g}",
+            "steps": str(run.recipe.steps),
+            "epochs": _epochs(run),
+            "clip norm": f"{run.recipe.clip_norm:g}",
+            "memory GB": f"{run.memory / 1e9:.2f}",
+            "time": UNKNOWN if run.seconds is None else duration(run.seconds),
+        }
+        for run in planned
+    )
+
+
+def lines(planned: Sequence[Planned], measure_steps: int) -> list[str]:
+    """What holds for many runs: data, start, schedules, and where memory and time come from."""
+    found = [
+        *_each(planned, _step),
+        *_each(planned, lambda run: f"data: {run.data}"),
+        *_each(planned, _start),
+        *_each(planned, lambda run: f"library: {run.library}, precision {run.recipe.precision}"),
+    ]
+    for run in planned:
+        note = scaling_note(run.config.train)
+        found += [line for line in (note, _rates(run.recipe)) if line and line not in found]
+    found += _each(planned, _about_memory)
+    if not measure_steps:
+        return [*found, "time: --measure-steps N times training steps and predicts it"]
+    found += _each(planned, lambda run: _about_time(run, measure_steps))
+    total = sum(run.seconds or 0.0 for run in planned)
+    return [*found, f"time of all rows, one after the other: {duration(total)}"]
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a person would say it: `40 s`, `12 min`, `3.5 h`, `2.1 d`."""
+    if seconds < _MINUTE:
+        return f"{seconds:.0f} s"
+    if seconds < _HOUR:
+        return f"{seconds / _MINUTE:.0f} min"
+    return f"{seconds / _HOUR:.1f} h" if seconds < _DAY else f"{seconds / _DAY:.1f} d"
+
+
+def _each(planned: Sequence[Planned], say: Callable[[Planned], str]) -> list[str]:
+    """What `say` says of the runs, with the rows where it is not the same for all."""
+    rows: dict[str, list[str]] = {}
+    for run in planned:
+        rows.setdefault(say(run), []).append(run.config.row)
+    same = len(rows) == 1
+    return [text if same else f"{text} ({', '.join(names)})" for text, names in rows.items()]
+
+
+def _step(run: Planned) -> str:
+    recipe = run.recipe
+    return (
+        f"a step: {_many(recipe.batch_size, 'image')} on {_many(recipe.devices, 'device')}, each"
+        f" with {_many(recipe.accumulate, 'part')} of {_many(run.images_of_a_part, 'image')}"
+    )
+
+
+def _start(run: Planned) -> str:
+    if run.recipe.init is not None:
+        return f"start: {run.recipe.init}"
+    return "start: no pretrained weights; --init takes a classifier's, as published rows did"
+
+
+def _about_memory(run: Planned) -> str:
+    place = "GPU" if run.on_gpu else "CPU"
+    return f"memory: predicted peak of a training step on one {place}, {_batch(run)}"
+
+
+def _about_time(run: Planned, measure_steps: int) -> str:
+    fabric = devices.single_fabric(run.config)
+    precision = fabric.strategy.precision.precision
+    return (
+        f"time: of training alone, on {_many(run.recipe.devices, 'device')} as fast as"
+        f" {fabric.device} here: the median of {measure_steps} steps in {precision},"
+        f" {_batch(run)}, times parts and steps; without evaluation, waiting for data, or what"
+        " processes send one another"
+    )
+
+
+def _batch(run: Planned) -> str:
+    size = "x".join(map(str, run.config.profile.image_size))
+    return f"{_many(run.images_of_a_part, 'image')} of {size}"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _epochs(run: Planned) -> str:
+    if not run.images:
+        return UNKNOWN
+    return f"{run.recipe.steps * run.recipe.batch_size / run.images:.1f}"
+
+
+def _plan(
+    config: RunConfig, suite: Suite, dataset: CocoDataset | None, measure_steps: int
+) -> Planned:
+    recipe = effective(config.train, config.model.method)
+    part = recipe.batch_size // (recipe.devices * recipe.accumulate)
+    coco = suite.needs is not None and config.data.path is None
+    classes = _COCO_CLASSES if dataset is None or coco else dataset.num_classes
+    seconds = None
+    if dataset is not None and measure_steps:
+        seconds = _seconds(config, dataset, classes, part, measure_steps)
+        seconds *= recipe.accumulate * recipe.steps
+    on_gpu = _on_gpu(config)
+    data, images = _data(config, dataset, suite.needs if coco else None)
+    return Planned(
+        config=config,
+        recipe=recipe,
+        library=detectors.resolve_library(config.model.library),
+        data=data,
+        images=images,
+        memory=_memory(config, part, classes, "cuda" if on_gpu else "cpu"),
+        on_gpu=on_gpu,
+        seconds=seconds,
+    )
+
+
+def _data(
+    config: RunConfig, dataset: CocoDataset | None, needs: str | None
+) -> tuple[str, int | None]:
+    """What a run trains on, and how many of its images have an instance."""
+    split, images = config.data.train_split, None
+    if needs is not None:
+        return f"{needs}, {split}, {_COCO_IMAGES} images with an instance", _COCO_IMAGES
+    if dataset is not None:
+        images = sum(dataset.instances(index) > 0 for index in range(len(dataset)))
+    found = "" if images is None else f", {images} of them with an instance"
+    if config.data.path is None:
+        made = config.data.generated.train_images
+        return f"generated, {made} images{found}", made if images is None else images
+    if dataset is None:
+        return f"{config.data.path}, {split}, which is not there", None
+    return f"{config.data.path}, {split}, {len(dataset)} images{found}", images
+
+
+def _rates(recipe: TrainConfig) -> str:
+    points = {0, min(recipe.warmup_steps, recipe.steps - 1), recipe.steps - 1}
+    points |= {milestone for milestone in recipe.milestones if milestone < recipe.steps}
+    if recipe.decay == "cosine":
+        points |= {recipe.steps // 2}
+    listed = ", ".join(f"{learning_rate(step, recipe):.3g} at {step}" for step in sorted(points))
+    shape = "a cosine" if recipe.decay == "cosine" else f"times {recipe.gamma:g} at milestones"
+    return (
+        f"schedule {recipe.schedule}: {recipe.steps} steps, warm-up over {recipe.warmup_steps},"
+        f" then {shape}; rate by step: {listed}"
+    )
+
+
+def _dataset(config: RunConfig, output: Path, *, needed: bool) -> CocoDataset | None:
+    """The training images, if they are there or have to be; generated ones are made if needed."""
+    if config.data.path is None and not needed:
+        return None
+    try:
+        return inputs.open_split(config, inputs.data_root(config, output), config.data.train_split)
+    except InputError:
+        if needed:
+            raise
+        return None
+
+
+def _seconds(
+    config: RunConfig, dataset: CocoDataset, classes: int, images: int, steps: int
+) -> float:
+    """Median time of a training step on one part of the images, of the profile's size."""
+    fabric = devices.single_fabric(config)
+    detector = models.build_detector(config, classes)
+    size = config.profile.image_size
+    batch, targets = inputs.profile_batch(dataset, (size[0], size[1]), images)
+    workload = Workload(
+        detector,
+        fabric=fabric,
+        config=config,
+        images=batch,
+        targets=targets,
+    )
+    # Run once before it is timed.
+    call = workload.call("training")
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        call()
+        if fabric.device.type == "cuda":
+            torch.cuda.synchronize(fabric.device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _on_gpu(config: RunConfig) -> bool:
+    """Whether the run is for a GPU: half precision is for no other device."""
+    if config.device == "cpu":
+        return False
+    half = config.train.precision == "16-mixed"
+    return half or config.device.startswith("cuda") or torch.cuda.is_available()
+
+
+def _memory(config: RunConfig, images: int, num_classes: int, device: str) -> float:
+    """The predicted peak of a training step on one device, in bytes."""
+    size = config.profile.image_size
+    with torch.device("meta"):
+        detector = models.build_detector(config, num_classes)
+    prediction = predict(
+        detector,
+        image_size=(size[0], size[1]),
+        batch_size=images,
+        mode="training",
+        precision=config.train.precision,
+        device=device,
+    )
+    return float(prediction.total)

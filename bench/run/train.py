@@ -1,0 +1,422 @@
+"""The training loop: a detector, a data set and a schedule, on Lightning Fabric.
+
+Everything random in step t is drawn from (seed, t) alone: the batch, its flips, and the state of
+torch's generators. With the weights and the optimiser of a checkpoint, a resumed run therefore
+continues bit by bit where it was stopped.
+
+A step's images are split into `devices * accumulate` parts, each with a random state of its own,
+and the step follows the mean of the parts' gradients. Two processes therefore do what one does in
+two parts. Another number of parts is another run: the detectors' losses are means over what they
+sample in a part (RoIs, positive RoIs, anchors), not over images, and images are padded to the
+largest of their part. Only torchvision's RetinaNet has losses that are means over images.
+"""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from bench.config.schema import DataConfig, TrainConfig
+from bench.data.coco import CocoDataset
+from bench.data.images import to_float
+from bench.data.loader import Pace, clear_worker_errors, training_batches
+from bench.errors import InputError
+from bench.model.backbone import ViL
+from bench.model.detectors.contract import Detector
+from bench.model.optimizer import learning_rate, optimizer
+from bench.run.checkpoints import Checkpoints
+from bench.system.interrupt import Held
+from bench.system.logs import StepLog
+
+Progress = Callable[[int, float], None]
+
+# Gradients still overflow at this scale of the loss: they are not numbers at any.
+_LEAST_SCALE = 2.0**-20
+_MOST_IDS = 16
+
+
+class DivergedError(RuntimeError):
+    """The loss or the gradient was not a finite number."""
+
+    kind = "diverged"
+
+
+@dataclass
+class TrainingLog:
+    """What happened while training; kept in the checkpoints.
+
+    Attributes:
+        steps: optimiser steps done.
+        seconds: time in the loop, of all processes that resumed one another.
+        losses: mean losses of the steps since the entry before.
+        resumed: how often the run was taken up again.
+        skipped: steps without an update, as gradients overflowed in half precision.
+        data_seconds: time of `seconds` that the loop waited for data.
+        loader_seconds: time that the loader needs for the same data at full speed.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    losses: list[dict[str, float]] = field(default_factory=list)
+    resumed: int = 0
+    skipped: int = 0
+    data_seconds: float = 0.0
+    loader_seconds: float = 0.0
+
+    def as_record(self, batch_size: int) -> dict[str, Any]:
+        """The `training` section of a record."""
+        images = self.steps * batch_size
+        return {
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "data_seconds": self.data_seconds,
+            "batch_size": batch_size,
+            "images_per_second": images / self.seconds if self.seconds else None,
+            "loader_images_per_second": images / self.loader_seconds
+            if self.loader_seconds
+            else None,
+            "losses": self.losses,
+            "resumed": self.resumed,
+            "skipped": self.skipped,
+        }
+
+
+def step_seed(seed: int, step: int, part: int = 0) -> int:
+    """The seed of torch's generators for a part of a step, independent of its neighbours'."""
+    state = np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
+
+
+def train(
+    detector: nn.Module,
+    dataset: CocoDataset,
+    *,
+    fabric: Fabric,
+    config: TrainConfig,
+    data: DataConfig,
+    seed: int,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    journal: StepLog | None = None,
+) -> tuple[nn.Module, TrainingLog]:
+    """Train `detector`, from its newest checkpoint if there is one.
+
+    Ctrl-C or SIGTERM ends it after the step in hand, which leaves a checkpoint; a second one ends
+    the process at once.
+
+    Args:
+        config: the schedule; see `effective`.
+        progress: called after each step with the steps done and the loss.
+        journal: told of every step.
+
+    Returns:
+        The detector as Fabric wrapped it, and the log.
+
+    Raises:
+        DivergedError: for a loss or gradient that is not finite, naming the step and the images;
+            weights and checkpoints stay as they were before the step.
+        DataWorkerError: where a process that reads data died.
+        InputError: for data that cannot be read, a checkpoint that does not fit the detector, or
+            one that cannot be written.
+        KeyboardInterrupt: after SIGINT or SIGTERM.
+    """
+    model, optimiser = fabric.setup(detector, optimizer(detector, config))
+    training = _Training(detector, model, optimiser, fabric, config, seed)
+    state = checkpoints.latest({"annotations": dataset.fingerprint})
+    if state is not None:
+        training.load(state)
+    _check_same_step(fabric, training.log.steps)
+    if journal is not None:
+        journal.begin(training.log.steps)
+    model.train()
+    pace = Pace()
+    batches = training_batches(
+        dataset,
+        batch_size=config.batch_size,
+        seed=seed,
+        start_step=training.log.steps,
+        steps=config.steps,
+        num_workers=data.workers,
+        flip=data.flip,
+        **_needs(detector),
+        aspect_ratio_grouping=data.aspect_ratio_grouping,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+        pace=pace,
+    )
+    saved = training.log.steps
+    with Held(quiet=not fabric.is_global_zero) as held, clear_worker_errors():
+        for images, targets in batches:
+            entry, stop = training.step(images, targets, pace=pace.reset(), stop=held.requested)
+            step = training.log.steps
+            last = step == config.steps
+            if journal is not None:
+                journal.write(entry)
+            if (step % config.checkpoint_every == 0 or last or stop) and step > saved:
+                if fabric.is_global_zero:
+                    checkpoints.save({**training.state(), "annotations": dataset.fingerprint}, step)
+                saved = step
+            progress(step, entry["total"])
+            if stop:
+                raise KeyboardInterrupt(f"stopped after step {step}")
+    # What is measured later is of the same size whether or not this process did the last step.
+    optimiser.zero_grad(set_to_none=True)
+    return model, training.log
+
+
+def _needs(detector: nn.Module) -> dict[str, Any]:
+    """What a detector needs of the data, in the sizes it needs; another module gets all of it."""
+    if not isinstance(detector, Detector):
+        return {}
+    return {
+        "masks": detector.method == "mask_rcnn",
+        "network_size": detector.settings.network_size,
+    }
+
+
+class _Training:
+    """What changes from step to step: weights, optimiser, scaler, log."""
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        model: Any,
+        optimiser: Any,
+        fabric: Fabric,
+        config: TrainConfig,
+        seed: int,
+    ) -> None:
+        self.detector, self.model, self.optimiser = detector, model, optimiser
+        self.fabric, self.config, self.seed = fabric, config, seed
+        self.log = TrainingLog()
+        # Losses since the last entry of the log, so that a resumed run averages the same steps.
+        self.window: list[dict[str, float]] = []
+        self._start = time.perf_counter()
+        self._running: tuple[str, ...] = getattr(detector, "running", ())
+        self._backbones = [module for module in detector.modules() if isinstance(module, ViL)]
+        self._scaler = getattr(fabric.strategy.precision, "scaler", None)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, in plain values and tensors."""
+        return {
+            "model": self.detector.state_dict(),
+            "running": self._numbers(),
+            "optimizer": self.optimiser.state_dict(),
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "log": vars(self.log),
+            "window": self.window,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`.
+
+        Raises:
+            InputError: where it is of another detector.
+        """
+        try:
+            self.detector.load_state_dict(state["model"])
+            self.optimiser.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                f"the checkpoint of step {state['log']['steps']} does not fit the detector, whose"
+                f" code changed since; remove the row's checkpoints to start anew:"
+                f" {' '.join(str(error).split())}"
+            ) from error
+        self._set_numbers(state["running"])
+        self.fabric.strategy.precision.load_state_dict(state["precision"])
+        self.log = TrainingLog(**state["log"])
+        self.window = state["window"]
+        self._start = time.perf_counter() - self.log.seconds
+        if self.log.steps < self.config.steps:
+            self.log.resumed += 1
+
+    def step(
+        self,
+        images: Sequence[Tensor],
+        targets: Sequence[Mapping[str, Tensor]],
+        *,
+        pace: Pace,
+        stop: bool,
+    ) -> tuple[dict[str, float], bool]:
+        """One optimiser step on this process's images.
+
+        Args:
+            pace: of these images.
+            stop: whether this process was told to stop.
+
+        Returns:
+            What is logged of the step, and whether any process was told to stop.
+        """
+        config, log, step = self.config, self.log, self.log.steps
+        begun = time.perf_counter()
+        rate = learning_rate(step, config)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * group["lr_factor"]
+        self.optimiser.zero_grad(set_to_none=True)
+        parts = [self._part(batch, n) for n, batch in enumerate(self._split(images, targets))]
+        means, stop = self._mean(parts, stop)
+        if not math.isfinite(means["total"]):
+            self._diverged("loss", means["total"], parts, targets)
+        norm = float(self._clip())
+        if not math.isfinite(norm):
+            if self._scaler is None or self._scaler.get_scale() < _LEAST_SCALE:
+                self._diverged("gradient's norm", norm, parts, targets)
+            log.skipped += 1
+        self.optimiser.step()
+        log.steps = step + 1
+        log.seconds = time.perf_counter() - self._start
+        log.data_seconds += pace.waited
+        log.loader_seconds += pace.reading
+        self.window.append(means)
+        if log.steps % config.log_every == 0 or log.steps == config.steps:
+            log.losses.append(_mean(self.window, step=log.steps, lr=rate))
+            self.window = []
+        took = time.perf_counter() - begun + pace.waited
+        return {
+            "step": log.steps,
+            "lr": rate,
+            **means,
+            "gradient_norm": norm,
+            "images_per_second": config.batch_size / took,
+            "step_seconds": took,
+            "data_seconds": pace.waited,
+            # Each process reads its share of the images, all at the same time.
+            "loader_images_per_second": config.batch_size / pace.reading,
+            "peak_memory_bytes": _peak_memory(self.fabric.device),
+            **({} if self._scaler is None else {"loss_scale": self._scaler.get_scale()}),
+        }, stop
+
+    def _split(
+        self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]]
+    ) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
+        device, size = self.fabric.device, len(images) // self.config.accumulate
+        for start in range(0, len(images), size):
+            own = slice(start, start + size)
+            yield (
+                [to_float(image.to(device, non_blocking=True)) for image in images[own]],
+                [
+                    {key: value.to(device, non_blocking=True) for key, value in target.items()}
+                    for target in targets[own]
+                ],
+            )
+
+    def _part(
+        self, batch: tuple[list[Tensor], list[dict[str, Tensor]]], number: int
+    ) -> dict[str, Tensor]:
+        """Losses of a part of the step, and its share of the gradients."""
+        step, accumulate = self.log.steps, self.config.accumulate
+        if number == 0:
+            torch.manual_seed(step_seed(self.seed, step))
+            for backbone in self._backbones:
+                backbone.start_training_step(step)
+            self._before = self._numbers()
+        # Each part begins where the step began, whichever process it is in.
+        self._set_numbers(self._before)
+        place = self.fabric.global_rank * accumulate + number
+        torch.manual_seed(step_seed(self.seed, step, place))
+        last = number == accumulate - 1
+        with self.fabric.no_backward_sync(self.model, enabled=not last):
+            losses = self.model(*batch)
+            total = torch.stack(list(losses.values())).sum()
+            self.fabric.backward(total / accumulate)
+        detached = {name: loss.detach() for name, loss in losses.items()}
+        numbers = {
+            f"_{n}": torch.tensor(v, dtype=torch.float64) for n, v in self._numbers().items()
+        }
+        return {"total": total.detach(), **detached, **numbers}
+
+    def _mean(
+        self, parts: Sequence[Mapping[str, Tensor]], stop: bool
+    ) -> tuple[dict[str, float], bool]:
+        """Losses over the parts of all processes, and whether any was told to stop."""
+        names = list(parts[0])
+        device = self.fabric.device
+        rows = [torch.stack([p[n].double().to(device) for n in names]) for p in parts]
+        told = torch.tensor([float(stop)], dtype=torch.float64, device=device)
+        values = torch.cat([torch.stack(rows).mean(dim=0), told])
+        averaged: Any = self.fabric.all_reduce(values, reduce_op="mean")
+        reduced: list[float] = averaged.tolist()
+        means = dict(zip(names, reduced, strict=False))
+        self._set_numbers({name: means.pop(f"_{name}") for name in self._numbers()})
+        return means, reduced[-1] > 0
+
+    def _clip(self) -> Tensor:
+        norm = self.fabric.clip_gradients(
+            self.model,
+            self.optimiser,
+            max_norm=self.config.clip_norm or math.inf,
+            error_if_nonfinite=False,
+        )
+        if norm is None:
+            raise TypeError("clipping by a norm returned none")
+        return norm
+
+    def _diverged(
+        self,
+        what: str,
+        value: float,
+        parts: Sequence[Mapping[str, Tensor]],
+        targets: Sequence[Mapping[str, Tensor]],
+    ) -> None:
+        """Say on which images, of all processes.
+
+        Raises:
+            DivergedError: always.
+        """
+        self.optimiser.zero_grad(set_to_none=True)
+        size = len(targets) // len(parts)
+        ids = [int(target["image_id"]) for target in targets]
+        finite = [bool(part["total"].isfinite()) for part in parts]
+        bad = [id_ for place, id_ in enumerate(ids) if not finite[place // size]]
+        pairs: list[Any] = [(bad, ids)]
+        if self.fabric.world_size > 1:
+            pairs = [None] * self.fabric.world_size
+            torch.distributed.all_gather_object(pairs, (bad, ids))
+        named = [i for bad, _ in pairs for i in bad] or [i for _, ids in pairs for i in ids]
+        more = f" and {len(named) - _MOST_IDS} more" if len(named) > _MOST_IDS else ""
+        raise DivergedError(
+            f"the {what} was {value} at step {self.log.steps} on images"
+            f" {', '.join(map(str, named[:_MOST_IDS]))}{more}; the newest checkpoint stays"
+        )
+
+    def _numbers(self) -> dict[str, float]:
+        return {name: float(getattr(self.detector, name)) for name in self._running}
+
+    def _set_numbers(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            setattr(self.detector, name, value)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """The most so far: of the device's allocator, on the CPU of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Kilobytes on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _check_same_step(fabric: Fabric, step: int) -> None:
+    """Raise InputError where the processes found different checkpoints."""
+    if fabric.world_size == 1:
+        return
+    steps: list[Any] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(steps, step)
+    if len(set(steps)) > 1:
+        raise InputError(
+            f"the processes see checkpoints of different steps, {sorted(set(steps))}; --output must"
+            " be a folder that all machines share"
+        )
+
+
+def _mean(window: Sequence[Mapping[str, float]], *, step: int, lr: float) -> dict[str, float]:
+    means = {name: sum(entry[name] for entry in window) / len(window) for name in window[0]}
+    return {"step": step, "lr": lr, **means}

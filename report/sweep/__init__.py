@@ -1,1 +1,0 @@
-"""The report of a sweep: cost against resolution, its growth, and where full attention loses."""

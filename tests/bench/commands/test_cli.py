@@ -1,0 +1,197 @@
+import subprocess
+import sys
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+import pytest
+
+import run_all
+from bench import cli
+from bench.errors import InputError
+
+ROOT = Path(__file__).parents[3]
+
+
+def leaves(prog=cli.PROG, commands=None):
+    """Every command without commands of its own, by what it is called by."""
+    for name, command in (commands or cli.find_commands()).items():
+        if hasattr(command, "COMMANDS"):
+            yield from leaves(f"{prog} {name}", command.COMMANDS)
+        else:
+            yield f"{prog} {name}", command
+
+
+LEAVES = dict(leaves())
+
+
+def test_help_lists_every_command_and_needs_no_torch():
+    code = (
+        "import sys, bench; from bench import cli;"
+        "cli.main(['--help']) if 'torch' not in sys.modules else sys.exit(1)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for name, module in cli.find_commands().items():
+        assert f"  {name:<10}{module.HELP}\n" in done.stdout
+
+
+@pytest.mark.parametrize("words", [prog.split()[3:] for prog in LEAVES] + [["data"]], ids=" ".join)
+def test_every_command_explains_itself(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "exit code" in shown
+    assert max(map(len, shown.splitlines())) <= 100
+    assert len(words) > 1 or "examples:\n  python -m bench" in shown
+
+
+@pytest.mark.parametrize("prog", ["run_all.py", *LEAVES])
+def test_options_show_their_defaults(prog, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    parser = cli.parser_of(prog, LEAVES[prog]) if prog in LEAVES else run_all.parser()
+    text = parser.format_help()
+    helps = {part.split()[0]: part for part in text.split("\n  --")[1:]}
+    required = {"MECHANISM [": ["ViL"], "DIR [": ["."], "--source FILE --o": ["--source", "a"]}
+    required |= {"--base COMMIT": ["--base", "a"], "--output FILE [": ["--output", "a"]}
+    given = [word for sign, words in required.items() if sign in text for word in words]
+    # What is parsed where nothing is given.
+    for name, value in vars(parser.parse(given)).items():
+        shown = helps.get(name.replace("_", "-"))
+        if shown and f"--{name}" not in given and value not in (None, False, [], ()):
+            assert "(default: " in shown.partition("\n\n")[0]
+
+
+def test_types_of_arguments():
+    assert cli.image_size("800x1344") == (800, 1344)
+    assert cli.image_size("512") == (512, 512)
+    assert cli.names("a, b,a") == ("a", "b")
+    assert cli.positive("3") == 3
+    assert cli.seconds("0.5") == 0.5
+    assert cli.count("0") == 0
+    assert cli.grid("50x84") == (50, 84)
+    assert cli.modes("train, inference") == ("training", "inference")
+    assert cli.several(cli.count)("0,4") == (0, 4)
+    assert cli.memory_budget("1.5GiB") == 1.5 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (cli.image_size, "0x32"),
+        (cli.image_size, "800*1344"),
+        (cli.positive, "0"),
+        (cli.positive, "-1"),
+        (cli.seconds, "-1"),
+        (cli.seconds, "nan"),
+        (cli.names, " , "),
+        (cli.count, "-1"),
+        (cli.count, "1.5"),
+        (cli.repeats, "1"),
+        (cli.seed, str(2**63)),
+        (cli.grid, "5"),
+        (cli.one_name, "all"),
+        (cli.modes, "train,infer"),
+        (cli.memory_budget, "24XB"),
+        (cli.several(cli.positive), "1,0"),
+    ],
+)
+def test_wrong_arguments_are_named(kind, text):
+    with pytest.raises(ArgumentTypeError, match=r"'[^']*'.* (is|names|value)|unknown value"):
+        kind(text)
+
+
+def parsed(name, *arguments):
+    return cli.parser_of(name, cli.find_commands()[name]).parse(arguments)
+
+
+def test_overrides_may_stand_anywhere():
+    found = parsed("profile", "seed=1", "--attention", "ViL", "a.b=2", "--amp", "c=3")
+    assert found.overrides == ["seed=1", "a.b=2", "c=3"]
+    assert parsed("check", "full", "--format", "json", "ViL").mechanisms == ["full", "ViL"]
+    assert parsed("report", "a", "--title", "x", "b").folders == [Path("a"), Path("b")]
+    assert parsed("profile").overrides == []
+    assert run_all.parser().parse(["a=1", "--seed", "3", "b=2"]).overrides == ["a=1", "b=2"]
+
+
+@pytest.mark.parametrize("command", ["profile", "sweep"])
+def test_amp_is_mixed_precision_of_the_device(command):
+    assert cli.precision(parsed(command)) == "32-true"
+    assert cli.precision(parsed(command, "--amp", "--device", "cpu")) == "bf16-mixed"
+    assert cli.precision(parsed(command, "--amp", "--device", "cuda:1")) == "16-mixed"
+
+
+# A command line, and a part of the one line that refuses it: one for each kind of mistake.
+WRONG = {
+    "": "the following arguments are required: COMMAND",
+    "profle": "COMMAND: unknown value 'profle' (did you mean 'profile'?); allowed: audit, check",
+    "data": "the following arguments are required: COMMAND",
+    "data chek": "COMMAND: unknown value 'chek' (did you mean 'check'?)",
+    "profile --attenton ViL": "unknown argument '--attenton' (did you mean '--attention'?)",
+    "profile --method=mask": "--method: unknown value 'mask' (did you mean 'mask_rcnn'?)",
+    "profile --image-size -5x3": "one that begins with a dash is given as --name=VALUE",
+    "profile --precision 16-mixed --amp": "not allowed with argument --precision",
+    "profile --attention longfromer": "attention 'longfromer' (did you mean 'longformer'?)",
+    "profile --backbone smal": "backbone 'smal' (did you mean 'small'?)",
+    "profile train.stpes=3": "'train.stpes' (did you mean 'train.steps'?)",
+    "sweep --batch-sizes 1,x": "--batch-sizes: 'x' is not a whole number of 1 or more",
+    "sweep --what parameters": "allowed: flops, memory, latency",
+    "convert --source a": "the following arguments are required: --output",
+    "data speed --workers 1,-2": "'-2' is not a whole number of 0 or more",
+    "check longfromer": "'longfromer' (did you mean 'longformer'?)",
+    "check ViL --option windw=3": "--option windw: longformer has no such option (did you mean",
+    "check ViL --option window": "--option 'window' is not of the form key=value",
+    "check ViL --dim 7": "--dim 7 must be a multiple of --num-heads 3",
+    "report /nowhere": "/nowhere is not a folder",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_mistake_of_the_user_is_one_line_and_exit_code_2(words, capsys):
+    assert cli.main(words.split()) == 2
+    captured = capsys.readouterr()
+    assert WRONG[words] in captured.err
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    prog = captured.err.partition(": error: ")[0]
+    assert f"python -m bench {words}".startswith(prog)
+
+
+@pytest.mark.parametrize("error", [InputError("size 0 is not positive"), KeyboardInterrupt()])
+def test_a_command_ends_by_its_exit_code(error, monkeypatch, capsys):
+    name, module = next(iter(cli.find_commands().items()))
+
+    def fail(_options):
+        raise error
+
+    monkeypatch.setattr(module, "run", fail)
+    monkeypatch.setattr(module, "configure", lambda _parser: None)
+    expected = (130, "interrupted\n")
+    if isinstance(error, InputError):
+        expected = (2, f"python -m bench {name}: error: size 0 is not positive\n")
+    assert (cli.main([name]), capsys.readouterr().err) == expected
+
+
+def test_a_row_is_checked_by_its_mechanism(capsys):
+    assert cli.main(["check", "Partial ViL", "--option", "window=3"]) == 0
+    assert "Conformance of longformer with window=3" in capsys.readouterr().out
+
+
+def test_a_report_of_no_record(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "no record in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["profile", "--device", "cpu"], ["audit"]])
+def test_an_output_that_cannot_be_written_is_said_before_anything_is_measured(
+    arguments, tmp_path, capsys
+):
+    (tmp_path / "file").write_text("")
+    assert cli.main([*arguments, "--output", str(tmp_path / "file")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert f"--output {tmp_path / 'file'}" in captured.err

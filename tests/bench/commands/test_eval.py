@@ -1,0 +1,395 @@
+"""`python -m bench eval`, from the command line to the figures."""
+
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bench import cli, record
+from bench.config.suites import build_config
+from bench.data.coco import CocoDataset
+from bench.data.generated import generate
+from bench.data.images import to_float
+from bench.data.split import labels_by_name
+from bench.errors import InputError
+from bench.model import weights
+from bench.model.build import build_detector
+from bench.run.bootstrap import LEVEL
+from bench.run.checkpoints import Checkpoints
+from bench.run.evaluate import CocoEvaluator
+
+ARCH = (
+    "l1,h1,d8,n1,s1,g1,p4,f3,a1_l2,h2,d16,n1,s1,g1,p2,f3,a1_"
+    "l3,h2,d16,n1,s1,g1,p2,f3,a1_l4,h4,d32,n1,s1,g0,p2,f3,a1"
+)
+DETECTOR = {
+    "fpn_channels": 16,
+    "head_width": 32,
+    "mask_width": 16,
+    "anchor_sizes": [8, 16, 32, 64, 96],
+    "rpn_proposals": [200, 50],
+    "rpn_proposals_test": [50, 20],
+    "rpn_batch": 64,
+    "roi_batch": 32,
+    "detections": 10,
+    "score_threshold": 0.0,
+}
+SIZES = {"min_sizes": [96], "max_size": 120}
+OVERRIDES = [
+    *(f"model.detector.{name}={value}" for name, value in DETECTOR.items()),
+    *(f"data.{name}={value}" for name, value in SIZES.items()),
+]
+CLASSES = 6
+detectron2 = pytest.param(
+    "detectron2",
+    marks=[
+        pytest.mark.detectron2,
+        pytest.mark.skipif(
+            importlib.util.find_spec("detectron2") is None, reason="detectron2 is not importable"
+        ),
+    ],
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return generate(tmp_path_factory.mktemp("data") / "set", train_images=1, val_images=4)
+
+
+def config_of(method="mask_rcnn", library="torchvision"):
+    model = {"arch": ARCH, "method": method, "library": library, "detector": DETECTOR}
+    return build_config({"row": "ViL", "model": model, "data": SIZES})
+
+
+def detector_of(**options):
+    torch.manual_seed(0)
+    return build_detector(config_of(**options), CLASSES)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A function that writes the weights of a detector and returns the file."""
+
+    def save(wrap=lambda state: {"model": state}, **options):
+        path = tmp_path / "model_final.pth"
+        torch.save(wrap(detector_of(**options).state_dict()), path)
+        return path
+
+    return save
+
+
+def run(capsys, *arguments):
+    code = cli.main(["eval", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def evaluate(capsys, path, data, *arguments):
+    """The JSON that the command prints."""
+    code, out, err = run(
+        capsys, "--weights", path, "--data", data, "--arch", ARCH, "--format", "json",
+        "--workers", 0, *arguments, *OVERRIDES,
+    )  # fmt: skip
+    assert code == 0, err
+    return json.loads(out)
+
+
+def by_hand(data, *, images=4, **options):
+    """The figures of the same detector, without the command."""
+    detector, split = detector_of(**options).eval(), CocoDataset(data, "val2017")
+    evaluator = CocoEvaluator(split)
+    for index in range(images):
+        image, target = split[index]
+        with torch.no_grad():
+            evaluator.update(detector([to_float(image)]), [target])
+    return evaluator.compute()
+
+
+@pytest.mark.parametrize("library", ["torchvision", detectron2])
+@pytest.mark.parametrize("method", ["mask_rcnn", "retinanet"])
+def test_the_figures_are_those_of_the_detector_whose_names_the_weights_have(
+    capsys, saved, data, method, library
+):
+    path = saved(method=method, library=library)
+    result = evaluate(capsys, path, data)
+    expected = by_hand(data, method=method, library=library)
+    found = result["evaluation"]
+    for name in ("box", "mask"):
+        assert found[name] == pytest.approx(expected[name])
+    assert found["box"]["AP"] < 2
+    assert (found["mask"] is None) == (method == "retinanet")
+    assert (found["split"], found["images"], found["unit"]) == ("val2017", 4, "percent")
+    assert (result["model"]["library"], result["model"]["method"]) == (library, method)
+    assert result["model"]["arch"] == ARCH
+    assert len(result["weights_sha256"]) == 64
+
+
+def test_a_detector_that_learnt_its_image_has_a_high_average_precision(capsys, tmp_path):
+    folder = tmp_path / "val2017"
+    folder.mkdir()
+    pixels = np.full((48, 72, 3), 60, dtype=np.uint8)
+    pixels[10:34, 20:50] = 220
+    Image.fromarray(pixels).save(folder / "1.png")
+    box = {"id": 1, "image_id": 1, "category_id": 4, "bbox": [20, 10, 30, 24], "area": 720}
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "height": 48, "width": 72}],
+        "annotations": [box | {"iscrowd": 0, "segmentation": [[20, 10, 50, 10, 50, 34, 20, 34]]}],
+        "categories": [{"id": 4, "name": "box"}],
+    }
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+    image, target = CocoDataset(tmp_path, "val2017")[0]
+    torch.manual_seed(0)
+    detector = build_detector(config_of(), 1)
+    optimiser = torch.optim.AdamW(detector.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimiser.zero_grad()
+        sum(detector([to_float(image)], [target]).values()).backward()
+        torch.nn.utils.clip_grad_norm_(detector.parameters(), 1.0)
+        optimiser.step()
+    torch.save(detector.state_dict(), tmp_path / "learnt.pth")
+    found = evaluate(capsys, tmp_path / "learnt.pth", tmp_path)["evaluation"]
+    assert found["box"]["AP50"] == found["mask"]["AP50"] == pytest.approx(100)
+    assert found["box_interval"]["AP"] == [found["box"]["AP"]] * 2
+
+
+@pytest.mark.parametrize("method", ["mask_rcnn", "retinanet"])
+def test_the_table_has_the_twelve_figures_and_the_interval(capsys, saved, data, method):
+    code, out, err = run(
+        capsys, "--weights", saved(method=method), "--data", data, "--arch", ARCH, "--workers", 0,
+        *OVERRIDES,
+    )  # fmt: skip
+    assert code == 0
+    table, _, rest = out.partition("{")
+    header, _, *lines = table.splitlines()[2:]
+    assert header.split() == [
+        "%", "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
+    ]  # fmt: skip
+    kinds = ["box", "mask"] if method == "mask_rcnn" else ["box"]
+    assert [line.split()[0] for line in lines[: lines.index("")]] == kinds
+    assert table.count(f"{LEVEL:.0%} interval") == len(kinds)
+    assert max(map(len, table.splitlines())) <= 120
+    assert "bootstrap" not in json.loads("{" + rest)["evaluation"]
+    assert "Warning" not in err
+
+
+def test_the_file_holds_all_draws(capsys, saved, data, tmp_path):
+    output = tmp_path / "new" / "result.json"
+    evaluate(capsys, saved(), data, "--output", output)
+    result = json.loads(output.read_text())
+    assert len(result["evaluation"]["bootstrap"]["box_AP"]) == 1000
+    assert build_config(result["config"]).model.arch == ARCH
+    assert [path.name for path in output.parent.iterdir()] == ["result.json"]
+
+
+def test_the_first_images_alone(capsys, saved, data):
+    result = evaluate(capsys, saved(), data, "--limit", 2, "--batch-size", 2)
+    assert result["evaluation"]["images"] == 2
+    assert result["evaluation"]["box"] == pytest.approx(by_hand(data, images=2)["box"])
+
+
+def test_the_checkpoint_of_a_run_with_its_record(capsys, data, tmp_path):
+    config = config_of()
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save({"model": detector_of().state_dict(), "optimizer": {"state": {}}}, 40)
+    (path,) = (tmp_path / "checkpoints").glob("*.pt")
+    made = record.Record(
+        suite="quick",
+        row="ViL",
+        key="abc",
+        status="done",
+        created="2025-01-01",
+        seed=0,
+        config=config.as_dict(),
+        environment={},
+        model={
+            **dict.fromkeys(("backbone", "method", "attention", "drop_path", "schedule")),
+            "arch": ARCH,
+            "library": "torchvision",
+        },
+    )
+    written = record.write(made, tmp_path)
+    arguments = ["--weights", path, "--record", written, "--data", data, "--workers", 0]
+    code, out, _ = run(capsys, *arguments, "--format", "json")
+    assert code == 0
+    assert json.loads(out)["evaluation"]["box"] == pytest.approx(by_hand(data)["box"])
+    code, _, err = run(capsys, *arguments, "--attention", "full", "seed=1")
+    assert code == 2
+    assert "leave out --attention, seed=1" in err
+
+
+def test_classes_are_matched_by_name_or_refused():
+    trained = ((1, "red"), (2, "blue"))
+    assert labels_by_name(trained, ((1, "red"), (2, "blue"))) is None
+    assert labels_by_name(trained, ((5, "blue"), (7, "red"))) == [2, 1]
+    assert labels_by_name(trained, ((5, "red"), (7, "blue"))) == [1, 2]
+    for own in (((1, "cat"), (2, "dog")), ((1, "red"),), ((1, "red"), (2, "red")), ()):
+        with pytest.raises(InputError, match="trained on 1 'red', 2 'blue'; the data has"):
+            labels_by_name(trained, own)
+
+
+def broken_detector(place, method="mask_rcnn"):
+    detector = detector_of(method=method)
+    parts = {
+        "backbone": lambda: (
+            detector.vil.layer1.patch_embed.proj.weight
+            if hasattr(detector.vil.layer1, "patch_embed")
+            else next(detector.vil.parameters())
+        ),
+        "box head": lambda: detector.roi_heads.box_predictor.cls_score.weight,
+        "rpn": lambda: detector.rpn.head.bbox_pred.weight,
+        "retinanet head": lambda: detector.head.classification_head.cls_logits.weight,
+    }
+    with torch.no_grad():
+        parts[place]().fill_(float("nan"))
+    return detector
+
+
+@pytest.mark.parametrize(
+    ("place", "method"),
+    [
+        ("backbone", "mask_rcnn"),
+        ("box head", "mask_rcnn"),
+        ("rpn", "mask_rcnn"),
+        ("retinanet head", "retinanet"),
+    ],
+)
+def test_images_of_values_that_are_not_finite_are_counted(capsys, data, tmp_path, place, method):
+    path = tmp_path / "broken.pth"
+    torch.save(broken_detector(place, method).state_dict(), path)
+    result = evaluate(capsys, path, data, "--batch-size", 3)
+    assert result["evaluation"]["not_finite"] == 4
+    assert "val2017: 4 of 4 images gave values that are not finite" in result["notes"][-1]
+
+
+def test_one_image_of_values_that_are_not_finite_is_counted_alone(capsys, saved, data, monkeypatch):
+    read = CocoDataset.read
+
+    def spoilt(dataset, index, **options):
+        image, target = read(dataset, index, **options)
+        return (torch.full(image.shape, float("nan")) if index == 2 else image), target
+
+    monkeypatch.setattr(CocoDataset, "read", spoilt)
+    result = evaluate(capsys, saved(), data, "--batch-size", 4)
+    assert result["evaluation"]["not_finite"] == 1
+
+
+def test_the_data_of_detectron2s_convention(capsys, saved, data, tmp_path, monkeypatch):
+    shutil.copytree(data, tmp_path / "datasets" / "coco")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+    code, out, _ = run(
+        capsys, "--weights", saved(), "--arch", ARCH, "--workers", 0, "--format", "json",
+        *OVERRIDES,
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads(out)["evaluation"]["images"] == 4
+
+
+def without(*names):
+    return lambda state: {k: v for k, v in state.items() if not k.startswith(names)}
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (
+            without("roi_heads.mask_predictor.conv5_mask"),
+            "the backbone fits, .* 2 missing: roi_heads.mask_predictor.conv5_mask.weight, roi_head",
+        ),
+        (lambda state: state | {"extra": torch.zeros(1)}, "1 unexpected: extra"),
+        (
+            lambda state: state | {"backbone.bottom_up.norm.bias": torch.zeros(3)},
+            r"the backbone is another one .*1 misshapen: .*norm.bias \(3,\) instead of \(32,\)",
+        ),
+        (without("backbone.fpn", "rpn", "roi_heads"), "they are of a backbone alone"),
+        (lambda _: {"something": torch.zeros(1)}, "they are of no detector"),
+        (lambda _: {"model": {}}, "no state dict in it"),
+    ],
+)
+def test_weights_that_do_not_fit_are_one_line(capsys, saved, data, wrap, message):
+    code, out, err = run(
+        capsys, "--weights", saved(wrap), "--data", data, "--arch", ARCH, *OVERRIDES
+    )
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert re.search(message, err), err
+
+
+def test_weights_that_do_not_fit_change_nothing():
+    detector = detector_of()
+    before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    other = {name: tensor + 1 for name, tensor in before.items()}
+    with pytest.raises(InputError, match="1 unexpected: extra"):
+        weights.load_detector(detector, other | {"extra": torch.zeros(1)})
+    assert all(torch.equal(tensor, before[n]) for n, tensor in detector.state_dict().items())
+    weights.load_detector(detector, other)
+    assert all(torch.equal(tensor, other[n]) for n, tensor in detector.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--library", "detectron"],
+            "--library: unknown value 'detectron' (did you mean 'detectron2'?)",
+        ),
+        (["--method", "fast_rcnn"], "--method: unknown value 'fast_rcnn'"),
+        (["--precision", "16"], "--precision: unknown value '16'"),
+        (["--position", "none"], "--position: unknown value 'none'"),
+        (["--format", "yaml"], "--format: unknown value 'yaml'"),
+        (["--workers", "-1"], "--workers: '-1' is no whole number, 0 or more"),
+        (["--attention", "all"], "--attention: 'all' is many rows"),
+        (["--attention", "performr"], "did you mean 'performer'?"),
+        (["--arch", ARCH, "--position", "relative"], "leave out --position"),
+        (["--split", "test"], "splits there: train2017, val2017"),
+        (["--data", "/nowhere"], "no data folder /nowhere"),
+        (["--weights", "/nowhere.pth"], "/nowhere.pth: no such file"),
+        (["--output", "/"], "--output / is a folder"),
+        (["--record", "/nowhere.json"], "cannot read /nowhere.json"),
+        (["--method", "retinanet"], "they are of a torchvision mask_rcnn"),
+        (["train.stepps=3"], "did you mean 'train.steps'?"),
+    ],
+)
+def test_wrong_input_is_one_line(capsys, saved, data, arguments, message):
+    code, out, err = run(capsys, "--weights", saved(), "--data", data, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.startswith("python -m bench eval: error: ")
+    assert err.count("\n") == 1
+
+
+def test_without_data_both_ways_to_name_it_are_said(capsys, saved, monkeypatch):
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    code, _, err = run(capsys, "--weights", saved())
+    assert code == 2
+    assert "--data" in err
+    assert "DETECTRON2_DATASETS" in err
+
+
+def test_pickled_code_is_not_run(capsys, data, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "run",)
+
+    torch.save({"model": Code()}, tmp_path / "model.pth")
+    code, _, err = run(capsys, "--weights", tmp_path / "model.pth", "--data", data)
+    assert code == 2
+    assert "never loaded" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_that_cannot_be_written_is_one_line(capsys, saved, data, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = run(
+        capsys, "--weights", saved(), "--data", data, "--arch", ARCH, "--workers", 0,
+        "--output", tmp_path / "file" / "result.json", *OVERRIDES,
+    )  # fmt: skip
+    assert code == 2
+    assert "cannot write --output" in err

@@ -1,0 +1,422 @@
+import csv
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import attentions
+import configs
+from attentions import registry
+from attentions.contract import Attention
+from bench.config.arch import parse
+from bench.config.schema import RunConfig, build
+from bench.config.suites import backbones, build_config, load_suite, profile_configs, suites
+from bench.config.values import assigned
+from bench.errors import InputError
+from bench.model.backbone import ViL
+
+FOLDER = Path(configs.__file__).parent
+FILES = sorted(FOLDER.rglob("*.yaml"))
+with (FOLDER.parent / "results" / "published.csv").open(newline="") as _table:
+    EVERY = list(csv.DictReader(_table))
+PUBLISHED = {row["row"]: row for row in EVERY if row["table"] == "ablation"}
+ZOO = {row["row"]: row for row in EVERY if row["table"] == "zoo"}
+ROWS = (*PUBLISHED, "full", "linformer", "Partial linformer")
+CURATED = {"srformer", "global", "performer", "longformer", "full", "linformer"}
+AUTOMATIC = tuple(
+    row for name in attentions.names() if name not in CURATED for row in (name, f"Partial {name}")
+)
+METHODS = {"mask_rcnn": "Mask R-CNN", "retinanet": "RetinaNet"}
+USERS = """
+from torch import nn
+
+
+class Mean(nn.Module):
+    def __init__(self, *, dim, num_heads, num_global=1, gain=1.0):
+        super().__init__()
+"""
+
+
+def read(path):
+    return yaml.safe_load((FOLDER / path).read_text(encoding="utf-8"))
+
+
+def load(*overrides, suite="quick", rows=("ViL",), **more):
+    return load_suite(suite, rows=rows, overrides=overrides, **more).runs
+
+
+def refuse(*overrides, **more):
+    """The message of an InputError, which is one line."""
+    with pytest.raises(InputError) as caught:
+        load(*overrides, **more)
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_files_are_mappings(path):
+    assert isinstance(read(path), dict)
+
+
+def test_all_suites_are_found():
+    assert suites() == tuple(sorted(path.stem for path in (FOLDER / "suites").glob("*.yaml")))
+    assert {"ablation", "quick", "zoo"} <= set(suites())
+
+
+@pytest.mark.parametrize("suite", suites())
+def test_suites(suite):
+    loaded = load_suite(suite)
+    assert loaded.name == suite
+    for run in loaded.runs:
+        assert run.suite == suite
+        assert build_config(run.as_dict()) == run
+        # As records keep it.
+        assert build_config(json.loads(json.dumps(run.as_dict()))) == run
+    assert len({run.row for run in loaded.runs}) == len(loaded.runs)
+
+
+@pytest.mark.parametrize("suite", ["quick", "ablation"])
+def test_rows_of_a_suite_of_all(suite):
+    rows = [run.row for run in load_suite(suite).runs]
+    assert tuple(rows[:12]) == ROWS
+    # A mechanism that no row names has two rows by itself.
+    assert tuple(rows[12:]) == AUTOMATIC
+    assert {"swin", "Partial swin", "focused_linear", "Partial focused_linear"} <= set(AUTOMATIC)
+
+
+@pytest.mark.parametrize("backbone", backbones())
+def test_automatic_rows_build_in_every_backbone(backbone):
+    for run in profile_configs(AUTOMATIC, backbone=backbone):
+        with torch.device("meta"):
+            vil = ViL(run.model.arch, attention=run.model.attention, image_size=(47, 96))
+            maps = vil(torch.zeros(1, 3, 47, 96))
+        assert [tuple(value.shape[2:]) for value in maps.values()] == [
+            (12, 24),
+            (6, 12),
+            (3, 6),
+            (2, 3),
+        ]
+        dense = [stage.attention == "full" for stage in vil.stages]
+        assert dense == [False, False, *([run.row.startswith("Partial ")] * 2)]
+        if not getattr(attentions.find(run.model.attention), "least_globals", 0):
+            assert [stage.num_global for stage in vil.stages] == [1, 1, 1, 0]
+
+
+class NeedsGlobals(Attention):
+    """Stands for a mechanism that somebody adds."""
+
+    least_globals = 2
+    arch_option = "num_features"
+
+    def __init__(self, *, num_features: int = 96, **common) -> None:
+        super().__init__(**common)
+
+
+def test_automatic_rows_have_the_global_tokens_and_the_parameter_of_the_mechanism(monkeypatch):
+    monkeypatch.setitem(registry._CLASSES, "needy", NeedsGlobals)
+    everywhere, partial = (
+        parse(run.model.arch, "needy") for run in load(rows=["needy", "Partial needy"])
+    )
+    assert [stage.num_global for stage in everywhere] == [2, 2, 2, 2]
+    assert [stage.feature for stage in everywhere] == [96] * 4
+    # Full attention needs none.
+    assert [stage.num_global for stage in partial] == [2, 2, 1, 0]
+    assert [stage.attention for stage in partial] == ["needy", "needy", "full", "full"]
+    (run,) = profile_configs(["needy"], backbone="tiny")
+    assert run.model.arch.count("g2,") == run.model.arch.count("f96,") == 4
+
+
+@pytest.mark.parametrize("row", PUBLISHED)
+def test_ablation_is_the_published(row):
+    (run,) = load(suite="ablation", rows=[row])
+    published = PUBLISHED[row]
+    assert run.model.arch == published["arch"]
+    assert run.model.attention == published["attention"]
+    assert run.model.drop_path == float(published["drop_path"])
+    assert run.model.backbone == published["backbone"]
+    assert run.train.schedule == published["schedule"]
+    assert run.model.method == "mask_rcnn"
+
+
+def test_the_zoo_has_the_published_rows_in_their_order():
+    assert [run.row for run in load_suite("zoo").runs] == list(ZOO)
+    assert len(ZOO) == 16
+
+
+@pytest.mark.parametrize("row", ZOO)
+def test_the_zoo_is_the_published(row):
+    (run,) = load(suite="zoo", rows=[row])
+    published, recipe = ZOO[row], read("recipes.yaml")[ZOO[row]["schedule"]]
+    assert run.model.arch == published["arch"]
+    assert run.model.attention == published["attention"]
+    assert run.model.drop_path == float(published["drop_path"])
+    assert run.model.backbone == published["backbone"]
+    assert METHODS[run.model.method] == published["method"]
+    assert run.model.library == "auto"
+    assert run.train.schedule == published["schedule"]
+    values = run.as_dict()
+    assert (values["train"]["steps"], values["train"]["milestones"]) == (
+        recipe["train"]["steps"],
+        recipe["train"]["milestones"],
+    )
+    assert values["data"]["min_sizes"] == recipe["data"]["min_sizes"]
+
+
+def test_schedule_and_method_change_a_suite_of_all_rows():
+    (run,) = load(suite="ablation", rows=["Partial performer"], schedule="3x", method="retinanet")
+    assert (run.train.steps, run.train.schedule, run.model.method) == (270000, "3x", "retinanet")
+    assert len(run.data.min_sizes) == 6
+    assert run.model.drop_path == 0.05
+    (plain,) = load(suite="ablation", rows=["Partial performer"])
+    assert (plain.train.steps, plain.model.method) == (90000, "mask_rcnn")
+
+
+def test_schedule_and_method_choose_among_rows_that_have_their_own():
+    chosen = [run.row for run in load(suite="zoo", rows=(), schedule="3x", method="retinanet")]
+    assert chosen == [row for row in ZOO if "RetinaNet 3x" in row]
+    assert len(chosen) == 4
+    message = refuse(suite="zoo", rows=(), schedule="quick")
+    assert "no row of suite zoo has schedule quick" in message
+    assert "ViL-Tiny RetinaNet 1x" in message
+    message = refuse(suite="zoo", rows=["ViL-Tiny RetinaNet 1x"], schedule="3x")
+    assert "unknown row 'ViL-Tiny RetinaNet 1x'" in message
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"schedule": "2x"}, "unknown schedule '2x'; allowed: 1x, 3x, quick"),
+        ({"method": "retina"}, "unknown method 'retina' (did you mean 'retinanet'?)"),
+    ],
+)
+def test_unknown_schedules_and_methods(more, said):
+    assert said in refuse(**more)
+
+
+def test_a_suite_of_named_rows_has_no_place_for_a_mechanism(tmp_path):
+    message = refuse(suite="zoo", rows=[f"{tmp_path}/users.py:Mean"])
+    assert "unknown row" in message
+    assert "a mechanism of yours" not in message
+
+
+def test_the_published_recipe():
+    (run,) = load(suite="ablation")
+    train = run.train
+    assert (train.steps, train.milestones, train.gamma) == (90000, (60000, 80000), 0.1)
+    assert (train.batch_size, train.lr, train.weight_decay) == (16, 1e-4, 0.05)
+    assert (train.warmup_steps, train.warmup_factor) == (1000, 0.01)
+    # That of the method.
+    assert train.clip_norm is None
+    assert (run.data.min_sizes, run.data.max_size) == ((800,), 1333)
+    recipe = read("recipes.yaml")["3x"]
+    assert (recipe["train"]["steps"], recipe["train"]["milestones"]) == (270000, [180000, 240000])
+    assert recipe["data"]["min_sizes"] == [640, 672, 704, 736, 768, 800]
+
+
+@pytest.mark.parametrize("suite", suites())
+def test_every_row_builds_a_backbone(suite):
+    for run in load_suite(suite).runs:
+        size = run.data.fixed_size or run.data.max_size
+        names = run.model.attention.split(",")
+        with torch.device("meta"):
+            vil = ViL(
+                run.model.arch,
+                attention=names[0] if len(names) == 1 else names,
+                image_size=tuple(size) if isinstance(size, list) else size,
+                **run.model.options,
+            )
+            height, width = run.data.fixed_size or (run.data.min_sizes[-1], run.data.max_size)
+            vil(torch.zeros(1, 3, height, width))
+
+
+def test_rows_that_work_for_one_size_only_have_a_fixed_one():
+    for suite, size in (("quick", (128, 160)), ("ablation", (800, 1344))):
+        for run in load_suite(suite).runs:
+            fixed = "linformer" in run.row
+            assert run.data.fixed_size == (size if fixed else None)
+            assert run.profile.image_size == size
+    sizes = ["data.fixed_size=[64,96]", "profile.image_size=[64,96]"]
+    (run,) = load(*sizes, rows=["linformer"])
+    assert run.data.fixed_size == (64, 96)
+    (run,) = load("data.min_sizes=[100]", "data.max_size=170", rows=["linformer"])
+    assert run.data.fixed_size == run.profile.image_size == (128, 192)
+
+
+def test_later_sources_win(tmp_path):
+    recipe = read("recipes.yaml")["quick"]
+    suite = read("suites/quick.yaml")
+    (run,) = load()
+    assert (run.train.steps, run.train.lr) == (recipe["train"]["steps"], recipe["train"]["lr"])
+    assert run.model.detector.fpn_channels == suite["run"]["model"]["detector"]["fpn_channels"]
+    assert (run.data.path, run.seed, run.device) == (None, 0, "auto")
+
+    own_data = suite["with_data"]
+    (run,) = load(data=str(tmp_path), seed=7, device="cpu")
+    assert (run.data.path, run.seed, run.device) == (str(tmp_path), 7, "cpu")
+    assert list(run.data.min_sizes) == own_data["data"]["min_sizes"] != recipe["data"]["min_sizes"]
+
+    (run,) = load("train.steps=9", "seed=8", "data.min_sizes=[32, 64]", data=str(tmp_path), seed=7)
+    assert (run.train.steps, run.seed, run.data.min_sizes) == (9, 8, (32, 64))
+    assert (run.data.max_size, run.train.lr) == (
+        own_data["data"]["max_size"],
+        recipe["train"]["lr"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "is_read"),
+    [
+        ("train.lr=1e-3", lambda run: run.train.lr == 1e-3),
+        ("train.lr=1", lambda run: run.train.lr == 1.0),
+        ("data.flip=no", lambda run: run.data.flip is False),
+        ("data.path=2020-01-02", lambda run: run.data.path == "2020-01-02"),
+        ("data.path=007", lambda run: run.data.path == "007"),
+        ("data.path=17", lambda run: run.data.path == "17"),
+        ("data.path=null", lambda run: run.data.path is None),
+        ("data.path=/some where/a=b", lambda run: run.data.path == "/some where/a=b"),
+        ("train.precision=bf16-mixed", lambda run: run.train.precision == "bf16-mixed"),
+        ("model.options.window=5", lambda run: run.model.options == {"window": 5}),
+        ("train.lr_multipliers={a.*: 1}", lambda run: run.train.lr_multipliers == {"a.*": 1.0}),
+        ("train={steps: 3, lr: 0.1}", lambda run: (run.train.steps, run.train.lr) == (3, 0.1)),
+        ("evaluate.splits=[a,b]", lambda run: run.evaluate.splits == ("a", "b")),
+        (
+            "model.attention='longformer,full,full,full'",
+            lambda run: (
+                parse(run.model.arch, run.model.attention.split(","))[1].attention == "full"
+            ),
+        ),
+    ],
+)
+def test_overrides(override, is_read):
+    (run,) = load(override)
+    assert is_read(run)
+
+
+def test_rows_are_chosen_in_the_order_given_and_once():
+    chosen = load(rows=["Partial ViL", "ViL", "Partial ViL"])
+    assert [run.row for run in chosen] == ["Partial ViL", "ViL"]
+
+
+def test_a_mechanism_of_the_user_is_a_row(tmp_path):
+    (tmp_path / "users.py").write_text(USERS)
+    name = f"{tmp_path}/users.py:Mean"
+    (run,) = load("model.options.gain=2.0", rows=[name])
+    assert (run.row, run.model.attention, run.model.options) == (name, name, {"gain": 2.0})
+    assert {stage.attention for stage in parse(run.model.arch, name)} == {name}
+    assert [stage.num_global for stage in parse(run.model.arch, name)] == [1, 1, 1, 0]
+    needy = USERS.replace("    def", "    least_globals = 3\n    arch_option = 'gain'\n\n    def")
+    (tmp_path / "needy.py").write_text(needy.replace("gain=1.0", "gain=4"))
+    (run,) = load(rows=[f"{tmp_path}/needy.py:Mean"])
+    stages = parse(run.model.arch, name)
+    assert [(stage.num_global, stage.feature) for stage in stages] == [(3, 4)] * 4
+
+
+# What is given, and parts of the one line that refuses it.
+WRONG = {
+    "nonsense": ["'nonsense'", "key=value"],
+    "=3": ["'=3'", "key=value"],
+    "train.stpes=3": ["key 'train.stpes' (did you mean 'train.steps'?)", "at train: schedule"],
+    "trian.steps=3": ["'trian.steps' (did you mean 'train.steps'?)", "top level: suite, row"],
+    "lr=3": ["'lr' (did you mean 'train.lr'?)"],
+    "train={stpes: 3}": ["'train.stpes' (did you mean 'train.steps'?)"],
+    "train.steps.x=3": ["train.steps={'x': 3} must be one value"],
+    "train=3": ["train=3 must be a group of values, schedule, steps"],
+    "model=null": ["model=None must be a group of values"],
+    "train.steps=many": ["train.steps='many' must be a valid integer"],
+    "train.steps=1.5": ["train.steps=1.5 must be a valid integer"],
+    "train.steps=true": ["train.steps=True must be a valid integer"],
+    "train.steps=0100": ["train.steps='0100' must be a valid integer"],
+    "train.steps=": ["train.steps=None must be"],
+    "train.steps=[": ["cannot read 'train.steps=['"],
+    "train.steps=0": ["train.steps=0 must be greater than 0"],
+    "train.lr=1e999": ["train.lr=inf must be"],
+    "train.lr=.nan": ["train.lr=nan must be"],
+    "train.warmup_steps=-1": ["train.warmup_steps=-1 must be greater than or equal to 0"],
+    "train.lr_multipliers={a: -1}": ["train.lr_multipliers.a=-1 must be"],
+    "train.precision=16": ["train.precision: unknown value '16'; allowed: 32-true, 16-mixed"],
+    "data.flip=maybe": ["data.flip='maybe' must be a valid boolean"],
+    "data.min_sizes=96": ["data.min_sizes=96 must be a list, such as [96]"],
+    "data.min_sizes=[]": ["data.min_sizes=[] must have at least 1 item"],
+    "data.min_sizes=[64,-1]": ["data.min_sizes.1=-1 must be greater than 0"],
+    "data.fixed_size=[1]": ["data.fixed_size=[1] has too few values"],
+    "data.fixed_size=[1,2,3]": ["data.fixed_size=[1, 2, 3] must have at most 2"],
+    "data.degenerate_boxes=keep": ["data.degenerate_boxes: unknown value 'keep'", "error, drop"],
+    "seed=9223372036854775808": ["must be less than 9223372036854775808"],
+    "model.drop_path=1": ["model.drop_path=1 must be less than 1"],
+    "model.method=maskrcnn": ["model.method", "(did you mean 'mask_rcnn'?); allowed: mask_rcnn,"],
+    "model.options=3": ["model.options=3 must be"],
+}
+CONTRADICTIONS = {
+    "train.batch_size=3 train.devices=2": ["train.batch_size=3 must be a multiple"],
+    "data.min_sizes=[96,192] data.max_size=160": ["min_sizes=[96, 192] must not be above", "160"],
+    "data.min_sizes=[96] data.max_size=120": ["profile.image_size=[128, 160]", "data.max_size=120"],
+    "data.fixed_size=[64,96]": ["profile.image_size=[128, 160]", "data.fixed_size=[64, 96]"],
+    "model.attention=longfromer": ["'longfromer' (did you mean 'longformer'?)", "srformer"],
+    "model.attention=longformer,full": ["2 mechanisms", "4 stages"],
+    "model.arch=l1_l2,q3_l3": ["ARCH", "character 7", ">>>q3<<<"],
+    "model.options.windw=3": ["model.options.windw", "'ViL'", "'window'", "padding"],
+    "model.options.dim=3": ["model.options.dim", "'ViL'"],
+    "row=other": ["'row=other'", "--rows"],
+    "suite=other": ["'suite=other'", "--suite"],
+    "train.schedule=3x": ["'train.schedule=3x'", "--schedule"],
+}
+
+
+@pytest.mark.parametrize("word", WRONG)
+def test_wrong_values_are_refused_by_one_clear_line(word):
+    with pytest.raises(InputError) as caught:
+        build(RunConfig, assigned([word]))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [part for part in WRONG[word] if part not in message] == [], message
+
+
+@pytest.mark.parametrize("words", CONTRADICTIONS)
+def test_values_that_contradict_each_other_are_refused_by_one_clear_line(words):
+    message = refuse(*words.split())
+    assert [part for part in CONTRADICTIONS[words] if part not in message] == [], message
+
+
+def test_what_is_not_measured_may_be_of_any_size():
+    load("data.min_sizes=[96]", "data.max_size=120", "profile.enabled=false")
+
+
+def test_unknown_suites_and_rows():
+    message = refuse(suite="quik")
+    assert "unknown suite 'quik' (did you mean 'quick'?); allowed: ablation, quick, zoo" in message
+    message = refuse(rows=["ViL", "partial vil"])
+    assert "unknown row 'partial vil' of suite quick (did you mean 'Partial ViL'?)" in message
+    assert all(row in message for row in ROWS)
+    assert "no_such.py:Mean" in refuse(rows=["no_such.py:Mean"])
+
+
+def test_configurations_are_frozen():
+    (run,) = load()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        run.seed = 3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        run.train.steps = 3
+    assert hash(run.data) == hash(load()[0].data)
+
+
+def test_as_dict_is_plain():
+    values = load_suite("quick").runs[0].as_dict()
+    assert values.keys() == {field.name for field in dataclasses.fields(RunConfig)}
+    assert math.isfinite(json.loads(json.dumps(values, allow_nan=False))["train"]["lr"])
+
+
+def test_a_suite_that_needs_coco_finds_it_by_detectron2s_convention(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    assert load_suite("ablation", rows=["ViL"]).runs[0].data.path is None
+    (tmp_path / "coco").mkdir()
+    suite = load_suite("ablation", rows=["ViL"])
+    assert suite.runs[0].data.path == str(tmp_path / "coco")
+    assert load_suite("quick", rows=["ViL"]).runs[0].data.path is None
+    own = load_suite("ablation", rows=["ViL"], data=str(tmp_path / "mine"))
+    assert own.runs[0].data.path == str(tmp_path / "mine")

@@ -1,0 +1,55 @@
+import pytest
+
+from bench.config import search
+from bench.config.suites import load_suite
+from bench.errors import InputError
+
+
+def test_a_setting_is_found_by_its_path_or_its_name():
+    # Another setting's name is the whole path of this one.
+    assert search.parse("seed=0,1,2").path == "seed"
+    assert search.parse("drop_path=0.05,0.1").path == "model.drop_path"
+    assert search.parse("model.drop_path=0.05,0.1").name == "drop_path"
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("drop_path=0,0.0,0.1", (0.0, 0.1)),
+        ("lr=1e-3,0.001,1e-4", (1e-3, 1e-4)),
+        ("steps=10,20,10", (10, 20)),
+        ("min_sizes=[64],[96,128]", ([64], [96, 128])),
+    ],
+)
+def test_each_value_is_tried_once_as_the_configuration_has_it(text, values):
+    found = search.parse(text).values
+    assert found == values
+    assert [type(value) for value in found] == [type(value) for value in values]
+
+
+def test_rows_are_called_by_their_value_and_have_it():
+    suite = load_suite("quick", rows=["ViL", "full"])
+    runs = search.expand(suite, search.parse("drop_path=0,1e-1")).runs
+    assert [(run.row, run.model.drop_path) for run in runs] == [
+        ("ViL (drop_path=0.0)", 0.0),
+        ("ViL (drop_path=0.1)", 0.1),
+        ("full (drop_path=0.0)", 0.0),
+        ("full (drop_path=0.1)", 0.1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("schedule=1x,3x", "'schedule' is not a setting"),
+        ("row=a,b", "'row' is not a setting"),
+        ("drop_path", "no values"),
+        ("drop_path=[", "no values"),
+        ("image_size=[64,64]", "one of data.generated.image_size, profile.image_size"),
+    ],
+)
+def test_wrong_searches_are_one_clear_line(text, said):
+    with pytest.raises(InputError) as caught:
+        search.parse(text)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)

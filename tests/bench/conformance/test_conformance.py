@@ -1,0 +1,184 @@
+"""The conformance test passes what is sound, and names what is broken and what to change."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import attentions
+from bench import cli, conformance
+from bench.errors import InputError
+
+ROOT = Path(__file__).parents[3]
+BROKEN = Path(__file__).with_name("broken_mechanisms.py")
+BROKEN_PROMISES = sys.modules[attentions.find(f"{BROKEN}:Sound").__module__].BROKEN
+
+
+def of(report, status):
+    return {result.check: result for result in report.results if result.status == status}
+
+
+@pytest.mark.parametrize("name", attentions.names())
+def test_every_registered_mechanism_passes(name):
+    report = conformance.check(name)
+    assert of(report, "failed") == {}
+    assert report.passed
+    assert len(report.results) == len(conformance.CHECKS)
+    assert report.options == tuple(getattr(attentions.find(name), "examples", ({},)))
+
+
+def test_the_mechanism_of_the_readme_passes(tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"a test trains this very example -->\n```python\n(.*?)```", readme, re.DOTALL)
+    (tmp_path / "my_attention.py").write_text(code[1], encoding="utf-8")
+    report = conformance.check(f"{tmp_path}/my_attention.py:MeanAttention")
+    assert of(report, "failed") == of(report, "warning") == {}
+    # It has no oracle; all else is run.
+    assert set(of(report, "skipped")) == {"reference"}
+
+
+def test_a_sound_mechanism_passes():
+    report = conformance.check(f"{BROKEN}:Sound")
+    assert set(of(report, "passed")) | {"reference"} == {one.name for one in conformance.CHECKS}
+
+
+@pytest.mark.parametrize("name", BROKEN_PROMISES)
+def test_a_broken_promise_fails_its_check_alone(name):
+    check, reason = BROKEN_PROMISES[name]
+    report = conformance.check(f"{BROKEN}:{name}")
+    failed = of(report, "failed")
+    assert set(failed) == {check}
+    assert re.search(reason, failed[check].detail), failed[check].detail
+    assert failed[check].advice
+    assert "\n" not in failed[check].detail
+    assert not report.passed
+
+
+def test_the_advice_names_the_wrong_gradient_of_torch():
+    report = conformance.check(f"{BROKEN}:InstanceNorm")
+    assert "nn.InstanceNorm2d" in of(report, "failed")["derivatives"].advice
+    report = conformance.check(f"{BROKEN}:WrongBackward")
+    assert "nn.InstanceNorm2d" not in of(report, "failed")["derivatives"].advice
+
+
+def test_every_check_has_a_mechanism_that_breaks_it():
+    covered = {check for check, _ in BROKEN_PROMISES.values()}
+    assert covered == {one.name for one in conformance.CHECKS}
+
+
+def test_a_graph_break_is_a_warning():
+    report = conformance.check(f"{BROKEN}:GraphBreak")
+    assert report.passed
+    assert set(of(report, "warning")) == {"compile"}
+    assert "broken_mechanisms.py, line" in of(report, "warning")["compile"].detail
+
+
+def test_after_an_essential_failure_nothing_is_run():
+    report = conformance.check(f"{BROKEN}:FailsToBuild")
+    assert [result.check for result in report.results] == ["constructor"]
+    assert report.not_run == len(conformance.CHECKS) - 1
+
+
+def test_options_and_grid_reach_the_mechanism():
+    name = f"{BROKEN}:Wide"
+    report = conformance.check(name)
+    assert "grid 6x8 is smaller than 16" in of(report, "failed")["output"].detail
+    assert "--grid" in of(report, "failed")["output"].advice
+    report = conformance.check(name, grid=(20, 24))
+    assert of(report, "failed") == {}
+    assert "grid 1x1 is smaller than 16" in of(report, "warning")["thin grids"].detail
+    report = conformance.check(name, {"least": 1})
+    assert of(report, "failed") == of(report, "warning") == {}
+    with pytest.raises(InputError, match="--option least=0: least 0 is not positive"):
+        conformance.check(name, {"least": 0})
+
+
+def test_the_set_of_options_that_fails_is_named(monkeypatch):
+    sets = ({"least": 1}, {"least": 30})
+    monkeypatch.setattr(attentions.find(f"{BROKEN}:Wide"), "examples", sets, raising=False)
+    report = conformance.check(f"{BROKEN}:Wide")
+    assert "[with least=30]" in of(report, "failed")["output"].detail
+
+
+def test_random_numbers_and_output_of_the_program_are_left_alone(capsys):
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    conformance.check(f"{BROKEN}:Chatty")
+    assert torch.equal(torch.rand(2), expected)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "mixing" in captured.err
+
+
+@pytest.fixture
+def users_folder(tmp_path, monkeypatch):
+    (tmp_path / "users_conformance.py").write_text(BROKEN.read_text(encoding="utf-8"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.delitem(sys.modules, "users_conformance", raising=False)
+
+
+@pytest.mark.usefixtures("users_folder")
+def test_the_command_prints_what_to_change(capsys):
+    assert cli.main(["check", "users_conformance:Unused"]) == 1
+    printed = capsys.readouterr().out
+    assert "parameter 'spare.weight' got no gradient" in printed
+    assert "→ use it in forward, or remove it" in printed
+    assert "passed 16, warning 0, failed 1, skipped 1" in printed
+    assert max(map(len, printed.splitlines())) <= 120
+    assert "Traceback" not in printed
+
+
+def test_the_command_takes_several_mechanisms(capsys):
+    assert cli.main(["check", "linformer", f"{BROKEN}:Sound", f"{BROKEN}:NotFixed"]) == 1
+    printed = capsys.readouterr().out
+    assert "2 of 3 mechanisms pass" in printed
+    assert max(map(len, printed.splitlines())) <= 120
+    assert cli.main(["check", "linformer", f"{BROKEN}:Sound"]) == 0
+
+
+def test_all_is_every_registered_mechanism(monkeypatch, capsys):
+    monkeypatch.setattr(attentions, "names", lambda: ("linformer", "global"))
+    assert cli.main(["check", "all", "--format", "json"]) == 0
+    reports = json.loads(capsys.readouterr().out)
+    assert [report["mechanism"] for report in reports] == ["linformer", "global"]
+    for report in reports:
+        assert report["passed"]
+        assert {"check", "status", "detail", "advice"} == set(report["results"][0])
+
+
+def test_options_of_the_command_are_values_and_not_text(capsys):
+    command = ["check", "longformer", "--format", "json", "--grid", "8x8", "--option"]
+    assert cli.main([*command, "window=2", "share_weights=false"]) == 0
+    (report,) = json.loads(capsys.readouterr().out)
+    assert report["options"] == [{"window": 2, "share_weights": False}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["longfromer"], "unknown attention 'longfromer' (did you mean 'longformer'?)"),
+        (["nowhere.py:Mine"], "no such file: nowhere.py"),
+        (["no_such_module:Mine"], "no_such_module"),
+        ([f"{BROKEN}:Absent"], "has no torch module class 'Absent'"),
+        (["longformer", "--option", "windw=3"], "did you mean 'window'"),
+        (["longformer", "--option", "window"], "'window' is no key=value"),
+        (["longformer", "--option", "window=[1"], "'window=[1'"),
+        (["longformer", "--option", "window=0"], "--option window=0: window 0 is not positive"),
+        (["longformer", "--option", "window=wide"], "--option window=wide"),
+        (["longformer", "--option", "dim=3"], "no such option"),
+        (["longformer", "--dim", "10"], "--dim 10 is no multiple of --num-heads 3"),
+        (["longformer", "--grid", "1x8"], "--grid 1x8: both sides must be 2 or more"),
+        (["longformer", "--format", "yaml"], "allowed: table, json"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(arguments, said, capsys):
+    assert cli.main(["check", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert captured.out == ""

@@ -1,0 +1,154 @@
+"""What a run is given: data that is checked before it costs time, and images to measure on."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.config.schema import RunConfig
+from bench.config.suites import build_config, load_suite
+from bench.data import split as inputs
+from bench.data.coco import CocoDataset
+from bench.data.generated import generate
+from bench.errors import InputError
+from bench.run import runner
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return generate(tmp_path_factory.mktemp("data") / "set", train_images=2, val_images=8)
+
+
+def test_profile_images_have_the_size_asked_for_and_their_boxes_fit(root: Path) -> None:
+    images, targets = inputs.profile_batch(CocoDataset(root, "val2017"), (96, 192), 3)
+    for image, target in zip(images, targets, strict=True):
+        assert image.shape == (3, 96, 192)
+        assert target["masks"].shape[1:] == (96, 192)
+        assert len(target["boxes"]) > 0
+        for box, mask in zip(target["boxes"], target["masks"], strict=True):
+            rows, columns = mask.nonzero(as_tuple=True)
+            found = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+            assert (found - box).abs().max() < 3
+
+
+def relisted(root: Path, place: Path, categories: Callable[[list], list]) -> RunConfig:
+    """A run on a copy of the data whose val2017 lists other categories."""
+    shutil.copytree(root, place)
+    path = place / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["categories"] = categories(content["categories"])
+    known = {category["id"] for category in content["categories"]}
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] in known]
+    path.write_text(json.dumps(content))
+    return _changed(data={"path": str(place)}, train={"steps": 1})
+
+
+@pytest.mark.parametrize(
+    ("categories", "said"),
+    [
+        (lambda old: old[1:], "only train2017 has 1 'disc'; both"),
+        (lambda old: [*old, {"id": 9, "name": "ring"}], "only val2017 has 9 'ring'; both"),
+        (
+            lambda old: [{"id": 1, "name": "ring"}, *old[1:]],
+            "only train2017 has 1 'disc'; only val2017 has 1 'ring'; both",
+        ),
+        (lambda old: [c | {"id": c["id"] + 10} for c in old], "5 'cross' and 1 more; only val2017"),
+    ],
+)
+def test_splits_of_other_categories_are_one_clear_line(
+    root: Path, tmp_path: Path, categories: Callable[[list], list], said: str
+) -> None:
+    config = relisted(root, tmp_path / "data", categories)
+    with pytest.raises(InputError) as caught:
+        inputs.check_data([config], tmp_path)
+    assert f"{tmp_path / 'data'}: the categories of val2017 are not those of train2017: " in str(
+        caught.value
+    )
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_order_of_categories_and_what_else_is_said_of_them_may_differ(
+    root: Path, tmp_path: Path
+) -> None:
+    config = relisted(
+        root, tmp_path / "data", lambda old: [c | {"supercategory": "x"} for c in reversed(old)]
+    )
+    inputs.check_data([config], tmp_path)
+
+
+def test_a_run_compares_the_categories_too(root: Path, tmp_path: Path) -> None:
+    config = relisted(root, tmp_path / "data", lambda old: old[1:])
+    with pytest.raises(InputError, match="only train2017 has 1 'disc'"):
+        runner.run(config, output=tmp_path / "out")
+
+
+def test_a_record_says_what_was_misread_and_of_which_classes_it_is(
+    root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(root, tmp_path / "data")
+    for split in ("train2017", "val2017"):
+        path = tmp_path / "data" / "annotations" / f"instances_{split}.json"
+        content = json.loads(path.read_text())
+        for annotation in content["annotations"]:
+            annotation["segmentation"] = [[1, 2, 3, 4]]
+        for annotation in content["annotations"][:1]:
+            annotation["segmentation"] = []
+        path.write_text(json.dumps(content))
+    config = _changed(
+        data={"path": str(tmp_path / "data")},
+        train={"steps": 1, "batch_size": 1},
+        evaluate={"splits": ["val2017"], "bootstrap": 0},
+        profile={"enabled": False},
+    )
+    result = runner.run(config, output=tmp_path / "out")
+    left_out = [note for note in result.notes if "annotation without a valid polygon" in note]
+    assert ["val2017" in note for note in left_out] == [True, False]
+    assert result.training is not None
+    assert result.training["classes"][0] == [1, "disc"]
+    assert result.evaluation is not None
+    assert result.evaluation["not_finite"] == 0
+    assert result.evaluation["mask"]["AP"] is None
+    assert any("no annotation has a segmentation" in note for note in result.notes)
+
+
+def _changed(**sections: object) -> RunConfig:
+    values = load_suite("quick", rows=["ViL"]).runs[0].as_dict()
+    for section, changes in sections.items():
+        if isinstance(changes, dict):
+            values[section] |= changes
+        else:
+            values[section] = changes
+    return build_config(values)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (_changed(device="cuda:99"), "cuda:99"),
+        (_changed(device="cpu", train={"precision": "16-mixed"}), "16-mixed needs a GPU"),
+        (_changed(data={"train_split": "train1999"}), "train1999"),
+    ],
+)
+def test_a_mistake_found_before_any_row_is_an_input_error(
+    config: RunConfig, said: str, tmp_path: Path
+) -> None:
+    small = build_config(
+        config.as_dict()
+        | {
+            "data": config.as_dict()["data"]
+            | {
+                "generated": {
+                    "seed": 0,
+                    "train_images": 2,
+                    "val_images": 1,
+                    "image_size": [128, 160],
+                }
+            }
+        }
+    )
+    with pytest.raises(InputError, match=said):
+        inputs.check_data([small], tmp_path)

@@ -1,0 +1,334 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fvcore.nn import FlopCountAnalysis
+from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+import attentions
+from bench import cli
+from bench.errors import InputError
+from bench.measure import audit, operators
+
+FUSED = ("full", "global", "linformer", "longformer", "srformer", "swin")
+EXAMPLES = [
+    pytest.param(name, options, id=f"{name}-{options}")
+    for name in attentions.names()
+    for options in getattr(attentions.find(name), "examples", ({},))
+]
+
+
+def audit_one(name, options, grid, **sizes):
+    sizes = {"dim": 24, "num_heads": 3, "num_global": 2} | sizes
+    return audit.audit(attentions.build_for(name, grid=grid, **sizes, **options), grid)
+
+
+@pytest.mark.parametrize(("name", "options"), EXAMPLES)
+def test_three_counts_of_every_mechanism_agree(name, options):
+    counts = audit_one(name, options, (10, 13))
+    assert counts.declared is not None
+    assert counts.fvcore is not None
+    assert counts.uncounted == {}
+    assert counts.disagreement <= audit.TOLERANCE
+    assert counts.declared == counts.operators
+    assert counts.unit == "multiply-adds"
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_counters_as_they_come_miss_fused_attention(name):
+    options = attentions.find(name).examples[0]
+    counts = audit_one(name, options, (10, 13))
+    # Both count the linear layers and leave out all of scores and weighted values.
+    assert counts.missed(counts.torch_on_cpu) > 0.005
+    assert counts.missed(counts.fvcore_alone) > 0.005
+    assert counts.torch_on_cpu < counts.operators
+
+
+def test_full_attention_is_all_missed_but_its_projections():
+    counts = audit_one("full", {}, (10, 13))
+    assert counts.torch_on_cpu == counts.fvcore_alone == 4 * 132 * 24**2
+    assert counts.operators == 4 * 132 * 24**2 + 2 * 132**2 * 24
+
+
+class Wrong(nn.Module):
+    """A mechanism whose closed form is two percent off."""
+
+    num_global = 1
+
+    def __init__(self, *, dim=24, num_heads=3, num_global=1):
+        super().__init__()
+        self.dim = dim
+        self.mix = nn.Linear(dim, dim)
+
+    def forward(self, x, grid):
+        return self.mix(x)
+
+    def multiply_adds(self, grid):
+        return round(1.02 * (1 + grid[0] * grid[1]) * self.dim**2)
+
+
+class Silent(Wrong):
+    """A mechanism that declares nothing."""
+
+    multiply_adds = None
+
+
+class Opaque(Silent):
+    """A mechanism with an operator that no counter knows."""
+
+    def forward(self, x, grid):
+        return self.mix(x) + torch.cdist(x, x).sum()
+
+
+class Untraceable(Silent):
+    """A mechanism that asks for a value, which a trace on tensors of zeros does not have."""
+
+    def forward(self, x, grid):
+        if torch.jit.is_tracing():
+            raise RuntimeError("not for traces")
+        return self.mix(x)
+
+
+def test_a_wrong_closed_form_is_found():
+    counts = audit.audit(Wrong(), (4, 5))
+    assert counts.disagreement == pytest.approx(0.02 / 1.02, rel=0.05)
+    assert not counts.agrees
+
+
+def test_a_mechanism_may_declare_nothing():
+    counts = audit.audit(Silent(), (4, 5))
+    assert counts.declared is None
+    assert counts.agrees
+
+
+def test_uncounted_operators_are_named_by_counter():
+    counts = audit.audit(Opaque(), (4, 5))
+    assert set(counts.uncounted) == {"operators", "fvcore"}
+    assert counts.uncounted["fvcore"] == {"aten::cdist": 1}
+    assert not counts.agrees
+
+
+def test_a_mechanism_that_cannot_be_traced_is_incomplete():
+    counts = audit.audit(Untraceable(), (4, 5))
+    assert counts.fvcore is None
+    assert "not for traces" in counts.failures["fvcore"]
+    # One count alone agrees with nothing; a declared one would do.
+    assert not counts.agrees
+    assert dataclasses.replace(counts, declared=counts.operators).agrees
+
+
+def test_large_grids_are_counted_without_being_run():
+    counts = audit_one("longformer", {"window": 7}, (200, 336))
+    assert counts.declared == counts.operators
+    assert counts.fvcore is counts.torch_on_cpu is None
+    assert counts.agrees
+    assert "8192 tokens" in counts.failures["fvcore"]
+
+
+def test_a_module_is_left_in_its_mode():
+    module = attentions.build("full", dim=24, num_heads=3).train()
+    audit.audit(module, (4, 5))
+    assert module.training
+
+
+class SlidingWindow(nn.Module):
+    """FlexAttention under a band of whole blocks."""
+
+    BLOCK, REACH = 16, 16
+
+    def __init__(self, *, dim, num_heads, num_global=0):
+        super().__init__()
+        self.dim, self.num_heads, self.num_global = dim, num_heads, num_global
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, grid):
+        length = x.shape[1]
+        mask = create_block_mask(
+            lambda _b, _h, q, k: (q - k).abs() < self.REACH,
+            None,
+            None,
+            length,
+            length,
+            x.device,
+            BLOCK_SIZE=self.BLOCK,
+        )
+        q, k, v = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part in self.qkv(x).chunk(3, dim=-1)
+        )
+        out = flex_attention(q, k, v, block_mask=mask)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+    def multiply_adds(self, grid):
+        tokens = self.num_global + grid[0] * grid[1]
+        blocks = tokens // self.BLOCK
+        # A band of three blocks, but for the first and the last row.
+        kept = (3 * blocks - 2) * self.BLOCK**2
+        return 2 * kept * self.dim + 4 * tokens * self.dim**2
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_is_counted_by_its_sparsity_here_and_nowhere_else():
+    grid = (8, 16)
+    counts = audit.audit(SlidingWindow(dim=32, num_heads=2), grid)
+    assert counts.declared == counts.operators
+    dense = 2 * 128**2 * 32 + 4 * 128 * 32**2
+    assert counts.operators < 0.6 * dense
+    # fvcore cannot trace it, and torch's counter stops at it.
+    assert counts.fvcore is counts.torch_on_cpu is None
+    assert set(counts.failures) == {"fvcore", "torch on CPU"}
+    assert counts.agrees
+
+
+class Products(nn.Module):
+    """What `run` does to x."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.run = run
+
+    def forward(self, x):
+        return self.run(x)
+
+
+@pytest.mark.parametrize(
+    ("run", "products"),
+    [
+        (lambda x: F.scaled_dot_product_attention(x, x[:, :, :3], x[:, :, :3, :2]), 6 * 4 * 3 * 7),
+        (lambda x: x @ x.transpose(-2, -1), 6 * 4 * 4 * 5),
+        # The left operand is used for every matrix of the right one.
+        (lambda x: x[0, 0] @ x.transpose(-2, -1), 6 * 4 * 4 * 5),
+        (lambda x: x @ x[0, 0, 0], 6 * 4 * 5),
+        (lambda x: torch.einsum("bhnm,bhkm->bhnk", x, x), 6 * 4 * 4 * 5),
+        (lambda x: torch.einsum("...nm,km->...nk", x, x[0, 0]), 6 * 4 * 4 * 5),
+        (lambda x: torch.baddbmm(x[0], x[0, :, :, :4], x[0]), 3 * 4 * 4 * 5),
+        (lambda x: torch.addbmm(x[0, 0], x[0, :, :, :4], x[0]), 3 * 4 * 4 * 5),
+        (lambda x: torch.mv(x[0, 0], x[0, 0, 0]), 4 * 5),
+        (lambda x: torch.addmv(x[0, 0, :, 0], x[0, 0], x[0, 0, 0]), 4 * 5),
+        (lambda x: torch.dot(x[0, 0, 0], x[0, 0, 1]), 5),
+        (lambda x: F.conv2d(x, x.new_ones(7, 3, 2, 2)), 2 * 3 * 4 * 7 * 3 * 4),
+        (lambda x: F.layer_norm(x, (5,)), 0),
+        (lambda x: F.instance_norm(x), 0),
+        (lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear"), 0),
+        (lambda x: F.max_pool2d(F.pad(x, (1, 1)), 2).softmax(-1).unflatten(1, (3, 1)), 0),
+    ],
+)
+def test_handles_of_fvcore(run, products):
+    inputs = (torch.ones(2, 3, 4, 5),)
+    total, lacking = audit.count_graph(Products(run), inputs, audit.HANDLES)
+    assert total == products
+    assert lacking == {}
+    assert operators.count_operators(lambda: run(inputs[0])).total == products
+
+
+def test_free_composites_exist():
+    names = audit.FREE_COMPOSITES.split()
+    assert len(names) == len(set(names))
+    assert [name for name in names if not hasattr(torch.ops.aten, name)] == []
+
+
+def test_handles_replace_what_fvcore_counts_by_itself():
+    analysis = FlopCountAnalysis(nn.LayerNorm(5), (torch.ones(2, 5),))
+    analysis.unsupported_ops_warnings(False)
+    assert analysis.total() > 0
+    assert analysis.set_op_handle(**audit.HANDLES).total() == 0
+
+
+@pytest.mark.parametrize("method", ["mask_rcnn", "retinanet"])
+def test_three_counts_of_whole_detectors_agree(method):
+    (line,) = audit.audit_rows(
+        ["Partial ViL"], backbone="quick", method=method, image_size=(64, 96), proposals=10
+    )
+    assert line.error == ""
+    assert line.counts.declared == line.counts.operators
+    assert line.counts.agrees
+    assert line.counts.missed(line.counts.torch_on_cpu) > 0
+
+
+def test_command_prints_and_passes(capsys):
+    assert cli.main(["audit", "--attention", "swin,longformer", "--grid", "6x9"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 120
+    for words in ("multiply-adds", "grid 6x9", "shift=2", "padding=cyclic", "agree"):
+        assert words in out
+
+
+def test_command_fails_on_disagreement(capsys):
+    place = f"{__file__}:Wrong"
+    assert cli.main(["audit", "--attention", f"full,{place}", "--grid", "4x5"]) == 1
+    out = capsys.readouterr().out
+    assert "1 of 3 do not agree" in out
+    # The percent of the one that is wrong.
+    assert " 2.0 " in out
+
+
+def test_command_fails_on_something_uncounted(capsys):
+    code = cli.main(["audit", "--attention", f"{__file__}:Opaque", "--grid", "4x5"])
+    assert code == 1
+    assert "uncounted, operators: " in capsys.readouterr().out
+
+
+def test_json_has_plain_numbers(capsys):
+    assert cli.main(["audit", "--attention", "full", "--grid", "4x5", "--format", "json"]) == 0
+    lines = json.loads(capsys.readouterr().out)
+    assert [line["options"] for line in lines] == list(attentions.find("full").examples)
+    assert all(line["unit"] == "multiply-adds" for line in lines)
+    assert lines[0]["declared"] == lines[0]["operators"] == lines[0]["fvcore"]
+    assert lines[0]["torch_on_cpu_missed"] > 0.05
+
+
+def test_a_mechanism_that_does_not_take_the_grid_says_so(capsys):
+    assert cli.main(["audit", "--attention", "srformer", "--grid", "2x9"]) == 1
+    out = capsys.readouterr().out
+    assert "srformer reduction=3: not counted" in out
+    assert "smaller than the reduction" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--attention", "longformr"], "did you mean 'longformer'"),
+        (["--image-size", "64x64", "--attention", "VIL"], "did you mean 'ViL'"),
+        (["--image-size", "64x64", "--backbone", "smal"], "did you mean 'small'"),
+        (["--format", "tabel"], "did you mean 'table'"),
+        (["--method", "mask"], "did you mean 'mask_rcnn'"),
+        (["--grid", "1x1", "--attention", f"{__file__}:Nothing"], "no torch module class"),
+        (["--grid", "4x4", "--published"], "--grid is for mechanisms alone"),
+        (["--published", "--attention", "ViL"], "leave --attention out"),
+        (["--sizes", "val2018"], "did you mean 'val2017'"),
+    ],
+)
+def test_bad_input(arguments, message, capsys):
+    assert cli.main(["audit", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert len(captured.err.splitlines()) == 1
+    assert captured.out == ""
+
+
+def test_a_mechanism_that_takes_no_grid_at_all_is_bad_input(capsys):
+    place = f"{__file__}:OnlyLarge"
+    assert cli.main(["audit", "--attention", place, "--grid", "4x5"]) == 2
+    assert "needs a larger grid" in capsys.readouterr().err
+
+
+class OnlyLarge(Silent):
+    """A mechanism that takes no grid."""
+
+    def forward(self, x, grid):
+        raise ValueError(f"grid {grid} is too small: it needs a larger grid")
+
+
+@pytest.mark.parametrize("text", ["0x5", "5", "axb", "5x0", "5x5x5"])
+def test_a_grid_that_is_none(text, capsys):
+    assert cli.main(["audit", "--grid", text]) == 2
+    assert "is no grid; allowed: ROWSxCOLUMNS" in capsys.readouterr().err
+
+
+def test_a_module_that_is_no_mechanism():
+    with pytest.raises(InputError, match="cannot count Linear"):
+        audit.audit(nn.Linear(3, 3), (4, 5))

@@ -1,0 +1,205 @@
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from bench.measure.memory import LIVE_TENSORS, LiveTensors, peak
+
+FLOAT = 4
+
+
+def test_chain_without_gradients():
+    x, w = torch.randn(10, 20), torch.randn(20, 30)
+
+    def fn():
+        with torch.no_grad():
+            return (x @ w).relu().sum()
+
+    result = peak(fn, device="cpu")
+    inputs = FLOAT * (10 * 20 + 20 * 30)
+    assert result.before == inputs
+    # The product and its relu are alive together, and the sum beside the relu is smaller.
+    assert result.bytes == inputs + FLOAT * 2 * 10 * 30
+    assert result.kind == LIVE_TENSORS
+    assert result.device == "cpu"
+    assert result.reserved is None
+
+
+def test_chain_with_backward():
+    x, w = torch.randn(10, 20), torch.randn(20, 30, requires_grad=True)
+
+    def fn():
+        w.grad = None
+        (x @ w).relu().sum().backward()
+
+    fn()
+    # The first gradient is alive when the second run starts and freed by it at once.
+    result = peak(fn, device="cpu", live=[x, w])
+    inputs, gradient, product = FLOAT * 200 + FLOAT * 600, FLOAT * 600, FLOAT * 300
+    assert result.before == inputs + gradient
+    # The peak is while the gradient of w is made: beside it are the gradient of the product, the
+    # loss and its gradient. What relu kept was freed a step before.
+    assert result.bytes == inputs + product + gradient + 2 * FLOAT
+
+
+def test_saved_activations_stay_until_backward():
+    layers = nn.Sequential(*(nn.Sigmoid() for _ in range(5)))
+    x = torch.randn(1000, requires_grad=True)
+    size = FLOAT * 1000
+
+    def inference():
+        with torch.no_grad():
+            layers(x)
+
+    # Without gradients one result replaces the other; with them each is kept.
+    assert peak(inference, device="cpu").bytes == 3 * size
+    assert peak(lambda: layers(x), device="cpu").bytes == 6 * size
+
+
+def test_views_are_counted_once():
+    x = torch.randn(64, 64)
+    result = peak(lambda: x.T.flatten()[1:].unsqueeze(0), device="cpu", live=[x, x.T, x[0]])
+    assert result.before == FLOAT * 64 * 64
+    assert result.bytes == 2 * FLOAT * 64 * 64
+
+
+def test_in_place_operators_cost_nothing():
+    x = torch.randn(100)
+    assert peak(lambda: x.add_(1).mul_(2), device="cpu").bytes == FLOAT * 100
+
+
+def test_what_is_freed_before_is_not_in_the_peak():
+    def fn():
+        for _ in range(10):
+            torch.zeros(1000)
+
+    assert peak(fn, device="cpu").bytes == FLOAT * 1000
+
+
+def test_tensors_from_numbers_are_new_and_not_from_before():
+    def fn():
+        torch.tensor([1.0] * 500)
+        torch.tensor([1.0] * 500)
+
+    result = peak(fn, device="cpu")
+    assert result.before == 0
+    assert result.bytes == FLOAT * 500
+
+
+def test_a_grown_storage_is_counted_as_grown():
+    x = torch.zeros(10)
+    assert peak(lambda: x.resize_(1000), device="cpu").bytes == FLOAT * 1000
+
+
+def test_parameters_buffers_gradients_and_optimiser_state_are_there_before():
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 8)).sum().backward()
+    optimizer.step()
+    parameters = sum(p.numel() for p in model.parameters()) * FLOAT
+    buffers = 2 * 16 * FLOAT + 8
+    steps = 4 * FLOAT
+    result = peak(lambda: None, device="cpu", live=[model, optimizer])
+    # Parameters, their gradients and two moments each.
+    assert result.before == result.bytes == 4 * parameters + buffers + steps
+
+
+def training_step():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 4, stride=4), nn.GELU(), nn.Flatten(), nn.Linear(8 * 64, 10)
+    )
+    optimizer = torch.optim.AdamW(model.parameters())
+    images = torch.randn(2, 3, 32, 32)
+
+    def step():
+        optimizer.zero_grad()
+        model(images).square().mean().backward()
+        optimizer.step()
+
+    step()
+    return step, model, optimizer, images
+
+
+def test_the_same_number_each_time():
+    step, *live = training_step()
+    peaks = {peak(step, device="cpu", live=live) for _ in range(3)}
+    assert len(peaks) == 1
+
+
+def test_agrees_with_the_tracker_of_torch():
+    mem_tracker = pytest.importorskip("torch.distributed._tools.mem_tracker")
+    step, model, optimizer, images = training_step()
+    ours = peak(step, device="cpu", live=[model, optimizer, images])
+    tracker = mem_tracker.MemTracker()
+    tracker.track_external(model, optimizer, images)
+    with tracker:
+        step()
+    assert ours.bytes == tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
+def test_storages_know_their_label_and_leave_when_freed():
+    x = torch.zeros(10)
+    watch = LiveTensors()
+    watch.label = "input"
+    watch.found_before([x])
+    with watch:
+        watch.label = "made"
+        y = x + 1
+        assert {s.label: s.size for s in watch.alive()} == {"input": 40, "made": 40}
+        (made,) = watch.storages({"y": y[:3]})
+        assert made.label == "made"
+        del y
+    assert [s.label for s in watch.alive()] == ["input"]
+    assert (watch.before, watch.current, watch.peak) == (40, 40, 80)
+
+
+def test_whole_blocks():
+    watch = LiveTensors(block=512)
+    with watch:
+        kept = torch.zeros(3), torch.zeros(128), torch.zeros(129)
+    assert [s.size for s in watch.alive()] == [512, 512, 1024]
+    del kept
+
+
+def test_a_peak_is_told():
+    class Watch(LiveTensors):
+        seen = ()
+
+        def peaked(self, operator):
+            self.seen += (str(operator),)
+
+    x = torch.zeros(10)
+    with Watch() as watch:
+        y = x + 1
+        y.mul_(2)
+        y = None
+        x.exp()
+        x.cos().sum()
+    # Neither what works in place nor what is no more than before is a new peak.
+    assert watch.seen == ("aten.add.Tensor", "aten.sum.default")
+
+
+def test_the_collector_is_left_as_it_was():
+    def fail():
+        raise RuntimeError("stopped")
+
+    assert gc.isenabled()
+    with pytest.raises(RuntimeError, match="stopped"):
+        peak(fail, device="cpu")
+    assert gc.isenabled()
+
+
+def test_other_devices():
+    with pytest.raises(ValueError, match="meta; allowed: cpu, cuda"):
+        peak(lambda: None, device="meta")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_allocator_peak():
+    x = torch.zeros(1 << 20, device="cuda")
+    result = peak(lambda: x + 1, device="cuda")
+    assert result.bytes == result.before + x.nbytes
+    assert result.reserved >= result.bytes

@@ -1,0 +1,226 @@
+import json
+
+import pytest
+import torch
+
+from bench import cli
+from bench.config.suites import profile_configs
+from bench.measure import profile as profiler
+from bench.record import Record, read
+from report import profiles
+
+# A detector in proportion to the small backbone, so that a test takes seconds.
+SMALL = (
+    "model.detector.fpn_channels=32",
+    "model.detector.head_width=64",
+    "model.detector.mask_width=32",
+    "model.detector.rpn_proposals=[100,50]",
+    "model.detector.rpn_proposals_test=[100,50]",
+    "model.detector.detections=10",
+    "profile.proposals=50",
+    "device=cpu",
+)
+PARTS = {"stage1", "stage2", "stage3", "stage4", "fpn", "rpn", "box_head", "mask_head"}
+
+
+def configs(*names, image_size=(64, 96), **profile):
+    values = {"profile": {"batch_size": 2, "repeats": 2, "seconds": 0.0} | profile}
+    return profile_configs(
+        names, backbone="quick", image_size=image_size, values=values, overrides=SMALL
+    )
+
+
+def run(rows, **options):
+    return profiler.profile(rows, progress=lambda *_: None, command=["test"], **options)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return run(configs("ViL", "linformer"))
+
+
+def test_a_row_has_all_its_costs_by_part(measured):
+    for record in measured:
+        assert record.status == "done", record.error
+        assert set(record.parameters["by_part"]) == PARTS
+        assert set(record.flops["by_part"]) == PARTS
+        for mode in ("inference", "training"):
+            assert record.memory[mode] > 0
+            assert set(record.memory["by_part"][mode]) == PARTS
+            assert len(record.latency[mode]["samples"]) >= 2
+            assert set(record.latency["by_part"][mode]) == PARTS
+            assert all(part["median"] > 0 for part in record.latency["by_part"][mode].values())
+        # Weights, gradients and AdamW's two moments are four times the parameters.
+        assert record.memory["training"] > 16 * record.parameters["total"]
+        assert record.memory["training"] > record.memory["inference"]
+
+
+def test_what_is_predicted_says_so_and_is_near_what_is_measured(measured):
+    for record in measured:
+        for mode in ("inference", "training"):
+            predicted = record.memory["predicted"][mode]
+            assert "predict" in predicted["kind"]
+            assert predicted["total"] == pytest.approx(record.memory[mode], rel=0.1)
+            assert predicted["counts"].items() >= record.memory["rois"].items()
+
+
+def test_heads_run_on_stated_numbers_of_rois(measured):
+    stated = {"proposals": 50, "detections": 10, "rois": 512, "mask_rois": 128}
+    for record in measured:
+        assert record.memory["rois"] == record.latency["rois"] == stated
+    (retinanet,) = run(
+        profile_configs(
+            ["ViL"],
+            backbone="quick",
+            image_size=(64, 96),
+            values={"model": {"method": "retinanet"}},
+            overrides=SMALL,
+        ),
+        quantities=("memory",),
+        modes=("inference",),
+        by_part=False,
+    )
+    assert retinanet.memory["rois"] == {}
+
+
+def test_records_are_those_that_runs_write(measured):
+    for record in measured:
+        assert Record.from_json(record.to_json()).row == record.row
+
+
+def test_tables_fit_and_name_units(measured):
+    from report import tables
+
+    table = profiles.costs(measured)
+    text = tables.to_text(table.shown)
+    assert max(map(len, text.splitlines())) <= 120
+    assert list(table.raw["row"]) == ["ViL", "linformer"]
+    assert table.raw["latency_training_s"].gt(0).all()
+    assert "multiply-adds" in " ".join(table.notes)
+    assert "50 proposals and 10 detections an image" in str(table.notes)
+    part = profiles.parts(measured[0])
+    assert set(part.raw["part"]) == PARTS
+    assert part.raw["parameters"].sum() <= measured[0].parameters["total"]
+
+
+def test_a_row_that_cannot_be_measured_harms_no_other(monkeypatch):
+    def killed(*_):
+        raise MemoryError("the process was killed")
+
+    rows = configs("ViL", "global")
+    monkeypatch.setattr(profiler, "_in_process", killed)
+    records = run(rows, quantities=("parameters", "memory"))
+    assert [record.status for record in records] == ["failed", "failed"]
+    assert records[0].error["kind"] == "out_of_memory"
+    # What was counted before is kept.
+    assert records[0].parameters["total"] > 0
+    assert "failed: out of memory" in profiles.costs(records).shown["row"][0]
+
+
+def test_what_does_not_fit_is_not_tried(monkeypatch):
+    monkeypatch.setattr(profiler, "free_memory", lambda _device: 10**6)
+    (record,) = run(configs("ViL"), quantities=("memory",), modes=("inference",))
+    assert record.memory["inference"] is None
+    assert "not measured: predicted to need" in record.notes[0]
+    assert record.memory["predicted"]["inference"]["total"] > 10**6
+
+
+def command(*arguments):
+    return cli.main(
+        ["profile", "--backbone", "quick", "--image-size", "64x96", "--device", "cpu", *arguments]
+    )
+
+
+def test_the_command_prints_json_and_writes_records(tmp_path, capsys):
+    arguments = ["--attention", "performer", "--what", "parameters,flops", "--format", "json"]
+    assert command(*arguments, "--output", str(tmp_path)) == 0
+    (shown,) = json.loads(capsys.readouterr().out)
+    (path,) = (tmp_path / "records").glob("*.json")
+    assert read(path).flops["total"] == shown["flops"]["total"] > 0
+    assert shown["flops"]["unit"] == "multiply-adds"
+    assert (tmp_path / "tables" / "costs.csv").is_file()
+    # A record is never overwritten, and that is said before anything is measured.
+    assert command(*arguments, "--output", str(tmp_path)) == 2
+    assert "there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "markdown"])
+def test_the_command_prints_every_form(form, capsys):
+    assert command("--attention", "ViL", "--what", "flops", "--format", form) == 0
+    assert "ViL" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--attention", "longfromer"], "did you mean 'longformer'"),
+        (["--backbone", "smal"], "did you mean 'small'"),
+        (["--method", "retina"], "did you mean 'retinanet'"),
+        (["--what", "speed"], "allowed: parameters, flops, memory, latency"),
+        (["--mode", "trainig"], "did you mean 'training'"),
+        (["--amp", "--precision", "32-true"], "--precision: not allowed with argument --amp"),
+        (["--device", "tpu"], "none of auto, cpu, cuda"),
+        (["--format", "xml"], "allowed: table, json, csv, markdown"),
+        (["train.stepz=3"], "train.steps"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys):
+    assert cli.main(["profile", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_size_that_is_not_positive_is_named(capsys):
+    assert cli.main(["profile", "--image-size", "0x32"]) == 2
+    assert "'0x32'" in capsys.readouterr().err
+
+
+def test_the_largest_batch_within_a_budget(capsys):
+    fit = ["--memory-budget", "900MB", "--fit", "batch-size", "--mode", "inference"]
+    assert command("--attention", "ViL", *fit, "--format", "json") == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["prediction"]["total"] <= 900e6 < found["beyond"]["total"]
+    assert found["largest"] == found["prediction"]["batch_size"] > 1
+    assert command("--attention", "ViL", "--memory-budget", "1MB", "--mode", "inference") == 2
+    assert "too small" in capsys.readouterr().err
+
+
+def test_a_budget_needs_no_device(capsys):
+    fit = ["--backbone", "quick", "--image-size", "64", "--mode", "inference", "--attention", "ViL"]
+    assert cli.main(["profile", *fit, "--memory-budget", "1MB"]) == 2
+    assert "too small" in capsys.readouterr().err
+
+
+def test_data_that_is_not_there_is_wrong_input(tmp_path, capsys):
+    arguments = ["--attention", "ViL", "--what", "memory", "--data", str(tmp_path / "none")]
+    assert command(*arguments) == 2
+    assert f"error: no data folder {tmp_path / 'none'}" in capsys.readouterr().err
+
+
+def test_flops_over_the_sizes_of_a_data_set(capsys):
+    assert command("--attention", "ViL", "--sizes", "val2017", "--format", "json") == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["images"] == 5000
+    assert found["minimum"] < found["mean"] < found["maximum"]
+
+
+@pytest.mark.parametrize("method", ["mask_rcnn", "retinanet"])
+def test_mixed_precision_trains_and_keeps_coordinates(method):
+    (config,) = profile_configs(
+        ["ViL"],
+        backbone="quick",
+        image_size=(64, 96),
+        values={"model": {"method": method}, "train": {"precision": "bf16-mixed"}},
+        overrides=SMALL,
+    )
+    bench = profiler.Bench(config)
+    seen = []
+    bench.detector.register_forward_pre_hook(lambda _, given: seen.append(given))
+    bench.workload.call("training")
+    images, targets = seen[0]
+    assert {image.dtype for image in images} == {torch.float32}
+    assert {target["boxes"].dtype for target in targets} == {torch.float32}
+    gradients = [p.grad for p in bench.detector.parameters() if p.grad is not None]
+    assert gradients
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)

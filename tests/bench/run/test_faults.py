@@ -1,0 +1,390 @@
+"""What can go wrong while training, and that nothing is lost by it."""
+
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.precision import MixedPrecision
+from torch import Tensor, nn
+
+from bench.config.schema import DataConfig, RunConfig, TrainConfig
+from bench.data.coco import CocoDataset
+from bench.data.generated import generate
+from bench.data.loader import DataWorkerError
+from bench.errors import InputError
+from bench.run.checkpoints import Checkpoints
+from bench.run.train import DivergedError, TrainingLog, train
+from bench.system.devices import make_fabric
+from bench.system.interrupt import EXIT_CODE, Held
+
+ROOT = Path(__file__).parents[3]
+HERE = Path(__file__).parent
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+STEPS = 6
+
+
+def killed_runs(folder: Path, model: str, kills: int, *, seed: int) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, str(HERE / "killed.py"), str(folder), model, str(kills), str(seed)],
+        cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("model", "kills"),
+    [
+        ("brightness", 24),
+        ("performer", 4),
+        pytest.param("performer", 24, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_any_moment_it_ends_in_the_very_same_weights(
+    tmp_path: Path, model: str, kills: int
+) -> None:
+    result = killed_runs(tmp_path, model, kills, seed=7)
+    runs = result["runs"]
+    assert len(runs) == kills
+    # Those at any time may come too late; all others must have been killed.
+    assert all(run["killed"] for run in runs if run["kind"] != "time")
+    for run in runs:
+        assert run["digest"] == result["undisturbed"], run
+        # Half a checkpoint is gone at the end.
+        assert run["at the end"] == result["at the end"]
+    if kills > 6:
+        assert any(name.endswith(".tmp") for run in runs for name in run["left"])
+        assert Counter(run["kind"] for run in runs)["half written"] == kills // 6
+
+
+class Meddled(nn.Module):
+    """A linear "detector" whose losses a test meddles with, by its call."""
+
+    def __init__(self, meddle: Callable[[int, Tensor], Tensor] = lambda _, loss: loss) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layer = nn.Linear(3, 1)
+        self.meddle = meddle
+        self.calls = 0
+        self.before: list[Tensor] = []
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        del targets
+        self.before = [p.detach().clone() for p in self.parameters()]
+        mean = torch.stack([image.mean(dim=(1, 2)) for image in images])
+        loss = (self.layer(mean)[:, 0].float() - 1).square().mean()
+        self.calls += 1
+        return {"loss": self.meddle(self.calls, loss)}
+
+
+class InfiniteGradient(torch.autograd.Function):
+    """The loss as it is, with a gradient that is none."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        del ctx
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        del ctx
+        return gradient * float("inf")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
+    root = generate(tmp_path_factory.mktemp("data") / "set", train_images=9, val_images=1)
+    return CocoDataset(root, "train2017")
+
+
+def run(
+    dataset: CocoDataset,
+    folder: Path,
+    detector: nn.Module,
+    *,
+    fabric: Fabric | None = None,
+    workers: int = 0,
+    identity: dict[str, str] | None = None,
+    progress: Callable[[int, float], None] = lambda *_: None,
+    **changes: Any,
+) -> TrainingLog:
+    values: dict[str, Any] = {
+        "steps": STEPS, "batch_size": 4, "accumulate": 2, "lr": 0.1, "warmup_steps": 0,
+        "checkpoint_every": 1, "decay": "cosine", "clip_norm": 1.0,
+    }  # fmt: skip
+    _, log = train(
+        detector,
+        dataset,
+        fabric=fabric or make_fabric(RunConfig(device="cpu")),
+        config=TrainConfig(**(values | changes)),
+        data=DataConfig(workers=workers),
+        seed=5,
+        checkpoints=Checkpoints(folder, identity=identity),
+        progress=progress,
+    )
+    return log
+
+
+def weights(detector: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in detector.parameters()]
+
+
+def same(some: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_changes_no_weight_and_names_its_images(
+    dataset: CocoDataset, tmp_path: Path, value: float
+) -> None:
+    seen: list[list[int]] = []
+
+    class Watched(Meddled):
+        def forward(self, images: Any, targets: Any) -> dict[str, Tensor]:
+            seen.append([int(target["image_id"]) for target in targets])
+            return super().forward(images, targets)
+
+    # The second part of the fourth step.
+    detector = Watched(lambda call, loss: loss * value if call == 8 else loss)
+    with pytest.raises(DivergedError, match=r"the loss was (nan|inf) at step 3") as caught:
+        run(dataset, tmp_path, detector)
+    assert same(weights(detector), detector.before)
+    assert all(p.grad is None for p in detector.parameters())
+    assert f"at step 3 on images {', '.join(map(str, seen[-1]))};" in str(caught.value)
+    assert not set(seen[-2]) & set(seen[-1])
+    state = Checkpoints(tmp_path).latest()
+    assert state is not None
+    assert state["log"]["steps"] == 3
+    assert all(value.isfinite().all() for value in state["model"].values())
+    # What was wrong is mended: it goes on from there to the end of an undisturbed run.
+    mended, undisturbed = Meddled(), Meddled()
+    run(dataset, tmp_path, mended)
+    run(dataset, tmp_path / "undisturbed", undisturbed)
+    assert same(weights(mended), weights(undisturbed))
+
+
+def test_an_infinite_gradient_of_a_finite_loss_changes_no_weight(
+    dataset: CocoDataset, tmp_path: Path
+) -> None:
+    detector = Meddled(
+        lambda call, loss: InfiniteGradient.apply(loss) if call == 5 else loss  # type: ignore[no-untyped-call]
+    )
+    with pytest.raises(DivergedError, match=r"gradient's norm was (inf|nan) at step 2 on images"):
+        run(dataset, tmp_path, detector, clip_norm=0.0)
+    assert same(weights(detector), detector.before)
+
+
+def half_precision(scale: float) -> Fabric:
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+    plugin = MixedPrecision(precision="16-mixed", device="cpu", scaler=scaler)
+    return Fabric(accelerator="cpu", devices=1, plugins=[plugin])
+
+
+def test_an_overflow_in_half_precision_skips_the_step_and_goes_on(
+    dataset: CocoDataset, tmp_path: Path
+) -> None:
+    """A scale that is too large at first is normal; the scaler finds its own."""
+    parameters: list[list[Tensor]] = []
+    detector = Meddled()
+    log = run(
+        dataset,
+        tmp_path,
+        detector,
+        fabric=half_precision(2.0**19),
+        progress=lambda *_: parameters.append(weights(detector)),
+    )
+    assert 0 < log.skipped < STEPS
+    assert same(parameters[0], weights(Meddled()))
+    assert not same(parameters[-1], parameters[0])
+    assert all(p.isfinite().all() for p in parameters[-1])
+
+
+def test_the_scale_of_half_precision_is_resumed(dataset: CocoDataset, tmp_path: Path) -> None:
+    whole = Meddled()
+    log = run(dataset, tmp_path / "whole", whole, fabric=half_precision(2.0**19))
+
+    def stop(step: int, _: float) -> None:
+        if step == 1:
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        run(
+            dataset,
+            tmp_path / "parts",
+            Meddled(),
+            fabric=half_precision(2.0**19),
+            progress=stop,
+        )
+    resumed = Meddled()
+    log_of_parts = run(dataset, tmp_path / "parts", resumed, fabric=half_precision(2.0**4))
+    assert log_of_parts.skipped == log.skipped > 1
+    assert same(weights(resumed), weights(whole))
+
+
+def test_gradients_that_overflow_at_every_scale_end_the_run(
+    dataset: CocoDataset, tmp_path: Path
+) -> None:
+    detector = Meddled(lambda _, loss: InfiniteGradient.apply(loss))  # type: ignore[no-untyped-call]
+    with pytest.raises(DivergedError, match="gradient's norm"):
+        run(dataset, tmp_path, detector, fabric=half_precision(2.0**-18), steps=9)
+    assert same(weights(detector), weights(Meddled()))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit(path: Path) -> None:
+    """In the middle of a tensor, where reading it raises nothing."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty])
+@pytest.mark.parametrize("damaged", [1, 2])
+def test_from_a_damaged_checkpoint_it_falls_back_to_the_one_before(
+    dataset: CocoDataset,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[Path], None],
+    damaged: int,
+) -> None:
+    undisturbed = Meddled()
+    run(dataset, tmp_path, undisturbed)
+    files = sorted(tmp_path.glob("step-*.pt"))
+    for path in files[-damaged:]:
+        damage(path)
+    resumed = Meddled()
+    log = run(dataset, tmp_path, resumed)
+    assert caplog.text.count("is broken") == damaged
+    assert files[-1].name in caplog.text
+    # With both damaged it starts anew.
+    assert (log.resumed, resumed.calls) == ((1, 2) if damaged == 1 else (0, 2 * STEPS))
+    assert same(weights(resumed), weights(undisturbed))
+
+
+def test_a_checkpoint_of_another_configuration_is_passed_over(
+    dataset: CocoDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(dataset, tmp_path, Meddled(), identity={"configuration": "one"})
+    other = Meddled()
+    log = run(dataset, tmp_path, other, identity={"configuration": "another"}, lr=0.2)
+    assert "of another configuration" in caplog.text
+    assert (log.resumed, other.calls) == (0, 2 * STEPS)
+
+
+def test_a_checkpoint_of_other_annotations_is_passed_over(
+    dataset: CocoDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(dataset, tmp_path / "run", Meddled())
+    root = generate(tmp_path / "other", train_images=8, val_images=1)
+    log = run(CocoDataset(root, "train2017"), tmp_path / "run", Meddled())
+    assert "of another annotations" in caplog.text
+    assert log.resumed == 0
+
+
+def test_a_checkpoint_that_does_not_fit_the_detector_is_one_clear_line(
+    dataset: CocoDataset, tmp_path: Path
+) -> None:
+    run(dataset, tmp_path, Meddled())
+    changed = Meddled()
+    changed.layer = nn.Linear(3, 2)
+    with pytest.raises(InputError, match=r"step 6 does not fit the detector.*size mismatch") as got:
+        run(dataset, tmp_path, changed)
+    assert "\n" not in str(got.value)
+
+
+def test_on_a_full_disk_the_checkpoints_before_stay(
+    dataset: CocoDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fill(step: int, _: float) -> None:
+        if step == 4:
+            monkeypatch.setattr(os, "fsync", full)
+
+    with pytest.raises(InputError, match=r"cannot write checkpoint .*step-00000005.*No space left"):
+        run(dataset, tmp_path, Meddled(), progress=fill)
+    assert sorted(path.name[:13] for path in tmp_path.iterdir()) == [
+        "step-00000003",
+        "step-00000004",
+    ]
+    monkeypatch.undo()
+    resumed, undisturbed = Meddled(), Meddled()
+    assert run(dataset, tmp_path, resumed).resumed == 1
+    run(dataset, tmp_path / "undisturbed", undisturbed)
+    assert same(weights(resumed), weights(undisturbed))
+
+
+def test_a_killed_data_worker_is_one_clear_error_and_costs_one_step(
+    dataset: CocoDataset, tmp_path: Path
+) -> None:
+    def kill_a_worker(step: int, _: float) -> None:
+        if step == 3:
+            for worker in torch.multiprocessing.active_children():
+                os.kill(worker.pid or 0, signal.SIGKILL)
+                worker.join()
+
+    with pytest.raises(DataWorkerError, match=r"a process that reads data died.*data\.workers"):
+        run(dataset, tmp_path, Meddled(), workers=1, steps=40, progress=kill_a_worker)
+    resumed, undisturbed = Meddled(), Meddled()
+    assert run(dataset, tmp_path, resumed, workers=1, steps=40).resumed == 1
+    run(dataset, tmp_path / "undisturbed", undisturbed, steps=40)
+    assert same(weights(resumed), weights(undisturbed))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_told_to_stop_it_finishes_the_step_and_leaves_a_checkpoint(
+    dataset: CocoDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture, number: signal.Signals
+) -> None:
+    def tell(call: int, loss: Tensor) -> Tensor:
+        # In the middle of the third step.
+        if call == 5:
+            os.kill(os.getpid(), number)
+        return loss
+
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 4"):
+        run(dataset, tmp_path, Meddled(tell), checkpoint_every=1000)
+    assert "stopping after this step" in caplog.text
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [path.name[:13] for path in tmp_path.iterdir()] == ["step-00000004"]
+    resumed, undisturbed = Meddled(), Meddled()
+    log = run(dataset, tmp_path, resumed, checkpoint_every=1000)
+    run(dataset, tmp_path / "undisturbed", undisturbed)
+    assert (log.resumed, resumed.calls) == (1, 2 * (STEPS - 4))
+    assert same(weights(resumed), weights(undisturbed))
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    child = os.fork()
+    if child == 0:
+        logging.disable()
+        with Held():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(30)
+        os._exit(0)
+    start = time.monotonic()
+    _, status = os.waitpid(child, 0)
+    assert os.WEXITSTATUS(status) == EXIT_CODE
+    assert time.monotonic() - start < 10

@@ -1,0 +1,40 @@
+from pathlib import Path
+
+import pytest
+
+from bench.config.suites import load_suite
+from bench.run import plan
+
+
+def test_the_time_of_a_run_is_its_steps_times_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_seconds", lambda *_: 2.0)
+    overrides = ["train.accumulate=2", "train.steps=9", "data.generated.train_images=2"]
+    suite = load_suite("quick", rows=["ViL"], device="cpu", overrides=overrides)
+    told: list[str] = []
+    (run,) = plan.plan(suite, tmp_path, measure_steps=1, tell=told.append)
+    assert run.seconds == 2.0 * 9 * 2
+    assert told == ["ViL"]
+    assert run.images_of_a_part == 2
+    assert plan.table([run]).loc[0, "time"] == "36 s"
+
+
+def test_what_rows_share_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    real = plan._dataset
+    monkeypatch.setattr(
+        plan, "_dataset", lambda *a, **k: (opened.append(a[0].row), real(*a, **k))[1]
+    )
+    monkeypatch.setattr(plan, "_memory", lambda *_: 1e9)
+    suite = load_suite("quick", rows=["ViL", "full", "swin"], device="cpu")
+    assert len(plan.plan(suite, tmp_path, measure_steps=0, tell=opened.append)) == 3
+    assert opened == ["ViL", "ViL", "full", "swin"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(40, "40 s"), (59 * 60, "59 min"), (3600 * 3.5, "3.5 h"), (86400 * 12.34, "12.3 d")],
+)
+def test_durations(seconds: float, said: str) -> None:
+    assert plan.duration(seconds) == said

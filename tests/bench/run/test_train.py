@@ -1,0 +1,327 @@
+"""The training loop: its schedule, and that a resumed run is the undisturbed one."""
+
+import contextlib
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.config.schema import DataConfig, RunConfig, TrainConfig
+from bench.config.suites import load_suite
+from bench.data.coco import CocoDataset
+from bench.data.generated import generate
+from bench.errors import InputError
+from bench.model.backbone import ViL
+from bench.run.checkpoints import Checkpoints
+from bench.run.train import (
+    DivergedError,
+    effective,
+    learning_rate,
+    optimizer,
+    scaling_note,
+    step_seed,
+    train,
+)
+from bench.system.devices import make_fabric
+from bench.system.logs import StepLog, read_steps, readable
+
+STEPS = 7
+
+
+class Brightness(nn.Module):
+    """A "detector" of two losses that draws random numbers, as real ones do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        mean = torch.stack([image.mean(dim=(1, 2)) for image in images])
+        out = self.layer(nn.functional.dropout(mean, 0.5, self.training))
+        counts = torch.tensor([float(len(target["boxes"])) for target in targets])
+        return {"count": (out[:, 0] - counts).square().mean(), "size": out[:, 1].square().mean()}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
+    root = generate(tmp_path_factory.mktemp("data") / "set", train_images=9, val_images=1)
+    return CocoDataset(root, "train2017")
+
+
+def run(
+    dataset: CocoDataset, folder: Path, *, stop_after: int | None = None, **changes: object
+) -> dict[str, object]:
+    config = dataclasses.replace(
+        TrainConfig(
+            steps=STEPS,
+            batch_size=2,
+            lr=0.1,
+            warmup_steps=2,
+            log_every=3,
+            checkpoint_every=2,
+            decay="cosine",
+        ),
+        **changes,  # type: ignore[arg-type]
+    )
+
+    class StopError(Exception):
+        pass
+
+    def progress(step: int, loss: float) -> None:
+        del loss
+        if step == stop_after:
+            raise StopError
+
+    detector = Brightness()
+    try:
+        _, log = train(
+            detector,
+            dataset,
+            fabric=make_fabric(RunConfig(device="cpu")),
+            config=config,
+            data=DataConfig(),
+            seed=5,
+            checkpoints=Checkpoints(folder),
+            progress=progress,
+        )
+    except StopError:
+        return {}
+    return {"weights": detector.state_dict(), "losses": log.losses, "resumed": log.resumed}
+
+
+@pytest.mark.parametrize("stop", range(1, STEPS))
+def test_a_run_stopped_at_any_step_ends_in_the_same_weights_and_losses(
+    dataset: CocoDataset, tmp_path: Path, stop: int
+) -> None:
+    whole = run(dataset, tmp_path / "whole")
+    run(dataset, tmp_path / "parts", stop_after=stop)
+    resumed = run(dataset, tmp_path / "parts")
+    for name, value in whole["weights"].items():  # type: ignore[attr-defined]
+        assert torch.equal(resumed["weights"][name], value), name  # type: ignore[index]
+    assert resumed["losses"] == whole["losses"]
+    assert resumed["resumed"] == (1 if stop >= 2 else 0)
+
+
+def test_a_broken_checkpoint_falls_back_to_the_one_before(
+    dataset: CocoDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = run(dataset, tmp_path / "whole")
+    run(dataset, tmp_path / "parts", stop_after=5)
+    newest = sorted((tmp_path / "parts").glob("*.pt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:200])
+    resumed = run(dataset, tmp_path / "parts")
+    assert "broken" in caplog.text
+    assert newest.name in caplog.text
+    assert resumed["losses"] == whole["losses"]
+
+
+def test_the_newest_two_checkpoints_are_kept(dataset: CocoDataset, tmp_path: Path) -> None:
+    run(dataset, tmp_path)
+    assert sorted(path.name[:13] for path in tmp_path.iterdir()) == [
+        "step-00000006",
+        "step-00000007",
+    ]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write checkpoint"):
+        Checkpoints(tmp_path / "file" / "folder").save({"step": torch.tensor(1)}, 1)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(
+    dataset: CocoDataset, tmp_path: Path
+) -> None:
+    with pytest.raises(DivergedError, match=r"step \d+ on images \d+, \d+"):
+        run(dataset, tmp_path, lr=1e30, warmup_steps=0, clip_norm=0.0)
+
+
+def test_the_rate_warms_up_and_falls_at_the_milestones() -> None:
+    config = TrainConfig(
+        steps=100, lr=2.0, warmup_steps=10, warmup_factor=0.01, milestones=[60, 80]
+    )
+    assert learning_rate(0, config) == pytest.approx(0.02)
+    assert learning_rate(5, config) == pytest.approx(2.0 * 0.505)
+    assert learning_rate(10, config) == 2.0
+    assert learning_rate(59, config) == 2.0
+    assert learning_rate(60, config) == pytest.approx(0.2)
+    assert learning_rate(99, config) == pytest.approx(0.02)
+
+
+def test_a_cosine_ends_near_nothing() -> None:
+    config = TrainConfig(steps=100, lr=1.0, warmup_steps=0, decay="cosine")
+    assert learning_rate(0, config) == 1.0
+    assert learning_rate(50, config) == pytest.approx(0.5)
+    assert 0 < learning_rate(99, config) < 0.001
+
+
+def test_steps_and_seeds_give_different_random_states() -> None:
+    seeds = {step_seed(seed, step) for seed in range(10) for step in range(100)}
+    assert len(seeds) == 1000
+    assert all(0 <= value < 2**63 for value in seeds)
+
+
+def test_parts_of_a_step_have_random_states_of_their_own() -> None:
+    seeds = {step_seed(0, step, part) for step in range(10) for part in range(8)}
+    assert len(seeds) == 80
+    assert step_seed(3, 4, 0) == step_seed(3, 4)
+
+
+def test_the_gradient_is_clipped_as_the_method_was_published() -> None:
+    for method, norm in (("mask_rcnn", 0.5), ("retinanet", 1.0)):
+        run_config = load_suite("ablation", data="x", overrides=[f"model.method={method}"]).runs[0]
+        assert effective(run_config.train, run_config.model.method).clip_norm == norm
+    assert effective(TrainConfig(clip_norm=0.0), "mask_rcnn").clip_norm == 0.0
+
+
+def test_half_the_batch_takes_half_the_rate_and_twice_the_steps() -> None:
+    config = TrainConfig(
+        steps=90000, batch_size=8, lr=1e-4, warmup_steps=1000, milestones=[60000, 80000],
+        scale_from_batch=16,
+    )  # fmt: skip
+    scaled = effective(config, "mask_rcnn")
+    assert (scaled.lr, scaled.steps, scaled.warmup_steps) == (5e-5, 180000, 2000)
+    assert scaled.milestones == [120000, 160000]
+    # The rate at a point of the epoch is half the recipe's.
+    recipe = dataclasses.replace(config, batch_size=16)
+    for step in (0, 700, 50000, 70000, 89999):
+        assert learning_rate(2 * step, scaled) == pytest.approx(learning_rate(step, recipe) / 2)
+    # It is the same whether it was scaled before or not.
+    assert effective(scaled, "mask_rcnn") == scaled
+    note = scaling_note(config)
+    assert note is not None
+    assert "0.0001 to 5e-05" in note
+    assert scaling_note(recipe) is None
+
+
+def groups_of(model: nn.Module, config: TrainConfig) -> dict[str, tuple[float, float]]:
+    """Weight decay and factor of the rate of every parameter, by name."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {
+        names[parameter]: (group["weight_decay"], group["lr_factor"])
+        for group in optimizer(model, config).param_groups
+        for parameter in group["params"]
+    }
+    assert set(found) == set(names.values())
+    return found
+
+
+def test_norms_tokens_positions_and_patterns_may_be_exempt_from_weight_decay() -> None:
+    vil = ViL("l1,h1,d4_l2,h1,d4_l3,h1,d4", image_size=32, num_classes=2)
+    exempt = {
+        name
+        for name, (decay, _) in groups_of(
+            vil, TrainConfig(no_decay=["norms", "tokens", "positions", "head.*"])
+        ).items()
+        if decay == 0
+    }
+    assert {"layer1.0.cls_token", "layer1.0.x_pos_embed", "norm.weight", "norm.bias"} < exempt
+    assert {"head.weight", "head.bias"} < exempt
+    assert not any(name.endswith((".qkv.weight", ".fc1.bias", ".qkv.bias")) for name in exempt)
+    every = groups_of(vil, TrainConfig())
+    assert set(every.values()) == {(0.05, 1.0)}
+    biases = groups_of(vil, TrainConfig(no_decay=["biases"]))
+    assert biases["layer1.1.attn.proj.bias"] == (0.0, 1.0)
+    assert biases["layer1.1.attn.proj.weight"] == (0.05, 1.0)
+
+
+def test_the_rate_has_a_factor_by_name_and_the_first_that_fits_counts(
+    dataset: CocoDataset, tmp_path: Path
+) -> None:
+    vil = ViL("l1,h1,d4_l2,h1,d4_l3,h1,d4", image_size=32, num_classes=2)
+    found = groups_of(vil, TrainConfig(lr_multipliers={"layer1.0.*": 0.1, "layer1.*": 0.5}))
+    assert found["layer1.0.cls_token"][1] == 0.1
+    assert found["layer1.1.attn.proj.weight"][1] == 0.5
+    assert found["layer2.1.attn.proj.weight"][1] == 1.0
+    # A factor of nothing leaves what it names as it was, and only that.
+    whole = run(dataset, tmp_path / "whole", weight_decay=0.0, lr_multipliers={"*.bias": 0.0})
+    start = Brightness().state_dict()
+    assert torch.equal(whole["weights"]["layer.bias"], start["layer.bias"])  # type: ignore[index]
+    assert not torch.equal(whole["weights"]["layer.weight"], start["layer.weight"])  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"no_decay": ["norm"]}, "did you mean 'norms'"),
+        ({"no_decay": ["layer9.*"]}, "no parameter is called 'layer9.*'"),
+        ({"lr_multipliers": {"nowhere": 2.0}}, "no parameter is called 'nowhere'"),
+    ],
+)
+def test_a_name_that_no_parameter_has_is_one_clear_line(
+    changes: dict[str, object], said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        optimizer(Brightness(), TrainConfig(**changes))  # type: ignore[arg-type]
+
+
+def test_every_step_has_its_line_once_though_the_run_was_stopped(
+    dataset: CocoDataset, tmp_path: Path
+) -> None:
+    class StopError(Exception):
+        pass
+
+    def go(folder: Path, stop: int | None, damage: bool = False) -> list[dict[str, float]]:
+        def progress(step: int, loss: float) -> None:
+            del loss
+            if step == stop:
+                raise StopError
+
+        path = folder / "steps.jsonl"
+        if damage:
+            path.write_text(path.read_text() + '{"step": 6, "tot')
+        with contextlib.suppress(StopError), StepLog(path, every=3, total=STEPS) as journal:
+            train(
+                Brightness(),
+                dataset,
+                fabric=make_fabric(RunConfig(device="cpu")),
+                config=TrainConfig(steps=STEPS, batch_size=2, checkpoint_every=2, clip_norm=0.0),
+                data=DataConfig(),
+                seed=5,
+                checkpoints=Checkpoints(folder / "checkpoints"),
+                progress=progress,
+                journal=journal,
+            )
+        return read_steps(path)
+
+    whole = go(tmp_path / "whole", None)
+    assert [entry["step"] for entry in whole] == list(range(1, STEPS + 1))
+    names = {"total", "count", "size", "lr", "gradient_norm", "images_per_second",
+             "loader_images_per_second", "data_seconds", "step_seconds",
+             "peak_memory_bytes"}  # fmt: skip
+    assert all(names < set(entry) for entry in whole)
+    # Five steps, of which four have a checkpoint.
+    assert len(go(tmp_path / "parts", 5)) == 5
+    parts = go(tmp_path / "parts", None, damage=True)
+    for entry, other in zip(parts, whole, strict=True):
+        for name in ("step", "total", "count", "size", "lr", "gradient_norm"):
+            assert entry[name] == other[name]
+
+
+def test_tensorboard_that_is_not_installed_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match=r"pip install '\.\[tensorboard\]'"):
+        StepLog(tmp_path / "x.jsonl", tensorboard=tmp_path / "board")
+
+
+def test_the_readable_log_says_how_fast_data_is_read_beside_the_time_waited(
+    tmp_path: Path,
+) -> None:
+    steps = [(10.0, 40.0, 0.1, 1.0), (30.0, 120.0, 0.3, 1.0), (10.0, 60.0, 0.0, 0.5)]
+    with readable(tmp_path / "x.log"), StepLog(tmp_path / "x.jsonl", every=2, total=3) as journal:
+        for number, values in enumerate(steps, start=1):
+            names = ("images_per_second", "loader_images_per_second", "data_seconds",
+                     "step_seconds")  # fmt: skip
+            journal.write({"step": number, **dict(zip(names, values, strict=True))})
+    lines = (tmp_path / "x.log").read_text().splitlines()
+    told = [line.partition("up to it: ")[2] for line in lines if "up to it" in line]
+    assert told == [
+        "15 images/s, where the loader reads up to 60 images/s; waited for data 20.0% of the time",
+        "10 images/s, where the loader reads up to 60 images/s; waited for data 0.0% of the time",
+    ]

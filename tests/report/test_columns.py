@@ -1,0 +1,261 @@
+"""Every column of every table, on records whose numbers all differ, against columns.txt.
+
+A unit that changes, a column that is swapped and a row that is dropped turn a case red.
+"""
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from report import confidence, counts, profiles, sweep, tables
+from report.columns import (
+    MISSING,
+    Column,
+    Table,
+    Unit,
+    aligned,
+    memory_unit,
+    number,
+    table,
+    three_digits,
+)
+from tests.report.test_report import as_published, make
+from tests.report.test_searches import tried
+from tests.report.test_sweep import point
+
+
+def quartiles(median: float) -> dict[str, Any]:
+    return {"samples": [], "q1": median - 0.003, "median": median, "q3": median + 0.004}
+
+
+def figures(first: float) -> dict[str, float]:
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+    return {name: first + place for place, name in enumerate(names)}
+
+
+def parts(inference: Any, training: Any) -> dict[str, Any]:
+    return {"inference": {"fpn": inference}, "training": {"fpn": training}}
+
+
+plain = make("ViL")
+RECORD = make(
+    "ViL",
+    parameters={"total": 2_110_000, "by_part": {"fpn": 1_230_000}},
+    flops={**(plain.flops or {}), "total": 1_410_000_000, "by_part": {"fpn": 130_000_000}},
+    memory={
+        **(plain.memory or {}),
+        "inference": 117_000_000,
+        "training": 419_000_000,
+        "predicted": {"inference": {"total": 118_000_000}, "training": {"total": 421_000_000}},
+        "by_part": parts(11_000_000, 12_000_000),
+    },
+    latency={
+        **(plain.latency or {}),
+        "inference": quartiles(0.151),
+        "training": quartiles(0.457),
+        "group": {"inference": "a", "training": "bc"},
+        "ran": {"inference": {"sdpa": {"flash": 3}, "dtypes": ["float32"], "compiled": True}},
+        "by_part": parts(quartiles(0.021), quartiles(0.022)),
+    },
+    training={
+        "steps": 320,
+        "seconds": 96.0,
+        "batch_size": 8,
+        "images_per_second": 32.0,
+        "losses": [],
+        "resumed": 0,
+    },
+    evaluation={
+        "split": "val2017",
+        "images": 100,
+        "unit": "percent",
+        "box": figures(20.01),
+        "mask": figures(50.01),
+        "box_interval": {"AP": [18.9, 21.3]},
+        "mask_interval": {"AP": [48.8, 51.4]},
+        "bootstrap": {
+            "seed": 0,
+            "resamples": 3,
+            "box_AP": [20.0, 21.0, 22.0],
+            "mask_AP": [50.0, 51.0, 52.0],
+        },
+        "also": [{"split": "train2017", "images": 33, "box": figures(70.01), "mask": None}],
+    },
+    notes=["a note"],
+    config={**plain.config, "profile": {"image_size": [128, 160], "batch_size": 8}},
+)
+WORSE = make(
+    "full",
+    1,
+    evaluation={
+        **(RECORD.evaluation or {}),
+        "box": figures(10.01),
+        "mask": figures(40.01),
+        "also": [],
+        "bootstrap": {
+            "seed": 0,
+            "resamples": 3,
+            "box_AP": [10.0, 11.0, 12.0],
+            "mask_AP": [40.0, 41.0, 43.0],
+        },
+    },
+)
+RECORDS = [RECORD, WORSE]
+PUBLISHED = replace(RECORD, model=as_published("ViL", 0).model)
+SEARCH = [tried("ViL", 0.05, 20.03), tried("ViL", 0.1, 22.04)]
+SWEEP = [point(row, side) for row in ("full", "ViL") for side in (224, 448)]
+
+FIT = {
+    "row": "ViL",
+    "mode": "training",
+    "vary": "batch_size",
+    "largest": 7,
+    "budget": 2_000_000_000,
+    "prediction": {
+        "total": 1_930_000_000,
+        "batch_size": 7,
+        "image_size": [128, 160],
+        "precision": "32-true",
+        "device": "cpu",
+    },
+    "beyond": {"total": 2_120_000_000},
+}
+AUDIT = {
+    "unit": "multiply-adds",
+    "name": "full",
+    "options": {"position": "absolute"},
+    "error": "",
+    "passed": False,
+    "declared": 1_010_000,
+    "operators": 1_020_000,
+    "fvcore": 1_030_000,
+    "disagreement": 0.0196,
+    "fvcore_alone_missed": 0.123,
+    "torch_on_cpu_missed": 0.456,
+    "uncounted": {"fvcore": {"aten::cdist": 2}},
+    "failures": {},
+}
+CONVENTION = {
+    "row": "srformer/64",
+    "library": "torchvision",
+    "family": "srformer",
+    "note": "a note",
+    "published_parameters": 39_800_000,
+    "parameters": 39_760_000,
+    "published": 218_300_000_000,
+    "recounted": 223_200_000_000,
+    "actual": 255_400_000_000,
+    "differences": [
+        {"attention": "srformer", "published": 1e10, "actual": 4e10, "reason": "channels"}
+    ],
+}
+SIZES = {
+    "row": "ViL",
+    "dataset": "val2017",
+    "images": 5000,
+    "family": "longformer",
+    "fixed_size": None,
+    "mean": 241_000_000_000,
+    "deviation": 22_000_000_000,
+    "minimum": 103_000_000_000,
+    "maximum": 294_000_000_000,
+    "one_size": 255_400_000_000,
+    "padded_pixels": 0.0123,
+    "windows": [
+        {
+            "stage": 1,
+            "attention": "longformer",
+            "window": 15,
+            "padded_queries": 0.0345,
+            "padded_products": 0.0456,
+        }
+    ],
+}
+
+# What each table is made of, its rows, and the row that columns.txt is of.
+CASES: dict[str, tuple[Callable[[], Table | None], list[str], int]] = {
+    "comparison": (lambda: tables.comparison(RECORDS)[0], ["ViL", "full"], 0),
+    "searches": (lambda: tables.searches(SEARCH)[0], ["ViL", "ViL"], 1),
+    "figures": (lambda: tables.figures(RECORDS)[0], ["ViL", "ViL", "full", "full"], 1),
+    "further splits": (lambda: tables.further_splits(RECORDS), ["ViL (torchvision)"], 0),
+    "published": (lambda: tables.against_published([PUBLISHED]), ["ViL", "ViL"], 1),
+    "details": (lambda: tables.details(RECORDS)[0], ["ViL", "full"], 0),
+    "intervals": (lambda: confidence.intervals(RECORDS)[0], ["ViL", "full"], 0),
+    "differences": (lambda: confidence.differences(RECORDS)[0], ["full"], 0),
+    "profile": (lambda: profiles.costs(RECORDS), ["ViL", "full"], 0),
+    "parts": (lambda: profiles.parts(RECORD), ["fpn"], 0),
+    "fits": (lambda: profiles.fits([FIT]), ["ViL"], 0),
+    "growth": (lambda: sweep.summaries(sweep.frame(SWEEP))[0], ["full", "ViL"], 1),
+    "points": (lambda: sweep.points(sweep.frame(SWEEP)), ["full", "full", "ViL", "ViL"], 3),
+    "audit": (lambda: counts.audit([AUDIT], title="Audit"), ["full"], 0),
+    "conventions": (lambda: counts.conventions([CONVENTION]), ["srformer/64"], 0),
+    "sizes": (lambda: counts.sizes([SIZES]), ["ViL"], 0),
+    "windows": (lambda: counts.windows([SIZES]), ["ViL"], 0),
+}
+
+
+def expected() -> dict[str, tuple[dict[str, str], dict[str, str]]]:
+    """By table: the cells of the CSV file and those that readers see."""
+    lines = (Path(__file__).parent / "columns.txt").read_text(encoding="utf-8").splitlines()
+    text = "\n".join(line for line in lines if not line.startswith("#")).strip()
+    found = {}
+    for section in text.split("\n\n"):
+        name, *cells = section.splitlines()
+        parts = [[part.strip() for part in cell.split("|")] for cell in cells]
+        raw = {key: value for key, _, value in (part[0].partition(" ") for part in parts) if key}
+        found[name] = raw, {part[1]: part[2] for part in parts if len(part) == 3}
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_table_has_these_rows_and_cells(name: str) -> None:
+    build, rows, line = CASES[name]
+    raw, shown = expected()[name]
+    built = build()
+    assert built is not None
+    assert built.raw.iloc[:, 0].tolist() == rows
+    assert len(built.shown) == len(rows)
+    # The CSV file is read back, as its users read it.
+    cells = pd.read_csv(io.StringIO(tables.to_csv(built.raw))).iloc[line]
+    assert cells.index.tolist() == list(raw)
+    for column, cell in cells.items():
+        is_number = pd.api.types.is_number(cell) and not pd.isna(cell)
+        said = raw[str(column)]
+        wanted = pytest.approx(float(said), rel=1e-8) if is_number else said
+        assert ("" if pd.isna(cell) else cell if is_number else str(cell)) == wanted, column
+    assert built.shown.iloc[line].to_dict() == shown
+
+
+def test_a_column_that_the_data_lack_or_have_no_value_of_is_left_out() -> None:
+    data = pd.DataFrame({"known": [1.5, None], "empty": [None, None]})
+    columns = [
+        Column("known", "known {}", unit=Unit.GB),
+        Column("empty", "empty", optional=True),
+        Column("missing", "missing"),
+    ]
+    made = table("name", "Title", data, columns)
+    assert list(made.raw.columns) == ["known", "empty"]
+    assert made.shown.to_dict("list") == {"known GB": ["0.00", MISSING]}
+
+
+def test_numbers_for_readers() -> None:
+    assert [number(1)(x) for x in (1234.56, -0.04, None)] == ["1,234.6", "0.0", MISSING]
+    assert [number(1, sign=True)(x) for x in (2, -2, 0.04)] == ["+2.0", "-2.0", "0.0"]
+    assert [three_digits(x) for x in (1.234, 12.34, 123.4, 1234.0)] == [
+        "1.23",
+        "12.3",
+        "123",
+        "1,234",
+    ]
+    assert aligned(pd.Series([1.234, 100.0])).tolist() == ["1.2", "100.0"]
+
+
+def test_memory_is_in_gigabytes_where_the_largest_is_large() -> None:
+    small, large = pd.Series([9e9, None]), pd.Series([1e10])
+    assert memory_unit(small) is memory_unit(pd.Series([None])) is Unit.MB
+    assert memory_unit(small, large) is Unit.GB
