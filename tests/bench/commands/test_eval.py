@@ -344,7 +344,7 @@ def test_weights_that_do_not_fit_change_nothing():
         (["--precision", "16"], "--precision: unknown value '16'"),
         (["--position", "none"], "--position: unknown value 'none'"),
         (["--format", "yaml"], "--format: unknown value 'yaml'"),
-        (["--workers", "-1"], "--workers: '-1' is no whole number, 0 or more"),
+        (["--workers", "-1"], "--workers: '-1' is not a whole number of 0 or more"),
         (["--attention", "all"], "--attention: 'all' is many rows"),
         (["--attention", "performr"], "did you mean 'performer'?"),
         (["--arch", ARCH, "--position", "relative"], "leave out --position"),
