@@ -22,20 +22,30 @@ EPILOG = """\
 examples:
   python -m bench data check my_data
   python -m bench data check /datasets/coco --split val2017 --format json
+  python -m bench data check export/result.json --images export/images
   python -m bench data coco --root /datasets/coco
   python -m bench data speed /datasets/coco --workers 0,2,4,8
 
 `python -m bench data COMMAND --help` explains a command. A data set is a folder in COCO layout:
-annotations/instances_SPLIT.json and the images in SPLIT/, for example train2017.
+annotations/instances_SPLIT.json and the images in SPLIT/, for example train2017; or Roboflow's,
+SPLIT/_annotations.coco.json beside its images; or, to check it, any annotation file.
 
 """
 _VARIABLE = "DETECTRON2_DATASETS"
 _LIMIT = 20
+_SHOWN = ("kind", "text", "handled", "image", "annotation", "left_out")
 
 
 def _configure_check(parser: argparse.ArgumentParser) -> None:
     _add_path(parser)
     _add_splits(parser)
+    add(
+        parser,
+        "images",
+        type=Path,
+        metavar="DIR",
+        help="folder of the images (default: looked for near the annotations)",
+    )
     add(parser, "no-images", action="store_true", help="read the annotations and masks only")
     add(
         parser,
@@ -140,6 +150,7 @@ def check(options: argparse.Namespace) -> int:
         # One process beside this one would only cost the passing of messages.
         workers=0 if workers == 1 else workers,
         degenerate_boxes=options.degenerate_boxes,
+        pictures=options.images,
     )
     if options.format == "json":
         print(_json(root, reports))
@@ -158,32 +169,28 @@ def _root(path: Path | None) -> Path:
 
 
 def _json(root: Path, reports: Sequence["SplitReport"]) -> str:
-    import dataclasses
-
-    return json.dumps(
+    splits = [
         {
-            "path": str(root),
-            "errors": sum(len(report.errors) for report in reports),
-            "odd": sum(len(report.odd) for report in reports),
-            "splits": [
-                dataclasses.asdict(report)
-                | {
-                    "findings": [
-                        {"error": finding.is_error, **dataclasses.asdict(finding)}
-                        for finding in report.findings
-                    ]
-                }
-                for report in reports
+            "split": report.split,
+            "images": report.images,
+            "annotations": report.annotations,
+            "categories": report.categories,
+            "decoded": report.decoded,
+            "findings": [
+                {"error": found.is_error} | {name: getattr(found, name) for name in _SHOWN}
+                for found in report.findings
             ],
-        },
-        indent=1,
-    )
+        }
+        for report in reports
+    ]
+    errors, odd = (sum(len(getattr(r, what)) for r in reports) for what in ("errors", "odd"))
+    return json.dumps({"path": str(root), "errors": errors, "odd": odd, "splits": splits}, indent=1)
 
 
 def _print(root: Path, reports: Sequence["SplitReport"], limit: int) -> None:
     import pandas as pd
 
-    from bench.data.check import by_kind
+    from bench.data.findings import by_kind
     from report import tables
 
     summary = [
@@ -243,11 +250,10 @@ def _print_places(texts: Sequence[str], limit: int) -> None:
 
 def coco(options: argparse.Namespace) -> int:
     """Download and say where it is."""
-    from bench.data.download import Downloader
+    from bench.data.download import download
 
     root = _root(options.root)
-    downloader = Downloader(root, base_url=options.base_url, keep_archives=options.keep_archives)
-    downloader.download(options.splits)
+    download(root, options.splits, base_url=options.base_url, keep_archives=options.keep_archives)
     print(f"COCO is in {root}: --data {root}, or nothing where ${_VARIABLE}/coco is that folder")
     return 0
 

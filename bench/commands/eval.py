@@ -24,6 +24,7 @@ from bench.files import write_whole
 
 if TYPE_CHECKING:
     from bench.config.schema import RunConfig
+    from bench.data.coco import CocoDataset
     from bench.record import Record
 
 HELP = "evaluate a checkpoint: box and mask AP by the rules of COCO"
@@ -44,6 +45,7 @@ hold is run.
 """
 FORMATS = ("table", "json")
 _SPLIT = "val2017"
+_SHOWN = 5
 _MODEL = ("backbone", "method", "library", "library_version", "attention", "arch")
 # What describes the detector where no record does, and its defaults.
 _DETECTOR = {
@@ -136,11 +138,13 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from bench import record
-    from bench.data.coco import CocoDataset
+    from bench.data.check import remarks
+    from bench.data.split import open_split
     from bench.model import weights
     from bench.model.build import build_detector
     from bench.model.weights import load_file
     from bench.run.evaluate import evaluate
+    from bench.run.evaluate import remarks as evaluation_remarks
     from bench.system.devices import make_fabric
     from bench.system.processes import world
     from bench.system.progress import Bar
@@ -154,9 +158,10 @@ def run(options: argparse.Namespace) -> int:
     state = load_file(path)
     config = _config(options, found, weights.detector_kind(state), root)
     (name,) = config.evaluate.splits
-    split = CocoDataset(root, name, degenerate_boxes=config.data.degenerate_boxes)
+    split = open_split(config, root, name)
     if options.limit:
-        split.ids = split.ids[: options.limit]
+        split.limit(options.limit)
+    labels, notes = _labels(options.record, found, split)
     detector = build_detector(config, split.num_classes)
     try:
         weights.load_detector(detector, state)
@@ -167,9 +172,15 @@ def run(options: argparse.Namespace) -> int:
     is_first = world().is_first
     console = Console(stderr=True, quiet=not is_first)
     with Bar(f"evaluating {split.split}", len(split), console=console) as bar:
-        section = evaluate(model, split, config, fabric, lambda share, _doing: bar.update(share))
+        section = evaluate(
+            model, split, config, fabric, lambda share, _doing: bar.update(share), labels=labels
+        )
     if is_first:
-        _print(options, _result(path, config, section, str(fabric.device)))
+        notes += [*remarks([split]), *evaluation_remarks(section)]
+        for note in notes:
+            console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        result = _result(path, config, section, str(fabric.device)) | {"notes": notes}
+        _print(options, result)
     return 0
 
 
@@ -203,6 +214,28 @@ def _kept(path: Path, record: "Record") -> Path:
     return file
 
 
+def _labels(
+    path: Path, record: "Record | None", split: "CocoDataset"
+) -> tuple[list[int] | None, list[str]]:
+    """For each label of the detector that of the data, and what is to be said of it."""
+    trained = ((record and record.training) or {}).get("classes")
+    if trained is None:
+        names = ", ".join(name for _, name in split.categories[:_SHOWN])
+        more = ", …" if split.num_classes > _SHOWN else ""
+        return None, [
+            "the classes that the weights were trained on are not known (they are in a run's"
+            f" --record); taken for those of {split.annotation_file} by the order of ids:"
+            f" {names}{more}"
+        ]
+    from bench.data.split import labels_by_name
+
+    try:
+        categories = tuple((id_, name) for id_, name in trained)
+        return labels_by_name(categories, split.categories), []
+    except InputError as error:
+        raise InputError(f"{split.annotation_file} and --record {path}: {error}") from error
+
+
 def _recorded_root(path: Path, record: "Record") -> Path:
     """Return the data of a record's run; generated data is made where it is missing."""
     from bench.config.suites import build_config
@@ -213,7 +246,7 @@ def _recorded_root(path: Path, record: "Record") -> Path:
 
 def _root() -> Path:
     from bench.config.suites import DATASETS_VARIABLE, default_root
-    from bench.data.coco import LAYOUT
+    from bench.data.layout import LAYOUT
 
     root = default_root()
     if root is None:
@@ -251,6 +284,9 @@ def _config(
         },
     }
     if record:
+        if options.data:
+            # The files that the run was given are not of this folder.
+            run["data"] |= dict.fromkeys(("train_file", "val_file", "images"))
         values = dict(record.config)
         run["model"] = {"library": record.model["library"]}
         return build_config(

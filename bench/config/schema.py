@@ -114,14 +114,21 @@ class DataConfig:
 
     Attributes:
         path: folder in COCO layout, or None for the generated data set.
+        train_file, val_file: annotation files of the split to train on and of the others, wherever
+            they are; None where `path` has them.
+        images: folder of the images of all splits; None to look for them near the annotations.
         min_sizes: shortest edge; training draws one of several, evaluation takes the last.
         max_size: longest edge.
         fixed_size: every image becomes exactly this (height, width); None keeps the aspect ratio.
         workers: decoding processes.
         degenerate_boxes: "error", or "drop" to leave out boxes without area.
+        deep_white: the value that is white in grey images of 16 bits, 4095 for 12 bits in 16.
     """
 
     path: str | None = None
+    train_file: str | None = None
+    val_file: str | None = None
+    images: str | None = None
     generated: GeneratedConfig = field(default_factory=GeneratedConfig)
     train_split: str = "train2017"
     min_sizes: Sizes = (800,)
@@ -131,6 +138,7 @@ class DataConfig:
     workers: Whole = 0
     aspect_ratio_grouping: bool = False
     degenerate_boxes: Annotated[str, _one_of(DEGENERATE_BOXES)] = "error"
+    deep_white: Annotated[int, Field(strict=True, ge=1, le=65535)] = 65535
 
 
 @dataclass(frozen=True, config=_RULES)

@@ -9,7 +9,7 @@ import importlib.resources
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +188,10 @@ def build_config(values: Mapping[str, Any]) -> RunConfig:
             together.
     """
     config = schema.build(RunConfig, values)
+    named = config.data.train_file or config.data.val_file
+    if config.data.path is None and named is not None:
+        # What is not generated has a folder.
+        config = replace(config, data=replace(config.data, path=str(Path(named).parent)))
     train = config.train
     if train.batch_size % (train.devices * train.accumulate):
         raise InputError(

@@ -1,100 +1,117 @@
 """What an annotation file in COCO format may hold, and what becomes of it.
 
-Each rule reports what it finds as a `Finding`: an error, or something odd and how it is handled.
-Whoever reads decides: `CocoDataset` stops at the first error, `python -m bench data check` collects
-all. Polygons are treated as detectron2 treats them: those of fewer than three points are left out,
-and so is an annotation that has no other.
+Each rule reports what it finds (`bench.data.findings`). Whoever reads decides: `CocoDataset` stops
+at the first error and counts the rest, `python -m bench data check` collects all. Polygons are
+treated as detectron2 treats them: those of fewer than three points are left out, and so is an
+annotation that has no other.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping
+from reprlib import repr as shortened
 from typing import Any
 
-import numpy as np
 from faster_coco_eval.core import mask as mask_api
-from numpy.typing import NDArray
 
-from bench.errors import InputError
+from bench.data import masks
+from bench.data.findings import Report, finding
 
 IMAGE_KEYS = {"id": int, "file_name": str, "height": int, "width": int}
 CATEGORY_KEYS = {"id": int, "name": str}
 ANNOTATION_KEYS = {"id": int, "image_id": int, "category_id": int, "bbox": list}
 
 _KINDS = {int: "a whole number", str: "a text", list: "a list"}
+_WHOLE = re.compile(r"\s*[+-]?\d{1,99}\s*", flags=re.ASCII)
 _LEAST_POLYGON = 6
 # Pixels from the origin. The rasteriser allocates in proportion to a polygon's length: a wild
 # coordinate would take gigabytes.
 _FARTHEST = 1e5
+# Run lengths count the pixels of an image in 32 bits.
+_MOST_PIXELS = 2**31
 # Pixels that a box or polygon may reach over the image's edge unsaid: COCO's own do, by rounding.
 _ROUNDING = 1.0
+# Sides that are smaller, in pixels or as a share of where they end, vanish in single precision.
+_LEAST_SIDE = 1e-6
 
 Entry = dict[str, Any]
 Corners = tuple[float, float, float, float]
 
 
-@dataclass(frozen=True)
-class Finding:
-    """Something wrong or odd in a data set.
-
-    Attributes:
-        kind: what it is, in words that do not name the place.
-        text: the same in one line that does.
-        handled: how it is handled; None for an error, with which the data cannot be used.
-        image, annotation: the ids it concerns.
-        left_out: whether data is left out for it.
-    """
-
-    kind: str
-    text: str
-    handled: str | None = None
-    image: int | None = None
-    annotation: int | None = None
-    left_out: bool = False
-
-    @property
-    def is_error(self) -> bool:
-        """Whether the data cannot be used with it."""
-        return self.handled is None
-
-
-Report = Callable[[Finding], None]
-
-
 def listed(
-    content: Mapping[str, Any], name: str, keys: Mapping[str, type], report: Report
+    content: Mapping[str, Any], section: str, keys: Mapping[str, type], report: Report
 ) -> Iterator[Entry]:
     """Yield the entries of a section that have the keys, each id once."""
-    section = content.get(name)
-    if not isinstance(section, list):
-        report(Finding("section missing", f"no list {name!r}"))
+    entries = content.get(section)
+    if not isinstance(entries, list):
+        report(finding("section missing", why=f"no list {section!r}"))
         return
     seen: set[int] = set()
-    for position, entry in enumerate(section):
-        wrong = _malformed(entry, keys)
-        if wrong:
-            report(Finding("malformed entry", f"{name}[{position}] {wrong}"))
-        elif entry["id"] in seen:
-            text = f"{name} id {entry['id']} stands twice"
-            place: dict[str, Any] = {}
-            if name == "annotations":
+    for position, raw in enumerate(entries):
+        where = f"{section}[{position}]"
+        if not isinstance(raw, dict):
+            report(finding("malformed entry", why=f"{where} is not an object"))
+            continue
+        entry = raw if _is_plain(raw, keys) else _coerced(raw, keys, where, report)
+        if entry is None:
+            continue
+        if entry["id"] in seen:
+            place: dict[str, Any] = {"name": f"{section} id {entry['id']}"}
+            if section == "annotations":
                 place = {"image": entry["image_id"], "annotation": entry["id"]}
-            elif name == "images":
+            elif section == "images":
                 place = {"image": entry["id"]}
-            report(Finding("id used twice", text, **place))
+            report(finding("id used twice", section=section, **place))
         else:
             seen.add(entry["id"])
             yield entry
 
 
-def _malformed(entry: Any, keys: Mapping[str, type]) -> str:
-    if not isinstance(entry, dict):
-        return "is no object"
+def _is_plain(raw: Entry, keys: Mapping[str, type]) -> bool:
+    return all(type(raw.get(key)) is kind for key, kind in keys.items())
+
+
+def _coerced(raw: Entry, keys: Mapping[str, type], where: str, report: Report) -> Entry | None:
+    """The entry with whole numbers where they are written otherwise; None where it is an error."""
+    entry = dict(raw)
     for key, kind in keys.items():
-        if key not in entry:
-            return f"has no {key!r}"
-        if not isinstance(entry[key], kind):
-            return f"has {key!r} {entry[key]!r}, which is not {_KINDS[kind]}"
-    return ""
+        if key not in raw:
+            report(finding("malformed entry", why=f"{where} has no {key!r}"))
+            return None
+        value = whole(raw[key]) if kind is int else raw[key]
+        if type(value) is not kind:
+            said = f"{where} has {key!r} {shortened(raw[key])}, which is not {_KINDS[kind]}"
+            report(finding("malformed entry", why=said))
+            return None
+        if value is not raw[key]:
+            kind_ = "number written as text or fraction"
+            report(finding(kind_, name=where, key=key, value=shortened(raw[key])))
+            entry[key] = value
+    return entry
+
+
+def whole(value: Any) -> Any:
+    """A whole number that is written as a text or a fraction, such as "12" or 12.0, as one."""
+    if isinstance(value, str) and _WHOLE.fullmatch(value):
+        return int(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    return value
+
+
+def has_size(image: Entry, report: Report) -> bool:
+    """Whether an image has a size that it can have."""
+    height, width = image["height"], image["width"]
+    sound = 1 <= height <= _FARTHEST and 1 <= width <= _FARTHEST and height * width < _MOST_PIXELS
+    if not sound:
+        report(
+            finding(
+                "image without a size",
+                image=image["id"],
+                height=shortened(height),
+                width=shortened(width),
+            )
+        )
+    return sound
 
 
 class AnnotationReader:
@@ -121,88 +138,72 @@ class AnnotationReader:
         self._report = report
 
     def read(self, raw: Entry) -> Entry | None:
-        """Return the annotation with defaults for what it lacks; None where it is left out."""
+        """Return the annotation with defaults for what it lacks; None where it is left out.
+
+        It has a "segmentation" where it came with one, and None where its box is its mask.
+        """
         image = self._images.get(raw["image_id"])
-        if image is None:
-            self._error(
-                raw,
-                "annotation of no image",
-                f"points to image {raw['image_id']}, which is not listed",
-            )
         known = raw["category_id"] in self._labels
+        if image is None:
+            self._say(raw, "annotation of no image", other=raw["image_id"])
         if not known:
-            self._error(raw, "unknown category", f"has the unknown category {raw['category_id']}")
-        sound = self._check_numbers(raw) & known
+            self._say(raw, "unknown category", category=raw["category_id"])
+        complete = self._numbers(raw)
         if raw.get("ignore"):
-            self._odd(
-                raw, "marked 'ignore'", "is marked 'ignore'", "only 'iscrowd' is read; it counts"
-            )
+            self._say(raw, "marked 'ignore'")
         if image is None:
             return None
         corners = self._corners(raw, image)
         if corners is None:
             return None
-        x1, y1, x2, y2 = corners
-        complete = {"iscrowd": 0, "area": (x2 - x1) * (y2 - y1)} | raw
-        if raw.get("segmentation"):
-            segmentation = self._segmentation(raw, image)
-        else:
-            segmentation = [[x1, y1, x2, y1, x2, y2, x1, y2]]
-            self._odd(
-                raw,
-                "annotation without a segmentation",
-                "has no segmentation",
-                "its box is its mask",
-            )
-        if segmentation is None or not sound:
+        given = _has_segmentation(raw)
+        segmentation = self._segmentation(raw, image) if given else None
+        if not given:
+            self._say(raw, "annotation without a segmentation")
+        if complete is None or not known or (given and segmentation is None):
             return None
-        return complete | {"segmentation": segmentation}
+        complete["segmentation"] = segmentation
+        if complete.get("area") is None:
+            x1, y1, x2, y2 = corners
+            complete["area"] = (x2 - x1) * (y2 - y1)
+            if given:
+                runs = masks.encode(segmentation, image["height"], image["width"])
+                complete["area"] = float(mask_api.area(runs))
+        return complete
 
-    def _check_numbers(self, raw: Entry) -> bool:
-        sound = True
-        if raw.get("iscrowd", 0) not in (0, 1):
-            self._error(
-                raw, "malformed iscrowd", f"has iscrowd {raw['iscrowd']!r}; 0 or 1 is needed"
-            )
+    def _numbers(self, raw: Entry) -> Entry | None:
+        """The annotation with what is read of iscrowd and area; None where they are malformed."""
+        crowd = whole(0 if raw.get("iscrowd") is None else raw["iscrowd"])
+        sound = isinstance(crowd, int) and crowd in (0, 1)
+        if not sound:
+            self._say(raw, "malformed iscrowd", value=raw["iscrowd"])
+        area = raw.get("area")
+        if area is None:
+            self._say(raw, "annotation without an area")
+        elif not _is_number(area, _FARTHEST**2) or area < 0:
+            self._say(raw, "malformed area", value=area)
             sound = False
-        if "area" not in raw:
-            self._odd(raw, "annotation without an area", "has no area", "its box's area is used")
-        elif not _is_number(raw["area"], _FARTHEST**2) or raw["area"] < 0:
-            self._error(raw, "malformed area", f"has area {raw['area']!r}, which is no area")
-            sound = False
-        return sound
+        return raw | {"iscrowd": int(crowd)} if sound else None
 
     def _corners(self, raw: Entry, image: Entry) -> Corners | None:
         """The box within the image, as x1, y1, x2, y2; None where it cannot be used."""
-        box = raw["bbox"]
+        box, height, width = raw["bbox"], image["height"], image["width"]
         if len(box) != 4 or not all(_is_number(value, _FARTHEST) for value in box):
-            self._error(
-                raw, "malformed box", f"has bbox {box!r}, which is no [x, y, width, height]"
-            )
+            self._say(raw, "malformed box", value=box)
             return None
         x1, y1 = max(box[0], 0), max(box[1], 0)
-        x2, y2 = min(box[0] + box[2], image["width"]), min(box[1] + box[3], image["height"])
-        if x1 >= x2 or y1 >= y2:
-            kind, text = (
-                "box without area in the image",
-                f"has a box without area in the image, {box}",
-            )
-            if self._drop_degenerate:
-                self._odd(raw, kind, text, "the annotation is left out", left_out=True)
-            else:
-                self._error(raw, kind, f"{text}; data.degenerate_boxes=drop leaves such boxes out")
+        x2, y2 = min(box[0] + box[2], width), min(box[1] + box[3], height)
+        if _is_thin(x1, x2) or _is_thin(y1, y2):
+            remedy = "data.degenerate_boxes=drop leaves such boxes out"
+            error = "" if self._drop_degenerate else f"it has no area in the image; {remedy}"
+            self._say(raw, "box without area in the image", box=box, error=error)
             return None
-        over = max(
-            -box[0], -box[1], box[0] + box[2] - image["width"], box[1] + box[3] - image["height"]
-        )
+        over = max(-box[0], -box[1], box[0] + box[2] - width, box[1] + box[3] - height)
         if over > _ROUNDING:
-            self._odd(
-                raw,
-                "box over the image's edge",
-                f"has the box {box}, which reaches {over:g} pixels over the edge of"
-                f" {image['height']}x{image['width']} (height x width)",
-                "it is cut off at the edge",
-            )
+            size = {"height": height, "width": width}
+            self._say(raw, "box over the image's edge", box=box, over=over, **size)
+        if max(box[2], box[3]) <= 1:
+            self._say(raw, "box smaller than a pixel", box=box)
         return x1, y1, x2, y2
 
     def _segmentation(self, raw: Entry, image: Entry) -> Any:
@@ -211,155 +212,132 @@ class AnnotationReader:
         if not isinstance(segmentation, list):
             return segmentation if self._is_run_length(raw, segmentation, image) else None
         if raw.get("iscrowd") == 1:
-            self._odd(
-                raw, "crowd outlined by polygons", "is a crowd and has polygons", "it is a crowd"
-            )
-        other = next((part for part in segmentation if not isinstance(part, list)), None)
-        if other is not None:
-            self._error(
-                raw,
-                "malformed polygon",
-                f"has the polygon {other!r}; a list of x, y in turn is needed",
-            )
+            self._say(raw, "crowd outlined by polygons")
+        others = [part for part in segmentation if not isinstance(part, list)]
+        if others:
+            self._say(raw, "malformed polygon", what=f"the polygon {shortened(others[0])}")
             return None
-        verdicts = [self._is_polygon(raw, polygon, image) for polygon in segmentation]
+        polygons = _joined(segmentation)
+        if polygons is not segmentation:
+            self._say(raw, "polygon of point pairs")
+        verdicts = [self._is_polygon(raw, polygon, image) for polygon in polygons]
         if None in verdicts:
             return None
-        kept = [p for p, valid in zip(segmentation, verdicts, strict=True) if valid]
+        kept = [p for p, valid in zip(polygons, verdicts, strict=True) if valid]
         if not kept:
-            self._odd(
-                raw,
-                "annotation without a valid polygon",
-                "has no valid polygon",
-                "the annotation is left out",
-                left_out=True,
-            )
+            self._say(raw, "annotation without a valid polygon")
             return None
         return kept
 
     def _is_polygon(self, raw: Entry, polygon: list[Any], image: Entry) -> bool | None:
         """Whether it is a polygon; None where it is an error."""
-        if len(polygon) < _LEAST_POLYGON or len(polygon) % 2:
-            self._odd(
-                raw,
-                "polygon of fewer than 3 points"
-                if len(polygon) < _LEAST_POLYGON
-                else "polygon of an odd count of numbers",
-                f"has a polygon of {len(polygon)} numbers ({len(polygon) / 2:g} points)",
-                "the polygon is left out",
-                left_out=True,
-            )
-            return False
         try:
-            # The sum is no number where one of them is none, which the extremes do not show.
-            low, high, total = min(polygon), max(polygon), sum(polygon)
+            # The sum is not a number where one of them is none, which the extremes do not show.
+            low, high, total = min(polygon, default=0), max(polygon, default=0), sum(polygon)
             sound = -_FARTHEST < low <= high < _FARTHEST and total == total
-        except TypeError:
+        except (TypeError, OverflowError):
             sound = False
         if not sound:
             wrong = next(value for value in polygon if not _is_number(value, _FARTHEST))
-            self._error(
-                raw,
-                "malformed polygon",
-                f"has a polygon with the coordinate {wrong!r}; a number of pixels is needed",
-            )
+            what = f"a polygon with the coordinate {shortened(wrong)}"
+            self._say(raw, "malformed polygon", what=what)
             return None
+        count = len(polygon)
+        if count < _LEAST_POLYGON or count % 2:
+            kind = "polygon of an odd count of numbers"
+            if count < _LEAST_POLYGON:
+                kind = "polygon of two corners" if count == 4 else "polygon of fewer than 3 points"
+            self._say(raw, kind, count=count)
+            return False
         edges = (image["width"], image["height"])
         if low < -_ROUNDING or high > min(edges) + _ROUNDING:
             over = max(-low, max(polygon[::2]) - edges[0], max(polygon[1::2]) - edges[1])
             if over > _ROUNDING:
-                self._odd(
-                    raw,
-                    "polygon over the image's edge",
-                    f"has a polygon that reaches {over:g} pixels over the image's edge",
-                    "its mask is cut off at the edge",
-                )
+                self._say(raw, "polygon over the image's edge", over=over)
         return True
 
     def _is_run_length(self, raw: Entry, segmentation: Any, image: Entry) -> bool:
         size = segmentation.get("size") if isinstance(segmentation, dict) else None
-        expected = [image["height"], image["width"]]
-        kind = "run-length mask of the wrong size"
-        if size != expected:
-            self._error(
-                raw, kind, f"has a run-length mask of size {size!r}; its image is {expected}"
-            )
+        height, width = image["height"], image["width"]
+        wrong, malformed = "run-length mask of the wrong size", "malformed run-length mask"
+        if size != [height, width]:
+            said = {"size": f"size {shortened(size)}", "own": f"is {[height, width]}"}
+            self._say(raw, wrong, **said)
             return False
         counts = segmentation.get("counts")
         if isinstance(counts, str):
-            return True
-        if not isinstance(counts, list) or not all(isinstance(n, int) and n >= 0 for n in counts):
-            self._error(
-                raw,
-                "malformed run-length mask",
-                "has a run-length mask whose counts are no text and no numbers",
-            )
+            try:
+                pixels = int(masks.run_counts(counts).sum())
+            except ValueError as error:
+                self._say(raw, malformed, why=error)
+                return False
+        elif isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts):
+            pixels = sum(counts)
+        else:
+            self._say(raw, malformed, why="its counts are no text and no numbers")
             return False
-        pixels = expected[0] * expected[1]
-        if sum(counts) != pixels:
-            self._error(
-                raw,
-                kind,
-                f"has a run-length mask of {sum(counts)} pixels; its image has {pixels}",
-            )
+        if pixels != height * width:
+            self._say(raw, wrong, size=f"{pixels} pixels", own=f"has {height * width}")
             return False
         return True
 
-    def _error(self, raw: Entry, kind: str, text: str) -> None:
-        self._report(_of_annotation(raw, kind, text))
+    def _say(self, raw: Entry, kind: str, *, error: str = "", **values: Any) -> None:
+        for key in ("value", "box"):
+            if key in values:
+                values[key] = shortened(values[key])
+        place = {"image": raw["image_id"], "annotation": raw["id"]}
+        self._report(finding(kind, error=error, **place, **values))
 
-    def _odd(
-        self, raw: Entry, kind: str, text: str, handled: str, *, left_out: bool = False
-    ) -> None:
-        self._report(_of_annotation(raw, kind, text, handled, left_out=left_out))
+
+def outline(annotation: Entry, height: int, width: int) -> masks.Runs:
+    """The run lengths of the mask of an annotation as `AnnotationReader` returns it."""
+    segmentation = annotation["segmentation"]
+    if segmentation is None:
+        segmentation = [box_polygon(annotation["bbox"], height, width)]
+    return masks.encode(segmentation, height, width)
 
 
-def _of_annotation(
-    raw: Entry, kind: str, text: str, handled: str | None = None, *, left_out: bool = False
-) -> Finding:
-    return Finding(
-        kind=kind,
-        text=f"annotation {raw['id']} (image {raw['image_id']}) {text}",
-        handled=handled,
-        image=raw["image_id"],
-        annotation=raw["id"],
-        left_out=left_out,
+def box_polygon(box: list[float], height: int, width: int) -> list[float]:
+    """The part of a box within the image, as a polygon."""
+    x1, y1 = max(box[0], 0), max(box[1], 0)
+    x2, y2 = min(box[0] + box[2], width), min(box[1] + box[3], height)
+    return [x1, y1, x2, y1, x2, y2, x1, y2]
+
+
+def _has_segmentation(raw: Entry) -> bool:
+    """Whether there is one; exports of boxes alone write null, [], {} or [[]]."""
+    segmentation = raw.get("segmentation")
+    empty = isinstance(segmentation, list) and all(part == [] for part in segmentation)
+    return bool(segmentation) and not empty
+
+
+def _joined(polygons: list[list[Any]]) -> list[list[Any]]:
+    """Polygons whose points are pairs, [[x, y], [x, y], …], as COCO's x, y in turn."""
+    if len(polygons) * 2 >= _LEAST_POLYGON and all(map(_is_pair, polygons)):
+        return [[value for pair in polygons for value in pair]]
+    if any(polygon and all(map(_is_pair, polygon)) for polygon in polygons):
+        return [
+            [value for pair in polygon for value in pair]
+            if polygon and all(map(_is_pair, polygon))
+            else polygon
+            for polygon in polygons
+        ]
+    return polygons
+
+
+def _is_pair(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and not any(isinstance(part, list | dict) for part in value)
     )
 
 
-def run_lengths(annotation: Entry, height: int, width: int) -> Entry:
-    """The run lengths of the mask of an annotation as `AnnotationReader` returns it.
-
-    Those that come compressed in the file are as they are; `decode_mask` tells whether they are
-    sound.
-    """
-    segmentation = annotation["segmentation"]
-    runs: Entry
-    if isinstance(segmentation, list):
-        runs = mask_api.merge(mask_api.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        runs = mask_api.frPyObjects(segmentation, height, width)
-    else:
-        runs = segmentation
-    return runs
-
-
-def decode_mask(annotation: Entry, height: int, width: int) -> NDArray[np.uint8]:
-    """The mask (height, width) of an annotation as `AnnotationReader` returns it.
-
-    Raises:
-        InputError: for run lengths that cannot be read; naming the annotation, not the file.
-    """
-    try:
-        mask: NDArray[np.uint8] = mask_api.decode(run_lengths(annotation, height, width))
-    except (ValueError, RuntimeError) as error:
-        raise InputError(
-            f"annotation {annotation['id']} (image {annotation['image_id']}) has a segmentation"
-            f" that cannot be read: {' '.join(str(error).split())}"
-        ) from error
-    return mask
+def _is_thin(start: float, end: float) -> bool:
+    return bool(end - start <= _LEAST_SIDE * max(end, 1))
 
 
 def _is_number(value: Any, limit: float) -> bool:
     """Whether it is a number within the limit, which NaN is not."""
-    return isinstance(value, int | float) and abs(value) < limit
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) < limit

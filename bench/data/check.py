@@ -1,42 +1,51 @@
-"""Everything that is wrong or odd in a data set, not only the first of it."""
+"""Everything that is wrong or odd in a data set, not only the first of it.
+
+The annotations are read by `CocoDataset`, as for training; what is found here besides needs pixels
+or all splits. Runs say the same of what they read: `remarks`.
+"""
 
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from faster_coco_eval.core import mask as mask_api
+from numpy.typing import NDArray
+from rich.console import Console
 from torch.utils.data import DataLoader, Dataset
 
-from bench.data import images
-from bench.data.annotations import Entry, Finding, decode_mask, run_lengths
-from bench.data.coco import LAYOUT, CocoDataset, splits
-from bench.data.images import DEEP_MODES, Picture
+from bench.data import images, layout
+from bench.data.annotations import Entry, outline
+from bench.data.coco import CocoDataset
+from bench.data.findings import Finding, Tally, finding
+from bench.data.images import DEEP_MODES, DEEPEST, Picture
 from bench.data.loader import clear_worker_errors, prepare_worker
 from bench.errors import InputError
 from bench.system.progress import Bar
 
 _AT_ONCE = 8
+# A run looks at all images of splits up to this size, and at some of larger ones.
+_LOOKED_AT_WHOLE, _LOOKED_AT = 2000, 200
 # An area or box that differs from its mask's by more is taken for a mistake, not for rounding.
 _AREA_FACTOR, _AREA_PIXELS = 2.0, 50.0
 _BOX_OVERLAP, _BOX_PIXELS = 0.5, 3.0
+# The share of boxes that has to fit better in another format before that is said.
+_MANY = 0.5
 
-_GREY = ("grey image", "three equal channels")
-_TRANSPARENT = ("transparent image", "the transparency is dropped")
-_PALETTE = ("image with a palette", "converted to RGB")
-# Pillow's modes; RGB is the ordinary one.
+# Kinds by Pillow's modes; RGB is the ordinary one.
 _MODES = {
-    "1": ("black-and-white image", _GREY[1]),
-    "L": _GREY,
-    "LA": ("grey image with transparency", f"{_GREY[1]}, {_TRANSPARENT[1]}"),
-    "P": _PALETTE,
-    "PA": _PALETTE,
-    "RGBA": _TRANSPARENT,
-    "CMYK": ("CMYK image", "converted to RGB"),
-    **dict.fromkeys(DEEP_MODES, ("16-bit image", "grey, scaled to 8 bit")),
+    "1": "black-and-white image",
+    "L": "grey image",
+    "LA": "grey image with transparency",
+    "P": "image with a palette",
+    "PA": "image with a palette",
+    "RGBA": "transparent image",
+    "CMYK": "CMYK image",
+    **dict.fromkeys(DEEP_MODES, "16-bit image"),
 }
 
 
@@ -62,12 +71,12 @@ class SplitReport:
     @property
     def errors(self) -> tuple[Finding, ...]:
         """The findings with which the data cannot be used."""
-        return tuple(finding for finding in self.findings if finding.is_error)
+        return tuple(found for found in self.findings if found.is_error)
 
     @property
     def odd(self) -> tuple[Finding, ...]:
         """The findings that are handled."""
-        return tuple(finding for finding in self.findings if not finding.is_error)
+        return tuple(found for found in self.findings if not found.is_error)
 
 
 def check(
@@ -77,82 +86,121 @@ def check(
     decode: bool = True,
     workers: int = 0,
     degenerate_boxes: str = "drop",
+    pictures: Path | None = None,
 ) -> list[SplitReport]:
     """Read a data set and report everything wrong or odd, split by split.
 
     Args:
+        root: its folder, or an annotation file, which is the only split then.
         chosen: names of splits; all that have an annotation file where empty.
         decode: whether to decode every image; else only annotations and masks are read.
         workers: processes that decode.
         degenerate_boxes: "drop" to leave out boxes without area, or "error", as when training.
+        pictures: folder of the images; None to look for them near the annotations.
 
     Raises:
         InputError: for a folder or a split that is not there.
         DataWorkerError: where a worker died.
     """
-    there = splits(root) if root.is_dir() else ()
-    if not root.is_dir():
+    file = root if root.is_file() else None
+    if file is None and not root.is_dir():
         raise InputError(f"no data folder {root}")
+    there = layout.splits(root) if file is None else (root.stem,)
     if not there:
-        raise InputError(f"no annotations/instances_SPLIT.json in {root}; needed: {LAYOUT}")
+        raise InputError(
+            f"no annotations/instances_SPLIT.json in {root}; needed: {layout.LAYOUT}, or"
+            " SPLIT/_annotations.coco.json beside its images; any other file may be named itself"
+        )
     missing = [name for name in chosen if name not in there]
     if missing:
         raise InputError(f"no split {missing[0]!r} in {root}; splits there: {', '.join(there)}")
     reports: list[SplitReport] = []
-    first_seen: dict[str, str] = {}
+    seen = _Seen()
     for split in dict.fromkeys(chosen or there):
-        report = _check_split(
-            root,
-            split,
-            decode=decode,
-            workers=workers,
-            degenerate_boxes=degenerate_boxes,
-            first_seen=first_seen,
-            before=reports,
+        found: list[Finding] = []
+        try:
+            dataset = CocoDataset(
+                root if file is None else root.parent,
+                split,
+                file=file,
+                images=pictures,
+                degenerate_boxes=degenerate_boxes,
+                report=found.append,
+            )
+        except InputError as error:
+            unreadable = finding("annotation file unreadable", why=error)
+            reports.append(SplitReport(split, 0, 0, (), 0, (unreadable,)))
+            continue
+        absent = {f.image for f in found if f.kind == "image missing"}
+        decoding = decode and dataset.folder.is_dir()
+        decoded = 0
+        for more, digest in _inspect(dataset, seen, absent, decode=decoding, workers=workers):
+            found += more
+            decoded += bool(digest)
+        found += [*_of_the_whole(dataset, found), *_unlisted(dataset)]
+        found += _other_classes(dataset, reports)
+        reports.append(
+            SplitReport(
+                split=split,
+                images=len(dataset),
+                annotations=dataset.num_annotations,
+                categories=dataset.categories,
+                decoded=decoded,
+                findings=tuple(found),
+            )
         )
-        reports.append(report)
     return reports
 
 
-def _check_split(
-    root: Path,
-    split: str,
-    *,
-    decode: bool,
-    workers: int,
-    degenerate_boxes: str,
-    first_seen: dict[str, str],
-    before: Sequence[SplitReport],
-) -> SplitReport:
-    findings: list[Finding] = []
-    try:
-        dataset = CocoDataset(
-            root, split, degenerate_boxes=degenerate_boxes, report=findings.append
-        )
-    except InputError as error:
-        unreadable = Finding("annotation file unreadable", str(error))
-        return SplitReport(split, 0, 0, (), 0, (unreadable,))
-    decode = decode and dataset.folder.is_dir()
-    absent = {finding.image for finding in findings if finding.kind == "image missing"}
-    decoded = 0
-    inspections = _inspect(dataset, absent, decode=decode, workers=workers)
-    for index, (found, digest) in enumerate(inspections):
-        findings += found
-        if digest:
-            decoded += 1
-            findings += _twice(dataset, index, digest, first_seen)
-    findings += _of_the_whole(dataset, findings, before)
-    return SplitReport(
-        split=split,
-        images=len(dataset),
-        annotations=dataset.num_annotations,
-        categories=dataset.categories,
-        decoded=decoded,
-        findings=tuple(findings),
-    )
+def remarks(datasets: Iterable[CocoDataset]) -> list[str]:
+    """What is left out of data sets or taken otherwise, a line for each kind and split.
+
+    Of a large split some images are looked at, evenly spread; its annotations are read whole.
+
+    Args:
+        datasets: the splits of a run, the most important one first.
+
+    Raises:
+        InputError: for an image or a mask that cannot be read; naming it.
+    """
+    lines: list[str] = []
+    seen = _Seen()
+    for dataset in datasets:
+        tally = Tally.of(dataset.tally)
+        most = len(dataset) if len(dataset) <= _LOOKED_AT_WHOLE else _LOOKED_AT
+        found: list[Finding] = []
+        for more, _ in _inspect(dataset, seen, set(), most=most):
+            found += more
+            error = next((f for f in more if f.is_error), None)
+            if error is not None:
+                raise InputError(f"{dataset.annotation_file}: {error.text}")
+        for one in [*found, *_of_the_whole(dataset, found)]:
+            tally.add(one)
+        part = "" if most == len(dataset) else f" (pixels of {most} of {len(dataset)} images)"
+        lines += tally.lines(f"{dataset.annotation_file}{part}")
+    return lines
 
 
 _Inspection = tuple[list[Finding], str]
+
+
+class _Seen:
+    """Where each file was first seen, by its digest: the splits of a data set share one."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, tuple[str, str]] = {}
+
+    def again(self, dataset: CocoDataset, entry: Entry, digest: str) -> Iterator[Finding]:
+        """Whether the file came before, in this split or another, under another name."""
+        place = (dataset.split, str(dataset.path(entry)))
+        before = self._first.setdefault(digest, place)
+        if before != place:
+            within = before[0] == place[0]
+            yield finding(
+                "image twice in a split" if within else "image in two splits",
+                other=f"{Path(before[1]).name} of {before[0]}",
+                **_own(entry),
+            )
 
 
 class _Inspections(Dataset[_Inspection]):
@@ -166,217 +214,191 @@ class _Inspections(Dataset[_Inspection]):
 
     def __getitem__(self, index: int) -> _Inspection:
         entry, annotations = self.dataset.entry(index)
-        findings: list[Finding] = []
+        found: list[Finding] = []
         digest = ""
         if self.decode and entry["id"] not in self.absent:
-            digest = _inspect_file(self.dataset, entry, findings)
+            digest = _inspect_file(self.dataset, entry, found)
         for annotation in annotations:
-            findings += _inspect_mask(annotation, entry)
-        return findings, digest
+            found += _inspect_mask(annotation, entry)
+        return found, digest
 
 
 def _inspect(
-    dataset: CocoDataset, absent: set[int | None], *, decode: bool, workers: int
+    dataset: CocoDataset,
+    seen: _Seen,
+    absent: set[int | None],
+    *,
+    decode: bool = True,
+    workers: int = 0,
+    most: int | None = None,
 ) -> Iterator[_Inspection]:
+    count = len(dataset) if most is None else min(most, len(dataset))
+    chosen = np.linspace(0, len(dataset), count, endpoint=False).astype(int).tolist()
     loader = DataLoader(
         _Inspections(dataset, absent, decode=decode),
+        sampler=chosen,
         batch_size=_AT_ONCE,
         num_workers=workers,
         collate_fn=list,
         worker_init_fn=prepare_worker,
     )
-    with Bar(f"checking {dataset.split}", len(dataset)) as bar, clear_worker_errors():
+    console = Console(stderr=True, quiet=most is not None)
+    with Bar(f"checking {dataset.split}", count, console=console) as bar, clear_worker_errors():
+        places = iter(chosen)
         for batch in loader:
-            yield from batch
+            for found, digest in batch:
+                entry, _ = dataset.entry(next(places))
+                yield [*found, *(seen.again(dataset, entry, digest) if digest else ())], digest
             bar.advance(len(batch))
 
 
-def _inspect_file(dataset: CocoDataset, entry: Entry, findings: list[Finding]) -> str:
+def _own(entry: Entry) -> dict[str, Any]:
+    return {"image": entry["id"], "name": str(entry["file_name"])}
+
+
+def _inspect_file(dataset: CocoDataset, entry: Entry, found: list[Finding]) -> str:
     """Add what is found in an image's file; return its digest, or nothing if it is no image."""
-    path, where = dataset.path(entry), f"image {entry['id']} ({entry['file_name']})"
-    own = {"image": entry["id"]}
+    path, own = dataset.path(entry), _own(entry)
+    expected = (entry["height"], entry["width"])
     try:
         raw = path.read_bytes()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            picture = images.read(path, raw)
+            picture = images.read(path, raw, white=dataset.deep_white, expected=expected)
     except OSError as error:
-        text = f"image {entry['id']} cannot be read: {path}: {error.strerror}"
-        findings.append(Finding("image unreadable", text, **own))
+        found.append(finding("image unreadable", why=f"{path}: {error.strerror}", **own))
         return ""
     except InputError as error:
-        text = f"image {entry['id']}: {error}"
-        findings.append(Finding("image unreadable", text, **own))
+        found.append(finding("image unreadable", why=error, **own))
         return ""
-    expected = (entry["height"], entry["width"])
     if picture.size != expected:
-        findings.append(
-            Finding(
-                "image of another size",
-                f"{where} is {picture.size[0]}x{picture.size[1]} (height x width),"
-                f" {expected[0]}x{expected[1]} in the annotation file{picture.hint(expected)}",
-                **own,
-            )
-        )
-    findings += (
-        Finding(kind, f"{where} {text}", handled, **own)
-        for kind, text, handled in _oddities(picture)
-    )
-    findings += (
-        Finding("image with a warning", f"{where}: {warning.message}", "read all the same", **own)
-        for warning in caught
-    )
+        size: dict[str, Any] = {"rows": picture.size[0], "columns": picture.size[1]}
+        stated = {"height": expected[0], "width": expected[1], "hint": picture.hint(expected)}
+        found.append(finding("image of another size", **size, **stated, **own))
+    found += (finding(kind, **values, **own) for kind, values in _oddities(picture))
+    found += (finding("image with a warning", why=each.message, **own) for each in caught)
     return hashlib.blake2b(raw, digest_size=16).hexdigest()
 
 
-def _oddities(picture: Picture) -> Iterator[tuple[str, str, str]]:
-    """Kind, text and handling of what is odd in an image."""
+def _oddities(picture: Picture) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Kind and values of what is odd in an image."""
     if picture.mode != "RGB":
-        kind, handled = _MODES.get(
-            picture.mode, (f"image of the mode {picture.mode}", "converted to RGB")
-        )
-        yield kind, f"has Pillow's mode {picture.mode}", handled
+        kind = _MODES.get(picture.mode, "image of an unusual mode")
+        yield kind, {"mode": picture.mode, "top": picture.top}
+    if picture.cut:
+        yield "16-bit colour image", {"top": int(picture.pixels.max())}
     if picture.orientation != 1:
-        yield (
-            "image turned by EXIF",
-            f"has the EXIF orientation {picture.orientation}",
-            "turned upright",
-        )
+        yield "image turned by EXIF", {"orientation": picture.orientation}
     if picture.animated:
-        yield "image of several frames", "has several frames", "the first is used"
+        yield "image of several frames", {}
 
 
 def _inspect_mask(annotation: Entry, entry: Entry) -> Iterator[Finding]:
     """Compare an annotation's mask with its box and its area."""
     height, width = entry["height"], entry["width"]
-    where = f"annotation {annotation['id']} (image {entry['id']})"
     own = {"image": entry["id"], "annotation": annotation["id"]}
-    if "counts" in annotation["segmentation"]:
-        try:
-            decode_mask(annotation, height, width)
-        except InputError as error:
-            yield Finding("malformed run-length mask", str(error), **own)
-            return
-    runs = run_lengths(annotation, height, width)
+    runs = outline(annotation, height, width)
     pixels = float(mask_api.area(runs))
     if not pixels:
-        yield Finding(
-            "mask without a pixel",
-            f"{where} has a mask without a pixel",
-            "its box is used, with an empty mask",
-            **own,
-        )
+        yield finding("mask without a pixel", **own)
         return
-    limits = [width, height, width, height]
-    extent, box = (
-        np.clip([x, y, x + w, y + h], 0, limits)
-        for x, y, w, h in (mask_api.toBbox(runs).tolist(), annotation["bbox"])
-    )
-    if np.abs(box - extent).max() > _BOX_PIXELS and _overlap(box, extent) < _BOX_OVERLAP:
-        shown = [*extent[:2], *(extent[2:] - extent[:2])]
-        yield Finding(
+    x, y, w, h = mask_api.toBbox(runs).tolist()
+    extent = np.array([x, y, x + w, y + h])
+    if not _fits(_corners(annotation["bbox"]), extent, height, width):
+        formats = {
+            "x1, y1, x2, y2": np.array(annotation["bbox"], dtype=float),
+            "a centre, width and height": _corners(annotation["bbox"])
+            - np.tile(np.array(annotation["bbox"][2:]) / 2, 2),
+            "y, x, height, width": _corners([annotation["bbox"][place] for place in (1, 0, 3, 2)]),
+            "fractions of the image": _corners(annotation["bbox"]) * [width, height, width, height],
+            "percentages of the image": _corners(annotation["bbox"])
+            * np.array([width, height, width, height])
+            / 100,
+        }
+        fitting = [n for n, corners in formats.items() if _fits(corners, extent, height, width)]
+        shown = [int(value) for value in (x, y, w, h)]
+        yield finding(
             "box that does not fit its mask",
-            f"{where} has the box {annotation['bbox']}, but its mask's is"
-            f" {[int(value) for value in shown]} (x, y, width, height)",
-            "both are used as they are",
+            box=annotation["bbox"],
+            extent=shown,
+            format=next(iter(fitting), ""),
             **own,
         )
     area = float(annotation["area"])
     ratio = max(area, pixels) / max(min(area, pixels), 1.0)
     if ratio > _AREA_FACTOR and abs(area - pixels) > _AREA_PIXELS:
-        yield Finding(
-            "area that does not fit its mask",
-            f"{where} has the area {area:g}, but its mask has {pixels:g} pixels",
-            "the area decides whether it counts as small, medium or large",
-            **own,
-        )
+        whole = area == height * width
+        kind = "area of the whole image" if whole else "area that does not fit its mask"
+        yield finding(kind, area=area, pixels=pixels, **own)
 
 
-def _overlap(first: np.ndarray, second: np.ndarray) -> float:
-    """Intersection over union of two boxes x1, y1, x2, y2."""
-    low, high = np.maximum(first[:2], second[:2]), np.minimum(first[2:], second[2:])
+def _corners(box: Sequence[float]) -> NDArray[np.float64]:
+    x, y, width, height = box
+    return np.array([x, y, x + width, y + height], dtype=float)
+
+
+def _fits(box: NDArray[np.float64], extent: NDArray[np.float64], height: int, width: int) -> bool:
+    """Whether a box x1, y1, x2, y2 is nearly that of the pixels of its mask."""
+    box = np.clip(box, 0, [width, height, width, height])
+    if np.abs(box - extent).max() <= _BOX_PIXELS:
+        return True
+    low, high = np.maximum(box[:2], extent[:2]), np.minimum(box[2:], extent[2:])
     common = float(np.prod(np.clip(high - low, 0, None)))
-    both = float(np.prod(first[2:] - first[:2]) + np.prod(second[2:] - second[:2]))
-    return common / max(both - common, 1e-9)
+    both = float(np.prod(box[2:] - box[:2]) + np.prod(extent[2:] - extent[:2]))
+    return common / max(both - common, 1e-9) >= _BOX_OVERLAP
 
 
-def _twice(
-    dataset: CocoDataset, index: int, digest: str, first_seen: dict[str, str]
-) -> Iterator[Finding]:
-    """Whether the same file came before, in this split or another."""
-    entry, _ = dataset.entry(index)
-    place = f"{entry['file_name']} of {dataset.split}"
-    before = first_seen.setdefault(digest, place)
-    if before == place:
-        return
-    within = before.endswith(f" of {dataset.split}")
-    yield Finding(
-        "image twice in a split" if within else "image in two splits",
-        f"image {entry['id']} ({entry['file_name']}) is the same file as {before}",
-        "used twice" if within else "trained on and evaluated with, if you choose both splits",
-        image=entry["id"],
+def _of_the_whole(dataset: CocoDataset, found: Sequence[Finding]) -> Iterator[Finding]:
+    """What only a whole split shows, from what was found in its parts."""
+    deep = [f.values["top"] for f in found if f.kind == "16-bit image"]
+    top = max(deep, default=dataset.deep_white)
+    if dataset.deep_white == DEEPEST and 4 * top < DEEPEST:
+        left = round(255 * top / DEEPEST)
+        white = 2 ** max(top.bit_length(), 8) - 1
+        kind = "deep images with a small range"
+        yield finding(kind, top=top, count=len(deep), left=f"0 to {left}", white=white)
+    formats = Counter(
+        f.values["format"] for f in found if f.kind == "box that does not fit its mask"
     )
-
-
-def _of_the_whole(
-    dataset: CocoDataset, findings: Sequence[Finding], before: Sequence[SplitReport]
-) -> Iterator[Finding]:
-    wrong = {finding.image for finding in findings if finding.annotation is not None}
-    for kind, ids, handled in (
-        (
-            "image without annotations",
-            dataset.empty_images(),
-            "left out of training; evaluated, where every detection is a false one",
-        ),
-        ("image with crowds only", dataset.crowded_images(), "left out of training; evaluated"),
+    formats.pop("", None)
+    for format_, count in formats.most_common(1):
+        if count >= max(2, _MANY * dataset.num_annotations):
+            values = {"count": count, "all": dataset.num_annotations, "format": format_}
+            yield finding("boxes in another format than the masks", **values)
+    wrong = {f.image for f in found if f.annotation is not None and f.is_error}
+    for kind, ids in (
+        ("image without annotations", dataset.empty_images()),
+        ("image with crowds only", dataset.crowded_images()),
     ):
-        for id_ in ids:
-            if id_ not in wrong:
-                text = f"image {id_} has {'no annotation' if 'without' in kind else 'crowds only'}"
-                yield Finding(kind, text, handled, image=id_)
+        yield from (finding(kind, image=id_) for id_ in ids if id_ not in wrong)
     for name in dataset.unused_classes():
-        yield Finding(
-            "class without an instance",
-            f"class {name!r} has no instance but crowds, or none at all",
-            "it keeps its label; its AP is left out of the mean",
-        )
+        yield finding("class without an instance", name=f"class {name!r}")
     names = Counter(name for _, name in dataset.categories)
     for name in (name for name, count in names.items() if count > 1):
-        yield Finding(
-            "class name used twice", f"{names[name]} classes are named {name!r}", "they stay apart"
-        )
-    yield from _unlisted(dataset)
-    yield from _other_classes(dataset, before)
+        yield finding("class name used twice", name=repr(name), count=names[name])
 
 
 def _unlisted(dataset: CocoDataset) -> Iterator[Finding]:
-    if not dataset.folder.is_dir():
+    """Files in a split's own folder that none of its images names."""
+    if dataset.folder.name != dataset.split or not dataset.folder.is_dir():
         return
     listed = {str(dataset.entry(index)[0]["file_name"]) for index in range(len(dataset))}
     files = {
         path.relative_to(dataset.folder).as_posix()
         for path in dataset.folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and path != dataset.annotation_file
     }
     for name in sorted(files - listed):
-        yield Finding("file that no image names", f"{dataset.folder / name}", "not used")
+        yield finding("file that no image names", name=str(dataset.folder / name))
 
 
 def _other_classes(dataset: CocoDataset, before: Sequence[SplitReport]) -> Iterator[Finding]:
     for report in before:
         if report.categories and dataset.categories and report.categories != dataset.categories:
             differing = sorted({*report.categories} ^ {*dataset.categories})
-            yield Finding(
+            yield finding(
                 "classes of the splits differ",
-                f"{dataset.split} has {len(dataset.categories)} classes and {report.split}"
+                why=f"{dataset.split} has {len(dataset.categories)} classes and {report.split}"
                 f" {len(report.categories)}; in one of them only: "
                 + ", ".join(f"{id_} {name!r}" for id_, name in differing),
             )
-
-
-def by_kind(findings: Sequence[Finding]) -> Mapping[str, list[Finding]]:
-    """The findings by their kind, errors first."""
-    kinds: dict[str, list[Finding]] = {}
-    for finding in sorted(findings, key=lambda f: not f.is_error):
-        kinds.setdefault(finding.kind, []).append(finding)
-    return kinds

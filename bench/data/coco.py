@@ -1,13 +1,15 @@
-"""A split of a data set in COCO layout.
+"""A split of a data set in COCO format.
 
-`root/annotations/instances_{split}.json` and the images in `root/{split}/`. Crowds, images without
-annotations and gaps in category ids are as in COCO itself; what is wrong is said in one line that
-names the file and the annotation.
+Where its files are, `bench.data.layout` says. Crowds, images without annotations and gaps in
+category ids are as in COCO itself; what is wrong is said in one line that names the file and the
+annotation, and what is left out or taken otherwise is counted.
 """
 
 import gc
 import hashlib
 import json
+import math
+import os
 import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,32 +22,27 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bench.data import images
+from bench.data import images, layout, masks
 from bench.data.annotations import (
     ANNOTATION_KEYS,
     CATEGORY_KEYS,
     IMAGE_KEYS,
     AnnotationReader,
     Entry,
-    Finding,
-    Report,
-    decode_mask,
+    box_polygon,
+    has_size,
     listed,
+    outline,
 )
+from bench.data.findings import Finding, Report, Tally, finding
 from bench.errors import InputError, choose
-
-LAYOUT = "annotations/instances_SPLIT.json and the images in SPLIT/, for example train2017"
 
 Target = dict[str, Tensor]
 Categories = tuple[tuple[int, str], ...]
 
-_SHOWN = 5
-
-
-def splits(root: Path) -> tuple[str, ...]:
-    """The splits that have an annotation file."""
-    found = (root / "annotations").glob("instances_*.json")
-    return tuple(sorted(path.stem.removeprefix("instances_") for path in found))
+# A share of boxes that ordinary data does not come near.
+_MANY, _SOME = 0.1, 2
+_PERCENT = 100
 
 
 class Packed(Sequence[Any]):
@@ -75,16 +72,19 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     """Images and instances of one split.
 
     Args:
-        root: folder in COCO layout.
-        split: name of the annotation file and the image folder, such as "train2017".
+        root: the data set's folder.
+        split: its name, such as "train2017".
+        file, images: its annotation file and its folder of images; None where the layout says.
         degenerate_boxes: "error", or "drop" to leave out boxes without area.
+        deep_white: the value that becomes 255 in grey images of 16 bits.
         report: told of everything wrong or odd; an error then leaves out what it concerns instead
             of being raised.
 
-    `dataset[i]` is an image, uint8 (3, height, width), and its target: `image_id` (), `boxes`
-    (n, 4) as x1, y1, x2, y2 in pixels, `labels` (n,) from 1 in the order of category ids, `masks`
-    uint8 (n, height, width), `area` (n,) in pixels and `iscrowd` (n,). Boxes are cut off at the
-    image's edge; an annotation without a segmentation has its box as its mask.
+    `dataset[i]` is an image, uint8 (3, height, width), and its target: `image_id` () (the id, or a
+    number in its place where an id has more than 64 bits), `boxes` (n, 4) as x1, y1, x2, y2 in
+    pixels, `labels` (n,) from 1 in the order of category ids, `masks` uint8 (n, height, width),
+    `area` (n,) in pixels and `iscrowd` (n,). Boxes are cut off at the image's edge; an annotation
+    without a segmentation has its box as its mask.
 
     Raises:
         InputError: for a missing or malformed file, an image that is not there, or an annotation
@@ -96,40 +96,47 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         root: str | Path,
         split: str,
         *,
+        file: Path | None = None,
+        images: Path | None = None,
         degenerate_boxes: str = "error",
+        deep_white: int = images.DEEPEST,
         report: Report | None = None,
     ) -> None:
         choose(degenerate_boxes, ("error", "drop"), "degenerate_boxes")
-        self.root = Path(root)
-        self.split = split
-        self.annotation_file = self.root / "annotations" / f"instances_{split}.json"
-        self.folder = self.root / split
-        self._left_out: dict[tuple[str, str], list[int]] = defaultdict(list)
-        self._report = report or self._refuse
+        self.root, self.split = Path(root), split
+        self.place = layout.find(self.root, split, file=file, images=images)
+        self.annotation_file, self.folder = self.place.annotation_file, self.place.folder
+        self.deep_white = deep_white
+        self.tally = Tally()
+        self.ids: tuple[int, ...] = ()
+        self._told = report
         with _no_garbage_collection():
             self._open(drop_degenerate=degenerate_boxes == "drop")
         # What it is told stays with the caller; workers need no copy.
-        del self._report
+        del self._told
 
     def _open(self, *, drop_degenerate: bool) -> None:
-        content, self.fingerprint = _read(self.annotation_file, self.root, self.split)
+        content, self.fingerprint = _read(self.annotation_file)
+        if self.place.alias:
+            kind, path = "split of another name", self.place.alias
+            self._report(finding(kind, split=self.split, path=path))
         entries = {
             image["id"]: image
             for image in listed(content, "images", IMAGE_KEYS, self._report)
-            if self._has_size(image)
+            if has_size(image, self._report)
         }
         categories = sorted(
             listed(content, "categories", CATEGORY_KEYS, self._report), key=lambda c: int(c["id"])
         )
         if content.get("categories") == []:
-            self._report(Finding("section missing", "no categories"))
+            self._report(finding("section missing", why="no categories"))
         self.categories: Categories = tuple((c["id"], c["name"]) for c in categories)
-        self._category_entries = categories
         self._labels = {id_: label for label, (id_, _) in enumerate(self.categories, start=1)}
         groups = self._groups(content, entries, drop=drop_degenerate)
         del content
-        self._check_files(entries.values())
+        self._find_files(entries.values())
         self._keep(entries, groups)
+        self._suspect()
 
     @property
     def num_classes(self) -> int:
@@ -145,23 +152,47 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        return self.read(index)
+
+    def read(
+        self,
+        index: int,
+        *,
+        size: tuple[int, int] | None = None,
+        flip: bool = False,
+        crowds: bool = True,
+        masks: bool = True,
+    ) -> tuple[Tensor, Target]:
+        """An image and its target, as `dataset[index]`.
+
+        Args:
+            size: rows and columns that masks get where they have more pixels as they are, each
+                pixel the nearest one: memory does not grow with the image's size times its objects.
+            flip: mirror all left to right.
+            crowds: whether crowds are in the target.
+            masks: whether masks are decoded; the target has none otherwise.
+        """
         entry, annotations = self.entry(index)
+        if not crowds:
+            annotations = [a for a in annotations if not a["iscrowd"]]
         image = self._decode(entry)
         height, width = image.shape[-2:]
         boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         limit = torch.tensor([width, height, width, height], dtype=torch.float32)
-        masks = [self._mask(a, height, width) for a in annotations]
-        return image, {
-            "image_id": torch.tensor(entry["id"]),
-            "boxes": torch.minimum(boxes.clamp(min=0), limit),
+        boxes = torch.minimum(boxes.clamp(min=0), limit)
+        if flip:
+            image, boxes[:, [0, 2]] = image.flip(-1), width - boxes[:, [2, 0]]
+        target = {
+            "image_id": torch.tensor(int(self._keys[index])),
+            "boxes": boxes,
             "labels": torch.tensor([self._labels[a["category_id"]] for a in annotations]).long(),
-            "masks": torch.from_numpy(np.stack(masks))
-            if masks
-            else torch.zeros(0, height, width, dtype=torch.uint8),
             "area": torch.tensor([float(a["area"]) for a in annotations]),
             "iscrowd": torch.tensor([int(a["iscrowd"]) for a in annotations]).long(),
         }
+        if masks:
+            target["masks"] = _stacked(annotations, (height, width), size, flip=flip)
+        return image, target
 
     def entry(self, index: int) -> tuple[Entry, list[Entry]]:
         """What the annotation file says of an image, and its annotations that are used."""
@@ -184,40 +215,24 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         """The split as a COCO dictionary, without the annotations that were left out.
 
         Every annotation has a segmentation, and they are numbered anew from 1: to the rules of
-        COCO's evaluation, a match with annotation 0 is no match.
+        COCO's evaluation, a match with annotation 0 is no match. Images have the numbers of
+        `image_id` in targets.
         """
         entries: list[Entry] = []
         annotations: list[Entry] = []
-        for entry, own in self._packed:
-            entries.append(entry)
-            annotations += own
+        for key, (entry, own) in zip(self._keys.tolist(), self._packed, strict=True):
+            entries.append(entry | {"id": key})
+            for annotation in own:
+                annotation |= {"id": len(annotations) + 1, "image_id": key}
+                if annotation["segmentation"] is None:
+                    box = box_polygon(annotation["bbox"], entry["height"], entry["width"])
+                    annotation["segmentation"] = [box]
+                annotations.append(annotation)
         return {
             "images": entries,
-            "categories": [dict(category) for category in self._category_entries],
-            "annotations": [{**a, "id": number} for number, a in enumerate(annotations, start=1)],
+            "categories": [{"id": id_, "name": name} for id_, name in self.categories],
+            "annotations": annotations,
         }
-
-    def check(self, *, decode: bool = False) -> list[str]:
-        """Return what is odd but usable, a line each; with `decode`, read every image and mask.
-
-        Raises:
-            InputError: for an image or a mask that cannot be read.
-        """
-        if decode:
-            for index in range(len(self)):
-                self[index]
-        lines = [
-            f"{self.annotation_file}: {len(found)} of: {kind} ({_some(found)}); {handled}"
-            for (kind, handled), found in self._left_out.items()
-        ]
-        for what, found in (
-            ("classes without an instance", self.unused_classes()),
-            ("images without annotations", self.empty_images()),
-            ("images with crowds only", self.crowded_images()),
-        ):
-            if found:
-                lines.append(f"{self.annotation_file}: {len(found)} {what} ({_some(found)})")
-        return lines
 
     def unused_classes(self) -> list[str]:
         """Names of the categories of which there is no instance but crowds."""
@@ -232,25 +247,13 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         chosen = (self._annotated > 0) & (self._instances == 0)
         return [self.ids[index] for index in np.flatnonzero(chosen)]
 
-    def _refuse(self, finding: Finding) -> None:
-        """Stop at an error, and remember what is left out."""
-        if finding.handled is None:
-            raise InputError(f"{self.annotation_file}: {finding.text}")
-        if finding.left_out and finding.annotation is not None:
-            self._left_out[finding.kind, finding.handled].append(finding.annotation)
-
-    def _has_size(self, image: Entry) -> bool:
-        if min(image["height"], image["width"]) >= 1:
-            return True
-        self._report(
-            Finding(
-                "image without a size",
-                f"image {image['id']} has the size {image['height']}x{image['width']}"
-                " (height x width)",
-                image=image["id"],
-            )
-        )
-        return False
+    def _report(self, found: Finding) -> None:
+        """Count what is found, and stop at an error where nobody else is told."""
+        self.tally.add(found)
+        if self._told is not None:
+            self._told(found)
+        elif found.is_error:
+            raise InputError(f"{self.annotation_file}: {found.text}")
 
     def _groups(
         self, content: dict[str, Any], entries: dict[int, Entry], *, drop: bool
@@ -270,55 +273,110 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     def _keep(self, entries: dict[int, Entry], groups: dict[int, list[Entry]]) -> None:
         """Put away what is needed later, in a form that takes little memory."""
         self.ids = tuple(entries)
+        # Ids are names; a tensor holds those of 64 bits.
+        fit = all(-(2**63) <= id_ < 2**63 for id_ in self.ids)
+        ranks = {id_: rank for rank, id_ in enumerate(sorted(self.ids), start=1)}
+        self._keys = np.array([id_ if fit else ranks[id_] for id_ in self.ids], dtype=np.int64)
         self._sizes = np.array([(e["height"], e["width"]) for e in entries.values()]).reshape(-1, 2)
         self._annotated = np.array([len(groups.get(id_, ())) for id_ in entries], dtype=np.int64)
         self._instances = np.array(
             [sum(not a["iscrowd"] for a in groups.get(id_, ())) for id_ in entries], dtype=np.int64
         )
+        found = [a for own in groups.values() for a in own]
+        outlined = [a["segmentation"] is not None for a in found if not a["iscrowd"]]
+        self.has_masks = not outlined or any(outlined)
+        ends = [(a["bbox"][0] + a["bbox"][2], a["bbox"][1] + a["bbox"][3]) for a in found]
+        self._farthest = max(map(max, ends), default=0)
         self._packed = Packed((entries[id_], groups.pop(id_, [])) for id_ in self.ids)
 
-    def _check_files(self, entries: Iterable[Entry]) -> None:
+    def limit(self, count: int) -> None:
+        """Leave out all images but the first `count`."""
+        self.ids, self._keys = self.ids[:count], self._keys[:count]
+        self._sizes, self._annotated = self._sizes[:count], self._annotated[:count]
+        self._instances = self._instances[:count]
+        self._packed = Packed(self._packed[index] for index in range(len(self.ids)))
+
+    def _suspect(self) -> None:
+        """Say what the boxes of the whole split look like, and that masks are missing."""
+        count = self.num_annotations
+        kinds = {
+            "boxes that look like fractions": "box smaller than a pixel",
+            "boxes that look like corners": "box over the image's edge",
+        }
+        for kind, single in kinds.items():
+            wrong = self.tally.counts[single]
+            if wrong >= max(_SOME, _MANY * count):
+                self._report(finding(kind, count=wrong, all=count))
+        within = count >= _SOME**4 and 1 < self._farthest <= _PERCENT
+        if within and self._sizes.min() > 2 * _PERCENT:
+            self._report(finding("boxes that look like percentages", all=count))
+        if not self.has_masks:
+            self._report(finding("no masks at all"))
+
+    def _find_files(self, entries: Iterable[Entry]) -> None:
+        """Look for the file of each image, and put where it is in the place of its name."""
         try:
-            there = {path.name for path in self.folder.iterdir()}
+            with os.scandir(self.folder) as files:
+                there = {file.name for file in files if file.is_file()}
         except (FileNotFoundError, NotADirectoryError):
-            others = sorted(path.name for path in self.root.iterdir() if path.is_dir())
-            self._report(
-                Finding(
-                    "image folder missing",
-                    f"no image folder {self.folder} for split {self.split!r}, where the images"
-                    f" belong; folders there: {', '.join(others)}",
-                )
-            )
-            return
+            there = set()
         except OSError as error:
             raise InputError(f"cannot read image folder {self.folder}: {error.strerror}") from error
+        missing: list[Entry] = []
+        named: dict[str, int] = {}
         for image in entries:
-            if image["file_name"] in there or self.path(image).is_file():
+            name = image["file_name"]
+            path = name if name in there else self.place.find(name)
+            if path is None:
+                missing.append(image)
                 continue
-            self._report(
-                Finding(
-                    "image missing",
-                    f"image {image['id']} is missing: {self.path(image)}",
-                    image=image["id"],
-                )
+            if path != os.path.normpath(name):
+                self._say_of(image, "image file of another path", path=path)
+            other = named.setdefault(path, image["id"])
+            if other != image["id"]:
+                self._say_of(image, "file named by two images", other=other, path=path)
+            image["file_name"] = path
+        if not named and not self.folder.is_dir():
+            others = sorted(path.name for path in self.root.iterdir() if path.is_dir())
+            why = (
+                f"no image folder {self.folder} for split {self.split!r}, where the images"
+                f" belong; folders there: {', '.join(others)}"
             )
+            self._report(finding("image folder missing", why=why))
+            return
+        for image in missing:
+            self._say_of(image, "image missing", path=self.folder / image["file_name"])
+
+    def _say_of(self, image: Entry, kind: str, **values: Any) -> None:
+        self._report(finding(kind, image=image["id"], **values))
 
     def _decode(self, entry: Entry) -> Tensor:
-        picture = images.read(self.path(entry))
         expected = (entry["height"], entry["width"])
+        path = self.path(entry)
+        picture = images.read(path, white=self.deep_white, expected=expected)
         if picture.size != expected:
             raise InputError(
-                f"image {self.path(entry)} is {picture.size[0]}x{picture.size[1]} (height x width),"
+                f"image {path} is {picture.size[0]}x{picture.size[1]} (height x width),"
                 f" but {self.annotation_file} says {expected[0]}x{expected[1]}"
                 f"{picture.hint(expected)}"
             )
         return picture.pixels
 
-    def _mask(self, annotation: Entry, height: int, width: int) -> Any:
-        try:
-            return decode_mask(annotation, height, width)
-        except InputError as error:
-            raise InputError(f"{self.annotation_file}: {error}") from error
+
+def _stacked(
+    annotations: Sequence[Entry],
+    given: tuple[int, int],
+    wanted: tuple[int, int] | None,
+    *,
+    flip: bool,
+) -> Tensor:
+    """The masks of an image of the size `given`, uint8 (n, rows, columns), one after the other."""
+    size = wanted if wanted and math.prod(wanted) < math.prod(given) else None
+    found = torch.zeros(len(annotations), *(size or given), dtype=torch.uint8)
+    for place, annotation in enumerate(annotations):
+        mask = masks.pixels(outline(annotation, *given), size, flip=flip)
+        found[place] = torch.from_numpy(np.ascontiguousarray(mask))
+    return found
 
 
 @contextmanager
@@ -333,16 +391,9 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _read(path: Path, root: Path, split: str) -> tuple[dict[str, Any], str]:
-    if not root.is_dir():
-        raise InputError(f"no data folder {root}")
+def _read(path: Path) -> tuple[dict[str, Any], str]:
     try:
         raw = path.read_bytes()
-    except FileNotFoundError as error:
-        there = ", ".join(splits(root)) or "none"
-        raise InputError(
-            f"no annotation file {path} for split {split!r}; splits there: {there}"
-        ) from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     try:
@@ -353,8 +404,3 @@ def _read(path: Path, root: Path, split: str) -> tuple[dict[str, Any], str]:
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object")
     return content, hashlib.sha256(raw).hexdigest()
-
-
-def _some(found: Sequence[Any]) -> str:
-    shown = ", ".join(map(str, found[:_SHOWN]))
-    return shown if len(found) <= _SHOWN else f"{shown}, …"

@@ -4,23 +4,23 @@ import hashlib
 import os
 from pathlib import Path
 
+from bench.data.layout import Place
 from bench.files import sha256
 
 
-def fingerprint(root: Path, split: str) -> dict[str, str] | None:
-    """Return hashes of a split in COCO layout, or None where its annotations are not there.
+def fingerprint(place: Place) -> dict[str, str] | None:
+    """Return hashes of a split, or None where its annotations cannot be read.
 
     Images are told apart by their names and sizes in bytes: reading all of COCO takes minutes at
     each start, and times of change would make a copy another data set. An image that is changed
     and keeps its size in bytes goes unnoticed.
     """
-    path = root / "annotations" / f"instances_{split}.json"
     try:
-        annotations = sha256(path)
+        annotations = sha256(place.annotation_file)
     except OSError:
         return None
     digest = hashlib.sha256()
-    for name, size in sorted(_files(root / split)):
+    for name, size in sorted(_files(place.folder)):
         digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
     return {"annotations": annotations, "images": digest.hexdigest()}
 

@@ -2,19 +2,23 @@
 
 import io
 import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from bench.errors import InputError
 
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
-_DEEPEST = 65535
+DEEPEST = 65535
+# Pillow's limit guards against files from strangers; `read` has the annotation file's word.
+_MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 0
 _ORIENTATION = 0x0112
 # How an image is put upright, by its EXIF orientation; 1 is upright.
 _UPRIGHT = {
@@ -38,6 +42,8 @@ class Picture:
         orientation: EXIF orientation; 1 where there is none.
         stored: height and width in the file, before it was turned.
         animated: whether the file has several frames, of which this is the first.
+        top: the highest value in the file, of a grey image of 16 bits; 0 of any other.
+        cut: whether the file has 16 bits a channel, of which the lower 8 are not read.
     """
 
     pixels: Tensor
@@ -45,6 +51,8 @@ class Picture:
     orientation: int
     stored: tuple[int, int]
     animated: bool
+    top: int = 0
+    cut: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -61,35 +69,95 @@ class Picture:
         )
 
 
-def read(path: Path, raw: bytes | None = None) -> Picture:
+def read(
+    path: Path,
+    raw: bytes | None = None,
+    *,
+    white: int = DEEPEST,
+    expected: tuple[int, int] | None = None,
+) -> Picture:
     """Decode an image file.
 
-    Grey becomes three equal channels; palettes and CMYK are converted; transparency is dropped; 16
-    bits are scaled to 8.
+    Grey becomes three equal channels; palettes and CMYK are converted; transparency is dropped;
+    grey of 16 bits is scaled to 8.
 
     Args:
         raw: its bytes, where they were read already.
+        white: the value that becomes 255 in grey images of 16 bits.
+        expected: height and width; an image of as many pixels is read however large it is.
 
     Raises:
-        InputError: for a file that is missing, truncated, no image, or of pixels whose range is not
-            known.
+        InputError: for a file that is missing, truncated, not an image, or of pixels whose range is
+            not known or beyond `white`.
     """
     try:
-        with Image.open(path if raw is None else io.BytesIO(raw)) as image:
+        with _limit(expected), Image.open(path if raw is None else io.BytesIO(raw)) as image:
+            # Before the pixels are read, which empties the list.
+            cut = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
             orientation = _orientation(image)
             turn = _UPRIGHT.get(orientation)
             upright = image if turn is None else image.transpose(turn)
+            rgb, top = _to_rgb(upright, white)
             return Picture(
-                pixels=pil_to_tensor(_to_rgb(upright)),
+                pixels=pil_to_tensor(rgb),
                 mode=image.mode,
                 orientation=orientation,
                 stored=(image.height, image.width),
                 animated=bool(getattr(image, "is_animated", False)),
+                top=top,
+                cut=cut and image.mode not in DEEP_MODES,
             )
     except UnidentifiedImageError as error:
-        raise InputError(f"cannot read image {path}: no image, or of an unknown format") from error
+        raise InputError(
+            f"cannot read image {path}: not an image, or of an unknown format"
+        ) from error
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read image {path}: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def _limit(expected: tuple[int, int] | None) -> Iterator[None]:
+    """Let Pillow read as many pixels as are expected."""
+    before = Image.MAX_IMAGE_PIXELS
+    if expected is not None:
+        Image.MAX_IMAGE_PIXELS = max(_MOST_PIXELS, expected[0] * expected[1])
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def to_float(image: Tensor) -> Tensor:
+    """uint8 (3, H, W) -> float32 in 0 to 1; what is float already stays as it is."""
+    return image if image.is_floating_point() else image.float() / 255
+
+
+@dataclass(frozen=True)
+class NetworkSize:
+    """What sizes images get in a network, before padding.
+
+    The shortest edge becomes one of `min_sizes`, or less where the longest edge would be more than
+    `max_size`; the other edge is rounded, to a pixel at least. `fixed` (rows, columns) overrides.
+    """
+
+    min_sizes: Sequence[int]
+    max_size: int
+    fixed: tuple[int, int] | None = None
+
+    def of(self, height: int, width: int, place: int = -1) -> tuple[int, int]:
+        """The size of an image as (rows, columns), with the shortest edge `min_sizes[place]`."""
+        if self.fixed is not None:
+            return self.fixed
+        scale = min(self.min_sizes[place] / min(height, width), self.max_size / max(height, width))
+        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize (3, H, W), antialiased, as the resize of PIL that the published models saw."""
+    resized: Tensor = nn.functional.interpolate(
+        image[None], size, mode="bilinear", antialias=True, align_corners=False
+    )[0]
+    return resized
 
 
 def _orientation(image: Image.Image) -> int:
@@ -102,20 +170,20 @@ def _orientation(image: Image.Image) -> int:
     return value if value in _UPRIGHT else 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, white: int) -> tuple[Image.Image, int]:
+    """The image in RGB, and its highest value where that is of 16 bits."""
     if image.mode == "F":
         raise ValueError("the range of floating-point pixels is not known; 8 or 16 bit are needed")
+    top = 0
     if image.mode in DEEP_MODES:
         # Pillow clips deep pixels at 255 instead of scaling them.
         values = np.asarray(image, dtype=np.int64)
-        low, high = values.min(), values.max()
-        if low < 0 or high > _DEEPEST:
-            raise ValueError(f"pixels of {low} to {high}, which are not of 8 or 16 bit")
-        image = Image.fromarray(np.rint(values * (255 / _DEEPEST)).astype(np.uint8))
+        low, top = int(values.min()), int(values.max())
+        if low < 0 or top > DEEPEST:
+            raise ValueError(f"pixels of {low} to {top}, which are not of 8 or 16 bit")
+        if top > white:
+            raise ValueError(f"pixels up to {top}; data.deep_white={white} must not be less")
+        image = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
     # Straight to RGB, Pillow warns of the transparency that it drops.
-    return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
-
-
-def to_float(image: Tensor) -> Tensor:
-    """uint8 (3, H, W) -> float32 in 0 to 1."""
-    return image.float() / 255
+    rgb = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+    return rgb, top

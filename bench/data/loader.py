@@ -14,16 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2.functional import horizontal_flip_image, horizontal_flip_mask
 
 from bench.data import DataError
 from bench.data.coco import CocoDataset, Target
+from bench.data.images import NetworkSize, resize, to_float
 from bench.errors import InputError
 
 Sample = tuple[Tensor, Target]
 Batch = tuple[list[Tensor], list[Target]]
 
 _FLIP = 0.5
+# An image is read with a byte a value, and resized with four.
+_FLOAT_BYTES = 4
 
 
 class DataWorkerError(DataError):
@@ -106,24 +108,41 @@ class _Samples(Dataset[Sample | InputError]):
 class _TrainingSamples(_Samples):
     """Samples by (index, augmentation seed): crowds left out, flipped by the seed."""
 
-    def __init__(self, dataset: CocoDataset, *, seed: int, flip: bool) -> None:
-        self.dataset, self.seed, self.flip = dataset, seed, flip
+    def __init__(
+        self,
+        dataset: CocoDataset,
+        *,
+        seed: int,
+        flip: bool,
+        masks: bool,
+        network_size: NetworkSize | None,
+    ) -> None:
+        self.dataset, self.seed, self.flip, self.masks = dataset, seed, flip, masks
+        self.network_size = network_size
 
     def __getitem__(self, key: tuple[int, int]) -> Sample | InputError:
         index, place = key
+        flip = np.random.default_rng([self.seed, place, 1]).random() < _FLIP
+        size = None
+        if self.network_size is not None:
+            rng, count = (
+                np.random.default_rng([self.seed, place, 2]),
+                len(self.network_size.min_sizes),
+            )
+            size = self.network_size.of(*self.dataset.size(index), int(rng.integers(count)))
         try:
-            image, target = self.dataset[index]
+            image, target = self.dataset.read(
+                index, size=size, flip=self.flip and flip, crowds=False, masks=self.masks
+            )
         except InputError as error:
             # Returned, not raised: a worker would wrap it in its traceback.
             return error
-        keep = target["iscrowd"] == 0
-        target = {k: v if k == "image_id" else v[keep] for k, v in target.items()}
-        if self.flip and np.random.default_rng([self.seed, place, 1]).random() < _FLIP:
-            return flipped(image, target)
-        return image, target
+        return (image, target) if size is None else fitted(image, target, size)
 
 
 class _EvaluationSamples(_Samples):
+    """Images; of targets nothing is asked but whose they are."""
+
     def __init__(self, dataset: CocoDataset) -> None:
         self.dataset = dataset
 
@@ -132,18 +151,22 @@ class _EvaluationSamples(_Samples):
 
     def __getitem__(self, index: int) -> Sample | InputError:
         try:
-            return self.dataset[index]
+            return self.dataset.read(index, masks=False)
         except InputError as error:
             return error
 
 
-def flipped(image: Tensor, target: Target) -> Sample:
-    """Mirror an image (3, H, W) and its target left to right."""
-    width = image.shape[-1]
-    boxes = target["boxes"].clone()
-    boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
-    masks = horizontal_flip_mask(target["masks"])
-    return horizontal_flip_image(image), target | {"boxes": boxes, "masks": masks}
+def fitted(image: Tensor, target: Target, size: tuple[int, int]) -> Sample:
+    """Say which size the network gets, and resize here what is smaller for it.
+
+    Sizes and boxes alike are those that the detector would make of them.
+    """
+    target = target | {"size": torch.tensor(size)}
+    height, width = image.shape[-2:]
+    if height * width <= _FLOAT_BYTES * size[0] * size[1]:
+        return image, target
+    scale = target["boxes"].new_tensor([size[1] / width, size[0] / height] * 2)
+    return resize(to_float(image), size), target | {"boxes": target["boxes"] * scale}
 
 
 def training_batches(
@@ -155,6 +178,8 @@ def training_batches(
     start_step: int = 0,
     num_workers: int = 0,
     flip: bool = True,
+    masks: bool = True,
+    network_size: NetworkSize | None = None,
     aspect_ratio_grouping: bool = False,
     rank: int = 0,
     world_size: int = 1,
@@ -169,6 +194,10 @@ def training_batches(
     Args:
         batch_size: images of a step, of all processes together.
         num_workers: processes that decode, which live as long as the iterator; 0 decodes here.
+        masks: whether masks are decoded.
+        network_size: the sizes that the detector resizes to. One is drawn here, is the target's
+            "size", and what is smaller of this size than as stored comes in it: a step's memory
+            does not grow with the stored size. None leaves all as it is.
         rank: which of `world_size` processes this one is; each has its own part of every batch, and
             the parts in order of rank are the batch of a single process.
         pin_memory: put batches where a GPU copies them from fastest; None where there is a GPU.
@@ -200,7 +229,7 @@ def training_batches(
     share = batch_size // world_size
     own = slice(rank * share, (rank + 1) * share)
     yield from _load(
-        _TrainingSamples(dataset, seed=seed, flip=flip),
+        _TrainingSamples(dataset, seed=seed, flip=flip, masks=masks, network_size=network_size),
         (batch[own] for batch in order.batches(start_step, steps)),
         num_workers,
         pin_memory,

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2.functional import resize_image, resize_mask
+from torchvision.transforms.v2.functional import resize_image
 
-from bench.config.schema import RunConfig
+from bench.config.schema import DataConfig, RunConfig
+from bench.data import check
 from bench.data.coco import Categories, CocoDataset, Target
 from bench.data.generated import generate
 from bench.data.images import to_float
@@ -15,9 +16,8 @@ from bench.errors import InputError
 from bench.system import processes as launch
 from bench.system.devices import check_device
 
-# Data sets up to this size are read whole before the first run.
-_DECODED_AT_START = 2000
 _SHOWN = 5
+_said: dict[tuple[tuple[str, str, int], ...], list[str]] = {}
 
 
 def data_root(config: RunConfig, output: Path) -> Path:
@@ -36,9 +36,58 @@ def data_root(config: RunConfig, output: Path) -> Path:
     )
 
 
+def named_files(data: DataConfig, split: str) -> tuple[Path | None, Path | None]:
+    """Return annotation file and folder of images where the configuration names them."""
+    file = data.train_file if split == data.train_split else data.val_file
+    return (
+        None if file is None else Path(file),
+        None if data.images is None else Path(data.images),
+    )
+
+
 def open_split(config: RunConfig, root: Path, split: str) -> CocoDataset:
     """Read one split as the run's configuration says."""
-    return CocoDataset(root, split, degenerate_boxes=config.data.degenerate_boxes)
+    data = config.data
+    file, images = named_files(data, split)
+    return CocoDataset(
+        root,
+        split,
+        file=file,
+        images=images,
+        degenerate_boxes=data.degenerate_boxes,
+        deep_white=data.deep_white,
+    )
+
+
+def open_splits(config: RunConfig, root: Path) -> list[CocoDataset]:
+    """Read the split that is trained on and, after it, those to evaluate on.
+
+    Raises:
+        InputError: for data that cannot be used, or splits of different classes.
+    """
+    names = [config.data.train_split, *config.evaluate.splits]
+    opened = {name: open_split(config, root, name) for name in dict.fromkeys(names)}
+    check_categories({name: split.categories for name, split in opened.items()}, root)
+    return [opened[name] for name in names]
+
+
+def remarks(config: RunConfig, splits: Sequence[CocoDataset]) -> list[str]:
+    """What a reader of the numbers should know of the data, a line each; evaluated splits first.
+
+    Args:
+        splits: as `open_splits` returns them.
+    """
+    # What the generator leaves empty it does on purpose.
+    if config.data.path is None:
+        return []
+    distinct = {split.split: split for split in [*splits[1:], splits[0]]}
+    key = tuple(
+        (str(split.annotation_file), split.fingerprint, split.deep_white)
+        for split in distinct.values()
+    )
+    if key not in _said:
+        _said[key] = check.remarks(distinct.values())
+    return _said[key]
 
 
 def check_data(
@@ -53,25 +102,17 @@ def check_data(
         InputError: for data that cannot be used; before any run has cost time.
     """
     lines: dict[str, None] = {}
-    seen: dict[tuple[Path, str, str], Categories] = {}
+    seen = set()
     for config in configs:
         local = launch.World(size=processes, local_size=processes) if processes else None
         check_device(config, local)
         if config.train.init is not None and not Path(config.train.init).is_file():
             raise InputError(f"train.init={config.train.init}: no such file")
         root = data_root(config, output)
-        splits = [config.data.train_split, *config.evaluate.splits]
-        places = [(root, split, config.data.degenerate_boxes) for split in splits]
-        for place in places:
-            if place in seen:
-                continue
-            dataset = open_split(config, root, place[1])
-            seen[place] = dataset.categories
-            found = dataset.check(decode=len(dataset) <= _DECODED_AT_START)
-            # What the generator leaves empty it does on purpose.
-            if config.data.path is not None:
-                lines |= dict.fromkeys(found)
-        check_categories({place[1]: seen[place] for place in places}, root)
+        place = (root, str(config.data), *config.evaluate.splits)
+        if place not in seen:
+            seen.add(place)
+            lines |= dict.fromkeys(remarks(config, open_splits(config, root)))
     return list(lines)
 
 
@@ -105,6 +146,28 @@ def check_categories(found: Mapping[str, Categories], root: Path) -> None:
             )
 
 
+def labels_by_name(trained: Categories, own: Categories) -> list[int] | None:
+    """For each label of a detector that of the data it is evaluated on; None where they agree.
+
+    Args:
+        trained: id and name of the classes that the detector was trained on, in the order of its
+            labels.
+        own: the same of the data.
+
+    Raises:
+        InputError: where they are not of the same names, or names do not tell classes apart.
+    """
+    if tuple(trained) == tuple(own):
+        return None
+    first, second = ({name: label for label, (_, name) in enumerate(c, 1)} for c in (trained, own))
+    if first.keys() != second.keys() or len(first) < len(trained) or len(second) < len(own):
+        raise InputError(
+            "the classes differ in their names, by which they are matched: trained on"
+            f" {_named(trained)}; the data has {_named(own)}"
+        )
+    return [second[name] for _, name in trained]
+
+
 def _named(categories: Sequence[tuple[int, str]]) -> str:
     shown = ", ".join(f"{id_} {name!r}" for id_, name in categories[:_SHOWN])
     more = len(categories) - _SHOWN
@@ -118,17 +181,19 @@ def profile_batch(
     usable = [index for index in range(len(dataset)) if dataset.instances(index)]
     images, targets = [], []
     for place in range(count):
-        image, target = dataset[usable[place % len(usable)]]
+        image, target = dataset.read(usable[place % len(usable)], size=size, crowds=False)
         height, width = image.shape[-2:]
-        keep = target["iscrowd"] == 0
         scale = torch.tensor([size[1] / width, size[0] / height] * 2)
         images.append(resize_image(to_float(image), list(size)))
+        masks = torch.nn.functional.interpolate(
+            target["masks"][:, None], size, mode="nearest-exact"
+        )[:, 0]
         targets.append(
             {
                 "image_id": target["image_id"],
-                "boxes": target["boxes"][keep] * scale,
-                "labels": target["labels"][keep],
-                "masks": resize_mask(target["masks"][keep], list(size)),
+                "boxes": target["boxes"] * scale,
+                "labels": target["labels"],
+                "masks": masks,
             }
         )
     return images, targets

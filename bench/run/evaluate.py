@@ -3,18 +3,20 @@
 The twelve figures: https://cocodataset.org/#detection-eval.
 """
 
+import functools
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from faster_coco_eval import COCO, COCOeval_faster
-from faster_coco_eval import mask as rle
 from lightning.fabric import Fabric
+from lightning_utilities.core.apply_func import apply_to_collection
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.ops import box_convert
@@ -23,6 +25,8 @@ from bench.config.schema import RunConfig
 from bench.data.coco import CocoDataset
 from bench.data.images import to_float
 from bench.data.loader import clear_worker_errors, evaluation_batches
+from bench.data.masks import encode_soft
+from bench.model.detectors.contract import Detector, is_head
 from bench.run import bootstrap
 from bench.run.bootstrap import ImageMatches, Matches
 
@@ -40,7 +44,6 @@ FIGURES = (
     "ARm",
     "ARl",
 )
-MASK_THRESHOLD = 0.5
 RESAMPLES = 1000
 # The same for all runs, whatever their own seed: rows are compared on the same draws.
 BOOTSTRAP_SEED = 0
@@ -60,7 +63,7 @@ class Detections:
 
     Attributes:
         boxes: (n, 4) x, y, width, height in pixels.
-        categories: (n,) category ids of the annotations.
+        categories: (n,) labels of the data set.
         scores: (n,).
         masks: n run lengths, or None where the detector has no masks.
         size: (height, width) of the masks.
@@ -89,17 +92,29 @@ class CocoEvaluator:
     Several processes share the images of a data set: each has an evaluator and updates it with its
     own, one of them merges the states of the others and computes.
 
+    Ids of images and classes are only names, and may be negative or of 64 bits: both are numbered
+    anew, in the order of ids, as faster-coco-eval counts in float64 and takes those below 0 amiss.
+
     Args:
-        dataset: the annotations to score against: its `ground_truth()` and `categories`.
+        dataset: the annotations to score against: its `ground_truth()`, `categories` and
+            `has_masks`.
+        labels: for each label 1..K of the detector that of the data set; None where they agree.
         resamples: draws of the bootstrap over images; 0 for none.
     """
 
-    def __init__(self, dataset: CocoDataset, *, resamples: int = RESAMPLES) -> None:
+    def __init__(
+        self,
+        dataset: CocoDataset,
+        *,
+        labels: Sequence[int] | None = None,
+        resamples: int = RESAMPLES,
+    ) -> None:
         if resamples < 0:
             raise ValueError(f"resamples is {resamples}; it must not be negative")
         self.dataset = dataset
         self.resamples = resamples
-        self.category_ids = np.array([category_id for category_id, _ in dataset.categories])
+        self._classes = range(1, len(dataset.categories) + 1)
+        self._labels = np.array([0, *(labels or self._classes)])
         self._found: State = {}
 
     def update(
@@ -109,7 +124,7 @@ class CocoEvaluator:
 
         Args:
             outputs: for each image boxes (n, 4) x1, y1, x2, y2, labels (n,) in 1..K, scores (n,)
-                and, where the detector has them, masks (n, 1, H, W) in 0..1.
+                and, where the detector has them, masks (n, 1, H, W) in 0..1 or `RunLengths`.
             targets: for each image its `image_id`; more is not read.
 
         Raises:
@@ -119,13 +134,14 @@ class CocoEvaluator:
             image_id = int(target["image_id"])
             if image_id in self._found:
                 raise ValueError(f"image {image_id} was evaluated twice")
-            masks = output.get("masks")
+            masks: Any = output.get("masks")
+            size = (0, 0) if masks is None else (masks.shape[-2], masks.shape[-1])
             self._found[image_id] = Detections(
                 boxes=box_convert(output["boxes"].float(), "xyxy", "xywh").cpu().numpy(),
-                categories=self.category_ids[output["labels"].cpu().numpy() - 1],
+                categories=self._labels[output["labels"].cpu().numpy()],
                 scores=output["scores"].float().cpu().numpy(),
-                masks=None if masks is None else _encode(masks),
-                size=(0, 0) if masks is None else (masks.shape[-2], masks.shape[-1]),
+                masks=encode_soft(masks) if isinstance(masks, Tensor) else masks and masks.counts,
+                size=size,
             )
 
     def state(self) -> State:
@@ -146,7 +162,8 @@ class CocoEvaluator:
 
         Returns:
             "box" and "mask": the twelve figures in percent, None where the annotations do not
-            define them (no object of that size); "mask" is None where no masks were predicted.
+            define them (no object of that size, or no mask at all); "mask" is None where no masks
+            were predicted.
             "box_interval" and "mask_interval": the bootstrap's interval of AP, with its level, or
             None. "bootstrap": seed, number of draws and AP of every draw (`box_AP`, `mask_AP`; None
             in a draw without objects), or None. Evaluators of the same images have the same draws,
@@ -155,6 +172,9 @@ class CocoEvaluator:
         masks = any(found.masks is not None for found in self._found.values())
         box, box_draws = self._score("bbox")
         mask, mask_draws = self._score("segm") if masks else (None, None)
+        if mask and not self.dataset.has_masks:
+            # Boxes in the place of masks would give a figure, of boxes.
+            mask, mask_draws = dict.fromkeys(FIGURES), None
         return {
             "box": box,
             "mask": mask,
@@ -206,7 +226,7 @@ class CocoEvaluator:
 
     def _results(self, kind: str) -> Iterator[dict[str, Any]]:
         """Detections as COCO's results, in the order of image ids."""
-        for image_id in sorted(self._found):
+        for number, image_id in enumerate(sorted(self._found), start=1):
             found = self._found[image_id]
             shapes: Iterable[Any] = found.boxes.tolist()
             if kind == "segm":
@@ -216,7 +236,7 @@ class CocoEvaluator:
                 found.categories.tolist(), found.scores.tolist(), shapes, strict=True
             ):
                 yield {
-                    "image_id": image_id,
+                    "image_id": number,
                     "category_id": category,
                     "score": score,
                     "bbox" if kind == "bbox" else "segmentation": shape,
@@ -225,33 +245,38 @@ class CocoEvaluator:
     def _matches(self, truth: COCO, evaluation: COCOeval_faster) -> list[Matches]:
         """How the detections of each category were matched, from the overlaps worked out."""
         limit = evaluation.params.maxDets[-1]
-        categories = self.category_ids.tolist()
-        parts: dict[int, list[ImageMatches]] = {category: [] for category in categories}
-        objects = np.zeros((len(categories), len(self._found)), dtype=np.int64)
-        row = {category: place for place, category in enumerate(categories)}
+        parts: dict[int, list[ImageMatches]] = {category: [] for category in self._classes}
+        objects = np.zeros((len(self._classes), len(self._found)), dtype=np.int64)
         for place, image_id in enumerate(sorted(self._found)):
-            crowds = _crowds(truth.imgToAnns.get(image_id, ()))
+            crowds = _crowds(truth.imgToAnns.get(place + 1, ()))
             for category, crowd in crowds.items():
-                objects[row[category], place] = crowd.count(False)
+                objects[category - 1, place] = crowd.count(False)
             found = self._found[image_id]
             for category in np.unique(found.categories).tolist():
                 scores = np.sort(found.scores[found.categories == category])[::-1][:limit]
                 crowd = crowds.get(category, [])
                 overlaps = np.reshape(
-                    evaluation.ious[image_id, category], (len(scores), len(crowd))
+                    evaluation.ious[place + 1, category], (len(scores), len(crowd))
                 )
                 parts[category].append(bootstrap.match(place, scores, overlaps, crowd))
         return [
             Matches.join(parts[category], counts)
-            for category, counts in zip(categories, objects, strict=True)
+            for category, counts in zip(self._classes, objects, strict=True)
         ]
 
     def _ground_truth(self) -> dict[str, Any]:
         truth = self.dataset.ground_truth()
+        images = {id_: number for number, id_ in enumerate(sorted(self._found), start=1)}
+        ids = [id_ for id_, _ in self.dataset.categories]
+        labels = {id_: label for label, id_ in enumerate(ids, start=1)}
         return {
-            **truth,
-            "images": [dict(i) for i in truth["images"] if i["id"] in self._found],
-            "annotations": [dict(a) for a in truth["annotations"] if a["image_id"] in self._found],
+            "images": [i | {"id": images[i["id"]]} for i in truth["images"] if i["id"] in images],
+            "categories": [c | {"id": labels[c["id"]]} for c in truth["categories"]],
+            "annotations": [
+                a | {"image_id": images[a["image_id"]], "category_id": labels[a["category_id"]]}
+                for a in truth["annotations"]
+                if a["image_id"] in images
+            ],
         }
 
 
@@ -263,23 +288,100 @@ def _crowds(annotations: Iterable[Mapping[str, Any]]) -> dict[int, list[bool]]:
     return crowds
 
 
-def _encode(masks: Tensor) -> tuple[Any, ...]:
-    """Run lengths of soft masks (n, 1, H, W)."""
-    if len(masks) == 0:
-        return ()
-    binary = (masks[:, 0] >= MASK_THRESHOLD).byte().cpu().numpy()
-    runs = rle.encode(np.asfortranarray(binary.transpose(1, 2, 0)))
-    return tuple(run["counts"] for run in runs)
+class _Watch:
+    """Finds the images that a detector gave values for that are not finite.
+
+    Detections of such values are dropped on the way, so that only an AP of nearly zero would show
+    it: the pyramid's maps and what the heads put out are looked at, image by image.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.count = 0
+        self._images: list[Tensor] = []
+        self._rois: list[Tensor] = []
+        self._proposals: list[int] = []
+        self._handles: list[Any] = []
+        for detector in (m for m in model.modules() if isinstance(m, Detector)):
+            roi_heads = getattr(detector, "roi_heads", nn.Module())
+            of_rois = {m for m in roi_heads.modules() if is_head(m)}
+            self._handles.append(roi_heads.register_forward_pre_hook(self._note_proposals))
+            for module in [detector.backbone, *filter(is_head, detector.modules())]:
+                rows = self._rois if module in of_rois else self._images
+                hook = functools.partial(self._look, rows)
+                self._handles.append(module.register_forward_hook(hook))
+
+    def __enter__(self) -> "_Watch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def batch(self, outputs: Sequence[Mapping[str, Tensor]]) -> None:
+        """Count the images of a batch, whose detections these are."""
+        bad = np.zeros(len(outputs), dtype=bool)
+        for rows in self._images:
+            bad |= rows.cpu().numpy()
+        found = [len(output["boxes"]) for output in outputs]
+        for rows in self._rois:
+            counts = next((c for c in (self._proposals, found) if sum(c) == len(rows)), None)
+            if counts is None:
+                bad |= bool(rows.any())
+            else:
+                parts = rows.split(counts)
+                bad |= [bool(part.any()) for part in parts]
+        self.count += int(bad.sum())
+        self._images.clear()
+        self._rois.clear()
+
+    def _note_proposals(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        # Both libraries give the proposals of each image as the first list.
+        boxes = next((value for value in inputs if isinstance(value, list)), [])
+        self._proposals = [len(of_one) for of_one in boxes]
+
+    def _look(self, rows: list[Tensor], _module: nn.Module, _inputs: Any, outputs: Any) -> None:
+        def look(value: Tensor) -> None:
+            rows.append(value.flatten(1).isfinite().all(dim=1).logical_not())
+
+        apply_to_collection(outputs, Tensor, look)
+
+
+@contextmanager
+def _masks_as_run_lengths(model: nn.Module) -> Iterator[None]:
+    """Have detectors paste a few masks at a time, not all at the size of a large image."""
+    found = [m for m in model.modules() if isinstance(m, Detector)]
+    for detector in found:
+        detector.run_lengths = True
+    try:
+        yield
+    finally:
+        for detector in found:
+            detector.run_lengths = False
 
 
 def evaluate(
-    model: nn.Module, split: CocoDataset, config: RunConfig, fabric: Fabric, progress: Progress
+    model: nn.Module,
+    split: CocoDataset,
+    config: RunConfig,
+    fabric: Fabric,
+    progress: Progress,
+    *,
+    labels: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """The `evaluation` section of one split; figures in the first process alone."""
-    evaluator = CocoEvaluator(split, resamples=config.evaluate.bootstrap)
+    """The `evaluation` section of one split; figures in the first process alone.
+
+    Args:
+        labels: for each label of the detector that of the split, where they differ.
+    """
+    evaluator = CocoEvaluator(split, labels=labels, resamples=config.evaluate.bootstrap)
     model.eval()
     start = time.perf_counter()
-    with torch.no_grad(), clear_worker_errors():
+    with (
+        torch.no_grad(),
+        clear_worker_errors(),
+        _masks_as_run_lengths(model),
+        _Watch(model) as watch,
+    ):
         done = 0
         for images, targets in evaluation_batches(
             split,
@@ -290,9 +392,10 @@ def evaluate(
         ):
             outputs = model([to_float(image.to(fabric.device)) for image in images])
             evaluator.update(outputs, targets)
+            watch.batch(outputs)
             done = min(done + len(images) * fabric.world_size, len(split))
             progress(done / len(split), f"evaluating {split.split}, image {done} of {len(split)}")
-        _gather(evaluator, fabric)
+        not_finite = _gather(evaluator, watch.count, fabric)
         figures = evaluator.compute() if fabric.is_global_zero else {}
     return {
         "split": split.split,
@@ -300,16 +403,29 @@ def evaluate(
         "annotations_sha256": split.fingerprint,
         "seconds": time.perf_counter() - start,
         "unit": "percent",
+        "not_finite": not_finite,
         **figures,
     }
 
 
-def _gather(evaluator: CocoEvaluator, fabric: Fabric) -> None:
-    """Give the first process what all have found."""
+def remarks(section: Mapping[str, Any]) -> list[str]:
+    """What a reader of an `evaluation` section should know besides."""
+    count = section["not_finite"]
+    if not count:
+        return []
+    return [
+        f"{section['split']}: {count} of {section['images']} images gave values that are not finite"
+        " (NaN or infinite), which lose their detections"
+    ]
+
+
+def _gather(evaluator: CocoEvaluator, count: int, fabric: Fabric) -> int:
+    """Give the first process what all have found; return the sum of their counts."""
     if fabric.world_size == 1:
-        return
-    states: list[State] | None = None
+        return count
+    states: list[tuple[State, int]] | None = None
     if fabric.is_global_zero:
-        states = [{} for _ in range(fabric.world_size)]
-    torch.distributed.gather_object(evaluator.state(), states)
-    evaluator.merge(states or ())
+        states = [({}, 0) for _ in range(fabric.world_size)]
+    torch.distributed.gather_object((evaluator.state(), count), states)
+    evaluator.merge(state for state, _ in states or ())
+    return sum(number for _, number in states or ())

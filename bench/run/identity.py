@@ -18,7 +18,9 @@ from bench import record
 from bench.config.schema import RunConfig
 from bench.config.sources import Source, mechanism_sources
 from bench.config.suites import build_config
+from bench.data import layout
 from bench.data.fingerprint import fingerprint
+from bench.data.split import named_files
 from bench.errors import InputError
 from bench.files import sha256
 from bench.model import detectors
@@ -29,7 +31,10 @@ from bench.record import Record
 _LABELS = ("suite", "row", "model.backbone", "train.schedule")
 _INDIFFERENT = ("data.workers", "train.checkpoint_every", "train.log_every")
 # What stands for them: the content of the files, and the product of the two numbers.
-_REPLACED = ("data.path", "train.init", "train.devices", "train.accumulate")
+_REPLACED = (
+    *("data.path", "data.train_file", "data.val_file", "data.images"),
+    *("train.init", "train.devices", "train.accumulate"),
+)
 # The weights do not depend on them; what is evaluated and measured does.
 _AFTER_TRAINING = (
     "model.detector.rpn_proposals_test",
@@ -120,7 +125,7 @@ def identify(
     config: RunConfig,
     *,
     inputs: Mapping[str, Any] | None = None,
-    seen: dict[tuple[str, str], Any] | None = None,
+    seen: dict[tuple[str, ...], Any] | None = None,
 ) -> Identity:
     """Return what a run is, with the files that it depends on as they are now.
 
@@ -175,7 +180,7 @@ def done(identity: Identity, folder: Path) -> Record | None:
 
 
 def _inputs(
-    config: RunConfig, sources: Sequence[Source], seen: dict[tuple[str, str], Any]
+    config: RunConfig, sources: Sequence[Source], seen: dict[tuple[str, ...], Any]
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if sources:
@@ -184,12 +189,15 @@ def _inputs(
         path = Path(config.train.init)
         found["init"] = sha256(path) if path.is_file() else None
     if config.data.path is not None:
-        splits = dict.fromkeys([config.data.train_split, *config.evaluate.splits])
-        for split in splits:
-            place = config.data.path, split
-            if place not in seen:
-                seen[place] = fingerprint(Path(config.data.path), split)
-        found["data"] = {split: seen[config.data.path, split] for split in splits}
+        found["data"] = {}
+        for split in dict.fromkeys([config.data.train_split, *config.evaluate.splits]):
+            file, images = named_files(config.data, split)
+            key = config.data.path, split, str(file), str(images)
+            if key not in seen:
+                with suppress(InputError):
+                    place = layout.find(Path(config.data.path), split, file=file, images=images)
+                    seen[key] = fingerprint(place)
+            found["data"][split] = seen.setdefault(key, None)
     return found
 
 

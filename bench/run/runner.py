@@ -30,6 +30,7 @@ from bench.model.weights import load_detector, load_file, save_file
 from bench.record import Record, error_section
 from bench.run.checkpoints import Checkpoints
 from bench.run.evaluate import Progress, evaluate
+from bench.run.evaluate import remarks as evaluation_remarks
 from bench.run.identity import Identity, done, identify, records_of
 from bench.run.train import TrainingLog, train
 from bench.system import devices, locks, processes
@@ -309,12 +310,9 @@ class Run:
         if self.fabric.is_global_zero:
             inputs.data_root(config, self.output)
         self.fabric.barrier()
-        root = inputs.data_root(config, self.output)
-        names = [config.data.train_split, *config.evaluate.splits]
-        opened = [inputs.open_split(config, root, name) for name in names]
-        inputs.check_categories({split.split: split.categories for split in opened}, root)
+        opened = inputs.open_splits(config, inputs.data_root(config, self.output))
         self.training, *self.splits = opened
-        self.notes += _remarks(config, self.training)
+        self.notes += _remarks(config, opened if self.fabric.is_global_zero else [])
 
     def build(self) -> None:
         """Build the detector, count it, and load what it starts from."""
@@ -348,7 +346,9 @@ class Run:
             progress=progress,
             step_log=self.step_log,
         )
-        self.sections["training"] = _training_section(log, self.recipe)
+        self.sections["training"] = _training_section(log, self.recipe) | {
+            "classes": [list(category) for category in self.training.categories]
+        }
         if self.fabric.is_global_zero and self.options.keep_weights:
             self.sections["training"]["weights"] = self._save_weights()
 
@@ -363,6 +363,7 @@ class Run:
         ]
         if self.fabric.is_global_zero:
             self.sections["evaluation"] = found[0] | {"also": found[1:]}
+            self.notes += [note for section in found for note in evaluation_remarks(section)]
 
     def measure(self) -> None:
         """Measure memory and, where it is asked for, latency, in the first process."""
@@ -490,12 +491,11 @@ class Run:
             run_log.info("note: %s", note)
 
 
-def _remarks(config: RunConfig, training: CocoDataset) -> list[str]:
+def _remarks(config: RunConfig, splits: Sequence[CocoDataset]) -> list[str]:
     """What a reader of the numbers should know before anything is trained."""
     scaled = scaling_note(config.train)
     remarks = [scaled] if scaled else []
-    if config.data.path is not None:
-        remarks += training.check()
+    remarks += inputs.remarks(config, splits) if splits else []
     if config.data.fixed_size:
         size = "x".join(map(str, config.data.fixed_size))
         remarks.append(f"works for one sequence length: every image is resized to {size}")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.config.schema import RunConfig
 from bench.record import Record
@@ -37,7 +38,7 @@ def survey(runs: Sequence[RunConfig], output: Path, *, retry_failed: bool) -> li
     Args:
         retry_failed: count no failure as a record.
     """
-    seen: dict[tuple[str, str], dict[str, str] | None] = {}
+    seen: dict[tuple[str, ...], Any] = {}
     found = []
     for config in runs:
         identity = identify(config, seen=seen)

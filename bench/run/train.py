@@ -30,6 +30,7 @@ from bench.data.images import to_float
 from bench.data.loader import Pace, clear_worker_errors, training_batches
 from bench.errors import InputError
 from bench.model.backbone import ViL
+from bench.model.detectors.contract import Detector
 from bench.model.optimizer import learning_rate, optimizer
 from bench.run.checkpoints import Checkpoints
 from bench.system.interrupt import StopRequest
@@ -145,6 +146,7 @@ def train(
         steps=config.steps,
         num_workers=data.workers,
         flip=data.flip,
+        **_needs(detector),
         aspect_ratio_grouping=data.aspect_ratio_grouping,
         rank=fabric.global_rank,
         world_size=fabric.world_size,
@@ -168,6 +170,16 @@ def train(
     # What is measured later is of the same size whether or not this process did the last step.
     optimiser.zero_grad(set_to_none=True)
     return model, training.log
+
+
+def _needs(detector: nn.Module) -> dict[str, Any]:
+    """What a detector needs of the data, in the sizes it needs; another module gets all of it."""
+    if not isinstance(detector, Detector):
+        return {}
+    return {
+        "masks": detector.method == "mask_rcnn",
+        "network_size": detector.settings.network_size,
+    }
 
 
 class _Training:

@@ -12,6 +12,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from bench.config.schema import DetectorConfig, Positive, Size, Sizes
+from bench.data.images import NetworkSize
 from bench.errors import InputError
 from bench.model.backbone import ViL
 
@@ -50,16 +51,23 @@ class Settings(DetectorConfig):
     max_size: Positive
     fixed_size: Size | None
 
+    @property
+    def network_size(self) -> NetworkSize:
+        """What sizes images get."""
+        return NetworkSize(self.min_sizes, self.max_size, self.fixed_size)
+
 
 class Detector(nn.Module, ABC):
     """What a detector offers besides `forward`, which `bench.model.detectors` describes.
 
     `backbone` is the pyramid with ViL as its `bottom_up`, in both libraries. `settings` is what it
     was built with. `running` names plain numbers that a training call changes and no state dict
-    keeps.
+    keeps. Where `run_lengths` is set, masks come as `bench.data.masks.RunLengths`, made a few at a
+    time: all of them at once take gigabytes at the size of a large image.
     """
 
     running: ClassVar[tuple[str, ...]] = ()
+    run_lengths: bool = False
     library: str
     library_version: str
     method: str
@@ -165,35 +173,32 @@ def check_targets(targets: Sequence[Target], *, num_classes: int, masks: bool) -
             )
 
 
-def network_size(height: int, width: int, settings: Settings, *, training: bool) -> tuple[int, int]:
+def network_size(
+    height: int, width: int, settings: Settings, *, training: bool, target: Target | None = None
+) -> tuple[int, int]:
     """Return the size that an image gets: (rows, columns), before padding.
 
-    The shortest edge becomes one of `min_sizes`, drawn in training and the last in evaluation, or
-    less where the longest edge would be more than `max_size`; the other edge is rounded.
+    A target's "size" says it; else it is drawn in training, and the last in evaluation.
     """
-    if settings.fixed_size is not None:
-        return settings.fixed_size
-    shortest = settings.min_sizes[-1]
-    if training:
-        shortest = settings.min_sizes[int(torch.randint(len(settings.min_sizes), ()))]
-    scale = min(shortest / min(height, width), settings.max_size / max(height, width))
-    return int(height * scale + 0.5), int(width * scale + 0.5)
-
-
-def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize (3, H, W), antialiased, as the resize of PIL that the published models saw."""
-    resized: Tensor = nn.functional.interpolate(
-        image[None], size, mode="bilinear", antialias=True, align_corners=False
-    )[0]
-    return resized
+    place = -1
+    if training and settings.fixed_size is None:
+        # Drawn even where it is known, as what is drawn later follows from it.
+        place = int(torch.randint(len(settings.min_sizes), ()))
+    if target is not None and "size" in target:
+        rows, columns = target["size"].tolist()
+        return rows, columns
+    return settings.network_size.of(height, width, place)
 
 
 def resize_target(target: Target, given: tuple[int, int], size: tuple[int, int]) -> Target:
-    """Return boxes and masks of an image of the size `given` as of one of `size`."""
+    """Return boxes and masks of an image of the size `given` as of one of `size`.
+
+    Masks may have that size already.
+    """
     resized = dict(target)
     scale = target["boxes"].new_tensor([size[1] / given[1], size[0] / given[0]] * 2)
     resized["boxes"] = target["boxes"] * scale
-    if "masks" in target:
+    if "masks" in target and target["masks"].shape[-2:] != size:
         resized["masks"] = nn.functional.interpolate(
             target["masks"][:, None], size, mode="nearest-exact"
         )[:, 0]
@@ -212,6 +217,11 @@ def float32_outputs(head: Head) -> Head:
     """
     head.register_forward_hook(_to_float32)
     return head
+
+
+def is_head(module: nn.Module) -> bool:
+    """Whether detections are made of what the module puts out: what `float32_outputs` was given."""
+    return _to_float32 in module._forward_hooks.values()
 
 
 def _to_float32(_module: nn.Module, _inputs: Any, outputs: Any) -> Any:

@@ -33,6 +33,8 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+from bench.data.images import resize
+from bench.data.masks import RunLengths, encode_soft
 from bench.model.backbone import ViL
 from bench.model.detectors.contract import (
     ASPECT_RATIOS,
@@ -51,7 +53,6 @@ from bench.model.detectors.contract import (
     octaves,
     pyramid_features,
     pyramid_strides,
-    resize_image,
     resize_target,
 )
 
@@ -300,11 +301,14 @@ def _to_detectron2(
     inputs: list[dict[str, Any]] = []
     for index, image in enumerate(images):
         height, width = image.shape[-2:]
-        size = network_size(height, width, detector.settings, training=detector.training)
-        inputs.append({"image": resize_image(255 * image, size), "height": height, "width": width})
-        if detector.training and targets is not None:
-            target = resize_target(targets[index], (height, width), size)
-            inputs[-1]["instances"] = _instances(target, size, masks=masks)
+        target = targets[index] if detector.training and targets is not None else None
+        size = network_size(
+            height, width, detector.settings, training=detector.training, target=target
+        )
+        inputs.append({"image": resize(255 * image, size), "height": height, "width": width})
+        if target is not None:
+            resized = resize_target(target, (height, width), size)
+            inputs[-1]["instances"] = _instances(resized, size, masks=masks)
     return inputs
 
 
@@ -317,11 +321,11 @@ def _instances(target: Target, size: tuple[int, int], *, masks: bool) -> Instanc
     return instances
 
 
-def _from_detectron2(detector: nn.Module, outputs: Any) -> Any:
+def _from_detectron2(detector: Detectron2MaskRCNN | Detectron2RetinaNet, outputs: Any) -> Any:
     """Return losses as they are, and instances as dictionaries of tensors."""
     if detector.training:
         return outputs
-    found = []
+    found: list[dict[str, Any]] = []
     for output in outputs:
         instances = output["instances"]
         found.append(
@@ -332,5 +336,10 @@ def _from_detectron2(detector: nn.Module, outputs: Any) -> Any:
             }
         )
         if instances.has("pred_masks"):
-            found[-1]["masks"] = instances.pred_masks[:, None].float()
+            masks = instances.pred_masks[:, None]
+            found[-1]["masks"] = (
+                RunLengths(encode_soft(masks), tuple(masks.shape))
+                if detector.run_lengths
+                else masks.float()
+            )
     return found

@@ -21,7 +21,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.roi_heads import RoIHeads, paste_masks_in_image
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, roi_align
@@ -32,6 +32,8 @@ from torchvision.ops.feature_pyramid_network import (
 )
 from torchvision.ops.poolers import LevelMapper
 
+from bench.data.images import resize
+from bench.data.masks import RunLengths, encode_soft
 from bench.model.backbone import ViL
 from bench.model.detectors.contract import (
     ASPECT_RATIOS,
@@ -50,12 +52,13 @@ from bench.model.detectors.contract import (
     octaves,
     pyramid_features,
     pyramid_strides,
-    resize_image,
     resize_target,
 )
 
 VERSION: str = torchvision.__version__
 CPU = torch.device("cpu")
+# Pixels of the masks that are held in float32 at one time: 128 MB.
+_PASTED_AT_ONCE = 2**25
 
 
 class Pyramid(nn.Module):
@@ -163,13 +166,30 @@ class Transform(GeneralizedRCNNTransform):
             size_divisible=vil.stride,
         )
         self.settings = settings
+        self.run_lengths = False
 
     def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
         """Resize an image (3, H, W) and what is in it."""
         height, width = image.shape[-2:]
-        size = network_size(height, width, self.settings, training=self.training)
+        size = network_size(height, width, self.settings, training=self.training, target=target)
         resized = None if target is None else resize_target(target, (height, width), size)
-        return resize_image(image, size), resized
+        return resize(image, size), resized
+
+    def postprocess(
+        self,
+        result: list[dict[str, Any]],
+        image_shapes: list[tuple[int, int]],
+        original_image_sizes: list[tuple[int, int]],
+    ) -> list[dict[str, Any]]:
+        """Return detections in the given images; masks as run lengths where they are asked for."""
+        if self.training or not self.run_lengths:
+            return super().postprocess(result, image_shapes, original_image_sizes)
+        soft = [found.pop("masks", None) for found in result]
+        result = super().postprocess(result, image_shapes, original_image_sizes)
+        for found, masks, size in zip(result, soft, original_image_sizes, strict=True):
+            if masks is not None:
+                found["masks"] = _pasted(masks, found["boxes"], size)
+        return result
 
 
 class TorchvisionMaskRCNN(MaskRCNN, Detector):
@@ -242,6 +262,7 @@ class TorchvisionMaskRCNN(MaskRCNN, Detector):
         """Return losses in training and detections in evaluation, as the package says."""
         if targets is not None:
             check_targets(targets, num_classes=self.num_classes, masks=True)
+        self.transform.run_lengths = self.run_lengths
         return super().forward(images, targets)
 
     def parts(self) -> dict[str, nn.Module]:
@@ -314,6 +335,15 @@ def mask_rcnn(vil: ViL, settings: Settings) -> TorchvisionMaskRCNN:
 def retinanet(vil: ViL, settings: Settings) -> TorchvisionRetinaNet:
     """Return RetinaNet around `vil`."""
     return TorchvisionRetinaNet(vil, settings)
+
+
+def _pasted(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> RunLengths:
+    """Masks (n, 1, side, side) of boxes in an image of a size, a few at a time."""
+    counts: list[bytes] = []
+    few = max(1, _PASTED_AT_ONCE // (size[0] * size[1]))
+    for some, own in zip(masks.split(few), boxes.split(few), strict=True):
+        counts += encode_soft(paste_masks_in_image(some, own, size))
+    return RunLengths(tuple(counts), (len(masks), 1, *size))
 
 
 def _with_area(output: dict[str, Tensor]) -> dict[str, Tensor]:

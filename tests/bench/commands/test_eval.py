@@ -16,6 +16,7 @@ from bench.config.suites import build_config
 from bench.data.coco import CocoDataset
 from bench.data.generated import generate
 from bench.data.images import to_float
+from bench.data.split import labels_by_name
 from bench.errors import InputError
 from bench.model import weights
 from bench.model.build import build_detector
@@ -138,7 +139,7 @@ def test_a_detector_that_learnt_its_image_has_a_high_average_precision(capsys, t
     box = {"id": 1, "image_id": 1, "category_id": 4, "bbox": [20, 10, 30, 24], "area": 720}
     content = {
         "images": [{"id": 1, "file_name": "1.png", "height": 48, "width": 72}],
-        "annotations": [box | {"iscrowd": 0, "segmentation": []}],
+        "annotations": [box | {"iscrowd": 0, "segmentation": [[20, 10, 50, 10, 50, 34, 20, 34]]}],
         "categories": [{"id": 4, "name": "box"}],
     }
     (tmp_path / "annotations").mkdir()
@@ -221,6 +222,62 @@ def test_the_checkpoint_of_a_run_with_its_record(capsys, data, tmp_path):
     code, _, err = run(capsys, *arguments, "--attention", "full", "seed=1")
     assert code == 2
     assert "leave out --attention, seed=1" in err
+
+
+def test_classes_are_matched_by_name_or_refused():
+    trained = ((1, "red"), (2, "blue"))
+    assert labels_by_name(trained, ((1, "red"), (2, "blue"))) is None
+    assert labels_by_name(trained, ((5, "blue"), (7, "red"))) == [2, 1]
+    assert labels_by_name(trained, ((5, "red"), (7, "blue"))) == [1, 2]
+    for own in (((1, "cat"), (2, "dog")), ((1, "red"),), ((1, "red"), (2, "red")), ()):
+        with pytest.raises(InputError, match="trained on 1 'red', 2 'blue'; the data has"):
+            labels_by_name(trained, own)
+
+
+def broken_detector(place, method="mask_rcnn"):
+    detector = detector_of(method=method)
+    parts = {
+        "backbone": lambda: (
+            detector.vil.layer1.patch_embed.proj.weight
+            if hasattr(detector.vil.layer1, "patch_embed")
+            else next(detector.vil.parameters())
+        ),
+        "box head": lambda: detector.roi_heads.box_predictor.cls_score.weight,
+        "rpn": lambda: detector.rpn.head.bbox_pred.weight,
+        "retinanet head": lambda: detector.head.classification_head.cls_logits.weight,
+    }
+    with torch.no_grad():
+        parts[place]().fill_(float("nan"))
+    return detector
+
+
+@pytest.mark.parametrize(
+    ("place", "method"),
+    [
+        ("backbone", "mask_rcnn"),
+        ("box head", "mask_rcnn"),
+        ("rpn", "mask_rcnn"),
+        ("retinanet head", "retinanet"),
+    ],
+)
+def test_images_of_values_that_are_not_finite_are_counted(capsys, data, tmp_path, place, method):
+    path = tmp_path / "broken.pth"
+    torch.save(broken_detector(place, method).state_dict(), path)
+    result = evaluate(capsys, path, data, "--batch-size", 3)
+    assert result["evaluation"]["not_finite"] == 4
+    assert "val2017: 4 of 4 images gave values that are not finite" in result["notes"][-1]
+
+
+def test_one_image_of_values_that_are_not_finite_is_counted_alone(capsys, saved, data, monkeypatch):
+    read = CocoDataset.read
+
+    def spoilt(dataset, index, **options):
+        image, target = read(dataset, index, **options)
+        return (torch.full(image.shape, float("nan")) if index == 2 else image), target
+
+    monkeypatch.setattr(CocoDataset, "read", spoilt)
+    result = evaluate(capsys, saved(), data, "--batch-size", 4)
+    assert result["evaluation"]["not_finite"] == 1
 
 
 def test_the_data_of_detectron2s_convention(capsys, saved, data, tmp_path, monkeypatch):

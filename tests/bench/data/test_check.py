@@ -11,15 +11,16 @@ import pytest
 from PIL import Image
 
 from bench import cli
-from bench.data.annotations import Finding
-from bench.data.check import SplitReport, check
+from bench.data.check import SplitReport, check, remarks
 from bench.data.coco import CocoDataset
+from bench.data.findings import Finding
 from bench.errors import InputError
 
 HEIGHT, WIDTH = 40, 60
 # Of an annotation in the sound data set: a rectangle as box, polygon and area.
 BOX = [10, 5, 20, 12]
 POLYGON = [10, 5, 30, 5, 30, 17, 10, 17]
+PAIRS = [[10, 5], [30, 5], [30, 17], [10, 17]]
 
 
 def annotation(id_: int, image_id: int, **changes: Any) -> dict[str, Any]:
@@ -97,15 +98,19 @@ ERRORS: list[tuple[dict[str, Any], str, str]] = [
     ({"segmentation": RUN | {"size": [9, 9]}}, "run-length mask of the wrong size", "[9, 9]"),
     ({"segmentation": RUN | {"counts": [7]}}, "run-length mask of the wrong size", "7 pixels"),
     ({"segmentation": RUN | {"counts": [-1, 2]}}, "malformed run-length mask", "counts"),
-    ({"segmentation": RUN | {"counts": "zz"}}, "malformed run-length mask", "cannot be read"),
+    ({"segmentation": RUN | {"counts": "S5a0g"}}, "malformed run-length mask", "cannot be read"),
+    ({"segmentation": [[{"x": 1, "y": 2}]]}, "malformed polygon", "'x': 1"),
     ({"bbox": None}, "malformed entry", "annotations[0]"),
-    ({"id": 102}, "id used twice", "annotations id 102"),
+    ({"id": 102}, "id used twice", "twice in the list 'annotations'"),
 ]
 
 ODD: list[tuple[dict[str, Any], str, str, int]] = [
     ({"bbox": [10, 5, 0, 12]}, "box without area in the image", "left out", 0),
     ({"bbox": [70, 5, 9, 12]}, "box without area in the image", "left out", 0),
-    ({"segmentation": [POLYGON, [1, 2, 3, 4]]}, "polygon of fewer than 3 points", "left out", 1),
+    ({"segmentation": [POLYGON, [1, 2, 3, 4]]}, "polygon of two corners", "left out", 1),
+    ({"segmentation": [POLYGON, [1, 2]]}, "polygon of fewer than 3 points", "left out", 1),
+    ({"segmentation": [PAIRS]}, "polygon of point pairs", "x and y in turn", 1),
+    ({"segmentation": PAIRS}, "polygon of point pairs", "x and y in turn", 1),
     (
         {"segmentation": [POLYGON, [1, 2, 3, 4, 5, 6, 7]]},
         "polygon of an odd count of numbers",
@@ -114,7 +119,9 @@ ODD: list[tuple[dict[str, Any], str, str, int]] = [
     ),
     ({"segmentation": None}, "annotation without a segmentation", "its box is its mask", 1),
     ({"segmentation": []}, "annotation without a segmentation", "its box is its mask", 1),
-    ({"area": None}, "annotation without an area", "its box's area", 1),
+    ({"segmentation": [[]]}, "annotation without a segmentation", "its box is its mask", 1),
+    ({"area": None}, "annotation without an area", "that of its mask", 1),
+    ({"area": HEIGHT * WIDTH}, "area of the whole image", "small, medium or large", 1),
     ({"iscrowd": 1}, "crowd outlined by polygons", "crowd", 1),
     ({"ignore": 1}, "marked 'ignore'", "it counts", 1),
     ({"area": 600}, "area that does not fit its mask", "small, medium or large", 1),
@@ -142,9 +149,8 @@ def test_an_error_is_found_by_the_annotation_s_id(
     if kind != "malformed entry":
         assert error.annotation == data["annotations"][0]["id"]
         assert str(error.annotation) in error.text
-    if kind != "malformed run-length mask":
-        with pytest.raises(InputError, match=r"instances_train2017\.json: "):
-            CocoDataset(tmp_path, "train2017")
+    with pytest.raises(InputError, match=r"instances_train2017\.json: "):
+        CocoDataset(tmp_path, "train2017")
 
 
 @pytest.mark.parametrize(("changes", "kind", "words", "used"), ODD, ids=str)
@@ -226,7 +232,7 @@ def truncate(path: Path) -> None:
 FILES: list[tuple[Spoil, str, str, bool]] = [
     (Path.unlink, "image missing", "image 2 is missing", True),
     (truncate, "image unreadable", "truncated", True),
-    (lambda path: path.write_bytes(b""), "image unreadable", "image 2: ", True),
+    (lambda path: path.write_bytes(b""), "image unreadable", "image 2 ", True),
     (lambda path: path.write_text("no"), "image unreadable", "unknown format", True),
     (saved(Image.new("RGB", (60, 41))), "image of another size", "41x60", True),
     (
@@ -358,6 +364,120 @@ def test_splits_of_other_classes_do_not_go_together(tmp_path: Path) -> None:
     assert check(tmp_path, ["val2017"])[0].findings == ()
 
 
+def test_a_file_that_two_images_name_is_found(tmp_path: Path) -> None:
+    data = content()
+    write(tmp_path, data)
+    data["images"][2]["file_name"] = "./1.png"
+    data["images"][3]["file_name"] = "job\\2.png"
+    (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(data))
+    report = only(tmp_path)
+    twice = [f for f in report.findings if f.kind == "file named by two images"]
+    assert [(f.image, f.values["other"]) for f in twice] == [(3, 1), (4, 2)]
+    assert kinds(report.findings)["image twice in a split"] == 0
+    (line,) = [x for x in remarks([CocoDataset(tmp_path, "train2017")]) if "two images" in x]
+    assert "2 of: file named by two images (images 3, 4)" in line
+
+
+Change = Callable[[dict[str, Any]], None]
+
+
+def fractions(a: dict[str, Any]) -> None:
+    x, y, w, h = a["bbox"]
+    a["bbox"] = [x / WIDTH, y / HEIGHT, w / WIDTH, h / HEIGHT]
+
+
+def corners(a: dict[str, Any]) -> None:
+    x, y, w, h = a["bbox"]
+    a["bbox"] = [x, y, x + w, y + h]
+
+
+def centres(a: dict[str, Any]) -> None:
+    x, y, w, h = a["bbox"]
+    a["bbox"] = [x + w / 2, y + h / 2, w, h]
+
+
+def rows_first(a: dict[str, Any]) -> None:
+    x, y, w, h = a["bbox"]
+    a["bbox"] = [y, x, h, w]
+
+
+@pytest.mark.parametrize(
+    ("change", "masks", "said"),
+    [
+        (fractions, False, "4 of 4 boxes are smaller than a pixel: are they fractions"),
+        (fractions, True, "4 of 4 boxes fit their masks if they are read as fractions"),
+        (corners, False, "4 of 4 boxes reach over the image's edge: are they x1, y1, x2, y2"),
+        (corners, True, "4 of 4 boxes fit their masks if they are read as x1, y1, x2, y2"),
+        (centres, False, "4 of 4 boxes reach over the image's edge"),
+        (centres, True, "4 of 4 boxes fit their masks if they are read as a centre"),
+        (rows_first, True, "4 of 4 boxes fit their masks if they are read as y, x, height, width"),
+        (None, False, ""),
+        (None, True, ""),
+    ],
+)
+def test_boxes_of_another_format_are_suspected(
+    tmp_path: Path, change: Change | None, masks: bool, said: str
+) -> None:
+    data = content()
+    for a in data["annotations"]:
+        a["bbox"], a["area"] = [32, 20, 24, 14], 24 * 14
+        a["segmentation"] = []
+        if masks:
+            a["bbox"], a["area"] = [20, 12, 12, 8], 12 * 8
+            a["segmentation"] = [[20, 12, 32, 12, 32, 20, 20, 20]]
+        if change is not None:
+            change(a)
+    write(tmp_path, data)
+    suspected = [x for x in remarks([CocoDataset(tmp_path, "train2017")]) if " of 4 boxes " in x]
+    assert any(said in line for line in suspected) if said else suspected == []
+    assert len(suspected) == len({f.text for f in only(tmp_path).odd if " of 4 boxes " in f.text})
+
+
+def test_percentages_are_suspected(tmp_path: Path) -> None:
+    data = content(16)
+    for image, a in zip(data["images"], data["annotations"], strict=True):
+        image |= {"height": 300, "width": 400}
+        a |= {"bbox": [10, 5, 60, 70], "segmentation": []}
+    (tmp_path / "train2017").mkdir(parents=True)
+    for image in data["images"]:
+        picture(image["id"]).resize((400, 300)).save(tmp_path / "train2017" / image["file_name"])
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(data))
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    assert any("all 16 boxes end within the first 100 pixels" in line for line in lines)
+
+
+def test_a_small_range_of_deep_images_is_said_and_can_be_scaled(tmp_path: Path) -> None:
+    folder = write(tmp_path, content())
+    values = np.linspace(0, 4000, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.uint16)
+    Image.fromarray(values).save(folder / "2.png")
+    line, *_ = remarks([CocoDataset(tmp_path, "train2017")])
+    assert "values up to 4000 of 65535 in 1 16-bit images; scaled by 65535, which leaves" in line
+    assert "0 to 16 of 255; data.deep_white=4095 scales by that" in line
+    scaled = CocoDataset(tmp_path, "train2017", deep_white=4095)
+    np.testing.assert_allclose(scaled[1][0][0], values * (255 / 4095), atol=0.51)
+    assert not any("values up to" in line for line in remarks([scaled]))
+    with pytest.raises(InputError, match=r"2\.png: pixels up to 4000; data\.deep_white=255 must"):
+        CocoDataset(tmp_path, "train2017", deep_white=255)[1]
+
+
+def test_remarks_are_of_every_split_the_first_first(tmp_path: Path) -> None:
+    folder = write(tmp_path, content())
+    data = content()
+    data["annotations"][0]["segmentation"] = [PAIRS]
+    write(tmp_path, data, split="val2017", first=50)
+    (tmp_path / "val2017" / "2.png").write_bytes((folder / "2.png").read_bytes())
+    picture(3, "L").save(folder / "3.png")
+    sets = [CocoDataset(tmp_path, split) for split in ("val2017", "train2017")]
+    pairs, grey = [line for line in remarks(sets) if "two splits" not in line]
+    assert "instances_val2017.json: 1 of: polygon of point pairs (annotations 101); read" in pairs
+    assert "instances_train2017.json: 1 of: grey image (images 3); three equal channels" in grey
+    assert any("1 of: image in two splits (images 2)" in line for line in remarks(sets))
+    truncate(folder / "4.png")
+    with pytest.raises(InputError, match=r"instances_train2017\.json: image 4 \(4\.png\) cannot"):
+        remarks(sets)
+
+
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     code = cli.main(["data", "check", *arguments, "--workers", "0"])
     captured = capsys.readouterr()
@@ -420,11 +540,11 @@ def test_a_folder_of_images_of_another_name_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tmp_path, content())
-    (tmp_path / "train2017").rename(tmp_path / "images")
+    (tmp_path / "train2017").rename(tmp_path / "pictures")
     code, out, _ = run(capsys, str(tmp_path))
     assert code == 1
     assert "for split 'train2017', where the images belong" in " ".join(out.split())
-    assert "folders there: annotations, images" in " ".join(out.split())
+    assert "folders there: annotations, pictures" in " ".join(out.split())
 
 
 def test_speed_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

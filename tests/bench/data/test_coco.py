@@ -16,6 +16,7 @@ from pycocotools import mask as reference
 
 from bench.config.suites import default_root
 from bench.data import images
+from bench.data.check import remarks
 from bench.data.coco import CocoDataset, Packed
 from bench.errors import InputError
 from bench.run.evaluate import CocoEvaluator
@@ -198,9 +199,13 @@ def test_an_image_without_annotations_has_an_empty_target(tmp_path: Path) -> Non
 
 
 def test_missing_optional_keys_have_defaults(tmp_path: Path) -> None:
+    """The area is that of the mask, as in COCO; of the box where that is the mask."""
     target = dataset(tmp_path, edited(iscrowd=None, area=None))[0][1]
     assert target["iscrowd"][0] == 0
-    assert target["area"][0] == 400
+    assert target["area"][0] == target["masks"][0].sum() == pytest.approx(200, abs=25)
+    runs = compressed(box_mask(10, 5, 7, 3))
+    assert dataset(tmp_path, edited(area=None, segmentation=runs))[0][1]["area"][0] == 21
+    assert dataset(tmp_path, edited(area=None, segmentation=None))[0][1]["area"][0] == 400
 
 
 def test_boxes_are_clipped_to_the_image(tmp_path: Path) -> None:
@@ -238,23 +243,26 @@ def test_the_annotations_themselves_score_everything(
         found["masks"] = target["masks"][sure][:, None].float()
         evaluator.update([found], [target])
     figures = evaluator.compute()
-    for kind in ("box", "mask"):
-        assert figures[kind] is not None
-        assert figures[kind]["AP"] == pytest.approx(100)
+    assert figures["box"]["AP"] == pytest.approx(100)
+    # The crowd alone has a mask of its own.
+    assert figures["mask"]["AP"] == (pytest.approx(100) if segmented else None)
 
 
-@pytest.mark.parametrize("bad", [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7], []], ids=str)
+@pytest.mark.parametrize("bad", [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7], [1, 2]], ids=str)
 def test_polygons_of_fewer_than_three_points_are_left_out(tmp_path: Path, bad: list[int]) -> None:
     """As detectron2 leaves them out, and an annotation that has no other."""
     plain = dataset(tmp_path, content())[0][1]
     data = dataset(tmp_path, edited(segmentation=[bad, TRIANGLE]))
     assert torch.equal(data[0][1]["masks"], plain["masks"])
     assert data.ground_truth()["annotations"][0]["segmentation"] == [TRIANGLE]
-    assert sum("(1); the polygon is left out" in line for line in data.check()) == 1
+    assert sum("(annotations 1); the polygon is left out" in line for line in remarks([data])) == 1
     data = dataset(tmp_path, edited(segmentation=[bad]))
     assert data[0][1]["labels"].tolist() == [1, 1]
     assert [a["area"] for a in data.ground_truth()["annotations"]] == [48, 150, 144]
-    assert any("without a valid polygon (1); the annotation" in line for line in data.check())
+    assert any(
+        "without a valid polygon (annotations 1); the annotation" in line
+        for line in remarks([data])
+    )
 
 
 def test_fingerprint_follows_the_annotation_file(tmp_path: Path) -> None:
@@ -271,11 +279,11 @@ def test_odd_data_is_reported_and_used(tmp_path: Path) -> None:
     raw["annotations"][1]["category_id"] = 90
     data = dataset(tmp_path, raw)
     prefix = f"{data.annotation_file}: "
-    assert data.check(decode=True) == [
-        f"{prefix}2 classes without an instance (train, hair drier)",
-        f"{prefix}1 images without annotations (13)",
-        f"{prefix}1 images with crowds only (11)",
-    ]
+    *counted, empty, crowds, classes = remarks([data])
+    assert counted == []
+    assert empty.startswith(f"{prefix}1 of: image without annotations (images 13); left out")
+    assert crowds.startswith(f"{prefix}1 of: image with crowds only (images 11); left out")
+    assert classes.startswith(f"{prefix}2 of: class without an instance (class 'train', class ")
     assert data[0][1]["iscrowd"].tolist() == [1]
     assert [data.instances(index) for index in range(3)] == [0, 1, 0]
 
@@ -283,7 +291,7 @@ def test_odd_data_is_reported_and_used(tmp_path: Path) -> None:
 def test_sound_data_gives_no_warning(tmp_path: Path) -> None:
     raw = content()
     raw["images"] = raw["images"][:2]
-    assert dataset(tmp_path, raw).check(decode=True) == []
+    assert remarks([dataset(tmp_path, raw)]) == []
 
 
 @pytest.mark.parametrize(
@@ -306,8 +314,8 @@ def test_a_box_without_area_is_refused_or_dropped(tmp_path: Path, box: list[floa
     data = dataset(tmp_path, edited(bbox=box), degenerate_boxes="drop")
     assert data[0][1]["labels"].tolist() == [1, 1]
     assert [a["area"] for a in data.ground_truth()["annotations"]] == [48, 150, 144]
-    (line,) = [line for line in data.check() if "left out" in line]
-    assert "1 of: box without area in the image (1); the annotation is left out" in line
+    (line,) = [line for line in remarks([data]) if "annotation is left out" in line]
+    assert "box without area in the image (annotations 1); the annotation is left out" in line
 
 
 def test_an_image_whose_boxes_are_all_dropped_is_empty(tmp_path: Path) -> None:
@@ -316,7 +324,7 @@ def test_an_image_whose_boxes_are_all_dropped_is_empty(tmp_path: Path) -> None:
     data = dataset(tmp_path, raw, degenerate_boxes="drop")
     assert data[1][1]["boxes"].shape == (0, 4)
     assert data.instances(1) == 0
-    assert any("images without annotations (12, 13)" in line for line in data.check())
+    assert any("image without annotations (images 12, 13)" in line for line in remarks([data]))
 
 
 def test_another_way_with_degenerate_boxes_is_refused(tmp_path: Path) -> None:
@@ -362,12 +370,15 @@ SIZE = [HEIGHT, WIDTH]
         (("annotations", 2, "bbox"), [10**400, 2, 3, 4], ["annotation 3"]),
         (("annotations", 2, "bbox"), "1\n2", ["annotations[2]", "bbox"]),
         (("annotations", 2, "bbox"), ["1\n2", 2, 3, 4], ["annotation 3"]),
-        (("annotations", 2, "id"), 1, ["annotations id 1 ", "twice"]),
-        (("images", 1, "id"), 11, ["images id 11 ", "twice"]),
+        (("annotations", 2, "id"), 1, ["annotation 1 ", "twice"]),
+        (("images", 1, "id"), 11, ["image 11 ", "twice"]),
         (("categories", 1, "id"), 90, ["categories id 90 ", "twice"]),
-        (("images", 1, "id"), "12", ["images[1]", "'12'", "whole number"]),
+        (("images", 1, "id"), "12a", ["images[1]", "'12a'", "whole number"]),
+        (("images", 1, "id"), 12.5, ["images[1]", "12.5", "whole number"]),
+        (("images", 1, "id"), True, ["images[1]", "True", "whole number"]),
+        (("images", 1, "height"), 10**9, ["image 12 ", "1000000000x60"]),
         (("images", 1, "id"), [12], ["images[1]", "[12]", "whole number"]),
-        (("images", 1, "height"), "40", ["images[1]", "'40'"]),
+        (("images", 1, "height"), "forty", ["images[1]", "'forty'"]),
         (("images", 1, "height"), 0, ["image 12 ", "0x60"]),
         (("images", 1, "file_name"), 12, ["images[1]", "12", "text"]),
         (("categories", 0, "id"), "cat", ["categories[0]", "'cat'"]),
@@ -382,6 +393,9 @@ SIZE = [HEIGHT, WIDTH]
         (("annotations", 0, "segmentation"), [1, 2, 3, 4, 5, 6], ["annotation 1", "polygon 1"]),
         (("annotations", 0, "segmentation"), [["a", 2, 3, 4, 5, 6]], ["annotation 1", "'a'"]),
         (("annotations", 0, "segmentation"), [[float("nan"), *TRIANGLE[1:]]], ["nan"]),
+        (("annotations", 0, "segmentation"), [[10**400, *TRIANGLE[1:]]], ["annotation 1"]),
+        (("annotations", 0, "segmentation"), [TRIANGLE, [None]], ["annotation 1", "None"]),
+        (("annotations", 0, "segmentation"), [None, TRIANGLE], ["annotation 1", "None"]),
         (
             ("annotations", 0, "segmentation"),
             [[1e9, *TRIANGLE[1:]]],
@@ -440,13 +454,11 @@ def test_a_folder_without_annotations_is_named(tmp_path: Path) -> None:
         CocoDataset(tmp_path, "val2017")
 
 
-@pytest.mark.parametrize("counts", ["0", "zz", "S5a0g", "é"])
-def test_a_malformed_compressed_mask_is_named_when_read(tmp_path: Path, counts: str) -> None:
-    data = dataset(tmp_path, broken(("annotations", 2, "segmentation", "counts"), counts))
-    for read in (lambda: data[0], lambda: data.check(decode=True)):
-        with pytest.raises(InputError, match=r"instances_train2017\.json: annotation 3 ") as caught:
-            read()
-        assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("counts", ["0", "zz", "S5a0g", "é", "", "o" * 40])
+def test_a_malformed_compressed_mask_is_named(tmp_path: Path, counts: str) -> None:
+    message = refused(tmp_path, broken(("annotations", 2, "segmentation", "counts"), counts))
+    assert "instances_train2017.json: annotation 3 " in message
+    assert "run-length mask" in message
 
 
 def test_detectron2_s_variable_names_the_folder(
@@ -521,7 +533,7 @@ def test_an_unreadable_image_is_named(tmp_path: Path, damage: str) -> None:
         data[1]
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"12\.png"):
-        data.check(decode=True)
+        remarks([data])
 
 
 def test_an_image_of_another_size_is_refused(tmp_path: Path) -> None:
@@ -536,6 +548,20 @@ def test_an_image_too_large_to_be_one_is_named(tmp_path: Path) -> None:
     header = b"P6 100000 100000 255\n"
     (tmp_path / "train2017" / "12.png").write_bytes(header + bytes(300))
     with pytest.raises(InputError, match=r"cannot read image .*12\.png"):
+        data[1]
+
+
+def test_an_image_beyond_pillow_s_limit_is_read_where_the_list_says_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = dataset(tmp_path, content())
+    monkeypatch.setattr(images, "_MOST_PIXELS", 100)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert data[1][0].shape == (3, HEIGHT, WIDTH)
+    Image.new("RGB", (2 * WIDTH, 2 * HEIGHT)).save(tmp_path / "train2017" / "12.png")
+    with pytest.raises(InputError, match=r"cannot read image .*12\.png: .*exceeds limit"):
         data[1]
 
 

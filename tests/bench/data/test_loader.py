@@ -21,7 +21,9 @@ from PIL import Image
 
 from bench.data import loader
 from bench.data.coco import CocoDataset
+from bench.data.images import NetworkSize, resize, to_float
 from bench.errors import InputError
+from bench.model.detectors.contract import resize_target
 
 COUNT = 7
 
@@ -340,13 +342,13 @@ def test_ctrl_c_does_not_reach_the_workers(data: CocoDataset) -> None:
 def test_the_time_to_read_is_added_up_whether_or_not_it_is_waited_for(
     data: CocoDataset, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    read = CocoDataset.__getitem__
+    read = CocoDataset.read
 
-    def slow(dataset: CocoDataset, index: int) -> loader.Sample:
+    def slow(dataset: CocoDataset, index: int, **options: Any) -> loader.Sample:
         time.sleep(0.05)
-        return read(dataset, index)
+        return read(dataset, index, **options)
 
-    monkeypatch.setattr(CocoDataset, "__getitem__", slow)
+    monkeypatch.setattr(CocoDataset, "read", slow)
     pace = loader.Pace()
     found = loader.training_batches(
         data, batch_size=2, seed=0, steps=6, num_workers=workers, pace=pace
@@ -396,3 +398,84 @@ def test_evaluation_takes_every_image_once_in_order(data: CocoDataset, workers: 
     targets = [target for _, batch in found for target in batch]
     assert [target["iscrowd"].tolist() for target in targets[3:6]] == [[0, 1], [1], []]
     assert torch.equal(found[0][0][0], data[0][0])
+
+
+def many_objects(root: Path, *, side: int, objects: int = 60) -> CocoDataset:
+    """One picture of `side` pixels with objects of a fortieth of it."""
+    (root / "train2017").mkdir(parents=True)
+    (root / "annotations").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (side, 2 * side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(root / "train2017" / "1.png")
+    size = side / 40
+    annotations = []
+    for number in range(objects):
+        x, y = (number % 10 + 0.3) * 3 * size, (number // 10 + 0.4) * 3 * size
+        outline = [x, y, x + size, y, x + size, y + size, x, y + size]
+        annotations.append(
+            {"id": number + 1, "image_id": 1, "category_id": 1, "bbox": [x, y, size, size]}
+            | {"area": size * size, "iscrowd": 0, "segmentation": [outline]}
+        )
+    image = {"id": 1, "file_name": "1.png", "height": side, "width": 2 * side}
+    content = {"images": [image], "annotations": annotations}
+    content["categories"] = [{"id": 1, "name": "thing"}]
+    (root / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
+    return CocoDataset(root, "train2017")
+
+
+@pytest.mark.parametrize("side", [100, 150, 700])
+def test_what_is_read_in_the_network_s_size_is_what_the_detector_makes(
+    tmp_path: Path, side: int
+) -> None:
+    """Image, boxes and masks to the digit, flipped or not, whether resized here or there."""
+    data = many_objects(tmp_path, side=side, objects=5)
+    sizes = NetworkSize((96, 120), 300)
+    options: dict[str, Any] = {"batch_size": 1, "seed": 3, "steps": 8}
+    whole = loader.training_batches(data, **options)
+    drawn = set()
+    for (images, targets), (plain, plain_targets) in zip(
+        loader.training_batches(data, network_size=sizes, **options), whole, strict=True
+    ):
+        (image,), (target,) = images, targets
+        size = tuple(target["size"].tolist())
+        drawn.add(size)
+        expected = resize(to_float(plain[0]), size)
+        wanted = resize_target(plain_targets[0], plain[0].shape[-2:], size)
+        assert torch.equal(resize(to_float(image), size), expected)
+        found = resize_target(target, image.shape[-2:], size)
+        torch.testing.assert_close(found["boxes"], wanted["boxes"])
+        assert torch.equal(found["masks"], wanted["masks"])
+        # Nothing is handed over that has more bytes than it needs.
+        most = max(4 * 3 * size[0] * size[1], 1)
+        assert image.numel() * image.element_size() <= most or side < 200
+        assert target["masks"][0].numel() <= min(size[0] * size[1], 2 * side * side)
+    assert drawn == {(96, 192), (120, 240)}
+
+
+def test_memory_of_a_step_does_not_grow_with_the_stored_size(tmp_path: Path) -> None:
+    taken = []
+    for side in (400, 1200):
+        data = many_objects(tmp_path / str(side), side=side)
+        sizes = NetworkSize((96,), 300)
+        images, targets = next(
+            loader.training_batches(data, batch_size=1, seed=0, steps=1, network_size=sizes)
+        )
+        tensors = [images[0], *targets[0].values()]
+        taken.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+    assert taken[0] == taken[1] < 2_000_000
+
+
+def test_a_detector_without_masks_decodes_none(
+    data: CocoDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decoded(*_: Any, **__: Any) -> None:
+        raise AssertionError("a mask was decoded")
+
+    monkeypatch.setattr("bench.data.masks.pixels", decoded)
+    for _, targets in batches(data, masks=False):
+        assert all("masks" not in target for target in targets)
+    assert len(list(loader.evaluation_batches(data, batch_size=2))) == 4
+
+
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (2, 9999), (1, 1)])
+def test_an_image_of_an_extreme_aspect_keeps_a_pixel(size: tuple[int, int]) -> None:
+    assert min(NetworkSize((800,), 1333).of(*size)) >= 1

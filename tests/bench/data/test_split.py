@@ -86,6 +86,35 @@ def test_a_run_compares_the_categories_too(root: Path, tmp_path: Path) -> None:
         runner.run(config, output=tmp_path / "out")
 
 
+def test_a_record_says_what_was_misread_and_of_which_classes_it_is(
+    root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(root, tmp_path / "data")
+    for split in ("train2017", "val2017"):
+        path = tmp_path / "data" / "annotations" / f"instances_{split}.json"
+        content = json.loads(path.read_text())
+        for annotation in content["annotations"]:
+            annotation["segmentation"] = [[1, 2, 3, 4]]
+        for annotation in content["annotations"][:1]:
+            annotation["segmentation"] = []
+        path.write_text(json.dumps(content))
+    config = _changed(
+        data={"path": str(tmp_path / "data")},
+        train={"steps": 1, "batch_size": 1},
+        evaluate={"splits": ["val2017"], "bootstrap": 0},
+        profile={"enabled": False},
+    )
+    result = runner.run(config, output=tmp_path / "out")
+    left_out = [note for note in result.notes if "annotation without a valid polygon" in note]
+    assert ["val2017" in note for note in left_out] == [True, False]
+    assert result.training is not None
+    assert result.training["classes"][0] == [1, "disc"]
+    assert result.evaluation is not None
+    assert result.evaluation["not_finite"] == 0
+    assert result.evaluation["mask"]["AP"] is None
+    assert any("no annotation has a segmentation" in note for note in result.notes)
+
+
 def _changed(**sections: object) -> RunConfig:
     values = load_suite("quick", rows=["ViL"]).runs[0].as_dict()
     for section, changes in sections.items():

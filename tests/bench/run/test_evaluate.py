@@ -24,6 +24,7 @@ class Annotations:
 
     def __init__(self, images, annotations):
         self.categories = CATEGORIES
+        self.has_masks = True
         self._truth = {
             "images": [{"id": i, "height": SIZE[0], "width": SIZE[1]} for i in images],
             "annotations": annotations,
@@ -362,3 +363,53 @@ def test_an_image_is_scored_once():
     evaluator.update(outputs[:1], targets(images[:1]))
     with pytest.raises(ValueError, match=f"image {images[0]} was evaluated twice"):
         evaluator.update(outputs[:1], targets(images[:1]))
+
+
+def renamed(dataset, images, image_id, category_id):
+    """The same annotations with other ids of images and categories."""
+    truth = copy.deepcopy(dataset.ground_truth())
+    for image in truth["images"]:
+        image["id"] = image_id(image["id"])
+    for category in truth["categories"]:
+        category["id"] = category_id(category["id"])
+    for found in truth["annotations"]:
+        found["image_id"] = image_id(found["image_id"])
+        found["category_id"] = category_id(found["category_id"])
+    other = Annotations((), ())
+    other.categories = tuple((category_id(id_), name) for id_, name in dataset.categories)
+    other._truth = truth
+    return other, [image_id(id_) for id_ in images]
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [lambda id_: id_ - 500, lambda id_: 1_700_000_000_000_000_000 + id_, lambda id_: id_ - 2**63],
+    ids=["negative", "beyond float64", "the lowest of 64 bits"],
+)
+def test_ids_are_only_names(rename):
+    dataset, images, outputs = random_case(0)
+    other, names = renamed(dataset, images, rename, rename)
+    expected = evaluated(dataset, images, outputs).compute()
+    assert evaluated(other, names, outputs).compute() == expected
+
+
+def test_labels_of_another_order_are_mapped():
+    dataset, images, outputs = random_case(0)
+    expected = evaluated(dataset, images, outputs).compute()
+    # The detector's labels 1, 2, 3 are the data's 3, 1, 2.
+    labels = [3, 1, 2]
+    turned = [
+        o | {"labels": torch.tensor([labels.index(x) + 1 for x in o["labels"]])} for o in outputs
+    ]
+    evaluator = CocoEvaluator(dataset, labels=labels)
+    evaluator.update(turned, targets(images))
+    assert evaluator.compute() == expected
+
+
+def test_without_masks_there_is_no_mask_ap():
+    dataset, images, outputs = random_case(0)
+    dataset.has_masks = False
+    results = evaluated(dataset, images, outputs).compute()
+    assert set(results["mask"].values()) == {None}
+    assert results["mask_interval"] is results["bootstrap"]["mask_AP"] is None
+    assert results["box"]["AP"] > 1

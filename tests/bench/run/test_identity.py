@@ -47,6 +47,7 @@ TRAINED: dict[str, Any] = {
     "data.fixed_size": [96, 96],
     "data.flip": False,
     "data.aspect_ratio_grouping": True,
+    "data.deep_white": 4095,
     "data.degenerate_boxes": "drop",
     "train.steps": 7,
     "train.batch_size": 28,
@@ -91,6 +92,9 @@ NEITHER: dict[str, Any] = {
     "train.log_every": 3,
     # By their content alone, which tests below change.
     "data.path": None,
+    "data.train_file": "a.json",
+    "data.val_file": "b.json",
+    "data.images": "c",
     "train.init": None,
 }
 

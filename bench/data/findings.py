@@ -1,0 +1,296 @@
+"""What can be wrong or odd in a data set: a table of kinds, with how each is handled."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+_SHOWN = 5
+
+
+class Kind(NamedTuple):
+    """A kind of finding.
+
+    Attributes:
+        text: what is said of its place; fields in braces are values of the finding.
+        handled: how it is handled; None for an error, with which the data cannot be used.
+        left_out: whether data is left out for it.
+    """
+
+    text: str
+    handled: str | None = None
+    left_out: bool = False
+
+
+_BOTH_USED = "both are used as they are"
+_PART = "the polygon is left out"
+_WHOLE = "the annotation is left out"
+_CUT = "it is cut off at the edge"
+_GREY = "three equal channels"
+_TRANSPARENT = "the transparency is dropped"
+_RGB = "converted to RGB"
+_MODE = "has Pillow's mode {mode}"
+
+# Errors first, then what decides on a whole split, then single places.
+KINDS: Mapping[str, Kind] = {
+    "annotation file unreadable": Kind("{why}"),
+    "section missing": Kind("{why}"),
+    "malformed entry": Kind("{why}"),
+    "id used twice": Kind("has an id that stands twice in the list {section!r}"),
+    "image without a size": Kind("has the size {height}x{width} (height x width)"),
+    "image folder missing": Kind("{why}"),
+    "image missing": Kind("is missing: {path}"),
+    "image unreadable": Kind("cannot be read: {why}"),
+    "image of another size": Kind(
+        "is {rows}x{columns} (height x width), {height}x{width} in the annotation file{hint}"
+    ),
+    "annotation of no image": Kind("points to image {other}, which is not listed"),
+    "unknown category": Kind("has the unknown category {category}"),
+    "malformed iscrowd": Kind("has iscrowd {value}; 0 or 1 is needed"),
+    "malformed area": Kind("has area {value}; a number of pixels, 0 or more, is needed"),
+    "malformed box": Kind("has bbox {value}; [x, y, width, height] in pixels is needed"),
+    "malformed polygon": Kind("has {what}; a list of x, y in turn, in pixels, is needed"),
+    "malformed run-length mask": Kind("has a run-length mask that cannot be read: {why}"),
+    "run-length mask of the wrong size": Kind("has a run-length mask of {size}; its image {own}"),
+    "classes of the splits differ": Kind("{why}"),
+    "boxes that look like fractions": Kind(
+        "{count} of {all} boxes are smaller than a pixel: are they fractions of the image?",
+        "taken as pixels",
+    ),
+    "boxes that look like percentages": Kind(
+        "all {all} boxes end within the first 100 pixels of larger images: are they percentages?",
+        "taken as pixels",
+    ),
+    "boxes that look like corners": Kind(
+        "{count} of {all} boxes reach over the image's edge: are they x1, y1, x2, y2, or around"
+        " their centre?",
+        "taken as x, y, width, height",
+    ),
+    "boxes in another format than the masks": Kind(
+        "{count} of {all} boxes fit their masks if they are read as {format}",
+        "taken as x, y, width, height",
+    ),
+    "deep images with a small range": Kind(
+        "values up to {top} of 65535 in {count} 16-bit images",
+        "scaled by 65535, which leaves {left} of 255; data.deep_white={white} scales by that",
+    ),
+    "no masks at all": Kind(
+        "no annotation has a segmentation",
+        "boxes are the masks to train on, and there is no mask AP; --method retinanet needs none",
+    ),
+    "split of another name": Kind("{split} is read from {path}", "used as {split}"),
+    "file named by two images": Kind(
+        "names the same file as image {other}, {path}",
+        "used twice, each time with the annotations of one entry alone",
+    ),
+    "image in two splits": Kind(
+        "is the same file as {other}", "trained on and evaluated with, if you choose both splits"
+    ),
+    "image twice in a split": Kind("is the same file as {other}", "used twice"),
+    "image file of another path": Kind("is found as {path}", "read from there"),
+    "number written as text or fraction": Kind("has {key!r} {value}", "taken as a whole number"),
+    "box without area in the image": Kind("has the box {box}", _WHOLE, left_out=True),
+    "annotation without a valid polygon": Kind("has no valid polygon", _WHOLE, left_out=True),
+    "polygon of two corners": Kind(
+        "has a polygon of 4 numbers, perhaps a box x1, y1, x2, y2", _PART, left_out=True
+    ),
+    "polygon of fewer than 3 points": Kind(
+        "has a polygon of {count} numbers", _PART, left_out=True
+    ),
+    "polygon of an odd count of numbers": Kind(
+        "has a polygon of {count} numbers", _PART, left_out=True
+    ),
+    "polygon of point pairs": Kind(
+        "has a polygon of [x, y] pairs", "read as x and y in turn, as COCO writes them"
+    ),
+    "annotation without a segmentation": Kind("has no segmentation", "its box is its mask"),
+    "annotation without an area": Kind("has no area", "that of its mask is used"),
+    "box over the image's edge": Kind(
+        "has the box {box}, which reaches {over:g} pixels over the edge of {height}x{width}"
+        " (height x width)",
+        _CUT,
+    ),
+    "polygon over the image's edge": Kind(
+        "has a polygon that reaches {over:g} pixels over the image's edge",
+        "its mask is cut off at the edge",
+    ),
+    "box smaller than a pixel": Kind("has the box {box}", "used as it is"),
+    "crowd outlined by polygons": Kind("is a crowd and has polygons", "it is a crowd"),
+    "marked 'ignore'": Kind("is marked 'ignore'", "only 'iscrowd' is read; it counts"),
+    "mask without a pixel": Kind(
+        "has a mask without a pixel", "its box is used, with an empty mask"
+    ),
+    "box that does not fit its mask": Kind(
+        "has the box {box}, but its mask's is {extent} (x, y, width, height)", _BOTH_USED
+    ),
+    "area of the whole image": Kind(
+        "has the area of its whole image, {area:g}, but its mask has {pixels:g} pixels",
+        "the area decides whether it counts as small, medium or large",
+    ),
+    "area that does not fit its mask": Kind(
+        "has the area {area:g}, but its mask has {pixels:g} pixels",
+        "the area decides whether it counts as small, medium or large",
+    ),
+    "image without annotations": Kind(
+        "has no annotation",
+        "left out of training; evaluated, where every detection is a false one",
+    ),
+    "image with crowds only": Kind("has crowds only", "left out of training; evaluated"),
+    "class without an instance": Kind(
+        "has no instance but crowds, or none at all",
+        "it keeps its label; its AP is left out of the mean",
+    ),
+    "class name used twice": Kind("is the name of {count} classes", "they stay apart"),
+    "file that no image names": Kind("is named by no image", "not used"),
+    "black-and-white image": Kind(_MODE, _GREY),
+    "grey image": Kind(_MODE, _GREY),
+    "grey image with transparency": Kind(_MODE, f"{_GREY}, {_TRANSPARENT}"),
+    "image with a palette": Kind(_MODE, _RGB),
+    "transparent image": Kind(_MODE, _TRANSPARENT),
+    "CMYK image": Kind(_MODE, _RGB),
+    "16-bit image": Kind(_MODE + " and values up to {top}", "grey, scaled to 8 bit"),
+    "16-bit colour image": Kind(
+        "has 16 bits a channel, whose upper 8 go up to {top}", "the upper 8 bits are used"
+    ),
+    "image of an unusual mode": Kind(_MODE, _RGB),
+    "image turned by EXIF": Kind("has the EXIF orientation {orientation}", "turned upright"),
+    "image of several frames": Kind("has several frames", "the first is used"),
+    "image with a warning": Kind("makes Pillow warn: {why}", "read all the same"),
+}
+
+# What is said of a whole split, and the kinds of single places that then need no line.
+_COVERED = {
+    "boxes that look like fractions": ("box smaller than a pixel", "mask without a pixel"),
+    "boxes that look like corners": ("box over the image's edge",),
+    "no masks at all": ("annotation without a segmentation",),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong or odd in a data set.
+
+    Attributes:
+        kind: a key of `KINDS`.
+        values: what `KINDS` fills its text with.
+        image, annotation: the ids it concerns.
+        name: what it concerns where that has no id, or the image's file.
+        is_error: whether the data cannot be used with it.
+        remedy: what makes an error of it something handled.
+    """
+
+    kind: str
+    values: Mapping[str, Any]
+    image: int | None = None
+    annotation: int | None = None
+    name: str = ""
+    is_error: bool = False
+    remedy: str = ""
+
+    @property
+    def place(self) -> str:
+        """What it concerns, in words; empty where that is a whole split."""
+        if self.annotation is not None:
+            return f"annotation {self.annotation} (image {self.image})"
+        if self.image is None:
+            return self.name
+        return f"image {self.image} ({self.name})" if self.name else f"image {self.image}"
+
+    @property
+    def text(self) -> str:
+        """It and its place, in one line."""
+        said = KINDS[self.kind].text.format(**self.values)
+        return " ".join(f"{self.place} {said}{self.remedy}".split())
+
+    @property
+    def handled(self) -> str | None:
+        """How it is handled; None for an error."""
+        if self.is_error:
+            return None
+        return (KINDS[self.kind].handled or "").format(**self.values)
+
+    @property
+    def left_out(self) -> bool:
+        """Whether data is left out for it."""
+        return not self.is_error and KINDS[self.kind].left_out
+
+
+Report = Callable[[Finding], None]
+
+
+def finding(
+    kind: str,
+    *,
+    image: int | None = None,
+    annotation: int | None = None,
+    name: str = "",
+    error: str = "",
+    **values: Any,
+) -> Finding:
+    """Return the finding of a kind; `error` makes one of what is handled otherwise, and why."""
+    return Finding(
+        kind=kind,
+        values=values,
+        image=image,
+        annotation=annotation,
+        name=name,
+        is_error=bool(error) or KINDS[kind].handled is None,
+        remedy=error and f"; {error}",
+    )
+
+
+def by_kind(findings: Iterable[Finding]) -> Mapping[str, list[Finding]]:
+    """The findings by their kind, in the order of `KINDS`."""
+    kinds: dict[str, list[Finding]] = {}
+    for found in findings:
+        kinds.setdefault(found.kind, []).append(found)
+    return {kind: kinds[kind] for kind in KINDS if kind in kinds}
+
+
+class Tally:
+    """Counts findings by kind, and keeps the first few of each."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._first: dict[str, list[Finding]] = {}
+
+    @classmethod
+    def of(cls, other: "Tally") -> "Tally":
+        """A copy."""
+        copy = cls()
+        copy.counts.update(other.counts)
+        copy._first = {kind: list(first) for kind, first in other._first.items()}
+        return copy
+
+    def add(self, found: Finding) -> None:
+        """Count one."""
+        self.counts[found.kind] += 1
+        first = self._first.setdefault(found.kind, [])
+        if len(first) < _SHOWN:
+            first.append(found)
+
+    def lines(self, where: str) -> list[str]:
+        """One line for each kind that is handled: how many, where, and how.
+
+        Args:
+            where: what they are of, such as the annotation file.
+        """
+        covered = {single for whole in self._first for single in _COVERED.get(whole, ())}
+        return [
+            f"{where}: {_line(self._first[kind], self.counts[kind])}"
+            for kind in KINDS
+            if kind in self._first and kind not in covered and not self._first[kind][0].is_error
+        ]
+
+
+def _line(first: Sequence[Finding], count: int) -> str:
+    found = first[0]
+    if found.image is None and count == 1:
+        return f"{found.text}; {found.handled}"
+    of, ids = "", [f.name or f.text for f in first]
+    if found.annotation is not None:
+        of, ids = "annotations ", [str(f.annotation) for f in first]
+    elif found.image is not None:
+        of, ids = "images ", [str(f.image) for f in first]
+    more = ", …" if count > len(first) else ""
+    return f"{count} of: {found.kind} ({of}{', '.join(ids)}{more}); {found.handled}"

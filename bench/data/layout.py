@@ -1,0 +1,115 @@
+"""Where the files of a data set are: COCO's own layout, and those of common exports.
+
+- COCO: `annotations/instances_SPLIT.json`, images in `SPLIT/`, `images/SPLIT/` or `images/` (CVAT);
+- Roboflow: `SPLIT/_annotations.coco.json` beside its images;
+- any other, such as Label Studio's `result.json`: the file and the images' folder are named.
+"""
+
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.errors import InputError
+
+LAYOUT = "annotations/instances_SPLIT.json and the images in SPLIT/, for example train2017"
+_PATTERNS = ("annotations/instances_{}.json", "{}/_annotations.coco.json")
+# What exports call the splits that the suites name.
+_OTHER_NAMES = {"train2017": ("train",), "val2017": ("val", "valid", "validation")}
+_HOW = (
+    "data.train_split=NAME 'evaluate.splits=[NAME]' choose others, and data.train_file=FILE"
+    " data.val_file=FILE data.images=DIR take any files"
+)
+
+
+def splits(root: Path) -> tuple[str, ...]:
+    """The splits that have an annotation file."""
+    found = set()
+    for pattern in _PATTERNS:
+        before, after = pattern.split("{}")
+        for path in root.glob(pattern.format("*")):
+            found.add(path.relative_to(root).as_posix()[len(before) : -len(after)])
+    return tuple(sorted(found))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a split is.
+
+    Attributes:
+        annotation_file: its path.
+        folders: where its images may be; the first is where they belong.
+        alias: the name that the split has there, where that is another.
+    """
+
+    annotation_file: Path
+    folders: tuple[Path, ...]
+    alias: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the images."""
+        return self.folders[0]
+
+    def find(self, name: str) -> str | None:
+        """The path of an image, relative to `folder` where it is below it; None where it is not.
+
+        Backslashes are slashes, and of folders in the name those alone count that are there.
+        """
+        parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+        for first in range(len(parts)):
+            for folder in self.folders:
+                path = folder.joinpath(*parts[first:])
+                if _is_file(path):
+                    plain = Path(os.path.normpath(path))
+                    below = plain.is_relative_to(self.folder)
+                    return str(plain.relative_to(self.folder) if below else plain.absolute())
+        return None
+
+
+def find(root: Path, split: str, *, file: Path | None = None, images: Path | None = None) -> Place:
+    """Where a split is.
+
+    Args:
+        root: the data set's folder.
+        split: its name; train2017 and val2017 may have the names that exports give them.
+        file, images: the annotation file and the folder of images, where they are named.
+
+    Raises:
+        InputError: for a folder or an annotation file that is not there.
+    """
+    for folder in filter(None, (root, images)):
+        if not folder.is_dir():
+            raise InputError(f"no data folder {folder}")
+    if file is not None:
+        names = (
+            [images] if images else [file.parent, file.parent / "images", root, *file.parents[1:2]]
+        )
+        return Place(file, tuple(filter(None, names)), alias=str(file))
+    for name in (split, *_OTHER_NAMES.get(split, ())):
+        for pattern in _PATTERNS:
+            path = root / pattern.format(name)
+            if path.exists():
+                alias = "" if name == split else path.relative_to(root).as_posix()
+                return Place(path, _folders(root, name, images), alias)
+    there = ", ".join(splits(root)) or "none"
+    raise InputError(
+        f"no annotation file {root / _PATTERNS[0].format(split)} for split {split!r} ({_HOW});"
+        f" splits there: {there}"
+    )
+
+
+def _is_file(path: Path) -> bool:
+    # A name may be too long for a file's, or hold what no name may.
+    with contextlib.suppress(OSError, ValueError):
+        return path.is_file()
+    return False
+
+
+def _folders(root: Path, name: str, images: Path | None) -> tuple[Path, ...]:
+    if images is not None:
+        return (images,)
+    own: Sequence[Path] = [root / name, root / "images" / name, root / "images"]
+    there = [path for path in own if path.is_dir()]
+    return (*(there or own[:1]), root)
