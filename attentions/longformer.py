@@ -16,8 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from attentions.cache import cached
 from attentions.contract import Attention, Grid
 from attentions.full import POSITIONS
+from attentions.local import Plan, Square, attend_locally
 from attentions.parts import (
     add_relative_positions,
     gather_bias,
@@ -47,6 +49,35 @@ def from_chunks(x: Tensor, window: int, grid: Grid) -> Tensor:
     """(B, R, S, w², C) -> (B, rows, columns, C): the inverse of `to_chunks`."""
     x = x.unflatten(3, (window, window)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
     return x[:, : grid[0], : grid[1]]
+
+
+def _offsets(
+    window: int, seen: tuple[Square, ...], device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Positions in a chunk (w², 2), and of the keys that it sees (keys, 2)."""
+    squares = [
+        grid_positions((square.side * window, square.side * window), device)
+        + window * torch.tensor(square[:2], device=device)
+        for square in seen
+    ]
+    return grid_positions((window, window), device), torch.cat(squares)
+
+
+def near_keys(
+    window: int, seen: tuple[Square, ...], *, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """0 for keys at most `window` rows and columns away and -inf for others: (1, w², keys)."""
+    query, key = _offsets(window, seen, device)
+    far = (query[:, None] - key).abs().amax(dim=-1) > window
+    return torch.zeros_like(far, dtype=dtype).masked_fill(far, float("-inf"))[None]
+
+
+def bias_rows(
+    window: int, seen: tuple[Square, ...], *, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Row of the table of relative positions for each query and key: (w², keys), integers."""
+    del dtype
+    return relative_index(*_offsets(window, seen, device), (2 * window, 2 * window))
 
 
 class GlobalTokens(Attention):
@@ -171,19 +202,16 @@ class LongformerAttention(GlobalTokens):
             add_relative_positions(
                 self, extent=extent, num_heads=self.num_heads, num_global=self.num_global
             )
-            query, key = self._offsets(None)
-            self.register_buffer("relative_position_index", relative_index(query, key, extent))
+            # Chunk by chunk, as published.
+            chunks = tuple(Square(*chunk, 1) for chunk in AROUND)
+            self.register_buffer(
+                "relative_position_index", relative_index(*_offsets(window, chunks), extent)
+            )
 
     @property
     def reach(self) -> int:
         """Chunks seen to each side of the own one, when evaluating."""
         return 0 if self.neighbours == "self" else 1
-
-    def _offsets(self, device: torch.device | None) -> tuple[Tensor, Tensor]:
-        """Positions in a chunk (w², 2), and of its 3x3 neighbourhood chunk by chunk (9 w², 2)."""
-        own = grid_positions((self.window, self.window), device)
-        shifts = torch.tensor(AROUND, device=device) * self.window
-        return own, (shifts[:, None] + own).flatten(0, 1)
 
     def _seen_chunks(self) -> tuple[int, ...]:
         """Which of the 3x3 chunks are seen at this call, as indices into AROUND."""
@@ -196,99 +224,44 @@ class LongformerAttention(GlobalTokens):
             return (OWN, other + (other >= OWN))
         return tuple(range(len(AROUND)))
 
-    def _visible(self, grid: Grid, chunks: tuple[int, ...], device: torch.device) -> Tensor:
-        """Which keys are not masked: (R S, 1 or w², keys), bool."""
-        axes = []
-        for side, axis in ((grid[0], 0), (grid[1], 1)):
-            count = -(-side // self.window)
-            chunk = torch.arange(count, device=device)[:, None, None]
-            shift = torch.tensor([AROUND[c][axis] for c in chunks], device=device)[None, :, None]
-            place = torch.arange(self.window, device=device)[None, None, :]
-            neighbour = chunk + shift
-            if self.padding == "cyclic":
-                last = (count - 1) * self.window
-                axes.append((neighbour != count - 1) | (last + place < side))
-            else:
-                at = neighbour * self.window + place
-                axes.append((at >= 0) & (at < side))
-        rows, columns = axes
-        # (R, 1, K, w, 1) and (1, S, K, 1, w), chunk by chunk as the keys are.
-        inside = rows[:, None, :, :, None] & columns[None, :, :, None, :]
-        visible = inside.flatten(0, 1).flatten(1)[:, None]
-        if self.padding == "exact":
-            query, key = self._offsets(device)
-            near = (query[:, None] - key[None]).abs().amax(dim=-1) <= self.window
-            seen = near.unflatten(1, (len(AROUND), -1))[:, list(chunks)].flatten(1)
-            visible = visible & seen
-        return visible
+    def _plan(self, grid: Grid) -> Plan:
+        chunks = self._seen_chunks()
+        seen = tuple(Square(*AROUND[chunk], 1) for chunk in chunks)
+        if len(chunks) == len(AROUND):
+            seen = (Square(-1, -1, 3),)
+        return Plan(grid, self.window, self.num_heads, self.padding == "cyclic", seen)
 
-    def _local_bias(self, grid: Grid, chunks: tuple[int, ...], like: Tensor) -> Tensor:
-        """Additive bias of global and local keys: (R S, H or 1, w² or 1, g + keys)."""
-        visible = self._visible(grid, chunks, like.device)
-        masked = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
-        masked = masked.masked_fill(~visible, float("-inf"))[:, None]
+    def _local_bias(self, plan: Plan, like: Tensor) -> Tensor | None:
+        """Additive bias of global and local keys, one for all chunks: (H or 1, w², g + keys)."""
+        near = None
+        if self.padding == "exact":
+            near = cached(near_keys, self.window, plan.seen, like=like)
         if self.position == "absolute":
-            return nn.functional.pad(masked, (self.num_global, 0))
-        index = self.relative_position_index.unflatten(1, (len(AROUND), -1))
+            return None if near is None else nn.functional.pad(near, (self.num_global, 0))
         table = self.local_relative_position_bias_table
-        bias = gather_bias(table, index[:, list(chunks)].flatten(1)).to(like.dtype)
-        local = masked + bias
-        return (
-            with_global_keys(local, self.g2l_relative_position_bias) if self.num_global else local
-        )
+        index = cached(bias_rows, self.window, plan.seen, like=table)
+        bias = gather_bias(table, index).to(like.dtype)
+        bias = bias if near is None else bias + near
+        return with_global_keys(bias, self.g2l_relative_position_bias) if self.num_global else bias
 
     def _global_bias(self, cells: int) -> Tensor | None:
         """Additive bias of what the global tokens see: (H, g, N)."""
-        if self.position == "absolute":
+        if self.position == "absolute" or not self.num_global:
             return None
         return global_bias(self.g2g_relative_position_bias, self.g2l_relative_position_bias, cells)
 
-    def _neighbourhood(self, chunks: Tensor, seen: tuple[int, ...]) -> Tensor:
-        """(B, R, S, w², C) -> (B, R, S, len(seen) w², C): the chunks around each chunk."""
-        rows, columns = chunks.shape[1:3]
-        if seen == (OWN,):
-            return chunks
-        if self.padding == "cyclic":
-            around = torch.cat([chunks[:, -1:], chunks, chunks[:, :1]], dim=1)
-            around = torch.cat([around[:, :, -1:], around, around[:, :, :1]], dim=2)
-        else:
-            around = nn.functional.pad(chunks, (0, 0, 0, 0, 1, 1, 1, 1))
-        return torch.cat(
-            [
-                around[:, 1 + a : 1 + a + rows, 1 + b : 1 + b + columns]
-                for a, b in (AROUND[c] for c in seen)
-            ],
-            dim=3,
-        )
-
     def attend(self, x: Tensor, grid: Grid) -> Tensor:
-        g, seen = self.num_global, self._seen_chunks()
-        keys_values = self.kv(x)
-        q = to_chunks(self.query(x[:, g:]).unflatten(1, grid), self.window)
-        around = self._neighbourhood(
-            to_chunks(keys_values[:, g:].unflatten(1, grid), self.window), seen
-        )
-        batch, rows, columns = around.shape[:3]
-        to_all = keys_values[:, None, None, :g].expand(-1, rows, columns, -1, -1)
-        around = torch.cat([to_all, around], dim=3).flatten(0, 2)
-        k, v = (split_heads(part, self.num_heads) for part in around.chunk(2, dim=-1))
-        bias = self._local_bias(grid, seen, q)
-        # Batch and chunks are one batch dimension, which SDPA needs in full; queries and heads of a
-        # mask without them stay broadcast.
-        bias = bias[None].expand(batch, *bias.shape).flatten(0, 1)
-        out = nn.functional.scaled_dot_product_attention(
-            split_heads(q.flatten(0, 2), self.num_heads),
-            k,
-            v,
-            attn_mask=bias,
-            dropout_p=self.dropout_p,
-        )
-        out = merge_heads(out).unflatten(0, (batch, rows, columns))
-        local = self.proj(from_chunks(out, self.window, grid).flatten(1, 2))
-        if not g:
-            return local
+        g, plan = self.num_global, self._plan(grid)
         whole = self._global_bias(grid[0] * grid[1])
-        return torch.cat([self.attend_globally(x, whole), local], dim=1)
+        if g and not self.share_weights:
+            q, keys_values = self.query(x[:, g:]), self.kv(x)
+            bias = self._local_bias(plan, q)
+            local = attend_locally(q, keys_values, bias, None, plan, self.dropout_p)
+            return torch.cat([self.attend_globally(x, whole), self.proj(local)], dim=1)
+        q, keys_values = self.query(x), self.kv(x)
+        bias = self._local_bias(plan, q)
+        whole = None if whole is None else whole.to(q.dtype)
+        return self.proj(attend_locally(q, keys_values, bias, whole, plan, self.dropout_p))
 
     def reference(self, x: Tensor, grid: Grid) -> Tensor:
         """Full attention under a mask over the whole grid."""
@@ -347,6 +320,12 @@ class LongformerAttention(GlobalTokens):
         if not g:
             return local
         return torch.cat([self.attend_globally_plainly(x, self._global_bias(cells)), local], dim=1)
+
+    def projection_multiply_adds(self, grid: Grid) -> int:
+        """Of all linear layers: shared ones run once for all tokens, `4 N C²`."""
+        if not self.share_weights:
+            return super().projection_multiply_adds(grid)
+        return 4 * (self.num_global + grid[0] * grid[1]) * self.dim**2
 
     def multiply_adds(self, grid: Grid) -> int:
         """Of what runs when evaluating: whole chunks, the padded rows and columns included."""

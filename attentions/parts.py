@@ -1,11 +1,13 @@
 """Pieces that several mechanisms share: heads, the grid, relative positions, precision."""
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attentions.cache import has_data
 from attentions.contract import Grid
 
 # Above this many entries an (N, N) index costs more memory than the attention it serves; it is then
@@ -114,6 +116,41 @@ def full_precision(x: Tensor) -> AbstractContextManager[Any]:
     if x.is_meta:
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
+
+
+def spans(count: int, most: int) -> Iterator[slice]:
+    """Cut `range(count)` into spans of nearly one length, of at least 1 and otherwise of `most`."""
+    parts = -(-count // max(most, 1))
+    for i in range(parts):
+        yield slice(i * count // parts, (i + 1) * count // parts)
+
+
+def add_product_(target: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Add batched products to `target`: (n, L, S) += (n, L, M) @ (n, M, S)."""
+    return torch.baddbmm(target, a, b, out=target)
+
+
+def softmax_(scores: Tensor) -> Tensor:
+    """Softmax over the last dimension, in place; it has no gradient."""
+    result: Tensor = torch.ops.aten._softmax.out(scores, -1, False, out=scores)
+    return result
+
+
+def softmax_gradient_(grad: Tensor, weights: Tensor) -> Tensor:
+    """Turn the gradient of a softmax's result into that of its scores, in place."""
+    backward = torch.ops.aten._softmax_backward_data.out
+    result: Tensor = backward(grad, weights, -1, grad.dtype, grad_input=grad)
+    return result
+
+
+def dropout_factors(weights: Tensor, probability: float, seed: int) -> Tensor:
+    """What dropout multiplies weights with: 0, or else 1 / (1 - probability); by the seed alone."""
+    factors = torch.empty_like(weights)
+    # Tensors without data have no random numbers either.
+    generator = None
+    if has_data(weights):
+        generator = torch.Generator(weights.device).manual_seed(seed)
+    return factors.bernoulli_(1 - probability, generator=generator).div_(1 - probability)
 
 
 def resize_square_table(table: Tensor, rows: int) -> Tensor:

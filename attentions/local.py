@@ -1,0 +1,472 @@
+"""Softmax attention of the chunks of a grid to chunks around them, strip by strip.
+
+A strip is a column of chunks. Its keys and values are gathered, its scores made, used and dropped;
+the backward pass makes them again. So a training step keeps queries, keys and values alone, as
+fused attention does (Dao et al., https://arxiv.org/abs/2205.14135), and scores stay in the cache.
+The bias is one for all chunks: it is added to each strip, and its gradient summed strip by strip.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from attentions.cache import has_data
+from attentions.contract import Grid
+from attentions.parts import (
+    add_product_,
+    dropout_factors,
+    full_precision,
+    softmax_,
+    softmax_gradient_,
+    spans,
+)
+
+# Bytes of the scores that are made at once: on a CPU what its caches hold, elsewhere enough to keep
+# the device busy. Tensors without data count as if they were on a GPU.
+LARGEST_SCORES = {"cpu": 2**22, "other": 2**26}
+# Batched products on CUDA take at most so many matrices.
+LARGEST_BATCH = 65_535
+
+Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+class Square(NamedTuple):
+    """Chunks seen together: `side` x `side` of them, the first `row`, `column` from one's own."""
+
+    row: int
+    column: int
+    side: int
+
+
+class Plan(NamedTuple):
+    """What a chunk sees.
+
+    Attributes:
+        grid: rows and columns.
+        window: side of a chunk.
+        heads: attention heads.
+        cyclic: neighbours wrap around the padded grid.
+        seen: squares of chunks, none further from the own chunk than the next.
+    """
+
+    grid: Grid
+    window: int
+    heads: int
+    cyclic: bool
+    seen: tuple[Square, ...]
+
+    @property
+    def chunks(self) -> Grid:
+        """Rows and columns of chunks."""
+        return -(-self.grid[0] // self.window), -(-self.grid[1] // self.window)
+
+    def flat(self) -> list[int]:
+        """As numbers, for an operator."""
+        squares = [number for square in self.seen for number in square]
+        return [*self.grid, self.window, self.heads, int(self.cyclic), *squares]
+
+    @classmethod
+    def of(cls, flat: list[int]) -> "Plan":
+        """The inverse of `flat`."""
+        rows, columns, window, heads, cyclic, *rest = flat
+        squares = tuple(Square(*rest[i : i + 3]) for i in range(0, len(rest), 3))
+        return cls((rows, columns), window, heads, bool(cyclic), squares)
+
+
+def attend_locally(
+    q: Tensor,
+    keys_values: Tensor,
+    bias: Tensor | None,
+    whole: Tensor | None,
+    plan: Plan,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attend from every grid token to the global tokens and its neighbourhood, under one softmax.
+
+    Queries may stand before those of the grid, one for each global token: they see all tokens.
+    Gradients of gradients are an error.
+
+    Shapes: q (B, g or 0 + cells, C), keys_values (B, g + cells, 2 C), bias (H or 1, w², g + keys)
+    with keys in the order of `plan.seen`, row by row in each square; whole (H, g, g + cells)
+    -> as q.
+    """
+    # Drawn on the CPU, so that no device is waited for; the masks are drawn again from it.
+    seed = torch.randint(2**62, (), device="cpu") if dropout else None
+    if torch.compiler.is_compiling():
+        # One operator: a graph of all strips would be thousands of nodes long.
+        return _operator(q, keys_values, bias, whole, seed, plan.flat(), dropout)
+    attended: Tensor = _Attend.apply(q, keys_values, bias, whole, seed, plan, dropout)
+    return attended
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, plan, dropout = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.how = plan, dropout
+        return _Call(*inputs).forward()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_Call(*ctx.saved_tensors, *ctx.how).backward(grad), None, None, None
+
+
+class _Block(NamedTuple):
+    """Images and columns of chunks cut out at once, and heads whose scores are made at once."""
+
+    images: slice
+    strip: slice
+    groups: tuple[slice, ...]
+
+
+class _Call:
+    """One call. Below, a block is `b` images, a strip of `R x c` chunks and `h` heads."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        keys_values: Tensor,
+        bias: Tensor | None,
+        whole: Tensor | None,
+        seed: Tensor | None,
+        plan: Plan,
+        dropout: float,
+    ) -> None:
+        self.q, self.keys_values, self.bias, self.whole = q, keys_values, bias, whole
+        self.plan, self.dropout = plan, dropout
+        self.seed = int(seed) if seed is not None and has_data(q) else 0
+        self.cells = plan.grid[0] * plan.grid[1]
+        self.num_global = keys_values.shape[1] - self.cells
+        self.sees_whole = 0 < self.num_global == q.shape[1] - self.cells
+        self.channels = q.shape[2]
+        self.scale = (self.channels // plan.heads) ** -0.5
+        self.margin = 0 if plan.seen == (Square(0, 0, 1),) else plan.window
+        # Where the keys of each square stand, behind the global tokens.
+        self.places: list[slice] = []
+        self.keys = self.num_global
+        for square in plan.seen:
+            many = (square.side * plan.window) ** 2
+            self.places.append(slice(self.keys, self.keys + many))
+            self.keys += many
+
+    def forward(self) -> Tensor:
+        out = torch.empty_like(self.q)
+        with full_precision(self.q):
+            for block in self._blocks():
+                queries, keys_values = self._cut(self.q, block), self._cut_keys(block)
+                attended = torch.empty_like(queries)
+                for heads in block.groups:
+                    q = self._from_strip(queries, heads).mul_(self.scale)
+                    k, v = self._keys(keys_values, block, heads)
+                    p, factors = self._weights(q, k, block, heads)
+                    p = p if factors is None else p.mul_(factors)
+                    self._to_strip(attended, torch.bmm(p, v), heads)
+                for place, cells in self._pieces(out, block):
+                    cells.copy_(attended[place])
+            if self.sees_whole:
+                self._whole_forward(out)
+        return out
+
+    def backward(self, grad: Tensor) -> Gradients:
+        dq, dkv = torch.empty_like(self.q), torch.zeros_like(self.keys_values)
+        # Sums over all chunks.
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        dglobal = torch.zeros_like(dkv[:, : self.num_global], dtype=wide)
+        dbias = None if self.bias is None else torch.zeros_like(self.bias, dtype=wide)
+        dwhole = None if self.whole is None else torch.zeros_like(self.whole)
+        with full_precision(self.q):
+            for block in self._blocks():
+                queries, keys_values = self._cut(self.q, block), self._cut_keys(block)
+                grads, dqueries = self._cut(grad, block), torch.empty_like(queries)
+                for heads in block.groups:
+                    q = self._from_strip(queries, heads).mul_(self.scale)
+                    do = self._from_strip(grads, heads)
+                    k, v = self._keys(keys_values, block, heads)
+                    p, factors = self._weights(q, k, block, heads)
+                    ds = torch.bmm(do, v.transpose(1, 2))
+                    ds = softmax_gradient_(ds if factors is None else ds.mul_(factors), p)
+                    p = p if factors is None else p.mul_(factors)
+                    dv = torch.bmm(p.transpose(1, 2), do)
+                    del p, v, factors
+                    self._add_keys((dkv, dglobal), dv, block, heads, self.channels)
+                    del dv
+                    dk = torch.bmm(ds.transpose(1, 2), q)
+                    self._add_keys((dkv, dglobal), dk, block, heads, 0)
+                    del dk
+                    self._to_strip(dqueries, torch.bmm(ds, k).mul_(self.scale), heads)
+                    if dbias is not None:
+                        by_head = ds.unflatten(0, (heads.stop - heads.start, -1)).sum(1, dtype=wide)
+                        if len(dbias) < self.plan.heads:
+                            dbias += by_head.sum(0)
+                        else:
+                            dbias[heads] += by_head
+                for place, cells in self._pieces(dq, block):
+                    cells.copy_(dqueries[place])
+            dkv[:, : self.num_global] = dglobal
+            if self.sees_whole:
+                self._whole_backward(grad, dq, dkv, dwhole)
+        return dq, dkv, None if dbias is None else dbias.to(grad.dtype), dwhole
+
+    def _blocks(self) -> Iterator[_Block]:
+        (rows, columns), heads = self.plan.chunks, self.plan.heads
+        kind = "cpu" if self.q.device.type == "cpu" and has_data(self.q) else "other"
+        matrix = self.plan.window**2 * self.keys * self.q.element_size()
+        fit = min(LARGEST_SCORES[kind] // matrix, LARGEST_BATCH) // rows
+        groups = tuple(spans(heads, fit))
+        for images in spans(len(self.q), fit // (heads * columns)):
+            for strip in spans(columns, fit // (heads * (images.stop - images.start))):
+                yield _Block(images, strip, groups)
+
+    def _cut(self, x: Tensor, block: _Block, margin: int = 0) -> Tensor:
+        """(B, tokens, D) -> (b, R w + 2 margin, c w + 2 margin, D), padded by zeros or wrapped."""
+        w, (rows, _), strip = self.plan.window, self.plan.chunks, block.strip
+        images = block.images.stop - block.images.start
+        columns = strip.stop - strip.start
+        out = x.new_zeros(images, rows * w + 2 * margin, columns * w + 2 * margin, x.shape[2])
+        for place, cells in self._pieces(x, block, margin):
+            out[place] = cells
+        return out
+
+    def _cut_keys(self, block: _Block) -> tuple[Tensor, Tensor]:
+        """Keys and values of the global tokens (b, g, 2 C), and what `_cut` gives with a margin."""
+        return (
+            self.keys_values[block.images, : self.num_global],
+            self._cut(self.keys_values, block, self.margin),
+        )
+
+    def _pieces(
+        self, x: Tensor, block: _Block, margin: int = 0
+    ) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+        """Rectangles of a cut that have tokens, each with these as a view of x (B, tokens, D)."""
+        plan, w, strip = self.plan, self.plan.window, block.strip
+        image = x[block.images, x.shape[1] - self.cells :].unflatten(1, plan.grid)
+        down = self._ranges(-margin, plan.chunks[0] * w + margin, plan.grid[0])
+        across = self._ranges(strip.start * w - margin, strip.stop * w + margin, plan.grid[1])
+        for (row, source_row), (column, source_column) in itertools.product(down, across):
+            yield (slice(None), row, column), image[:, source_row, source_column]
+
+    def _ranges(self, first: int, last: int, side: int) -> Iterator[tuple[slice, slice]]:
+        """Of the places from `first` to `last` along an axis those with tokens, and which."""
+        padded = -(-side // self.plan.window) * self.plan.window
+        turns = range(first // padded, -(-last // padded)) if self.plan.cyclic else (0,)
+        for origin in (turn * padded for turn in turns):
+            start, stop = max(first, origin), min(last, origin + side)
+            if start < stop:
+                yield slice(start - first, stop - first), slice(start - origin, stop - origin)
+
+    def _from_strip(self, x: Tensor, heads: slice) -> Tensor:
+        """(b, R w, c w, C) -> (h b R c, w², M), a copy."""
+        chunks = self._chunks(x, heads)
+        return chunks.reshape(-1, self.plan.window**2, chunks.shape[-1]).contiguous()
+
+    def _to_strip(self, x: Tensor, part: Tensor, heads: slice) -> None:
+        """Write (h b R c, w², M) where `_from_strip` reads it in x."""
+        chunks = self._chunks(x, heads)
+        chunks.copy_(part.view(chunks.shape))
+
+    def _chunks(self, x: Tensor, heads: slice) -> Tensor:
+        """(b, R w, c w, C) -> (h, b, R, c, w, w, M), a view."""
+        w = self.plan.window
+        x = x.unflatten(3, (self.plan.heads, -1))[..., heads, :]
+        return x.unflatten(2, (-1, w)).unflatten(1, (-1, w)).permute(5, 0, 1, 3, 2, 4, 6)
+
+    def _windows(self, x: Tensor, square: Square) -> Tensor:
+        """(..., R w + 2 margin, c w + 2 margin, M) -> (..., R, c, side w, side w, M), a view."""
+        w, margin = self.plan.window, self.margin
+        for axis, first in ((-3, square.row), (-2, square.column)):
+            length = x.shape[axis] - 2 * margin + (square.side - 1) * w
+            x = x.narrow(axis, first * w + margin, length)
+        # Each `unfold` puts a dimension at the end.
+        x = x.unfold(-3, square.side * w, w).unfold(-3, square.side * w, w)
+        return x.movedim(-3, -1)
+
+    def _keys(
+        self, cut: tuple[Tensor, Tensor], block: _Block, heads: slice
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values around each chunk, global ones first: each (h b R c, keys, M)."""
+        of_global, around = (
+            x.unflatten(-1, (2, self.plan.heads, -1))[..., heads, :].movedim((-3, -2), (0, 1))
+            for x in cut
+        )
+        rows, columns = self.plan.chunks[0], block.strip.stop - block.strip.start
+        # (2, h, b, R, c, keys, M)
+        out = around.new_empty(*around.shape[:3], rows, columns, self.keys, around.shape[-1])
+        out[..., : self.num_global, :] = of_global[:, :, :, None, None]
+        for square, place in zip(self.plan.seen, self.places, strict=True):
+            side = square.side * self.plan.window
+            out[..., place, :].unflatten(-2, (side, side)).copy_(self._windows(around, square))
+        k, v = out.flatten(1, 4)
+        return k, v
+
+    def _add_keys(
+        self, targets: tuple[Tensor, Tensor], part: Tensor, block: _Block, heads: slice, first: int
+    ) -> None:
+        """Add (h b R c, keys, M) to where `_keys` reads them: tokens (B, g + cells, 2 C), globals.
+
+        `first` is the channel where keys, or values, begin.
+        """
+        count, width = heads.stop - heads.start, part.shape[-1]
+        channels = slice(first + heads.start * width, first + heads.stop * width)
+        tokens, of_global = (target[..., channels] for target in targets)
+        rows, columns = self.plan.chunks[0], block.strip.stop - block.strip.start
+        part = part.view(count, -1, rows, columns, *part.shape[-2:])
+        from_global = part[..., : self.num_global, :].sum((2, 3), dtype=of_global.dtype)
+        of_global[block.images] += from_global.movedim(0, 2).flatten(2)
+        w, margin = self.plan.window, 2 * self.margin
+        around = part.new_zeros(*part.shape[:2], rows * w + margin, columns * w + margin, width)
+        for square, place in zip(self.plan.seen, self.places, strict=True):
+            chunks = part[..., place, :].unflatten(-2, (square.side, w, square.side, w))
+            # One chunk of each square at a time: squares overlap, their first chunks do not.
+            for i, j in itertools.product(range(square.side), repeat=2):
+                one = Square(square.row + i, square.column + j, 1)
+                self._windows(around, one).add_(chunks[..., i, :, j, :, :])
+        around = around.movedim(0, 3)
+        for piece, cells in self._pieces(tokens, block, self.margin):
+            cells.unflatten(3, (count, -1)).add_(around[piece])
+
+    def _weights(
+        self, q: Tensor, k: Tensor, block: _Block, heads: slice
+    ) -> tuple[Tensor, Tensor | None]:
+        """Weights (h b R c, w², keys) before dropout, and what dropout multiplies them with."""
+        if self.bias is None:
+            scores = torch.bmm(q, k.transpose(1, 2))
+        else:
+            bias = self.bias[heads] if len(self.bias) == self.plan.heads else self.bias
+            count = heads.stop - heads.start
+            scores = q.new_empty(count, len(q) // count, *bias.shape[1:]).copy_(bias[:, None])
+            scores = add_product_(scores.flatten(0, 1), q, k.transpose(1, 2))
+        self._hide(scores, block, heads)
+        weights = softmax_(scores)
+        if not self.dropout:
+            return weights, None
+        first = (block.images.start * self.plan.chunks[1] + block.strip.start) * self.plan.heads
+        return weights, dropout_factors(weights, self.dropout, self.seed + first + heads.start)
+
+    def _hide(self, scores: Tensor, block: _Block, heads: slice) -> None:
+        """Set scores (h b R c, w², keys) of keys outside of the grid to -inf."""
+        rows, columns = self.plan.chunks[0], block.strip.stop - block.strip.start
+        scores = scores.view(heads.stop - heads.start, -1, rows, columns, *scores.shape[1:])
+        for square, place in zip(self.plan.seen, self.places, strict=True):
+            side = square.side * self.plan.window
+            seen = scores[..., place].unflatten(-1, (side, side))
+            for i in range(rows):
+                for hidden in self._hidden(i, square.row, square.side, self.plan.grid[0]):
+                    seen[:, :, i, ..., hidden, :] = float("-inf")
+            for j in range(columns):
+                chunk = block.strip.start + j
+                for hidden in self._hidden(chunk, square.column, square.side, self.plan.grid[1]):
+                    seen[:, :, :, j, ..., hidden] = float("-inf")
+
+    def _hidden(self, chunk: int, first: int, side: int, length: int) -> Iterator[slice]:
+        """Along an axis of a square, the keys that a chunk does not see."""
+        w, last = self.plan.window, -(-length // self.plan.window) - 1
+        if self.plan.cyclic:
+            # Of a neighbour that is not wrapped, keys that pad the grid.
+            place = last - chunk - first
+            if 0 <= place < side and length % w:
+                yield slice(place * w + length % w, (place + 1) * w)
+            return
+        before, behind = -(chunk + first) * w, length - (chunk + first) * w
+        if before > 0:
+            yield slice(0, before)
+        if behind < side * w:
+            yield slice(max(behind, 0), side * w)
+
+    def _whole_forward(self, out: Tensor) -> None:
+        """What the global tokens get from all tokens."""
+        for head in range(self.plan.heads):
+            _, _, v, p, factors = self._whole(head)
+            p = p if factors is None else p.mul_(factors)
+            out[:, : self.num_global, self._channels(head)] = torch.bmm(p, v)
+
+    def _whole_backward(self, grad: Tensor, dq: Tensor, dkv: Tensor, dwhole: Tensor | None) -> None:
+        for head in range(self.plan.heads):
+            q, k, v, p, factors = self._whole(head)
+            channels = self._channels(head)
+            do = grad[:, : self.num_global, channels]
+            ds = torch.bmm(do, v.transpose(1, 2))
+            ds = softmax_gradient_(ds if factors is None else ds.mul_(factors), p)
+            p = p if factors is None else p.mul_(factors)
+            dq[:, : self.num_global, channels] = torch.bmm(ds, k).mul_(self.scale)
+            dk, dv = (part[..., channels] for part in dkv.split(self.channels, dim=-1))
+            add_product_(dk, ds.transpose(1, 2), q)
+            add_product_(dv, p.transpose(1, 2), do)
+            if dwhole is not None:
+                dwhole[head] = ds.sum(0)
+
+    def _whole(self, head: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Of the global tokens in a head: q, k, v, weights, and factors of dropout."""
+        channels = self._channels(head)
+        q = self.q[:, : self.num_global, channels] * self.scale
+        k, v = (part[..., channels] for part in self.keys_values.split(self.channels, dim=-1))
+        scores = torch.bmm(q, k.transpose(1, 2))
+        weights = softmax_(scores if self.whole is None else scores.add_(self.whole[head]))
+        if not self.dropout:
+            return q, k, v, weights, None
+        return q, k, v, weights, dropout_factors(weights, self.dropout, self.seed - 1 - head)
+
+    def _channels(self, head: int) -> slice:
+        width = self.channels // self.plan.heads
+        return slice(head * width, (head + 1) * width)
+
+
+@torch.library.custom_op("attentions::attend_locally", mutates_args=())
+def _operator(
+    q: Tensor,
+    keys_values: Tensor,
+    bias: Tensor | None,
+    whole: Tensor | None,
+    seed: Tensor | None,
+    plan: list[int],
+    dropout: float,
+) -> Tensor:
+    return _Call(q, keys_values, bias, whole, seed, Plan.of(plan), dropout).forward()
+
+
+@torch.library.custom_op("attentions::attend_locally_backward", mutates_args=())
+def _operator_backward(
+    grad: Tensor,
+    q: Tensor,
+    keys_values: Tensor,
+    bias: Tensor | None,
+    whole: Tensor | None,
+    seed: Tensor | None,
+    plan: list[int],
+    dropout: float,
+) -> list[Tensor]:
+    call = _Call(q, keys_values, bias, whole, seed, Plan.of(plan), dropout)
+    # An operator returns tensors alone.
+    return [grad.new_empty(0) if one is None else one for one in call.backward(grad)]
+
+
+@_operator.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(q)
+
+
+@_operator_backward.register_fake
+def _(grad: Tensor, *inputs: Any) -> list[Tensor]:
+    return [grad.new_empty(0) if one is None else torch.empty_like(one) for one in inputs[:4]]
+
+
+def _set_up(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    del output
+    *tensors, plan, dropout = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.how = plan, dropout
+
+
+def _operator_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    found = _operator_backward(grad, *ctx.saved_tensors, *ctx.how)
+    like = ctx.saved_tensors[:4]
+    used = (None if one is None else each for one, each in zip(like, found, strict=True))
+    return *used, None, None, None
+
+
+_operator.register_autograd(_operator_gradient, setup_context=_set_up)
