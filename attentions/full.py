@@ -15,16 +15,14 @@ from attentions.contract import Attention, Grid
 from attentions.parts import (
     LARGEST_INDEX,
     add_relative_positions,
-    gather_bias,
-    global_bias,
     grid_positions,
     merge_heads,
     plain_bias,
     relative_index,
     split_heads,
-    with_global_keys,
 )
 from attentions.registry import register
+from attentions.relative import attend_relatively
 
 POSITIONS = ("absolute", "relative")
 
@@ -82,25 +80,6 @@ class FullAttention(Attention):
                 " the grid that the relative positions were made for"
             )
 
-    def bias(self, grid: Grid) -> Tensor | None:
-        """The additive bias (H, N, N) of relative positions on `grid`, or None."""
-        if self.position == "absolute":
-            return None
-        self._check(grid)
-        table = self.local_relative_position_bias_table
-        if grid == self.extent and hasattr(self, "relative_position_index"):
-            index = self.relative_position_index
-        else:
-            places = grid_positions(grid, table.device)
-            index = relative_index(places, places, self.extent)
-        local = gather_bias(table, index)
-        if not self.num_global:
-            return local
-        g2g, g2l = self.g2g_relative_position_bias, self.g2l_relative_position_bias
-        return torch.cat(
-            [global_bias(g2g, g2l, local.shape[-1]), with_global_keys(local, g2l)], dim=1
-        )
-
     def plain_bias(self, grid: Grid) -> Tensor:
         """The oracle of `bias`: the table as an image of differences, read for every pair."""
         table = self.local_relative_position_bias_table
@@ -113,16 +92,30 @@ class FullAttention(Attention):
         return plain_bias(local, self.g2g_relative_position_bias, self.g2l_relative_position_bias)
 
     def attend(self, x: Tensor, grid: Grid) -> Tensor:
+        if self.position == "relative":
+            return self.proj(self._attend_relatively(self.qkv(x), grid))
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
-        bias = self.bias(grid)
-        out = nn.functional.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if bias is None else bias.to(q.dtype)[None],
-            dropout_p=self.dropout_p,
-        )
+        out = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout_p)
         return self.proj(merge_heads(out))
+
+    def _attend_relatively(self, qkv: Tensor, grid: Grid) -> Tensor:
+        self._check(grid)
+        of_global = None
+        if self.num_global:
+            to_grid, to_global = self.g2l_relative_position_bias
+            columns = (self.g2g_relative_position_bias, to_grid[..., None], to_global[..., None])
+            of_global = torch.cat(columns, dim=-1).to(qkv.dtype)
+        q, keys_values = qkv.split((self.dim, 2 * self.dim), dim=-1)
+        return attend_relatively(
+            q,
+            keys_values,
+            self.local_relative_position_bias_table,
+            of_global,
+            num_heads=self.num_heads,
+            grid=grid,
+            extent=self.extent,
+            dropout=self.dropout_p,
+        )
 
     def reference(self, x: Tensor, grid: Grid) -> Tensor:
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))

@@ -7,12 +7,11 @@ The bias is one for all chunks: it is added to each strip, and its gradient summ
 """
 
 import itertools
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attentions.cache import has_data
 from attentions.contract import Grid
@@ -24,14 +23,13 @@ from attentions.parts import (
     softmax_gradient_,
     spans,
 )
+from attentions.recompute import Gradients, recomputed
 
 # Bytes of the scores that are made at once: on a CPU what its caches hold, elsewhere enough to keep
 # the device busy. Tensors without data count as if they were on a GPU.
 LARGEST_SCORES = {"cpu": 2**22, "other": 2**26}
 # Batched products on CUDA take at most so many matrices.
 LARGEST_BATCH = 65_535
-
-Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class Square(NamedTuple):
@@ -70,7 +68,7 @@ class Plan(NamedTuple):
         return [*self.grid, self.window, self.heads, int(self.cyclic), *squares]
 
     @classmethod
-    def of(cls, flat: list[int]) -> "Plan":
+    def of(cls, flat: Sequence[int]) -> "Plan":
         """The inverse of `flat`."""
         rows, columns, window, heads, cyclic, *rest = flat
         squares = tuple(Square(*rest[i : i + 3]) for i in range(0, len(rest), 3))
@@ -94,27 +92,7 @@ def attend_locally(
     with keys in the order of `plan.seen`, row by row in each square; whole (H, g, g + cells)
     -> as q.
     """
-    # Drawn on the CPU, so that no device is waited for; the masks are drawn again from it.
-    seed = torch.randint(2**62, (), device="cpu") if dropout else None
-    if torch.compiler.is_compiling():
-        # One operator: a graph of all strips would be thousands of nodes long.
-        return _operator(q, keys_values, bias, whole, seed, plan.flat(), dropout)
-    attended: Tensor = _Attend.apply(q, keys_values, bias, whole, seed, plan, dropout)
-    return attended
-
-
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *tensors, plan, dropout = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.how = plan, dropout
-        return _Call(*inputs).forward()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_Call(*ctx.saved_tensors, *ctx.how).backward(grad), None, None, None
+    return _attend(q, keys_values, bias, whole, plan.flat(), dropout)
 
 
 class _Block(NamedTuple):
@@ -135,9 +113,10 @@ class _Call:
         bias: Tensor | None,
         whole: Tensor | None,
         seed: Tensor | None,
-        plan: Plan,
+        numbers: Sequence[int],
         dropout: float,
     ) -> None:
+        plan = Plan.of(numbers)
         self.q, self.keys_values, self.bias, self.whole = q, keys_values, bias, whole
         self.plan, self.dropout = plan, dropout
         self.seed = int(seed) if seed is not None and has_data(q) else 0
@@ -156,7 +135,7 @@ class _Call:
             self.keys += many
 
     def forward(self) -> Tensor:
-        out = torch.empty_like(self.q)
+        out = self.q.new_empty(self.q.shape)
         with full_precision(self.q):
             for block in self._blocks():
                 queries, keys_values = self._cut(self.q, block), self._cut_keys(block)
@@ -174,7 +153,7 @@ class _Call:
         return out
 
     def backward(self, grad: Tensor) -> Gradients:
-        dq, dkv = torch.empty_like(self.q), torch.zeros_like(self.keys_values)
+        dq, dkv = self.q.new_empty(self.q.shape), torch.zeros_like(self.keys_values)
         # Sums over all chunks.
         wide = torch.promote_types(grad.dtype, torch.float32)
         dglobal = torch.zeros_like(dkv[:, : self.num_global], dtype=wide)
@@ -276,15 +255,17 @@ class _Call:
         x = x.unflatten(3, (self.plan.heads, -1))[..., heads, :]
         return x.unflatten(2, (-1, w)).unflatten(1, (-1, w)).permute(5, 0, 1, 3, 2, 4, 6)
 
-    def _windows(self, x: Tensor, square: Square) -> Tensor:
-        """(..., R w + 2 margin, c w + 2 margin, M) -> (..., R, c, side w, side w, M), a view."""
+    def _windows(self, x: Tensor, row: int, column: int, high: int, wide: int) -> Tensor:
+        """Of each chunk the `high` x `wide` chunks that begin `row`, `column` from it, as a view.
+
+        Shapes: (..., R w + 2 margin, c w + 2 margin, M) -> (..., R, c, high w, wide w, M).
+        """
         w, margin = self.plan.window, self.margin
-        for axis, first in ((-3, square.row), (-2, square.column)):
-            length = x.shape[axis] - 2 * margin + (square.side - 1) * w
+        for axis, first, side in ((-3, row, high), (-2, column, wide)):
+            length = x.shape[axis] - 2 * margin + (side - 1) * w
             x = x.narrow(axis, first * w + margin, length)
         # Each `unfold` puts a dimension at the end.
-        x = x.unfold(-3, square.side * w, w).unfold(-3, square.side * w, w)
-        return x.movedim(-3, -1)
+        return x.unfold(-3, high * w, w).unfold(-3, wide * w, w).movedim(-3, -1)
 
     def _keys(
         self, cut: tuple[Tensor, Tensor], block: _Block, heads: slice
@@ -300,7 +281,9 @@ class _Call:
         out[..., : self.num_global, :] = of_global[:, :, :, None, None]
         for square, place in zip(self.plan.seen, self.places, strict=True):
             side = square.side * self.plan.window
-            out[..., place, :].unflatten(-2, (side, side)).copy_(self._windows(around, square))
+            out[..., place, :].unflatten(-2, (side, side)).copy_(
+                self._windows(around, *square, square.side)
+            )
         k, v = out.flatten(1, 4)
         return k, v
 
@@ -321,11 +304,12 @@ class _Call:
         w, margin = self.plan.window, 2 * self.margin
         around = part.new_zeros(*part.shape[:2], rows * w + margin, columns * w + margin, width)
         for square, place in zip(self.plan.seen, self.places, strict=True):
-            chunks = part[..., place, :].unflatten(-2, (square.side, w, square.side, w))
-            # One chunk of each square at a time: squares overlap, their first chunks do not.
-            for i, j in itertools.product(range(square.side), repeat=2):
-                one = Square(square.row + i, square.column + j, 1)
-                self._windows(around, one).add_(chunks[..., i, :, j, :, :])
+            # One piece of each square at a time: squares overlap, these pieces do not.
+            wide = square.side if columns == 1 else 1
+            pieces = part[..., place, :].unflatten(-2, (square.side, w, square.side // wide, -1))
+            for i, j in itertools.product(range(square.side), range(square.side // wide)):
+                window = self._windows(around, square.row + i, square.column + j, 1, wide)
+                window.add_(pieces[..., i, :, j, :, :])
         around = around.movedim(0, 3)
         for piece, cells in self._pieces(tokens, block, self.margin):
             cells.unflatten(3, (count, -1)).add_(around[piece])
@@ -355,28 +339,28 @@ class _Call:
         for square, place in zip(self.plan.seen, self.places, strict=True):
             side = square.side * self.plan.window
             seen = scores[..., place].unflatten(-1, (side, side))
-            for i in range(rows):
-                for hidden in self._hidden(i, square.row, square.side, self.plan.grid[0]):
-                    seen[:, :, i, ..., hidden, :] = float("-inf")
-            for j in range(columns):
-                chunk = block.strip.start + j
-                for hidden in self._hidden(chunk, square.column, square.side, self.plan.grid[1]):
-                    seen[:, :, :, j, ..., hidden] = float("-inf")
+            for i, hidden in self._hidden(range(rows), square.row, square.side, 0):
+                seen[:, :, i, ..., hidden, :] = float("-inf")
+            strip = range(block.strip.start, block.strip.stop)
+            for j, hidden in self._hidden(strip, square.column, square.side, 1):
+                seen[:, :, :, j, ..., hidden] = float("-inf")
 
-    def _hidden(self, chunk: int, first: int, side: int, length: int) -> Iterator[slice]:
-        """Along an axis of a square, the keys that a chunk does not see."""
-        w, last = self.plan.window, -(-length // self.plan.window) - 1
-        if self.plan.cyclic:
-            # Of a neighbour that is not wrapped, keys that pad the grid.
-            place = last - chunk - first
-            if 0 <= place < side and length % w:
-                yield slice(place * w + length % w, (place + 1) * w)
-            return
-        before, behind = -(chunk + first) * w, length - (chunk + first) * w
-        if before > 0:
-            yield slice(0, before)
-        if behind < side * w:
-            yield slice(max(behind, 0), side * w)
+    def _hidden(
+        self, chunks: range, first: int, side: int, axis: int
+    ) -> Iterator[tuple[int, slice]]:
+        """Along an axis, the keys of a square that its chunk does not see, by the chunk's place."""
+        w, length, last = self.plan.window, self.plan.grid[axis], self.plan.chunks[axis] - 1
+        for place, chunk in enumerate(chunks):
+            start = (chunk + first) * w
+            if self.plan.cyclic:
+                # Of a neighbour that is not wrapped, keys that pad the grid.
+                if start <= last * w < start + side * w and length % w:
+                    yield place, slice(length - start, (last + 1) * w - start)
+                continue
+            if start < 0:
+                yield place, slice(0, -start)
+            if start + side * w > length:
+                yield place, slice(max(length - start, 0), side * w)
 
     def _whole_forward(self, out: Tensor) -> None:
         """What the global tokens get from all tokens."""
@@ -416,57 +400,4 @@ class _Call:
         return slice(head * width, (head + 1) * width)
 
 
-@torch.library.custom_op("attentions::attend_locally", mutates_args=())
-def _operator(
-    q: Tensor,
-    keys_values: Tensor,
-    bias: Tensor | None,
-    whole: Tensor | None,
-    seed: Tensor | None,
-    plan: list[int],
-    dropout: float,
-) -> Tensor:
-    return _Call(q, keys_values, bias, whole, seed, Plan.of(plan), dropout).forward()
-
-
-@torch.library.custom_op("attentions::attend_locally_backward", mutates_args=())
-def _operator_backward(
-    grad: Tensor,
-    q: Tensor,
-    keys_values: Tensor,
-    bias: Tensor | None,
-    whole: Tensor | None,
-    seed: Tensor | None,
-    plan: list[int],
-    dropout: float,
-) -> list[Tensor]:
-    call = _Call(q, keys_values, bias, whole, seed, Plan.of(plan), dropout)
-    # An operator returns tensors alone.
-    return [grad.new_empty(0) if one is None else one for one in call.backward(grad)]
-
-
-@_operator.register_fake
-def _(q: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(q)
-
-
-@_operator_backward.register_fake
-def _(grad: Tensor, *inputs: Any) -> list[Tensor]:
-    return [grad.new_empty(0) if one is None else torch.empty_like(one) for one in inputs[:4]]
-
-
-def _set_up(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    del output
-    *tensors, plan, dropout = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.how = plan, dropout
-
-
-def _operator_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    found = _operator_backward(grad, *ctx.saved_tensors, *ctx.how)
-    like = ctx.saved_tensors[:4]
-    used = (None if one is None else each for one, each in zip(like, found, strict=True))
-    return *used, None, None, None
-
-
-_operator.register_autograd(_operator_gradient, setup_context=_set_up)
+_attend = recomputed("attend_locally", _Call)

@@ -1,0 +1,221 @@
+"""Full attention with relative positions, a block of queries at a time.
+
+The bias of a pair of grid tokens follows from the difference of their positions. With the table as
+an image, turned by half a turn, the biases of one query are the part of it that starts at a place
+of the query's own: those of all queries, in reversed order, are overlapping views of the image, and
+no tensor of all pairs is made. Nor is one kept: the backward pass makes the scores again.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attentions.cache import has_data
+from attentions.contract import Grid
+from attentions.parts import (
+    add_product_,
+    dropout_factors,
+    full_precision,
+    softmax_,
+    softmax_gradient_,
+    spans,
+)
+from attentions.recompute import Gradients, recomputed
+
+# Bytes of the scores that are made at once, on a CPU and elsewhere, at least those of one query.
+LARGEST_SCORES = {"cpu": 2**24, "other": 2**27}
+
+
+def attend_relatively(
+    q: Tensor,
+    keys_values: Tensor,
+    table: Tensor,
+    of_global: Tensor | None,
+    *,
+    num_heads: int,
+    grid: Grid,
+    extent: Grid,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Softmax attention over all tokens of a grid, biased by a table of relative positions.
+
+    Shapes: q (B, N, C), keys_values (B, N, 2 C), table ((2 ex - 1)(2 ey - 1), H) for `extent`
+    (ex, ey), of_global (H, g, g + 2): for a global token as query the bias of each global key and
+    of the grid, and at last that of a grid token to it as key -> (B, N, C).
+    """
+    return _attend(q, keys_values, table, of_global, [num_heads, *grid, *extent], dropout)
+
+
+class _Block(NamedTuple):
+    """Images, heads and queries: rows and columns of the grid, or None for the global tokens."""
+
+    images: slice
+    heads: slice
+    queries: tuple[slice, slice] | None
+
+
+class _Call:
+    """One call. Below, a block is `b` images, `h` heads and `Q` queries."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        keys_values: Tensor,
+        table: Tensor | None,
+        of_global: Tensor | None,
+        seed: Tensor | None,
+        plan: Sequence[int],
+        dropout: float,
+    ) -> None:
+        self.heads, rows, columns, *extent = plan
+        self.q, self.of_global, self.dropout = q, of_global, dropout
+        self.seed = int(seed) if seed is not None and has_data(q) else 0
+        self.grid, self.extent = (rows, columns), (extent[0], extent[1])
+        self.num_global = q.shape[1] - rows * columns
+        self.scale = (q.shape[2] // self.heads) ** -0.5
+        # (H, 2 ex - 1, 2 ey - 1), turned by half a turn.
+        assert table is not None
+        turned = table.to(q.dtype).flip(0).T.contiguous()
+        self.image = turned.unflatten(1, (2 * extent[0] - 1, 2 * extent[1] - 1))
+        # (B, H, N, M), in one piece: every block of queries reads all of them.
+        split = keys_values.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        self.keys_values = split.contiguous()
+        self.k, self.v = self.keys_values
+
+    def forward(self) -> Tensor:
+        out = self.q.new_empty(self.q.shape)
+        with full_precision(self.q):
+            for number, block in enumerate(self._blocks()):
+                q = self._take(self.q, block).mul_(self.scale)
+                weights, factors = self._weights(q, block, number)
+                weights = weights if factors is None else weights.mul_(factors)
+                self._put(out, torch.bmm(weights, self._of(self.v, block)), block)
+        return out
+
+    def backward(self, grad: Tensor) -> Gradients:
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        dq, dk, dv = self.q.new_empty(self.q.shape), *torch.zeros_like(self.keys_values)
+        dimage = torch.zeros_like(self.image, dtype=wide)
+        dglobal = None
+        if self.of_global is not None:
+            dglobal = torch.zeros_like(self.of_global, dtype=wide)
+        with full_precision(self.q):
+            for number, block in enumerate(self._blocks()):
+                q, do = self._take(self.q, block).mul_(self.scale), self._take(grad, block)
+                weights, factors = self._weights(q, block, number)
+                ds = torch.bmm(do, self._of(self.v, block).transpose(1, 2))
+                ds = softmax_gradient_(ds if factors is None else ds.mul_(factors), weights)
+                weights = weights if factors is None else weights.mul_(factors)
+                add_product_(self._of(dv, block), weights.transpose(1, 2), do)
+                add_product_(self._of(dk, block), ds.transpose(1, 2), q)
+                self._put(dq, torch.bmm(ds, self._of(self.k, block)).mul_(self.scale), block)
+                del weights, factors
+                self._add_bias(dimage, dglobal, ds, block)
+        dkv = torch.stack([dk, dv]).permute(1, 3, 0, 2, 4).flatten(2)
+        dtable = dimage.flatten(1).T.flip(0).to(grad.dtype)
+        return dq, dkv, dtable, None if dglobal is None else dglobal.to(grad.dtype)
+
+    def _blocks(self) -> Iterator[_Block]:
+        (rows, columns), batch, tokens = self.grid, *self.q.shape[:2]
+        kind = "cpu" if self.q.device.type == "cpu" and has_data(self.q) else "other"
+        fit = LARGEST_SCORES[kind] // (tokens * self.q.element_size())
+        places: list[tuple[slice, slice] | None] = [None] if self.num_global else []
+        across = list(spans(columns, fit))
+        places += itertools.product(spans(rows, fit // columns), across)
+        for images in spans(batch, fit // (self.heads * rows * columns)):
+            for heads in spans(self.heads, fit // (rows * columns)):
+                for place in places:
+                    yield _Block(images, heads, place)
+
+    def _cells(self, x: Tensor, block: _Block) -> Tensor:
+        """Of tokens (B, N, C) a block's queries, as they stand: (b, h, rows, columns, M), a view."""
+        x = x.unflatten(2, (self.heads, -1))[block.images, :, block.heads]
+        if block.queries is None:
+            return x[:, None, : self.num_global].movedim(3, 1)
+        rows, columns = block.queries
+        return x[:, self.num_global :].unflatten(1, self.grid)[:, rows, columns].movedim(3, 1)
+
+    def _take(self, x: Tensor, block: _Block) -> Tensor:
+        """(B, N, C) -> (b h, Q, M), the last query first; a copy."""
+        return self._cells(x, block).flip(2, 3).flatten(2, 3).flatten(0, 1)
+
+    def _put(self, x: Tensor, part: Tensor, block: _Block) -> None:
+        """Write (b h, Q, M) where `_take` reads it in x."""
+        cells = self._cells(x, block)
+        cells.copy_(part.view(cells.shape).flip(2, 3))
+
+    def _of(self, x: Tensor, block: _Block) -> Tensor:
+        """(B, H, N, M) -> (b h, N, M), a view."""
+        return x[block.images, block.heads].view(-1, *x.shape[2:])
+
+    def _weights(self, q: Tensor, block: _Block, number: int) -> tuple[Tensor, Tensor | None]:
+        """Weights (b h, Q, N) before dropout, and what dropout multiplies them with."""
+        g, heads = self.num_global, block.heads.stop - block.heads.start
+        scores = q.new_empty(len(q) // heads, heads, q.shape[1], self.k.shape[2])
+        if block.queries is None:
+            assert self.of_global is not None
+            # The last query first.
+            biases = self.of_global[block.heads].flip(1)
+            scores[..., :g] = biases[..., :g]
+            scores[..., g:] = biases[..., g : g + 1]
+        else:
+            if self.of_global is not None:
+                scores[..., :g] = self.of_global[block.heads, None, :, g + 1]
+            local = self._local(block)
+            scores[..., g:].unflatten(3, self.grid).unflatten(2, local.shape[1:3]).copy_(local)
+        scores = scores.flatten(0, 1)
+        weights = softmax_(add_product_(scores, q, self._of(self.k, block).transpose(1, 2)))
+        if not self.dropout:
+            return weights, None
+        return weights, dropout_factors(weights, self.dropout, self.seed + number)
+
+    def _corner(self, queries: tuple[slice, slice]) -> Grid:
+        """Where in the image the biases of the last query begin."""
+        return self.extent[0] - queries[0].stop, self.extent[1] - queries[1].stop
+
+    def _local(self, block: _Block) -> Tensor:
+        """Biases of a block's queries, the last one first: (h, rows, columns, *grid), a view."""
+        assert block.queries is not None
+        rows, columns = (span.stop - span.start for span in block.queries)
+        image, (row, column) = self.image[block.heads], self._corner(block.queries)
+        heads, across, _ = image.stride()
+        return image.as_strided(
+            (len(image), rows, columns, *self.grid),
+            (heads, across, 1, across, 1),
+            image.storage_offset() + row * across + column,
+        )
+
+    def _add_bias(self, dimage: Tensor, dglobal: Tensor | None, ds: Tensor, block: _Block) -> None:
+        """Add the gradient of scores (b h, Q, N) to those of the biases they were made with."""
+        g, heads, wide = self.num_global, block.heads.stop - block.heads.start, dimage.dtype
+        ds = ds.unflatten(0, (-1, heads))
+        ds = ds[0] if len(ds) == 1 else ds.sum(0, dtype=wide)
+        if block.queries is None:
+            assert dglobal is not None
+            from_global = dglobal[block.heads]
+            from_global[..., :g] += ds[..., :g].flip(1)
+            from_global[..., g] += ds[..., g:].sum(2, dtype=wide).flip(1)
+            return
+        if dglobal is not None:
+            dglobal[block.heads, :, g + 1] += ds[..., :g].sum(1, dtype=wide)
+        rows, columns = (span.stop - span.start for span in block.queries)
+        down, across = self.grid
+        # Each query is moved on by one place against the next: its biases begin there.
+        width = across + columns
+        skewed = ds.new_zeros(heads, rows, columns, down, width)
+        skewed[..., :across] = ds[..., g:].view(heads, rows, columns, down, across)
+        skewed = skewed.as_strided(
+            (heads, rows, columns, down, width - 1),
+            (*skewed.stride()[:2], down * width - 1, width, 1),
+        )
+        summed = skewed.sum(2, dtype=wide)
+        row, column = self._corner(block.queries)
+        for i in range(rows):
+            place = slice(row + i, row + i + down), slice(column, column + width - 1)
+            dimage[block.heads, *place] += summed[:, i]
+
+
+_attend = recomputed("attend_relatively", _Call)
