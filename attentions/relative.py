@@ -131,7 +131,7 @@ class _Call:
                     yield _Block(images, heads, place)
 
     def _cells(self, x: Tensor, block: _Block) -> Tensor:
-        """Of tokens (B, N, C) a block's queries, as they stand: (b, h, rows, columns, M), a view."""
+        """Of tokens (B, N, C) a block's queries in order: (b, h, rows, columns, M), a view."""
         x = x.unflatten(2, (self.heads, -1))[block.images, :, block.heads]
         if block.queries is None:
             return x[:, None, : self.num_global].movedim(3, 1)
