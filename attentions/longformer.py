@@ -4,11 +4,12 @@ Zhang et al., "Multi-Scale Vision Longformer: A New Vision Transformer for High-
 Encoding", https://arxiv.org/abs/2103.15358, section 3.2 and appendix A. The grid is cut into
 `w x w` chunks; a grid token attends to the global tokens and to the 3x3 chunks around its own,
 under one softmax; a global token attends to all tokens. Cost with `P` grid tokens after padding to
-whole chunks: `2 P (9 w² + g) C + 2 g N C` for attention and `6 N C²` for projections, `4 N C²`
-without global tokens.
+whole chunks: `2 P (9 w² + g) C + 2 g N C` for attention and `4 N C²` for projections, `6 N C²`
+where global tokens have weights of their own.
 
-Deviation: the 3x3 neighbourhood is gathered and given to one fused attention, where the published
-code multiplies with nine shifted copies; both are equal up to rounding.
+Deviations, equal up to rounding: the published code multiplies with nine shifted copies, where a
+strip of 3x3 neighbourhoods is gathered here (`attentions.local`); and it projects all tokens twice
+where weights are shared.
 """
 
 from typing import Any, ClassVar
@@ -106,11 +107,7 @@ class GlobalTokens(Attention):
         self.proj_global = self.proj if share_weights else nn.Linear(self.dim, self.dim)
 
     def attend_globally(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """What the global tokens get: x (B, N, C), bias (H, g, N) -> (B, g, C).
-
-        `kv_global` runs with shared weights too, as in the published model, whose cost is measured
-        here.
-        """
+        """What the global tokens get: x (B, N, C), bias (H, g, N) -> (B, g, C)."""
         q = split_heads(self.query_global(x[:, : self.num_global]), self.num_heads)
         k, v = (split_heads(part, self.num_heads) for part in self.kv_global(x).chunk(2, dim=-1))
         out = nn.functional.scaled_dot_product_attention(
