@@ -36,3 +36,12 @@ def piece(x: Tensor, part: tuple[slice, slice], dtype: torch.dtype) -> Tensor:
 def qkv_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
     """Queries, keys and values as views: (B, N, 3 C) -> three of (B, H, N, M)."""
     return qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+
+def lowered(x: Tensor) -> Tensor:
+    """x in the dtype of autocast's matrix products, so that several layers keep one copy of it."""
+    # The meta device has no autocast.
+    device = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device))
