@@ -11,6 +11,11 @@ CPU_BYTES = 2**20
 ACCELERATOR_BYTES = 2**26
 
 
+def budget(x: Tensor) -> int:
+    """Bytes of the widest tensor of a piece, where x is."""
+    return CPU_BYTES if x.device.type == "cpu" else ACCELERATOR_BYTES
+
+
 def pieces(x: Tensor, bytes_per_token: int) -> Iterator[tuple[slice, slice]]:
     """Slices of batch and tokens that cover x: whole images together, or parts of one image.
 
@@ -20,8 +25,7 @@ def pieces(x: Tensor, bytes_per_token: int) -> Iterator[tuple[slice, slice]]:
         bytes_per_token: of the widest tensor that is made for a piece.
     """
     batch, tokens = x.shape[:2]
-    budget = CPU_BYTES if x.device.type == "cpu" else ACCELERATOR_BYTES
-    length = max(1, budget // bytes_per_token)
+    length = max(1, budget(x) // bytes_per_token)
     images = max(1, length // max(tokens, 1))
     for first in range(0, batch, images):
         for start in range(0, tokens, length):

@@ -15,6 +15,8 @@ RECOMPUTING = [
     ("linformer", {"num_features": 5}),
     ("global", {}),
     ("srformer", {"reduction": 2}),
+    ("swin", {"window": 3, "shift": 1, "position": "relative"}),
+    ("swin", {"window": 2, "shift": 1, "position": "absolute"}),
 ]
 recomputing = pytest.mark.parametrize(("name", "options"), RECOMPUTING)
 
@@ -43,6 +45,7 @@ SAVING = [
     ("global", {}),
     ("linformer", {}),
     ("srformer", {"reduction": 2}),
+    ("swin", {"shift": 3, "position": "absolute"}),
 ]
 
 
