@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from attentions.contract import Attention, Grid
 from attentions.parts import full_precision, merge_heads, split_heads
-from attentions.pieces import piece, pieces, qkv_heads
+from attentions.pieces import apply, piece, pieces, qkv_heads
 from attentions.registry import register
 
 # Added to every channel after the ReLU, as the authors do: a token without a positive channel
@@ -206,8 +206,14 @@ class FocusedLinearAttention(Attention):
 
     def attend(self, x: Tensor, grid: Grid) -> Tensor:
         filters = (self.dwc.weight, self.dwc.bias) if self.kernel else (None, None)
-        out: Tensor = LinearAttention.apply(
-            self.qkv(x), *filters, grid, self.num_heads, self.num_global, self.power
+        out = apply(
+            LinearAttention,
+            self.qkv(x),
+            *filters,
+            grid,
+            self.num_heads,
+            self.num_global,
+            self.power,
         )
         return self.proj(out)
 

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from attentions.contract import Grid
 from attentions.longformer import GlobalTokens
 from attentions.parts import merge_heads, split_heads
-from attentions.pieces import lowered
+from attentions.pieces import apply, lowered
 from attentions.registry import register
 
 
@@ -69,7 +69,7 @@ class GlobalAttention(GlobalTokens):
             first, rest = self.query(x).tensor_split((g,), dim=1)
         else:
             first, rest = self.query_global(x[:, :g]), self.query(x[:, g:])
-        first_keys_values = FirstTokens.apply(x, self.kv.weight, self.kv.bias, g)
+        first_keys_values = apply(FirstTokens, x, self.kv.weight, self.kv.bias, g)
         local = self.proj(self._fused(rest, first_keys_values))
         whole = self.proj_global(self._fused(first, self.kv_global(x)))
         return torch.cat([whole, local], dim=1)

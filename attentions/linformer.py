@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from attentions.contract import Attention, Grid
 from attentions.parts import merge_heads, split_heads
-from attentions.pieces import lowered
+from attentions.pieces import apply, lowered
 from attentions.registry import register
 
 
@@ -104,7 +104,7 @@ class LinformerAttention(Attention):
         """Mixtures of all tokens, (B, F, C), and the sums of their weights, (F), for k and v."""
         shared = self.proj_v is self.proj_k
         mixed = [
-            (MixTokens.apply(x, projection), projection.sum(dim=0))
+            (apply(MixTokens, x, projection), projection.sum(dim=0))
             for projection in ([self.proj_k] if shared else [self.proj_k, self.proj_v])
         ]
         return 2 * mixed if shared else mixed

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from attentions.contract import Attention, Grid
 from attentions.parts import full_precision, merge_heads, split_heads
-from attentions.pieces import piece, pieces, qkv_heads
+from attentions.pieces import apply, piece, pieces, qkv_heads
 from attentions.registry import register
 
 KERNEL_EPS = 1e-4
@@ -170,8 +170,11 @@ class PerformerAttention(Attention):
             self._redrawn_at = step
 
     def attend(self, x: Tensor, grid: Grid) -> Tensor:
-        out: Tensor = RandomFeatureAttention.apply(
-            self.qkv(x), self.fast_attention.projection_matrix, self.num_heads
+        out = apply(
+            RandomFeatureAttention,
+            self.qkv(x),
+            self.fast_attention.projection_matrix,
+            self.num_heads,
         )
         return self.proj(out)
 

@@ -1,6 +1,7 @@
 """Working through long sequences piece by piece, so that what is wide is never there as a whole."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,3 +50,22 @@ def lowered(x: Tensor) -> Tensor:
     if x.is_meta or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return x
     return x.to(torch.get_autocast_dtype(device))
+
+
+class _NoContext:
+    """Takes what a forward pass keeps for the backward pass, which will not come."""
+
+    def save_for_backward(self, *_: Any) -> None:
+        """Keep nothing."""
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    """`function.apply`, or its forward pass alone where nothing is differentiated.
+
+    A traced graph then holds the operators, which counters of FLOPs look for.
+    """
+    if torch.is_grad_enabled():
+        applied: Tensor = function.apply(*arguments)
+        return applied
+    result: Tensor = function.forward(_NoContext(), *arguments)
+    return result

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from attentions.contract import Attention, Grid
 from attentions.parts import merge_heads, split_heads
-from attentions.pieces import lowered
+from attentions.pieces import apply, lowered
 from attentions.registry import register
 
 NORM_EPS = 1e-5
@@ -101,7 +101,7 @@ class SpatialReductionAttention(Attention):
     def reduce(self, x: Tensor, grid: Grid) -> Tensor:
         """(B, N, C) -> (B, g + s, C): global tokens, then the reduced and normalised grid."""
         self._check(grid)
-        reduced = ReduceSquares.apply(x, self.proj_sr.weight, grid, self.num_global)
+        reduced = apply(ReduceSquares, x, self.proj_sr.weight, grid, self.num_global)
         # Instance normalisation, which here takes a grid reduced to one token as well. Its squares
         # are more than half precision holds.
         reduced = reduced.to(torch.promote_types(reduced.dtype, torch.float32))

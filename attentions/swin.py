@@ -31,6 +31,7 @@ from attentions.parts import (
     split_heads,
     with_global_keys,
 )
+from attentions.pieces import apply
 from attentions.registry import register
 from attentions.windows import WindowAttention
 
@@ -114,7 +115,8 @@ class ShiftedWindowAttention(Attention):
         return with_global_keys(local, g2l), global_bias(g2g, g2l, cells)
 
     def attend(self, x: Tensor, grid: Grid) -> Tensor:
-        out: Tensor = WindowAttention.apply(
+        out = apply(
+            WindowAttention,
             self.qkv(x),
             *self._biases(grid[0] * grid[1]),
             grid,
