@@ -25,9 +25,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from attentions.contract import Attention, Grid
 from attentions.parts import full_precision, merge_heads, split_heads
+from attentions.pieces import apply, piece, pieces, qkv_heads
 from attentions.registry import register
 
 # Added to every channel after the ReLU, as the authors do: a token without a positive channel
@@ -35,12 +37,138 @@ from attentions.registry import register
 KERNEL_EPS = 1e-6
 
 
-def focus(x: Tensor, power: float) -> Tensor:
-    """`f(ReLU(x))` of every last dimension: as long as ReLU(x), nearer to its largest channels."""
+def powers(x: Tensor, power: float) -> tuple[Tensor, Tensor]:
+    """ReLU(x), a little increased, and its powers, whose largest of each last dimension is 1."""
     x = x.relu() + KERNEL_EPS
     # The direction does not depend on the length, which would overflow or vanish in the power.
-    direction = (x / x.amax(dim=-1, keepdim=True).detach()) ** power
-    return x.norm(dim=-1, keepdim=True) * direction / direction.norm(dim=-1, keepdim=True)
+    return x, (x / x.amax(dim=-1, keepdim=True)).pow_(power)
+
+
+def focus(x: Tensor, power: float) -> Tensor:
+    """`f(ReLU(x))` of every last dimension: as long as ReLU(x), nearer to its largest channels."""
+    x, direction = powers(x, power)
+    return direction.mul_(_length(x) / _length(direction))
+
+
+def _length(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+
+class LinearAttention(torch.autograd.Function):
+    """Linear attention and the convolution, with features that live for a piece of the tokens.
+
+    Saved for the backward pass are queries, keys and values alone. The length of a query cancels
+    and is left out of its features.
+
+    Shapes: qkv (B, N, 3 C), weight (M, 1, K, K), bias (M) -> (B, N, C).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        grid: Grid,
+        num_heads: int,
+        num_global: int,
+        power: float,
+    ) -> Tensor:
+        ctx.options = grid, num_heads, num_global, power
+        with full_precision(qkv):
+            q, k, v = qkv_heads(qkv, num_heads)
+            batch, heads, tokens, width = q.shape
+            out = qkv.new_zeros(batch, tokens, heads * width)
+            if weight is not None and bias is not None:
+                image, filters = _image(qkv, grid, num_global), weight.repeat(heads, 1, 1, 1)
+                local = nn.functional.conv2d(
+                    image,
+                    filters.to(qkv.dtype),
+                    bias.repeat(heads).to(qkv.dtype),
+                    padding=weight.shape[-1] // 2,
+                    groups=heads * width,
+                )
+                out[:, num_global:] = local.flatten(2).transpose(1, 2)
+            wide = torch.promote_types(qkv.dtype, torch.float32)
+            sums = qkv.new_zeros(batch, heads, width, width + 1, dtype=wide)
+            context, total = sums.split((width, 1), dim=-1)
+            for part in pieces(qkv, heads * width * sums.element_size()):
+                features = focus(piece(k, part, wide), power)
+                context[part[0]] += features.transpose(-2, -1) @ piece(v, part, wide)
+                total[part[0]] += features.sum(dim=-2)[..., None]
+            for part in pieces(qkv, heads * width * sums.element_size()):
+                _, direction = powers(piece(q, part, wide), power)
+                value = (direction @ context[part[0]]).div_(direction @ total[part[0]])
+                out[part] += merge_heads(value)
+        ctx.save_for_backward(qkv, weight, sums)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, weight, sums = ctx.saved_tensors
+        grid, num_heads, num_global, power = ctx.options
+        grads = torch.zeros_like(qkv)
+        grad_weight = grad_bias = None
+        with full_precision(qkv):
+            q, k, v = qkv_heads(qkv, num_heads)
+            grad_q, grad_k, grad_v = qkv_heads(grads, num_heads)
+            width = q.shape[-1]
+            if weight is not None:
+                grad_image, *found = torch.ops.aten.convolution_backward(
+                    grad[:, num_global:].transpose(1, 2).unflatten(2, grid),
+                    _image(qkv, grid, num_global),
+                    weight.repeat(num_heads, 1, 1, 1).to(qkv.dtype),
+                    [num_heads * width],
+                    [1, 1],
+                    [weight.shape[-1] // 2] * 2,
+                    [1, 1],
+                    False,
+                    [0, 0],
+                    num_heads * width,
+                    [True, True, True],
+                )
+                _image(grads, grid, num_global).copy_(grad_image)
+                grad_weight, grad_bias = (
+                    each.to(weight.dtype).unflatten(0, (num_heads, width)).sum(dim=0)
+                    for each in found
+                )
+            grad = split_heads(grad, num_heads)
+            wide, grad_sums = sums.dtype, torch.zeros_like(sums)
+            context, total = sums.split((width, 1), dim=-1)
+            for part in pieces(qkv, q.shape[1] * width * sums.element_size()):
+                query = piece(q, part, wide)
+                x, direction = powers(query, power)
+                weights = direction @ total[part[0]]
+                value = (direction @ context[part[0]]).div_(weights)
+                above = piece(grad, part, wide)
+                below = -(above * value).sum(dim=-1, keepdim=True)
+                above = torch.cat([above, below], dim=-1).div_(weights)
+                grad_sums[part[0]] += direction.transpose(-2, -1) @ above
+                found = (above @ sums[part[0]].transpose(-2, -1)).mul_(direction).div_(x)
+                grad_q[part[0], :, part[1]] = found.mul_(query > 0).mul_(power)
+            for part in pieces(qkv, q.shape[1] * width * sums.element_size()):
+                key, value = piece(k, part, wide), piece(v, part, wide)
+                x, direction = powers(key, power)
+                length = _length(x)
+                direction /= _length(direction)
+                grad_v[part[0], :, part[1]] += (length * direction) @ grad_sums[
+                    part[0], ..., :width
+                ]
+                value = nn.functional.pad(value, (0, 1), value=1.0)
+                found = value @ grad_sums[part[0]].transpose(-2, -1)
+                along = (found * direction).sum(dim=-1, keepdim=True)
+                # Of the length, and of the direction.
+                turned = (found - direction * along).mul_(direction).mul_(power * length).div_(x)
+                turned += x * (along / length)
+                grad_k[part[0], :, part[1]] = turned.mul_(key > 0)
+        return grads, grad_weight, grad_bias, None, None, None, None
+
+
+def _image(qkv: Tensor, grid: Grid, num_global: int) -> Tensor:
+    """The values of the grid, a view: (B, N, 3 C) -> (B, C, rows, columns)."""
+    values = qkv[:, num_global:, 2 * (qkv.shape[-1] // 3) :]
+    return values.transpose(1, 2).unflatten(2, grid)
 
 
 @register("focused_linear")
@@ -77,21 +205,17 @@ class FocusedLinearAttention(Attention):
             self.dwc = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
 
     def attend(self, x: Tensor, grid: Grid) -> Tensor:
-        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
-        with full_precision(x):
-            wide = torch.promote_types(q.dtype, torch.float32)
-            features_q = focus(q.to(wide), self.power)
-            features_k = focus(k.to(wide), self.power)
-            context = features_k.transpose(-2, -1) @ v.to(wide)
-            total = features_q @ features_k.sum(dim=-2)[..., None]
-            out = (features_q @ context / total).to(v.dtype)
-        return self.proj(merge_heads(out + self._local(v, grid) if self.kernel else out))
-
-    def _local(self, v: Tensor, grid: Grid) -> Tensor:
-        """The convolution of the grid's values, 0 for global tokens: (B, H, N, M), as v is."""
-        image = v[:, :, self.num_global :].transpose(2, 3).unflatten(3, grid).flatten(0, 1)
-        local = self.dwc(image).flatten(2).transpose(1, 2).unflatten(0, v.shape[:2])
-        return nn.functional.pad(local, (0, 0, self.num_global, 0))
+        filters = (self.dwc.weight, self.dwc.bias) if self.kernel else (None, None)
+        out = apply(
+            LinearAttention,
+            self.qkv(x),
+            *filters,
+            grid,
+            self.num_heads,
+            self.num_global,
+            self.power,
+        )
+        return self.proj(out)
 
     def reference(self, x: Tensor, grid: Grid) -> Tensor:
         """All N² weights, and the convolution as a sum over the places of its kernel."""

@@ -9,11 +9,38 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from attentions.contract import Grid
 from attentions.longformer import GlobalTokens
 from attentions.parts import merge_heads, split_heads
+from attentions.pieces import apply, lowered
 from attentions.registry import register
+
+
+class FirstTokens(torch.autograd.Function):
+    """A linear layer of all tokens, read at the first ones alone.
+
+    As published, keys and values are computed of all tokens, which the counts of the published
+    models hold. The backward pass needs no other tokens than those read, nor keeps them.
+
+    Shapes: x (B, N, C), weight (D, C), bias (D) -> (B, count, D).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, count: int) -> Tensor:
+        ctx.save_for_backward(x[:, :count].clone(), weight)
+        ctx.tokens = x.shape[1]
+        return nn.functional.linear(x, weight, bias)[:, :count].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_x = nn.functional.pad(grad @ weight.to(grad.dtype), (0, 0, 0, ctx.tokens - x.shape[1]))
+        grad, x = grad.flatten(0, 1), x.flatten(0, 1)
+        wide = weight.dtype
+        return grad_x, (grad.T @ x).to(wide), grad.sum(dim=0, dtype=wide), None
 
 
 @register("global")
@@ -36,14 +63,24 @@ class GlobalAttention(GlobalTokens):
             raise ValueError(f"unknown position {position!r}; global allows: absolute")
 
     def attend(self, x: Tensor, grid: Grid) -> Tensor:
-        g = self.num_global
-        # As published, keys and values are computed of all tokens and read at the global ones.
-        keys_values = self.kv(x)[:, :g]
-        k, v = (split_heads(part, self.num_heads) for part in keys_values.chunk(2, dim=-1))
-        q = split_heads(self.query(x[:, g:]), self.num_heads)
+        g, x = self.num_global, lowered(x)
+        if self.share_weights:
+            # One product of all tokens keeps x as it is; one of a part of them keeps a copy.
+            first, rest = self.query(x).tensor_split((g,), dim=1)
+        else:
+            first, rest = self.query_global(x[:, :g]), self.query(x[:, g:])
+        first_keys_values = apply(FirstTokens, x, self.kv.weight, self.kv.bias, g)
+        local = self.proj(self._fused(rest, first_keys_values))
+        whole = self.proj_global(self._fused(first, self.kv_global(x)))
+        return torch.cat([whole, local], dim=1)
+
+    def _fused(self, queries: Tensor, keys_values: Tensor) -> Tensor:
+        """queries (B, Q, C), keys_values (B, K, 2 C) -> (B, Q, C)."""
+        q, k, v = (
+            split_heads(part, self.num_heads) for part in (queries, *keys_values.chunk(2, dim=-1))
+        )
         out = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout_p)
-        local = self.proj(merge_heads(out))
-        return torch.cat([self.attend_globally(x, None), local], dim=1)
+        return merge_heads(out)
 
     def reference(self, x: Tensor, grid: Grid) -> Tensor:
         g = self.num_global

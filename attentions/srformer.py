@@ -12,12 +12,54 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from attentions.contract import Attention, Grid
 from attentions.parts import merge_heads, split_heads
+from attentions.pieces import apply, lowered
 from attentions.registry import register
 
 NORM_EPS = 1e-5
+
+
+class ReduceSquares(torch.autograd.Function):
+    """A convolution whose kernel is its stride, as a matrix product, which is faster.
+
+    The squares are a copy of x in another order; it is made again in the backward pass.
+
+    Shapes: x (B, N, C), weight (D, C, r, r) -> (B, s, D).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, grid: Grid, num_global: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.place = grid, num_global, weight.shape[-1]
+        return nn.functional.linear(
+            _squares(x, *ctx.place).flatten(3).flatten(1, 2), _matrix(weight)
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_x, squares = torch.zeros_like(x), _squares(x, *ctx.place)
+        grad_squares = grad @ _matrix(weight).to(grad.dtype)
+        _squares(grad_x, *ctx.place).copy_(grad_squares.view(squares.shape))
+        found = grad.flatten(0, 1).T @ squares.reshape(-1, grad_squares.shape[-1])
+        kernel = found.to(weight.dtype).unflatten(1, (*weight.shape[2:], -1)).permute(0, 3, 1, 2)
+        return grad_x, kernel, None, None
+
+
+def _squares(x: Tensor, grid: Grid, num_global: int, size: int) -> Tensor:
+    """The whole squares of the grid, a view: x (B, N, C) -> (B, R, S, r, r, C)."""
+    rows, columns = (side // size for side in grid)
+    image = x[:, num_global:].unflatten(1, grid)[:, : rows * size, : columns * size]
+    return image.unflatten(2, (columns, size)).unflatten(1, (rows, size)).transpose(2, 3)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """(D, C, r, r) -> (D, r r C)."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 @register("srformer")
@@ -59,14 +101,16 @@ class SpatialReductionAttention(Attention):
     def reduce(self, x: Tensor, grid: Grid) -> Tensor:
         """(B, N, C) -> (B, g + s, C): global tokens, then the reduced and normalised grid."""
         self._check(grid)
-        tokens_first = x[:, self.num_global :].transpose(1, 2).unflatten(2, grid)
-        reduced = self.proj_sr(tokens_first).flatten(2)
-        # Normalising each channel over the grid is instance normalisation; unlike
-        # `nn.functional.instance_norm` this form takes a grid reduced to one token.
-        reduced = nn.functional.layer_norm(reduced, reduced.shape[-1:], eps=NORM_EPS)
-        return torch.cat([x[:, : self.num_global], reduced.transpose(1, 2).to(x.dtype)], dim=1)
+        reduced = apply(ReduceSquares, x, self.proj_sr.weight, grid, self.num_global)
+        # Instance normalisation, which here takes a grid reduced to one token as well. Its squares
+        # are more than half precision holds.
+        reduced = reduced.to(torch.promote_types(reduced.dtype, torch.float32))
+        centred = reduced - reduced.mean(dim=1, keepdim=True)
+        normal = centred * (centred.square().mean(dim=1, keepdim=True) + NORM_EPS).rsqrt()
+        return torch.cat([x[:, : self.num_global], normal.to(x.dtype)], dim=1)
 
     def attend(self, x: Tensor, grid: Grid) -> Tensor:
+        x = lowered(x)
         q = split_heads(self.query(x), self.num_heads)
         keys_values = self.kv(self.reduce(x, grid)).chunk(2, dim=-1)
         k, v = (split_heads(part, self.num_heads) for part in keys_values)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from attentions.contract import Attention, Grid
 from attentions.full import POSITIONS
-from attentions.longformer import from_chunks, to_chunks
 from attentions.parts import (
     add_relative_positions,
     gather_bias,
@@ -32,7 +31,9 @@ from attentions.parts import (
     split_heads,
     with_global_keys,
 )
+from attentions.pieces import apply
 from attentions.registry import register
+from attentions.windows import WindowAttention
 
 
 @register("swin")
@@ -100,106 +101,31 @@ class ShiftedWindowAttention(Attention):
         rows, columns = (self.shift if side > self.window else 0 for side in grid)
         return rows, columns
 
-    def _to_windows(self, image: Tensor, shifts: Grid) -> Tensor:
-        """(B, rows, columns, C) -> (B, R, S, w², C), zero-padded, then rolled by `shifts`."""
-        rows, columns = (-side % self.window for side in image.shape[1:3])
-        if rows or columns:
-            image = nn.functional.pad(image, (0, 0, 0, columns, 0, rows))
-        if any(shifts):
-            image = image.roll((-shifts[0], -shifts[1]), dims=(1, 2))
-        return to_chunks(image, self.window)
+    def _biases(self, cells: int) -> tuple[Tensor | None, Tensor | None]:
+        """Additive biases of relative positions in a window, and of what global tokens see.
 
-    def _from_windows(self, windows: Tensor, grid: Grid, shifts: Grid) -> Tensor:
-        """(B, R, S, w², C) -> (B, rows, columns, C): the inverse of `_to_windows`."""
-        rows, columns = (count * self.window for count in windows.shape[1:3])
-        image = from_chunks(windows, self.window, (rows, columns))
-        if any(shifts):
-            image = image.roll(shifts, dims=(1, 2))
-        return image[:, : grid[0], : grid[1]]
-
-    def _visible(self, grid: Grid, shifts: Grid, device: torch.device) -> Tensor | None:
-        """Which keys of its window a query sees: (R S, w², w²), bool; None for all of them.
-
-        Rolling brings the first rows below the last ones, and the first columns beside the last
-        ones; these do not see each other.
+        Shapes: (H, w², g + w²), and (H, g, N) with global tokens.
         """
-        if not any(shifts) and not any(side % self.window for side in grid):
-            return None
-        kinds = []
-        for side, shift in zip(grid, shifts, strict=True):
-            length = -(-side // self.window) * self.window
-            place = torch.arange(length, device=device) + shift
-            padding = place % length >= side
-            # 0 as it was, 1 rolled, 2 padding: only padding sees padding, so that every query sees
-            # a key.
-            kinds.append((place >= length).long().masked_fill(padding, 2))
-        regions = (3 * kinds[0][:, None] + kinds[1])[None, ..., None]
-        regions = to_chunks(regions, self.window).flatten(0, 2)
-        return regions == regions.transpose(1, 2)
-
-    def _local_mask(self, grid: Grid, shifts: Grid, like: Tensor) -> Tensor | None:
-        """What a query sees of global tokens and its window: (R S or 1, H or 1, w², g + w²).
-
-        With relative positions an additive bias, else bool; None where all is seen alike.
-        """
-        g, visible = self.num_global, self._visible(grid, shifts, like.device)
         if self.position == "absolute":
-            return (
-                None if visible is None else nn.functional.pad(visible, (g, 0), value=True)[:, None]
-            )
-        bias = gather_bias(self.local_relative_position_bias_table, self.relative_position_index)
-        bias = bias.to(like.dtype)[None]
-        if visible is not None:
-            bias = bias.masked_fill(~visible[:, None], float("-inf"))
-        return with_global_keys(bias, self.g2l_relative_position_bias) if g else bias
-
-    def _global_bias(self, cells: int) -> Tensor | None:
-        """Additive bias of what the global tokens see: (H, g, N)."""
-        if self.position == "absolute":
-            return None
-        return global_bias(self.g2g_relative_position_bias, self.g2l_relative_position_bias, cells)
-
-    def _attend_locally(self, qkv: Tensor, grid: Grid) -> Tensor:
-        """What the grid tokens get: qkv (B, N, 3 C) -> (B, rows * columns, C)."""
-        g, shifts = self.num_global, self._shifts(grid)
-        windows = self._to_windows(qkv[:, g:].unflatten(1, grid), shifts)
-        batch, rows, columns = windows.shape[:3]
-        q, keys_values = windows.split((self.dim, 2 * self.dim), dim=-1)
-        if g:
-            to_all = qkv[:, None, None, :g, self.dim :].expand(-1, rows, columns, -1, -1)
-            keys_values = torch.cat([to_all, keys_values], dim=3)
-        q, k, v = (
-            split_heads(part.flatten(0, 2), self.num_heads)
-            for part in (q, *keys_values.chunk(2, dim=-1))
-        )
-        mask = self._local_mask(grid, shifts, q)
-        if mask is not None and len(mask) > 1:
-            # Batch and windows are one batch dimension, which SDPA needs in full.
-            mask = mask[None].expand(batch, *mask.shape).flatten(0, 1)
-        out = nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=self.dropout_p
-        )
-        out = merge_heads(out).unflatten(0, (batch, rows, columns))
-        return self._from_windows(out, grid, shifts).flatten(1, 2)
-
-    def _attend_globally(self, qkv: Tensor, cells: int) -> Tensor:
-        """What the global tokens get: qkv (B, N, 3 C) -> (B, g, C)."""
-        q, k, v = (split_heads(part, self.num_heads) for part in qkv.chunk(3, dim=-1))
-        bias = self._global_bias(cells)
-        out = nn.functional.scaled_dot_product_attention(
-            q[:, :, : self.num_global],
-            k,
-            v,
-            attn_mask=None if bias is None else bias.to(q.dtype)[None],
-            dropout_p=self.dropout_p,
-        )
-        return merge_heads(out)
+            return None, None
+        local = gather_bias(self.local_relative_position_bias_table, self.relative_position_index)
+        if not self.num_global:
+            return local, None
+        g2g, g2l = self.g2g_relative_position_bias, self.g2l_relative_position_bias
+        return with_global_keys(local, g2l), global_bias(g2g, g2l, cells)
 
     def attend(self, x: Tensor, grid: Grid) -> Tensor:
-        qkv = self.qkv(x)
-        out = self._attend_locally(qkv, grid)
-        if self.num_global:
-            out = torch.cat([self._attend_globally(qkv, grid[0] * grid[1]), out], dim=1)
+        out = apply(
+            WindowAttention,
+            self.qkv(x),
+            *self._biases(grid[0] * grid[1]),
+            grid,
+            self.num_heads,
+            self.num_global,
+            self.window,
+            self._shifts(grid),
+            self.dropout_p,
+        )
         return self.proj(out)
 
     def reference(self, x: Tensor, grid: Grid) -> Tensor:

@@ -297,32 +297,31 @@ def test_linformer_knows_one_length():
     module(tokens(module, (8, 6)), (8, 6))
 
 
-@pytest.mark.parametrize("implementation", ["fast", "reference"])
-def test_performer_redraws_at_its_interval(implementation):
-    options = {"num_features": 5, "redraw_interval": 3, "implementation": implementation}
-    module = build("performer", options)
-    x = tokens(module)
+@pytest.mark.parametrize("interval", [3, 0])
+def test_performer_redraws_at_its_interval_when_told_the_step(interval):
+    module = build("performer", {"num_features": 5, "redraw_interval": interval})
     matrix = module.fast_attention.projection_matrix
     changed = []
-    for _ in range(8):
+    # Each step is told twice, as by a step of two parts.
+    for step in (0, 1, 2, 3, 3, 4, 5, 6, 6, 7):
         before = matrix.clone()
-        module(x, GRID)
-        changed.append(not torch.equal(before, matrix))
-    assert changed == [False, False, False, True, False, False, True, False]
-
-    module.eval()
-    before = matrix.clone()
-    for _ in range(7):
-        module(x, GRID)
-    assert torch.equal(before, matrix)
-
-
-def test_performer_without_redrawing():
-    module = build("performer", {"num_features": 5, "redraw_interval": 0})
-    before = module.fast_attention.projection_matrix.clone()
-    for _ in range(5):
+        module.set_training_step(step)
         module(tokens(module), GRID)
-    assert torch.equal(before, module.fast_attention.projection_matrix)
+        changed.append(not torch.equal(before, matrix))
+    assert [at for at, drawn in enumerate(changed) if drawn] == ([3, 7] if interval else [])
+
+
+@pytest.mark.parametrize("implementation", ["fast", "reference"])
+def test_performer_does_not_count_its_calls(implementation):
+    options = {"num_features": 5, "redraw_interval": 1, "implementation": implementation}
+    module = build("performer", options)
+    before = copy.deepcopy(vars(module)), module.fast_attention.projection_matrix.clone()
+    for _ in range(3):
+        module(tokens(module), GRID)
+    assert torch.equal(before[1], module.fast_attention.projection_matrix)
+    assert {k: v for k, v in vars(module).items() if not k.startswith("_")} == {
+        k: v for k, v in before[0].items() if not k.startswith("_")
+    }
 
 
 def performer_backbone():

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import attentions
 from attentions import cache, local, relative
-from bench import memory
+from bench.measure import memory
 
 OPTIONS = [
     ("longformer", {"window": 3, "position": "relative"}),

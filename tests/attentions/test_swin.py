@@ -120,29 +120,67 @@ def test_two_blocks_join_what_one_keeps_apart():
 
 
 @pytest.mark.parametrize(
-    ("grid", "options", "shape"),
+    ("grid", "options", "expected"),
     [
-        ((6, 9), {"position": "absolute", "shift": 0}, None),
-        ((6, 9), {"position": "relative", "shift": 0}, (1, 2, 9, 10)),
-        ((6, 9), {"position": "absolute", "shift": 1}, (12, 1, 9, 10)),
-        ((5, 9), {"position": "absolute", "shift": 0}, (12, 1, 9, 10)),
-        ((5, 9), {"position": "relative", "shift": 1}, (12, 2, 9, 10)),
+        ((6, 9), {"position": "absolute", "shift": 0}, [None]),
+        ((6, 9), {"position": "relative", "shift": 0}, [(2, 9, 10)]),
+        # Windows in the middle, at the right, at the bottom and in the corner.
+        ((6, 9), {"position": "absolute", "shift": 1}, [None, *[(1, 9, 10)] * 3]),
+        ((6, 9), {"position": "relative", "shift": 1}, [(2, 9, 10)] * 4),
+        ((5, 9), {"position": "absolute", "shift": 0}, [None, (1, 9, 10)]),
     ],
 )
-def test_a_mask_is_made_only_where_something_is_hidden(monkeypatch, grid, options, shape):
+def test_masks_are_few_and_take_no_gradient(monkeypatch, grid, options, expected):
     masks = []
     fused = torch.nn.functional.scaled_dot_product_attention
 
     def watched(*tensors, attn_mask=None, **more):
-        masks.append(attn_mask if attn_mask is None else tuple(attn_mask.shape))
+        masks.append(attn_mask)
         return fused(*tensors, attn_mask=attn_mask, **more)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     module = build(grid, num_global=1, window=3, **options)
     module(tokens(module, grid), grid)
-    # Windows, then global tokens.
-    assert masks[0] == shape
-    assert len(masks) == 2
+    # One for windows that see alike, whatever the batch; then that of the global tokens.
+    seen = [None if mask is None else tuple(mask.shape[1:]) for mask in masks[:-1]]
+    assert sorted(seen, key=str) == sorted(expected, key=str)
+    for mask in masks:
+        if mask is not None:
+            assert not mask.requires_grad
+            assert len(mask) == 1
+            # As the fused kernels of GPUs want it, which would copy it otherwise.
+            assert all(stride % 8 == 0 for stride in mask.stride()[:-1])
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_no_more_windows_go_to_a_kernel_than_it_takes(monkeypatch, shift):
+    sizes = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, *tensors, **more):
+        sizes.append(len(query))
+        return fused(query, *tensors, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr("attentions.windows.LARGEST_BATCH", 5)
+    module = build((11, 13), window=2, shift=shift, position="relative", num_global=1)
+    x = tokens(module, (11, 13), batch=3)
+    few = module(x, (11, 13))
+    assert max(sizes) <= 5
+    monkeypatch.undo()
+    torch.testing.assert_close(module(x, (11, 13)), few)
+
+
+def test_dropout_has_the_gradient_of_what_it_kept():
+    module = build((5, 4), window=3, shift=1, position="relative", num_global=1, attn_drop=0.4)
+    module.train()
+
+    def attend(x, *_):
+        torch.manual_seed(0)
+        return module(x, (5, 4))
+
+    x = tokens(module, (5, 4), batch=1).requires_grad_()
+    assert torch.autograd.gradcheck(attend, (x, *module.parameters()))
 
 
 def test_cost_grows_with_the_grid_and_not_with_its_square():
