@@ -30,6 +30,7 @@ _CONDITIONS = (
     "config.train.precision",
     "environment.device",
     "environment.cpu",
+    "environment.threads",
     "environment.packages.torch",
 )
 

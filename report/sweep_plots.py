@@ -77,7 +77,7 @@ def against_resolution(data: pd.DataFrame, style: Looks, quantity: str) -> Figur
 
 
 def _unit(data: pd.DataFrame, quantity: str) -> Unit:
-    slow = bool(data["latency"].max() >= _LONG)
+    slow = bool((data["latency"] >= _LONG).any())
     units = {
         "memory": memory_unit(data["memory"]),
         "latency": Unit.SECONDS if slow else Unit.MS,
