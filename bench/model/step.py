@@ -46,6 +46,6 @@ def compute_gradients(
 
 def total_loss(outputs: Any) -> Tensor:
     """Return the sum of a detector's losses; of other outputs, the sum of their means."""
-    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    leaves = [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
     scalars = [leaf if leaf.dim() == 0 else leaf.mean().float() for leaf in leaves]
     return torch.stack(scalars).sum()
