@@ -33,11 +33,13 @@ def run_sections(
     fabric: Fabric,
     *,
     model: nn.Module | None = None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the `memory` and `latency` sections of a run, measured on images of one stated size.
+    with_latency: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Return what a run measures at its end, on images of one stated size, by section.
 
     Args:
         model: the detector as Fabric wrapped it, where that was done before.
+        with_latency: False for memory alone.
     """
     profile = config.profile
     images, targets = profile_batch(dataset, image_size(config), profile.batch_size)
@@ -45,7 +47,10 @@ def run_sections(
         detector, (images,), fabric=fabric, config=config, targets=targets, model=model
     )
     modes = MODES if profile.training else ("inference",)
-    return measure_memory(workload, modes), measure_latency(workload, modes, effort(config))
+    sections = {"memory": measure_memory(workload, modes)}
+    if with_latency:
+        sections["latency"] = measure_latency(workload, modes, effort(config))
+    return sections
 
 
 def measure_memory(

@@ -176,7 +176,7 @@ def measure_latency(
 
     Args:
         configs: of runs, on one device.
-        modes: some of MODES.
+        modes: some of MODES; training only of the rows whose configuration measures it.
         roots: for each row the folder of its data; by default what its configuration names, or
             images generated for the purpose.
         needs: for each row what its peak is expected to be in bytes, by mode; a record's `memory`
@@ -250,7 +250,7 @@ def _measure(
     groups: list[list[_Row]] = []
     done, timed = 0.0, "latency" in quantities
     for row in rows:
-        row.modes = modes
+        row.modes = [mode for mode in modes if mode != "training" or row.config.profile.training]
 
     def tell(share: float, doing: str) -> None:
         nonlocal done
@@ -262,7 +262,7 @@ def _measure(
             while waiting and _has_room(group, waiting[0]):
                 row = waiting.pop(0)
                 group.append(row)
-                row.modes = [mode for mode in modes if _fits(row, mode)]
+                row.modes = [mode for mode in row.modes if _fits(row, mode)]
                 if not row.modes:
                     continue
                 with row.kept():

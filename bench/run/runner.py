@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.fabric import Fabric
 from torch import nn
 
 from bench import record
@@ -22,7 +21,6 @@ from bench.errors import InputError
 from bench.files import sha256
 from bench.measure.costs import flops_section, run_sections
 from bench.model import build as models
-from bench.model import detectors
 from bench.model.optimizer import effective, scaling_note
 from bench.model.weights import load_detector, load_file, save_file
 from bench.record import Record, error_section
