@@ -14,7 +14,6 @@ import string
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -218,20 +217,22 @@ def interleaved(
     effort = effort or Effort()
     instruments = instruments or Instruments()
     device = torch.device(device)
-    timed = {name: Call(fn, device, instruments.clock) for name, fn in fns.items()}
+    calls = {name: Call(fn, device, instruments.clock) for name, fn in fns.items()}
+    timed = {name: Timed(call.warm_up, call.sample) for name, call in calls.items()}
     return rounds(timed, device=device, effort=effort, instruments=instruments)
 
 
-class Timed(Protocol):
-    """What can be timed in rounds: a call of this process, or of another."""
+@dataclass(frozen=True)
+class Timed:
+    """What can be timed in rounds: a call of this process, or of another.
 
-    def warm_up(self, effort: Effort) -> "WarmUp":
-        """Call until the times settle."""
-        ...
+    Attributes:
+        warm_up: calls until the times settle, or the effort ends.
+        sample: times one call.
+    """
 
-    def sample(self) -> "Sample":
-        """Time one call."""
-        ...
+    warm_up: Callable[[Effort], "WarmUp"]
+    sample: Callable[[], "Sample"]
 
 
 def rounds(

@@ -30,12 +30,12 @@ from bench.measure.costs import (
 )
 from bench.measure.latency import Instruments, Latency
 from bench.measure.predict import predict
-from bench.measure.worker import Timed, Worker
+from bench.measure.worker import Worker
 from bench.measure.workload import conditions, image_size, stated_rois
 from bench.model.build import model_section, parameters_section
 from bench.record import Record, error_section
 from bench.system import machine
-from bench.system.devices import single_fabric
+from bench.system.devices import make_fabric, single_fabric
 
 # A measurement that is predicted to need more than this share of the free memory is not tried.
 _LARGEST_SHARE = 0.85
@@ -200,7 +200,7 @@ def _count(
 ) -> None:
     """Count on the meta device; what cannot run there may well be measured."""
     config = row.config
-    device = single_fabric(config).device
+    device = make_fabric(config).device
     detector = build_on_meta(config)
     if "parameters" in quantities:
         row.sections["parameters"] = parameters_section(detector)
@@ -246,8 +246,6 @@ def _measure(
     progress: Progress,
 ) -> None:
     """Fill the `memory` and `latency` sections of rows."""
-    waiting = list(rows)
-    groups: list[list[_Row]] = []
     done, timed = 0.0, "latency" in quantities
     for row in rows:
         row.modes = [mode for mode in modes if mode != "training" or row.config.profile.training]
@@ -257,41 +255,36 @@ def _measure(
         done += share / (len(rows) * len(quantities))
         progress(min(done, 1.0), doing)
 
-    while waiting:
-        with _resident() as group:
-            while waiting and _has_room(group, waiting[0]):
-                row = waiting.pop(0)
-                group.append(row)
-                row.modes = [mode for mode in row.modes if _fits(row, mode)]
-                if not row.modes:
-                    continue
-                with row.kept():
-                    tell(0.0, f"{row.config.row}: building")
-                    row.start()
-                    if "memory" in quantities:
-                        tell(0.0, f"{row.config.row}: measuring memory")
-                        _measure_memory(row, by_part=by_part)
-                        tell(1.0, f"{row.config.row}: measured")
-                if not timed:
-                    row.release()
-            groups.append(group)
-            if timed:
-                turns = _TURNS if waiting or len(groups) > 1 else 1
-                tell(0.0, f"measuring latency of {len(group)} rows, in rounds")
-                _time(group, turns=turns, by_part=by_part)
-                tell(len(group) / turns, "measured")
-    for _ in range(_TURNS - 1 if timed and len(groups) > 1 else 0):
-        groups.reverse()
-        for again in groups:
-            tell(0.0, f"measuring latency of {len(again)} rows again")
+    for turn in range(_TURNS):
+        # Backwards every other turn, so that none is always the one after the same other.
+        waiting = [row for row in rows if row.error is None][:: -1 if turn % 2 else 1]
+        groups = 0
+        while waiting:
             with _resident() as group:
-                for row in again:
-                    if row.timings and row.error is None:
-                        group.append(row)
-                        with row.kept():
-                            row.start()
-                _time(group, turns=_TURNS, by_part=False)
-            tell(len(again) / _TURNS, "measured")
+                while waiting and _has_room(group, waiting[0]):
+                    row = waiting.pop(0)
+                    group.append(row)
+                    if turn == 0:
+                        row.modes = [mode for mode in row.modes if _fits(row, mode)]
+                    if not row.modes:
+                        continue
+                    with row.kept():
+                        tell(0.0, f"{row.config.row}: building")
+                        row.start()
+                        if "memory" in quantities and turn == 0:
+                            tell(0.0, f"{row.config.row}: measuring memory")
+                            _measure_memory(row, by_part=by_part)
+                            tell(1.0, f"{row.config.row}: measured")
+                    if not timed:
+                        row.release()
+                groups += 1
+                if timed:
+                    turns = _TURNS if turn or waiting or groups > 1 else 1
+                    tell(0.0, f"measuring latency of {len(group)} rows, in rounds")
+                    _time(group, turns=turns, by_part=by_part and turn == 0)
+                    tell(len(group) / turns, "measured")
+        if not timed or (turn == 0 and groups < 2):
+            break
     _add_latency(rows)
 
 
@@ -361,7 +354,7 @@ def _time(group: Sequence[_Row], *, turns: int, by_part: bool) -> None:
         first = next(iter(members.values()))
         whole = effort(first.config)
         found = latency.rounds(
-            {name: Timed(row.worker, mode) for name, row in members.items() if row.worker},
+            {name: row.worker.timed(mode) for name, row in members.items() if row.worker},
             device=torch.device(first.conditions["device"]),
             effort=dataclasses.replace(
                 whole,

@@ -6,6 +6,7 @@ error of the one question, and nothing else is harmed.
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ import torch
 from bench.config.suites import build_config
 from bench.measure import costs, workload
 from bench.measure.backends import what_ran
-from bench.measure.latency import Call, Effort, Sample, WarmUp
+from bench.measure.latency import Call, Effort, Sample, Timed, WarmUp
 from bench.record import error_section
 
 _KILLED = -signal.SIGKILL
@@ -106,29 +107,18 @@ class Worker:
             if deadline is not None:
                 left = max(0.0, min(_TELL_EVERY, deadline - time.monotonic()))
 
+    def timed(self, mode: str) -> Timed:
+        """Return the call of a mode, to be timed in rounds with those of others."""
+        return Timed(
+            warm_up=functools.partial(self.ask, "warm_up", mode),
+            sample=functools.partial(self.ask, "sample"),
+        )
+
     def close(self) -> None:
         """End the process."""
         self._process.kill()
         self._process.join()
         self._connection.close()
-
-
-@dataclasses.dataclass(frozen=True)
-class Timed:
-    """A call of a worker's workload, to be timed in rounds with those of others."""
-
-    worker: Worker
-    mode: str
-
-    def warm_up(self, effort: Effort) -> WarmUp:
-        """Call until the times settle."""
-        found: WarmUp = self.worker.ask("warm_up", self.mode, effort)
-        return found
-
-    def sample(self) -> Sample:
-        """Time one call."""
-        found: Sample = self.worker.ask("sample")
-        return found
 
 
 class Held:

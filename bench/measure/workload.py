@@ -20,13 +20,14 @@ from torch.utils._pytree import tree_leaves
 from bench.config.schema import RunConfig
 from bench.data.generated import SPLITS, generate
 from bench.data.split import open_split, profile_batch
+from bench.errors import InputError
 from bench.model.backbone import ViL
 from bench.model.build import build_backbone, build_detector
 from bench.model.detectors.contract import POSITIVE_FRACTION, Detector
 from bench.model.detectors.rois import Counts, fixed_rois
 from bench.model.optimizer import effective, optimizer
 from bench.model.step import compute_gradients, total_loss
-from bench.system.devices import make_fabric
+from bench.system.devices import single_fabric
 
 COCO_CLASSES = 80
 # Generated images are stretched to the profile's size; they only have to hold objects.
@@ -211,8 +212,14 @@ def build(config: RunConfig, scope: str = "detector", *, root: Path | None = Non
             tokens with gradients as inside of it.
         root: of a detector, the folder of its data; by default that of `config`, and generated
             images where it names none.
+
+    Raises:
+        InputError: for a device or a precision that is not there, or data that cannot be read.
     """
-    fabric = make_fabric(config)
+    # One device, however many the run has.
+    fabric = single_fabric(config)
+    if fabric.strategy.precision.precision != config.train.precision:
+        raise InputError(f"train.precision={config.train.precision} needs a GPU")
     if scope == "detector":
         images, targets, classes = _batch(config, root)
         module: nn.Module = build_detector(config, classes)
