@@ -39,6 +39,8 @@ from bench.system.devices import make_fabric, single_fabric
 
 # A measurement that is predicted to need more than this share of the free memory is not tried.
 _LARGEST_SHARE = 0.85
+# What a process takes besides its tensors.
+_PROCESS = 500_000_000
 # How often rows that do not fit into memory together take turns.
 _TURNS = 3
 
@@ -305,7 +307,8 @@ def _has_room(group: Sequence[_Row], row: _Row) -> bool:
     free = free_memory(single_fabric(row.config).device)
     if not alive or free is None:
         return True
-    return row.need + max(other.need for other in alive) <= _LARGEST_SHARE * free
+    transient = row.need + max(other.need for other in alive)
+    return transient + _PROCESS <= _LARGEST_SHARE * free
 
 
 def _fits(row: _Row, mode: str) -> bool:
