@@ -295,7 +295,7 @@ def environment(*, command: str | Sequence[str], device: str) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "cores": cores(),
         "memory_bytes": _memory(),
         "device": device,
@@ -403,7 +403,8 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _cpu() -> str:
+def cpu() -> str:
+    """Return the name of the processor."""
     with suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
         found = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)

@@ -162,7 +162,7 @@ def _fit(options: argparse.Namespace, configs: Sequence[Any]) -> int:
     """Find the largest image or batch of each row within the budget."""
     from bench.config.suites import profile_configs
     from bench.measure import predict
-    from bench.measure.profile import build_on_meta
+    from bench.measure.costs import build_on_meta
     from bench.model import detectors
     from report import profiles
 

@@ -135,9 +135,7 @@ def run(options: argparse.Namespace) -> int:
     """Sweep, write the report and print its tables."""
     from rich.console import Console
 
-    from bench.measure.sweep.points import plan
-    from bench.measure.sweep.store import Limits
-    from bench.measure.sweep.walks import sweep
+    from bench.measure.sweep import Limits, plan, sweep
     from report.sweep import alike, write
 
     walks = plan(

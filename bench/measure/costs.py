@@ -1,11 +1,149 @@
-"""What a model costs, as the sections of a record: the only place that makes them."""
+"""What a workload costs, as the sections of a record: the only place that makes them."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.config.schema import ProfileConfig
-from bench.measure import flops, published
+import torch
+from lightning.fabric import Fabric
+from torch import nn
+
+from bench.config.schema import MODES, ProfileConfig, RunConfig
+from bench.data.coco import CocoDataset
+from bench.data.split import profile_batch
+from bench.measure import flops, latency, memory, operators, published
+from bench.measure.latency import Effort, Latency
+from bench.measure.workload import (
+    COCO_CLASSES,
+    Workload,
+    first_attention,
+    image_size,
+)
+from bench.model.build import build_backbone, build_detector
 from bench.model.detectors import Detector
+from bench.model.step import total_loss
+
+_META = torch.device("meta")
+
+
+def run_sections(
+    detector: Detector,
+    dataset: CocoDataset,
+    config: RunConfig,
+    fabric: Fabric,
+    *,
+    model: nn.Module | None = None,
+    with_latency: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Return what a run measures at its end, on images of one stated size, by section.
+
+    Args:
+        model: the detector as Fabric wrapped it, where that was done before.
+        with_latency: False for memory alone.
+    """
+    profile = config.profile
+    images, targets = profile_batch(dataset, image_size(config), profile.batch_size)
+    workload = Workload(
+        detector, (images,), fabric=fabric, config=config, targets=targets, model=model
+    )
+    modes = MODES if profile.training else ("inference",)
+    sections = {"memory": measure_memory(workload, modes)}
+    if with_latency:
+        sections["latency"] = measure_latency(workload, modes, effort(config))
+    return sections
+
+
+def measure_memory(
+    workload: Workload, modes: Sequence[str], *, by_part: bool = False
+) -> dict[str, Any]:
+    """Return the `memory` section: peaks in bytes, best of a process that has seen nothing else."""
+    section = memory_section(workload.conditions)
+    for mode in modes:
+        call = workload.call(mode)
+        peak = memory.peak(call, device=workload.fabric.device, live=workload.live(mode))
+        section |= {mode: peak.bytes, "kind": peak.kind}
+        section["before"][mode], section["reserved"][mode] = peak.before, peak.reserved
+        if by_part:
+            workload.module.zero_grad(set_to_none=True)
+            section["by_part"][mode] = {
+                name: _part_peak(part, mode) for name, part in workload.parts().items()
+            }
+    return section
+
+
+def memory_section(conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `memory` section of what has not been measured yet.
+
+    Args:
+        conditions: of `Workload.conditions`.
+    """
+    return {
+        "unit": "bytes",
+        "kind": "not measured",
+        **conditions,
+        **dict.fromkeys(MODES),
+        **{name: {} for name in ("before", "reserved", "by_part")},
+    }
+
+
+def _part_peak(part: Workload, mode: str) -> int:
+    """Bytes at the peak of a part above what was there before it ran."""
+    call = part.call(mode)
+    part.module.zero_grad(set_to_none=True)
+    peak = memory.peak(call, device=part.fabric.device)
+    return peak.bytes - peak.before
+
+
+def measure_latency(workload: Workload, modes: Sequence[str], effort: Effort) -> dict[str, Any]:
+    """Return the `latency` section of a workload that is timed alone."""
+    device = workload.fabric.device
+    timings = {
+        mode: latency.measure(workload.call(mode), device=device, effort=effort) for mode in modes
+    }
+    return latency_section(workload.conditions, timings, threads=torch.get_num_threads())
+
+
+def latency_section(
+    conditions: Mapping[str, Any], timings: Mapping[str, Latency], *, threads: int
+) -> dict[str, Any]:
+    """Return the `latency` section of what took `timings`.
+
+    Args:
+        conditions: of `Workload.conditions`.
+        timings: by mode.
+        threads: of torch, where they were taken.
+    """
+    names = ("samples", "device_samples", "median", "q1", "q3", "stable")
+    return {
+        "unit": latency.UNIT,
+        **conditions,
+        "threads": threads,
+        **dict.fromkeys(MODES),
+        **{mode: _plain(timing, names) for mode, timing in timings.items()},
+        "notes": [f"{mode}: {note}" for mode, timing in timings.items() for note in timing.notes],
+    }
+
+
+def part_latencies(workload: Workload, mode: str, effort: Effort) -> dict[str, dict[str, float]]:
+    """Return median and quartiles of each part of a detector, timed in rounds."""
+    calls = {name: part.call(mode) for name, part in workload.parts().items()}
+    timings = latency.interleaved(calls, device=workload.fabric.device, effort=effort)
+    return {name: _plain(timing, ("median", "q1", "q3")) for name, timing in timings.items()}
+
+
+def _plain(timing: Latency, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(timing, name) for name in names}
+
+
+def effort(config: RunConfig) -> Effort:
+    """How long each call of a row is timed."""
+    return Effort(min_repeats=config.profile.repeats, min_seconds=config.profile.seconds)
+
+
+def build_on_meta(config: RunConfig) -> Detector:
+    """Build the detector of a row for 80 classes, with nothing allocated."""
+    with _META:
+        return build_detector(config, COCO_CLASSES)
 
 
 def flops_section(detector: Detector, profile: ProfileConfig) -> dict[str, Any]:
@@ -18,4 +156,47 @@ def flops_section(detector: Detector, profile: ProfileConfig) -> dict[str, Any]:
         "published": published.section(
             detector, image_size=report.image_size, proposals=profile.proposals
         ),
+    }
+
+
+def flops_of_one(scope: str, config: RunConfig, mode: str) -> dict[str, Any] | None:
+    """Return the `flops` section of one mode: multiply-adds of one image.
+
+    A training step is counted from its operators, forward and backward, on the meta device: what a
+    fused backward pass computes again to save memory is not in it. None where it cannot be counted:
+    the training of a detector depends on the image.
+
+    Args:
+        scope: one of `bench.config.schema.SCOPES`.
+    """
+    size, training = image_size(config), mode == "training"
+    counted: Any
+    if scope == "detector":
+        if training:
+            return None
+        detector = build_on_meta(config)
+        counted = flops.count(detector, image_size=size, proposals=config.profile.proposals)
+    else:
+        config = dataclasses.replace(
+            config, profile=dataclasses.replace(config.profile, batch_size=1)
+        )
+        with _META:
+            module: nn.Module = (vil := build_backbone(config))
+            inputs: tuple[Any, ...] = (torch.empty(1, 3, *size),)
+            if scope == "attention":
+                module, inputs = first_attention(vil, config, device=_META)
+                inputs[0].requires_grad_(training)
+        module.train(training)
+        counted = (
+            operators.count_operators(lambda: total_loss(module(*inputs)).backward())
+            if training
+            else operators.count_call(module, inputs)
+        )
+    return {
+        "unit": flops.UNIT,
+        "convention": "actual",
+        "image_size": list(size),
+        "mode": mode,
+        "total": counted.total,
+        "uncounted": dict(counted.uncounted),
     }

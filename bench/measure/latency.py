@@ -34,6 +34,9 @@ _WARM_UP_CHANGE = 0.05
 _FEWEST_FOR_DRIFT = 9
 # A core that others use for less than this share of the time is free.
 _FREE_CORE = 0.25
+# What others may keep busy although they leave enough cores, in cores and as a share of them: with
+# a training beside it a call shares caches, memory and clock.
+_QUIET_CORES, _QUIET_SHARE = 0.5, 0.1
 _SECONDS_BETWEEN_CLOCKS = 0.5
 
 
@@ -71,6 +74,11 @@ class Effort:
                 f" {self.max_warm_up} must be positive"
             )
 
+    def wants_more(self, samples: Sequence[float]) -> bool:
+        """Whether so many samples, in seconds, are too few."""
+        few = len(samples) < self.min_repeats or sum(samples) < self.min_seconds
+        return few and len(samples) < self.max_repeats
+
 
 @dataclass(frozen=True)
 class Instruments:
@@ -103,6 +111,8 @@ class Latency:
         warm_up: calls before the first sample.
         device: where it ran.
         device_samples: seconds of each call between two events on the device; empty on the CPU.
+        settled: whether warm-up did.
+        noticed: of the notes, those on the machine.
         unit: "s".
     """
 
@@ -115,6 +125,8 @@ class Latency:
     warm_up: int
     device: str
     device_samples: tuple[float, ...] = ()
+    settled: bool = True
+    noticed: tuple[str, ...] = ()
     unit: str = UNIT
 
     @property
@@ -204,25 +216,70 @@ def interleaved(
     """
     effort = effort or Effort()
     instruments = instruments or Instruments()
-    if not fns:
-        return {}
     device = torch.device(device)
-    watch = _Watch(device, instruments)
-    warm = {name: _warm_up(fn, device, effort, instruments.clock) for name, fn in fns.items()}
-    samples: dict[str, list[_Sample]] = {name: [] for name in fns}
-    order = list(fns)
-    while len(samples[order[0]]) < effort.max_repeats and any(
-        len(taken) < effort.min_repeats or sum(one.wall for one in taken) < effort.min_seconds
-        for taken in samples.values()
-    ):
-        for name in order:
-            samples[name].append(_time(fns[name], device, instruments.clock))
+    calls = {name: Call(fn, device, instruments.clock) for name, fn in fns.items()}
+    timed = {name: Timed(call.warm_up, call.sample) for name, call in calls.items()}
+    return rounds(timed, device=device, effort=effort, instruments=instruments)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What can be timed in rounds: a call of this process, or of another.
+
+    Attributes:
+        warm_up: calls until the times settle, or the effort ends.
+        sample: times one call.
+    """
+
+    warm_up: Callable[[Effort], "WarmUp"]
+    sample: Callable[[], "Sample"]
+
+
+def rounds(
+    timed: Mapping[str, Timed],
+    *,
+    device: torch.device,
+    effort: Effort,
+    instruments: Instruments | None = None,
+    lost: Callable[[str, Exception], None] | None = None,
+) -> dict[str, Latency]:
+    """Time what is in `timed` in rounds; see `interleaved`.
+
+    Args:
+        lost: told of the name and the error of what cannot be timed, which is then left out;
+            without it the error is raised.
+    """
+    watch = _Watch(device, instruments or Instruments())
+    warm: dict[str, WarmUp] = {}
+    samples: dict[str, list[Sample]] = {}
+    order = list(timed)
+
+    def call(name: str) -> None:
+        """Warm up, or take one sample."""
+        try:
+            if name not in warm:
+                warm[name] = timed[name].warm_up(effort)
+            else:
+                samples[name].append(timed[name].sample())
+        except Exception as error:
+            if lost is None:
+                raise
+            lost(name, error)
+            del samples[name]
+
+    for name in timed:
+        samples[name] = []
+        call(name)
+    backwards = False
+    while any(effort.wants_more([one.wall for one in taken]) for taken in samples.values()):
+        for name in sorted(samples, key=order.index, reverse=backwards):
+            call(name)
             watch.look()
-        order.reverse()
+        backwards = not backwards
     notes = watch.notes()
     return {
-        name: _summarise(taken, warm=warm[name], notes=notes, device=device)
-        for name, taken in samples.items()
+        name: _summarise(samples[name], warm=warm[name], notes=notes, device=device)
+        for name in samples
     }
 
 
@@ -252,14 +309,15 @@ class _Watch:
 
     def _contention(self) -> list[str]:
         others, seconds = self.instruments.others(), self.instruments.clock() - self._start
-        cores = torch.get_num_threads() if self.device.type == "cpu" else 1
         if others is None or self._others is None:
             if self._load is not None and self._load > 1:
                 return [f"loaded machine: {self._load:.1f} runnable processes for each core"]
             return []
         busy = (others - self._others) / seconds if seconds > 0 else 0.0
+        needed = torch.get_num_threads() if self.device.type == "cpu" else 1
         available = machine.cores()
-        if busy + cores <= available + _FREE_CORE:
+        quiet = max(_QUIET_CORES, _QUIET_SHARE * available)
+        if busy <= min(quiet, available - needed + _FREE_CORE):
             return []
         return [f"loaded machine: others kept {busy:.1f} of {available} cores busy"]
 
@@ -273,50 +331,70 @@ class _Watch:
 
 
 @dataclass(frozen=True)
-class _Sample:
+class Sample:
+    """Seconds of one call, and those between two events on a GPU."""
+
     wall: float
     on_device: float | None
 
 
 @dataclass(frozen=True)
-class _WarmUp:
+class WarmUp:
+    """Calls before the first sample, and whether their times had settled."""
+
     calls: int
     settled: bool
 
 
-def _warm_up(
-    fn: Callable[[], object], device: torch.device, effort: Effort, clock: Callable[[], float]
-) -> _WarmUp:
-    times: list[float] = []
-    while len(times) < effort.max_warm_up:
-        times.append(_time(fn, device, clock).wall)
-        out_of_time = len(times) > 1 and sum(times) >= effort.max_warm_up_seconds
-        if len(times) < 2 * _WARM_UP_WINDOW and not out_of_time:
-            continue
-        window = min(_WARM_UP_WINDOW, len(times) // 2)
-        new = statistics.median(times[-window:])
-        old = statistics.median(times[-2 * window : -window])
-        settled = abs(new - old) <= _WARM_UP_CHANGE * old
-        if settled or out_of_time:
-            return _WarmUp(len(times), settled=settled)
-    return _WarmUp(len(times), settled=False)
+class Call:
+    """A call of this process, to be timed.
 
+    Args:
+        fn: the work.
+        device: synchronised before and after.
+        clock: seconds.
+    """
 
-def _time(fn: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> _Sample:
-    _synchronise(device)
-    if device.type != "cuda":
-        start = clock()
-        fn()
-        _synchronise(device)
-        return _Sample(clock() - start, None)
-    with torch.cuda.device(device):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start = clock()
-        before.record()
-        fn()
-        after.record()
-        _synchronise(device)
-        return _Sample(clock() - start, before.elapsed_time(after) / 1e3)
+    def __init__(
+        self,
+        fn: Callable[[], object],
+        device: torch.device,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.fn, self.device, self.clock = fn, device, clock
+
+    def warm_up(self, effort: Effort) -> WarmUp:
+        """Call until the times settle, or `effort` ends."""
+        times: list[float] = []
+        while len(times) < effort.max_warm_up:
+            times.append(self.sample().wall)
+            out_of_time = len(times) > 1 and sum(times) >= effort.max_warm_up_seconds
+            if len(times) < 2 * _WARM_UP_WINDOW and not out_of_time:
+                continue
+            window = min(_WARM_UP_WINDOW, len(times) // 2)
+            new = statistics.median(times[-window:])
+            old = statistics.median(times[-2 * window : -window])
+            settled = abs(new - old) <= _WARM_UP_CHANGE * old
+            if settled or out_of_time:
+                return WarmUp(len(times), settled=settled)
+        return WarmUp(len(times), settled=False)
+
+    def sample(self) -> Sample:
+        """Time one call."""
+        _synchronise(self.device)
+        if self.device.type != "cuda":
+            start = self.clock()
+            self.fn()
+            _synchronise(self.device)
+            return Sample(self.clock() - start, None)
+        with torch.cuda.device(self.device):
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start = self.clock()
+            before.record()
+            self.fn()
+            after.record()
+            _synchronise(self.device)
+            return Sample(self.clock() - start, before.elapsed_time(after) / 1e3)
 
 
 def _synchronise(device: torch.device) -> None:
@@ -325,7 +403,7 @@ def _synchronise(device: torch.device) -> None:
 
 
 def _summarise(
-    taken: Sequence[_Sample], *, warm: _WarmUp, notes: Sequence[str], device: torch.device
+    taken: Sequence[Sample], *, warm: WarmUp, notes: Sequence[str], device: torch.device
 ) -> Latency:
     samples = [one.wall for one in taken]
     q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
@@ -348,7 +426,25 @@ def _summarise(
         warm_up=warm.calls,
         device=str(device),
         device_samples=tuple(one.on_device for one in taken if one.on_device is not None),
+        settled=warm.settled,
+        noticed=tuple(notes),
     )
+
+
+def joined(parts: Sequence[Latency]) -> Latency:
+    """Return what was timed in several turns as one."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    clocks = [part.device_samples or (None,) * len(part.samples) for part in parts]
+    taken = [
+        Sample(wall, on_device)
+        for part, times in zip(parts, clocks, strict=True)
+        for wall, on_device in zip(part.samples, times, strict=True)
+    ]
+    notes = dict.fromkeys(note for part in parts for note in part.noticed)
+    warm = WarmUp(sum(part.warm_up for part in parts), settled=all(part.settled for part in parts))
+    return _summarise(taken, warm=warm, notes=tuple(notes), device=torch.device(first.device))
 
 
 def _drift(samples: Sequence[float]) -> float:

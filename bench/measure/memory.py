@@ -66,8 +66,8 @@ def peak(
         ValueError: for another kind of device.
     """
     device = torch.device(device)
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         return _allocator_peak(fn, device)
     if device.type != "cpu":
         raise ValueError(f"memory cannot be measured on device {device}; allowed: cpu, cuda")
@@ -101,6 +101,11 @@ def _live_peak(fn: Callable[[], object], live: Iterable[object]) -> MemoryPeak:
 @contextmanager
 def no_collector() -> Iterator[None]:
     """Without it, tensors in reference cycles are freed whenever the collector happens to run."""
+    # Under a first dispatch mode torch imports its compiler, whose modules keep frames in reference
+    # cycles: of all that is on the stack then, a mechanism's forward pass with its tensors for one.
+    with LiveTensors():
+        torch.empty(0)
+    gc.collect()
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -113,9 +118,9 @@ def no_collector() -> Iterator[None]:
 def _tensors(things: object) -> Iterator[Tensor]:
     """Every tensor in nested containers, modules and optimisers."""
     if isinstance(things, Tensor):
-        yield things
+        yield from _dense(things)
         if things.is_leaf and things.grad is not None:
-            yield things.grad
+            yield from _dense(things.grad)
     elif isinstance(things, nn.Module):
         yield from _tensors([*things.parameters(), *things.buffers()])
     elif isinstance(things, torch.optim.Optimizer):
@@ -125,6 +130,27 @@ def _tensors(things: object) -> Iterator[Tensor]:
     elif isinstance(things, Iterable) and not isinstance(things, str | bytes):
         for thing in things:
             yield from _tensors(thing)
+
+
+_ROWS = ("crow_indices", "col_indices", "values")
+_COLUMNS = ("ccol_indices", "row_indices", "values")
+# The tensors that a sparse one is made of, which has no storage of its own.
+_SPARSE = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: _ROWS,
+    torch.sparse_bsr: _ROWS,
+    torch.sparse_csc: _COLUMNS,
+    torch.sparse_bsc: _COLUMNS,
+}
+
+
+def _dense(thing: object) -> tuple[Tensor, ...]:
+    """The tensors with a storage that `thing` is made of; none if it is no tensor."""
+    if not isinstance(thing, Tensor):
+        return ()
+    if thing.layout not in _SPARSE:
+        return (thing,)
+    return tuple(getattr(thing.detach(), name)() for name in _SPARSE[thing.layout])
 
 
 @dataclass(eq=False)
@@ -197,12 +223,13 @@ class LiveTensors(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if func not in _JUST_MADE:
             for value in tree_leaves((args, kwargs)):
-                if isinstance(value, Tensor) and self._key(value) not in self._alive:
-                    self._add_before(value)
+                for part in _dense(value):
+                    if self._key(part) not in self._alive:
+                        self._add_before(part)
         result = func(*args, **kwargs)
         for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self._update(value)
+            for part in _dense(value):
+                self._update(part)
         if self.current > self.peak:
             self.peak = self.current
             self.peaked(func)

@@ -266,9 +266,9 @@ def _seconds(
     batch, targets = inputs.profile_batch(dataset, (size[0], size[1]), images)
     workload = Workload(
         detector,
+        (batch,),
         fabric=fabric,
         config=config,
-        images=batch,
         targets=targets,
     )
     # Run once before it is timed.

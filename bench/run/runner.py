@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.fabric import Fabric
 from torch import nn
 
 from bench import record
@@ -20,11 +19,8 @@ from bench.data import split as inputs
 from bench.data.coco import CocoDataset
 from bench.errors import InputError
 from bench.files import sha256
-from bench.measure import latency, memory
-from bench.measure.costs import flops_section
-from bench.measure.workload import Workload, stated_rois, timing_section
+from bench.measure.costs import flops_section, run_sections
 from bench.model import build as models
-from bench.model import detectors
 from bench.model.optimizer import effective, scaling_note
 from bench.model.weights import load_detector, load_file, save_file
 from bench.record import Record, error_section
@@ -377,12 +373,12 @@ class Run:
                 model = None
                 gc.collect()
                 fabric = devices.alone(self.config, fabric)
-            self.sections |= _profile(
+            self.sections |= run_sections(
                 self.detector,
-                model,
                 self.training,
                 self.config,
                 fabric,
+                model=model,
                 with_latency=self.options.latency,
             )
         self.fabric.barrier()
@@ -510,49 +506,3 @@ def _training_section(result: TrainingLog, recipe: TrainConfig) -> dict[str, Any
         "images_of_a_part": recipe.batch_size // parts,
         "weights": None,
     }
-
-
-def _profile(
-    detector: detectors.Detector,
-    model: nn.Module | None,
-    dataset: CocoDataset,
-    config: RunConfig,
-    fabric: Fabric,
-    *,
-    with_latency: bool,
-) -> dict[str, dict[str, Any]]:
-    """Peak memory and latency of inference and of a training step, on images of one stated size."""
-    profile, device, size = config.profile, fabric.device, config.profile.image_size
-    images, targets = inputs.profile_batch(dataset, (size[0], size[1]), profile.batch_size)
-    workload = Workload(
-        detector, fabric=fabric, config=config, images=images, targets=targets, model=model
-    )
-    peaks: dict[str, int | None] = {"inference": None, "training": None}
-    timings: dict[str, dict[str, Any] | None] = {"inference": None, "training": None}
-    kind = ""
-    notes: list[str] = []
-    for mode in ("inference", "training") if profile.training else ("inference",):
-        call = workload.call(mode)
-        peak = memory.peak(call, device=device, live=workload.live(mode))
-        peaks[mode], kind = peak.bytes, peak.kind
-        if not with_latency:
-            continue
-        effort = latency.Effort(min_repeats=profile.repeats, min_seconds=profile.seconds)
-        timing = latency.measure(call, device=device, effort=effort)
-        timings[mode] = timing_section(timing)
-        notes += [f"{mode}: {note}" for note in timing.notes]
-    common = {
-        "device": str(device),
-        "batch_size": profile.batch_size,
-        "image_size": list(profile.image_size),
-        "precision": config.train.precision,
-        "rois": stated_rois(config),
-    }
-    sections: dict[str, dict[str, Any]] = {
-        "memory": {"unit": "bytes", "kind": kind, **common, **peaks}
-    }
-    if with_latency:
-        threads = torch.get_num_threads()
-        common = {"unit": latency.UNIT, "threads": threads, **common}
-        sections["latency"] = {**common, **timings, "notes": notes}
-    return sections

@@ -15,8 +15,9 @@ from typing import Any
 from bench import record
 from bench.config.schema import RunConfig
 from bench.config.suites import build_config
+from bench.data.split import data_root
 from bench.files import write_whole
-from bench.measure import profile
+from bench.measure.profile import Interleaved, measure_latency
 from bench.record import Record
 
 
@@ -42,16 +43,12 @@ def measure(records: Sequence[Record], output: Path, *, command: Sequence[str]) 
         InputError: where the file cannot be written, or the device is not there.
     """
     wanted = [entry for entry in records if _wanted(entry)]
-    rows = [profile.Row(_config(entry)) for entry in wanted]
-    for training in (False, True):
-        chosen = [row for row in rows if row.config.profile.training or not training]
-        mode = "training" if training else "inference"
-        try:
-            profile._measure_latency(chosen, [mode], by_part=False)
-        except Exception as error:
-            # The other mode, and what the records hold, stay.
-            for row in chosen:
-                row.notes.append(f"{mode} latency not measured: {error}")
+    configs = [_config(entry) for entry in wanted]
+    rows = measure_latency(
+        configs,
+        roots=[data_root(config, output) for config in configs],
+        needs=[entry.memory or {} for entry in wanted],
+    )
     created = datetime.datetime.now(datetime.UTC)
     found = {
         "schema": record.SCHEMA,
@@ -77,11 +74,11 @@ def _config(entry: Record) -> RunConfig:
     return dataclasses.replace(config, train=recipe)
 
 
-def _section(row: profile.Row) -> dict[str, Any]:
+def _section(row: Interleaved) -> dict[str, Any]:
     """The `latency` of a record; of a row that failed, why."""
     notes = list(row.notes)
     if row.error is not None:
         notes.append(f"not measured: {row.error['message']}")
     empty: dict[str, Any] = {"unit": "s", "inference": None, "training": None, "notes": []}
-    section = row.sections.get("latency") or empty
+    section = row.section or empty
     return section | {"notes": [*section["notes"], *notes]}

@@ -11,6 +11,7 @@ sample in a part (RoIs, positive RoIs, anchors), not over images, and images are
 largest of their part. Only torchvision's RetinaNet has losses that are means over images.
 """
 
+import functools
 import math
 import resource
 import sys
@@ -32,6 +33,7 @@ from bench.errors import InputError
 from bench.model.backbone import ViL
 from bench.model.detectors.contract import Detector
 from bench.model.optimizer import learning_rate, optimizer
+from bench.model.step import compute_gradients, total_loss
 from bench.run.checkpoints import Checkpoints
 from bench.system.interrupt import StopRequest
 from bench.system.logs import StepLog
@@ -260,12 +262,20 @@ class _Training:
         rate = learning_rate(step, config)
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group["lr_factor"]
-        self.optimiser.zero_grad(set_to_none=True)
-        parts = [self._part(batch, n) for n, batch in enumerate(self._split(images, targets))]
+        parts: list[dict[str, Tensor]] = []
+        norm = compute_gradients(
+            self.model,
+            self.optimiser,
+            self.fabric,
+            [
+                functools.partial(self._part, own, number, parts)
+                for number, own in enumerate(self._split(images, targets))
+            ],
+            clip_norm=config.clip_norm,
+        )
         means, stop = self._mean(parts, stop)
         if not math.isfinite(means["total"]):
             self._diverged("loss", means["total"], parts, targets)
-        norm = float(self._clip())
         if not math.isfinite(norm):
             if self._scaler is None or self._scaler.get_scale() < _LEAST_SCALE:
                 self._diverged("gradient's norm", norm, parts, targets)
@@ -296,23 +306,24 @@ class _Training:
 
     def _split(
         self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]]
-    ) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
-        device, size = self.fabric.device, len(images) // self.config.accumulate
+    ) -> Iterator[tuple[Sequence[Tensor], Sequence[Mapping[str, Tensor]]]]:
+        size = len(images) // self.config.accumulate
         for start in range(0, len(images), size):
-            own = slice(start, start + size)
-            yield (
-                [to_float(image.to(device, non_blocking=True)) for image in images[own]],
-                [
-                    {key: value.to(device, non_blocking=True) for key, value in target.items()}
-                    for target in targets[own]
-                ],
-            )
+            yield images[start : start + size], targets[start : start + size]
 
     def _part(
-        self, batch: tuple[list[Tensor], list[dict[str, Tensor]]], number: int
-    ) -> dict[str, Tensor]:
-        """Losses of a part of the step, and its share of the gradients."""
-        step, accumulate = self.log.steps, self.config.accumulate
+        self,
+        batch: tuple[Sequence[Tensor], Sequence[Mapping[str, Tensor]]],
+        number: int,
+        parts: list[dict[str, Tensor]],
+    ) -> Tensor:
+        """Return the loss of a part of the step, and add its losses to `parts`."""
+        step, accumulate, device = self.log.steps, self.config.accumulate, self.fabric.device
+        images = [to_float(image.to(device, non_blocking=True)) for image in batch[0]]
+        targets = [
+            {key: value.to(device, non_blocking=True) for key, value in target.items()}
+            for target in batch[1]
+        ]
         if number == 0:
             torch.manual_seed(step_seed(self.seed, step))
             for backbone in self._backbones:
@@ -322,16 +333,14 @@ class _Training:
         self._set_numbers(self._before)
         place = self.fabric.global_rank * accumulate + number
         torch.manual_seed(step_seed(self.seed, step, place))
-        last = number == accumulate - 1
-        with self.fabric.no_backward_sync(self.model, enabled=not last):
-            losses = self.model(*batch)
-            total = torch.stack(list(losses.values())).sum()
-            self.fabric.backward(total / accumulate)
+        losses = self.model(images, targets)
+        total = total_loss(losses)
         detached = {name: loss.detach() for name, loss in losses.items()}
         numbers = {
             f"_{n}": torch.tensor(v, dtype=torch.float64) for n, v in self._numbers().items()
         }
-        return {"total": total.detach(), **detached, **numbers}
+        parts.append({"total": total.detach(), **detached, **numbers})
+        return total
 
     def _mean(
         self, parts: Sequence[Mapping[str, Tensor]], stop: bool
@@ -347,17 +356,6 @@ class _Training:
         means = dict(zip(names, reduced, strict=False))
         self._set_numbers({name: means.pop(f"_{name}") for name in self._numbers()})
         return means, reduced[-1] > 0
-
-    def _clip(self) -> Tensor:
-        norm = self.fabric.clip_gradients(
-            self.model,
-            self.optimiser,
-            max_norm=self.config.clip_norm or math.inf,
-            error_if_nonfinite=False,
-        )
-        if norm is None:
-            raise TypeError("clipping by a norm returned none")
-        return norm
 
     def _diverged(
         self,

@@ -1,9 +1,10 @@
 """Mask R-CNN on stated numbers of RoIs, whatever it finds.
 
-How many RoIs reach the heads depends on weights and images: the mask head of an untrained detector
-sees next to none, and costs nothing. So that rows can be compared, and memory be predicted, what
-is measured runs on as many as `Counts` says. Everything else runs as ever: what the detector found
-is taken first, and repeated where it is too little.
+How many RoIs reach the heads, and how large they are, depends on weights and images: the mask head
+of an untrained detector sees next to none, and costs nothing. So that rows can be compared, trained
+or not, and memory be predicted, what is measured runs on fixed boxes, as many as `Counts` says:
+proposals and detections, their scores and classes are replaced before non-maximum suppression,
+whose cost depends on them too, and after it, which may leave too few.
 """
 
 import dataclasses
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.model.detectors.contract import POSITIVE_FRACTION, Detector
+
+# A logit that is surer of its class than any threshold asks.
+_SURE = 20.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +65,7 @@ def most(detector: Detector, counts: Counts | None = None) -> Counts:
 
 @contextmanager
 def fixed_rois(detector: Detector, counts: Counts) -> Iterator[None]:
-    """Let the heads of `detector` run on so many RoIs an image; nothing happens to RetinaNet.
+    """Let the heads of `detector` run on fixed RoIs; nothing happens to RetinaNet.
 
     An image without objects has no RoIs for the mask head when training.
 
@@ -75,15 +79,49 @@ def fixed_rois(detector: Detector, counts: Counts) -> Iterator[None]:
         yield
 
 
-def _cycled(count: int, found: int, device: torch.device) -> Tensor:
-    """The first `count` of `found` places, over and over where these are fewer: (count,)."""
-    return torch.arange(count, device=device) % max(found, 1)
+def fixed_boxes(count: int, size: tuple[int, int], like: Tensor) -> Tensor:
+    """Return boxes (count, 4) within an image of `size` (rows, columns), the same each time.
+
+    Their centres are spread evenly (a sequence of low discrepancy, so that the first few are too),
+    their sides from an eighth to half of the image's.
+    """
+    number = torch.arange(1, count + 1, device=like.device, dtype=torch.float64)
+    # Powers of the inverse of the plastic number, whose multiples spread evenly in three axes.
+    x, y, z = ((number * step).frac() for step in (0.8191725134, 0.6710436067, 0.5497004779))
+    half_side = (1 + 3 * z) / 16
+    sides = torch.stack([half_side * size[1], half_side * size[0]], dim=1)
+    centres = torch.stack([x * size[1], y * size[0]], dim=1)
+    limits = torch.tensor([size[1], size[0]], device=like.device, dtype=torch.float64)
+    # Those at the border are moved inwards, so that all keep their size.
+    centres = centres.maximum(sides).minimum(limits - sides)
+    return torch.cat([centres - sides, centres + sides], dim=1).to(like.dtype)
 
 
-def _filled(found: Tensor, spare: Tensor, count: int) -> Tensor:
-    """Return `count` entries of `found` (n, ...), then of `spare` (m, ...) and again."""
-    every = torch.cat([found, spare])
-    return every[_cycled(count, len(every), every.device)]
+def _scores(count: int, like: Tensor) -> Tensor:
+    """From 1 down to a half: (count,)."""
+    return torch.linspace(1.0, 0.5, count, device=like.device, dtype=like.dtype)
+
+
+def _shuffled_scores(like: Tensor) -> Tensor:
+    """Between 0 and 1, neighbours far apart, so that the largest are spread evenly: (n,)."""
+    number = torch.arange(like.shape[1], device=like.device, dtype=torch.float64)
+    return (number * 0.6180339887).frac().to(like.dtype)
+
+
+def _classes(count: int, num_classes: int, like: Tensor) -> Tensor:
+    """Each class in turn, from 0: (count,)."""
+    return torch.arange(count, device=like.device) % num_classes
+
+
+def _logits(like: Tensor, classes: Tensor) -> Tensor:
+    """Logits (n, classes) like those given, that are sure of one class each."""
+    columns = torch.arange(like.shape[1], device=like.device)
+    return (columns[None] == classes[:, None]).to(like.dtype) * _SURE
+
+
+def _cycled(found: Tensor, count: int) -> Tensor:
+    """The first `count` entries of `found` (n, ...), over and over where these are fewer."""
+    return found[torch.arange(count, device=found.device) % max(len(found), 1)]
 
 
 def _sampled(has_object: Tensor, counts: Counts) -> Tensor:
@@ -91,19 +129,15 @@ def _sampled(has_object: Tensor, counts: Counts) -> Tensor:
     (objects,) = torch.where(has_object)
     (background,) = torch.where(has_object.logical_not())
     mask_rois, rois = counts.mask_rois or 0, counts.rois or 0
-    chosen = []
-    for first, other, count in (
-        (objects, background, mask_rois),
-        (background, objects, rois - mask_rois),
-    ):
-        places = first if len(first) else other
-        chosen.append(places[_cycled(count, len(places), places.device)])
-    return torch.cat(chosen)
-
-
-def _whole_image(size: tuple[int, int], like: Tensor) -> Tensor:
-    """One box (1, 4) around an image of `size` (rows, columns)."""
-    return like.new_tensor([[0, 0, size[1], size[0]]])
+    return torch.cat(
+        [
+            _cycled(first if len(first) else other, count)
+            for first, other, count in (
+                (objects, background, mask_rois),
+                (background, objects, rois - mask_rois),
+            )
+        ]
+    )
 
 
 def _replace(stack: ExitStack, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
@@ -119,12 +153,13 @@ def _fix_torchvision(detector: Any, counts: Counts, stack: ExitStack) -> None:
     def fixed_proposals(
         boxes: Tensor, objectness: Tensor, image_shapes: Sequence[tuple[int, int]], *rest: Any
     ) -> tuple[list[Tensor], list[Tensor]]:
-        kept, scores = filter_proposals(boxes, objectness, image_shapes, *rest)
+        fixed = torch.stack([fixed_boxes(boxes.shape[1], size, boxes) for size in image_shapes])
+        scores = _scores(boxes.shape[1], objectness).repeat(len(boxes)).reshape_as(objectness)
+        kept, certain = filter_proposals(fixed, scores, image_shapes, *rest)
         if not rpn.training:
-            shapes = zip(kept, image_shapes, strict=True)
-            kept = [_filled(b, _whole_image(size, b), proposals) for b, size in shapes]
-            scores = [_filled(s, s.new_zeros(1), proposals) for s in scores]
-        return kept, scores
+            kept = [fixed_boxes(proposals, size, boxes) for size in image_shapes]
+            certain = [_scores(proposals, objectness) for _ in image_shapes]
+        return kept, certain
 
     def fixed_samples(labels: Sequence[Tensor]) -> list[Tensor]:
         samples = zip(labels, subsample(labels), strict=True)
@@ -133,17 +168,13 @@ def _fix_torchvision(detector: Any, counts: Counts, stack: ExitStack) -> None:
     def fixed_detections(
         logits: Tensor, regression: Tensor, given: Sequence[Tensor], *rest: Any
     ) -> tuple[list[Tensor], ...]:
-        found = zip(*postprocess(logits, regression, given, *rest), given, strict=True)
-        filled = [
-            (
-                _filled(boxes, spare, detections),
-                _filled(scores, scores.new_zeros(len(spare)), detections),
-                _filled(labels, labels.new_ones(len(spare)), detections),
-            )
-            for boxes, scores, labels, spare in found
-        ]
-        boxes, scores, labels = (list(of_all) for of_all in zip(*filled, strict=True))
-        return boxes, scores, labels
+        classes = 1 + _classes(len(logits), detector.num_classes, logits)
+        postprocess(_logits(logits, classes), torch.zeros_like(regression), given, *rest)
+        return (
+            [_cycled(boxes, detections) for boxes in given],
+            [_scores(detections, logits) for _ in given],
+            [1 + _classes(detections, detector.num_classes, logits) for _ in given],
+        )
 
     _replace(stack, rpn, "filter_proposals", fixed_proposals)
     _replace(stack, heads, "subsample", fixed_samples)
@@ -155,25 +186,24 @@ def _fix_detectron2(detector: Any, counts: Counts, stack: ExitStack) -> None:
 
     generator, heads = detector.proposal_generator, detector.roi_heads
     proposals, detections = counts.proposals or 0, counts.detections or 0
-    predict_proposals, sample = generator.predict_proposals, heads._sample_proposals
+    find, sample = generator.predict_proposals, heads._sample_proposals
     inference = heads.box_predictor.inference
 
-    def fixed_proposals(*args: Any) -> list[Any]:
-        found = predict_proposals(*args)
+    def fixed_proposals(
+        anchors: Any, logits: Sequence[Tensor], deltas: Sequence[Tensor], sizes: Sequence[Any]
+    ) -> list[Any]:
+        scores = [_shuffled_scores(level).expand_as(level) for level in logits]
+        found: list[Any] = find(anchors, scores, [torch.zeros_like(d) for d in deltas], sizes)
         if generator.training:
             return found
-        filled = []
-        for of_one in found:
-            boxes, logits = of_one.proposal_boxes.tensor, of_one.objectness_logits
-            spare = _whole_image(of_one.image_size, boxes)
-            filled.append(
-                Instances(
-                    of_one.image_size,
-                    proposal_boxes=Boxes(_filled(boxes, spare, proposals)),
-                    objectness_logits=_filled(logits, logits.new_zeros(1), proposals),
-                )
+        return [
+            Instances(
+                size,
+                proposal_boxes=Boxes(fixed_boxes(proposals, size, logits[0])),
+                objectness_logits=_scores(proposals, logits[0]),
             )
-        return filled
+            for size in sizes
+        ]
 
     def fixed_samples(*args: Any) -> tuple[Tensor, Tensor]:
         places, classes = sample(*args)
@@ -181,20 +211,18 @@ def _fix_detectron2(detector: Any, counts: Counts, stack: ExitStack) -> None:
         return places[chosen], classes[chosen]
 
     def fixed_detections(predictions: Any, given: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
-        found, kept = inference(predictions, given)
-        filled = []
-        for of_one, proposed in zip(found, given, strict=True):
-            scores, classes = of_one.scores, of_one.pred_classes
-            spare = proposed.proposal_boxes.tensor
-            boxes = _filled(of_one.pred_boxes.tensor, spare, detections)
-            filled.append(
-                Instances(
-                    of_one.image_size,
-                    pred_boxes=Boxes(boxes),
-                    scores=_filled(scores, scores.new_zeros(len(spare)), detections),
-                    pred_classes=_filled(classes, classes.new_zeros(len(spare)), detections),
-                )
+        logits, deltas = predictions
+        classes = _classes(len(logits), heads.num_classes, logits)
+        _, kept = inference((_logits(logits, classes), torch.zeros_like(deltas)), given)
+        filled = [
+            Instances(
+                proposed.image_size,
+                pred_boxes=Boxes(_cycled(proposed.proposal_boxes.tensor, detections)),
+                scores=_scores(detections, logits),
+                pred_classes=_classes(detections, heads.num_classes, logits),
             )
+            for proposed in given
+        ]
         return filled, kept
 
     _replace(stack, generator, "predict_proposals", fixed_proposals)

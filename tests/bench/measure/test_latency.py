@@ -132,11 +132,14 @@ def test_other_processes_are_noticed_where_they_leave_too_few_cores(monkeypatch,
     assert ["others kept 1.0 of" in note for note in notes] == [True] * said
 
 
-def test_other_processes_may_use_cores_that_are_not_needed(monkeypatch):
+@pytest.mark.parametrize(("cores", "said"), [(31, False), (3, True)])
+def test_other_processes_may_use_a_small_share_of_what_is_not_needed(monkeypatch, cores, said):
     clock = Clock()
-    monkeypatch.setattr(machine, "cores", lambda: torch.get_num_threads() + 4)
-    look = {"others": lambda: 3 * clock.now}
-    assert measure(clock, clock.call(endless([], 1.0)), look=look).notes == ()
+    monkeypatch.setattr(machine, "cores", lambda: torch.get_num_threads() + cores)
+    # On a small machine a training that has its own core still shares caches and memory.
+    look = {"others": lambda: 1.5 * clock.now}
+    notes = measure(clock, clock.call(endless([], 1.0)), look=look).notes
+    assert ["others kept 1.5 of" in note for note in notes] == [True] * said
 
 
 @pytest.mark.parametrize(("slow", "said"), [(1900.0, True), (2500.0, False)])

@@ -1,4 +1,7 @@
 import gc
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ from torch import nn
 from bench.measure.memory import LIVE_TENSORS, LiveTensors, peak
 
 FLOAT = 4
+ROOT = Path(__file__).parents[3]
 
 
 def test_chain_without_gradients():
@@ -179,6 +183,60 @@ def test_a_peak_is_told():
         x.cos().sum()
     # Neither what works in place nor what is no more than before is a new peak.
     assert watch.seen == ("aten.add.Tensor", "aten.sum.default")
+
+
+# In a fresh process: peaks in bytes of one call three times, and what the process grew by in it.
+FRESH = """
+import re
+import torch
+import attentions
+from bench.measure.memory import peak
+
+def resident():
+    # What getrusage says begins with the process that started this one.
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+torch.set_num_threads(1)
+layer = attentions.build("longformer", dim=96, num_heads=3, window=7, position="relative")
+
+def step(x, grid):
+    for tensor in (x, *layer.parameters()):
+        tensor.grad = None
+    layer(x, grid).sum().backward()
+
+def tokens(grid):
+    return torch.randn(1, 1 + grid[0] * grid[1], 96, requires_grad=True)
+
+grid = (50, 84)
+x = tokens(grid)
+step(tokens((7, 7)), (7, 7))
+before = resident()
+step(x, grid)
+grown = resident() - before
+peaks = [peak(lambda: step(x, grid), device="cpu", live=[layer, x]) for _ in range(3)]
+print(grown, *(found.bytes - found.before for found in peaks))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_the_first_peak_of_a_process_is_that_of_all_and_of_the_system():
+    found = subprocess.run(
+        [sys.executable, "-c", FRESH], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    grown, first, *others = map(int, found.stdout.split())
+    assert others == [first, first]
+    # The process also takes what kernels need for themselves.
+    assert 0.7 * grown < first <= grown
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_a_sparse_tensor_is_what_it_is_made_of(layout):
+    dense = torch.eye(100, 50)
+    result = peak(lambda: dense.to_sparse(layout=layout), device="cpu", live=[dense])
+    kept = dense.to_sparse(layout=layout)
+    indices = {torch.sparse_coo: 2 * 50, torch.sparse_csr: 101 + 2 * 50}[layout] * 8
+    assert result.bytes >= result.before + indices + 50 * FLOAT
+    assert peak(lambda: None, device="cpu", live=[kept]).before == indices + 50 * FLOAT
 
 
 def test_the_collector_is_left_as_it_was():

@@ -1,4 +1,5 @@
 import json
+import textwrap
 
 import pytest
 import torch
@@ -6,8 +7,12 @@ import torch
 from bench import cli
 from bench.config.suites import profile_configs
 from bench.measure import profile as profiler
+from bench.measure.workload import build
 from bench.record import Record, read
 from report import profiles
+
+# Time limits are for hangs alone: a busy machine may need minutes to start a process.
+pytestmark = pytest.mark.timeout(1800)
 
 # A detector in proportion to the small backbone, so that a test takes seconds.
 SMALL = (
@@ -17,6 +22,7 @@ SMALL = (
     "model.detector.rpn_proposals=[100,50]",
     "model.detector.rpn_proposals_test=[100,50]",
     "model.detector.detections=10",
+    "model.detector.roi_batch=64",
     "profile.proposals=50",
     "device=cpu",
 )
@@ -37,6 +43,44 @@ def run(rows, **options):
 @pytest.fixture(scope="module")
 def measured():
     return run(configs("ViL", "linformer"))
+
+
+# What runs in PyTorch and not on the meta device.
+NO_META = """
+import torch
+from torch import nn
+
+class Odd(nn.Module):
+    calls = 0
+
+    def __init__(self, *, dim, num_heads, num_global=1):
+        super().__init__()
+        self.dim, self.num_global = dim, num_global
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, grid):
+        scale = 1.0 + 0.0 * x.detach().sum().item()
+        mask = x.detach()[..., 0].relu() > 0
+        picked = torch.zeros_like(x).masked_scatter(mask[..., None], x[mask])
+        sparse = torch.eye(x.shape[1]).to_sparse()
+        mixed = torch.stack([torch.sparse.mm(sparse, image) for image in picked])
+        return self.proj(x + scale * mixed)
+
+class Third(Odd):
+    def forward(self, x, grid):
+        if x.device.type == "cpu":
+            Third.calls += 1
+            if Third.calls > 40:
+                raise torch.OutOfMemoryError("no more")
+        return self.proj(x)
+"""
+
+
+@pytest.fixture
+def odd(tmp_path):
+    path = tmp_path / "odd.py"
+    path.write_text(textwrap.dedent(NO_META))
+    return lambda name: f"{path}:{name}"
 
 
 def test_a_row_has_all_its_costs_by_part(measured):
@@ -65,7 +109,7 @@ def test_what_is_predicted_says_so_and_is_near_what_is_measured(measured):
 
 
 def test_heads_run_on_stated_numbers_of_rois(measured):
-    stated = {"proposals": 50, "detections": 10, "rois": 512, "mask_rois": 128}
+    stated = {"proposals": 50, "detections": 10, "rois": 64, "mask_rois": 16}
     for record in measured:
         assert record.memory["rois"] == record.latency["rois"] == stated
     (retinanet,) = run(
@@ -103,18 +147,36 @@ def test_tables_fit_and_name_units(measured):
     assert part.raw["parameters"].sum() <= measured[0].parameters["total"]
 
 
-def test_a_row_that_cannot_be_measured_harms_no_other(monkeypatch):
-    def killed(*_):
-        raise MemoryError("the process was killed")
+def test_a_row_that_fails_while_it_is_timed_harms_no_other(odd):
+    rows = configs("ViL", odd("Third"), odd("Odd"))
+    records = run(rows, quantities=("latency",), modes=("inference",), by_part=False)
+    assert [record.status for record in records] == ["done", "failed", "done"]
+    assert records[1].error["kind"] == "out_of_memory"
+    assert "no more" in records[1].error["traceback"]
+    assert records[1].latency is None
+    for record in (records[0], records[2]):
+        assert len(record.latency["inference"]["samples"]) >= 2
+        assert record.latency["group"]["inference"]
+    assert "failed: out of memory" in profiles.costs(records).shown["row"][1]
 
-    rows = configs("ViL", "global")
-    monkeypatch.setattr(profiler, "_in_process", killed)
-    records = run(rows, quantities=("parameters", "memory"))
-    assert [record.status for record in records] == ["failed", "failed"]
-    assert records[0].error["kind"] == "out_of_memory"
-    # What was counted before is kept.
-    assert records[0].parameters["total"] > 0
-    assert "failed: out of memory" in profiles.costs(records).shown["row"][0]
+
+def test_what_cannot_run_on_the_meta_device_is_measured_all_the_same(odd):
+    (record,) = run(configs(odd("Odd")), by_part=False)
+    assert record.status == "done", record.error
+    assert record.parameters["total"] > 0
+    for mode in ("inference", "training"):
+        assert record.memory[mode] > 4 * record.parameters["total"]
+        assert record.latency[mode]["median"] > 0
+
+
+def test_rows_that_do_not_fit_together_take_turns(monkeypatch):
+    monkeypatch.setattr(profiler, "_has_room", lambda group, _row: not group)
+    rows = configs("ViL", "global", repeats=4)
+    found = profiler.measure_latency(rows, ("inference",))
+    for one in found:
+        assert one.error is None
+        assert len(one.section["inference"]["samples"]) == 3 * 2
+        assert one.section["group"]["inference"]
 
 
 def test_what_does_not_fit_is_not_tried(monkeypatch):
@@ -214,13 +276,13 @@ def test_mixed_precision_trains_and_keeps_coordinates(method):
         values={"model": {"method": method}, "train": {"precision": "bf16-mixed"}},
         overrides=SMALL,
     )
-    bench = profiler.Bench(config)
+    workload = build(config)
     seen = []
-    bench.detector.register_forward_pre_hook(lambda _, given: seen.append(given))
-    bench.workload.call("training")
+    workload.module.register_forward_pre_hook(lambda _, given: seen.append(given))
+    workload.call("training")
     images, targets = seen[0]
     assert {image.dtype for image in images} == {torch.float32}
     assert {target["boxes"].dtype for target in targets} == {torch.float32}
-    gradients = [p.grad for p in bench.detector.parameters() if p.grad is not None]
+    gradients = [p.grad for p in workload.module.parameters() if p.grad is not None]
     assert gradients
     assert all(torch.isfinite(gradient).all() for gradient in gradients)

@@ -7,7 +7,7 @@ import torch
 
 from bench.model import detectors
 from bench.model.backbone import ViL
-from bench.model.detectors.rois import Counts, fixed_rois, most
+from bench.model.detectors.rois import Counts, fixed_boxes, fixed_rois, most
 
 ARCH = (
     "l1,h2,d16,n1,s1,g1,p4,f4,a1_l2,h2,d32,n1,s0,g0,p2,f2,a1_"
@@ -106,25 +106,52 @@ def test_inference(library, threshold, counts):
         assert len(output["boxes"]) == len(output["scores"]) == len(output["labels"])
         assert len(output["masks"]) == counts.detections
         assert 1 <= output["labels"].min() <= output["labels"].max() <= 5
-    if threshold:
-        assert all(not output["scores"].any() for output in found)
+        assert output["scores"].all()
 
 
+def boxes_of(module, images, *targets):
+    """The RoIs that are cut out of the pyramid, head by head."""
+    seen = []
+    pools = (
+        (module.roi_heads.box_roi_pool, module.roi_heads.mask_roi_pool)
+        if module.library == "torchvision"
+        else (module.roi_heads.box_pooler, module.roi_heads.mask_pooler)
+    )
+    handles = [
+        pool.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[1]))
+        for pool in pools
+    ]
+    with fixed_rois(module, most(module)):
+        torch.manual_seed(2)
+        found = module(images, *targets)
+    for handle in handles:
+        handle.remove()
+    return [torch.cat([getattr(b, "tensor", b) for b in boxes]) for boxes in seen], found
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_what_was_found_comes_first(library):
-    module = detector(library, score_threshold=0.0).eval()
-    images, _ = batch(objects=0)
-    counts = most(module)
-    with torch.no_grad():
-        before = module(images)
-        with fixed_rois(module, Counts(**(vars(counts) | {"detections": 15}))):
-            fixed = module(images)
-        after = module(images)
-    for one, other, filled in zip(before, after, fixed, strict=True):
-        assert len(one["boxes"]) == 10
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
-        for name in ("boxes", "labels", "scores"):
-            torch.testing.assert_close(filled[name][:10], one[name])
+def test_the_boxes_do_not_depend_on_weights(library, mode):
+    module = detector(library, score_threshold=0.3).train(mode == "training")
+    images, targets = batch(objects=2)
+    given = (targets,) if mode == "training" else ()
+    with torch.set_grad_enabled(mode == "training"):
+        before, _ = boxes_of(module, images, *given)
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        after, _ = boxes_of(module, images, *given)
+    assert len(before) == 2
+    torch.testing.assert_close(before, after, rtol=0, atol=0)
+
+
+def test_boxes_have_area_and_lie_in_the_image():
+    boxes = fixed_boxes(500, SIZE, torch.zeros(1))
+    assert (boxes >= 0).all()
+    assert (boxes <= torch.tensor([SIZE[1], SIZE[0]] * 2)).all()
+    sides = (boxes[:, 2:] - boxes[:, :2]) / torch.tensor([SIZE[1], SIZE[0]])
+    assert 0.12 < sides.min() < sides.max() < 0.51
+    centres = (boxes[:, 2:] + boxes[:, :2]) / 2 / torch.tensor([SIZE[1], SIZE[0]])
+    torch.testing.assert_close(centres.mean(dim=0), torch.tensor([0.5, 0.5]), rtol=0, atol=0.02)
 
 
 def test_what_is_open_is_the_most():

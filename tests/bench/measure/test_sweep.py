@@ -13,11 +13,12 @@ from bench import record
 from bench.cli import main
 from bench.commands import sweep as command
 from bench.commands.sweep import image_sizes
-from bench.config.schema import MODES
+from bench.config.schema import MODES, SWEPT
 from bench.errors import InputError
-from bench.measure import flops, operators, subjects
-from bench.measure.sweep import points, process, walks
-from bench.measure.sweep.store import Limits, Store, Task, unfinished
+from bench.measure import flops, operators, sweep, worker
+from bench.measure.costs import effort, flops_of_one
+from bench.measure.sweep import Limits, Store, Task, unfinished
+from bench.measure.worker import Held
 from bench.model.build import build_backbone
 
 SIZES = ((32, 32), (64, 64), (96, 96), (128, 128))
@@ -26,14 +27,14 @@ SIZES = ((32, 32), (64, 64), (96, 96), (128, 128))
 def plan(names, sizes=SIZES, **options):
     values = {"device": "cpu", "profile": {"repeats": 2, "seconds": 0.0}}
     defaults = {"backbone": "quick", "modes": ("inference",), "values": values}
-    return points.plan(names, sizes=sizes, **defaults | options)
+    return sweep.plan(names, sizes=sizes, **defaults | options)
 
 
 def run(planned, output, *, limits=None, console=None):
-    return walks.sweep(
+    return sweep.sweep(
         planned,
         output=output,
-        limits=limits or Limits(seconds=60.0),
+        limits=limits or Limits(seconds=600.0),
         command=["python", "-m", "bench", "sweep"],
         console=console or Console(file=io.StringIO()),
     )
@@ -79,7 +80,7 @@ class Interrupting(io.StringIO):
 
 def test_interrupted_then_out_of_memory_then_nothing_left(tmp_path, mechanism, monkeypatch):
     (walk,) = plan([mechanism(_16="torch.empty(2 * 10**9)")], sizes=SIZES[:3])
-    limits = Limits(memory=4 * 10**9, seconds=60.0)
+    limits = Limits(memory=4 * 10**9, seconds=600.0)
     with pytest.raises(KeyboardInterrupt):
         run([walk], tmp_path, limits=limits, console=Console(file=Interrupting()))
     first = json.loads(next((tmp_path / "records").glob("*.json")).read_text())
@@ -93,9 +94,9 @@ def test_interrupted_then_out_of_memory_then_nothing_left(tmp_path, mechanism, m
     assert all(p.flops["total"] > 0 for p in points), "counted for what cannot be measured too"
     assert len(points[0].latency["inference"]["samples"]) >= 2
     assert points[0].latency["training"] is None
-    assert points[1].environment["limits"] == {"memory": 4 * 10**9, "seconds": 60.0}
+    assert points[1].environment["limits"] == {"memory": 4 * 10**9, "seconds": 600.0}
 
-    monkeypatch.setattr(walks, "_Walker", None)
+    monkeypatch.setattr(sweep, "_Walker", None)
     assert run([walk], tmp_path, limits=limits) == points
 
 
@@ -113,9 +114,9 @@ def test_an_error_ends_a_point_and_a_killed_process_ends_the_walk(tmp_path, mech
 
 def test_what_takes_too_long_is_stopped(tmp_path, mechanism):
     (walk,) = plan([mechanism(_16="time.sleep(600)")], sizes=SIZES[:3])
-    points = run([walk], tmp_path, limits=Limits(seconds=4.0))
+    points = run([walk], tmp_path, limits=Limits(seconds=20.0))
     assert [(p.error or {}).get("kind") for p in points] == [None, "too_slow", "skipped"]
-    assert "took more than 4 s" in points[1].error["message"]
+    assert "took more than 20 s" in points[1].error["message"]
 
 
 @pytest.fixture
@@ -161,7 +162,7 @@ def test_a_success_stands_above_all_failures(store):
 
 
 def test_flops_alone_need_no_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(walks._Walker, "_measure", None)
+    monkeypatch.setattr(sweep._Walker, "_measure", None)
     planned = plan(["full"], modes=MODES, what=("flops",), sizes=SIZES[:2])
     points = run(planned, tmp_path)
     assert [point.flops["mode"] for point in points] == ["inference"] * 2 + ["training"] * 2
@@ -201,18 +202,27 @@ def test_a_key_depends_on_what_the_numbers_depend_on():
         assert not {point.key for point in plan(["full"], SIZES[:2], **other)[0]} & set(keys)
 
 
+def test_measurements_belong_to_a_machine_and_counts_to_all(monkeypatch):
+    def keys():
+        return [plan(["full"], SIZES[:1], what=(name,))[0][0].key for name in SWEPT]
+
+    before = dict(zip(SWEPT, keys(), strict=True))
+    for change in (
+        lambda: monkeypatch.setattr(record, "cpu", lambda: "another"),
+        lambda: monkeypatch.setattr(torch, "get_num_threads", lambda: 99),
+        lambda: monkeypatch.setattr(torch, "__version__", "3.0"),
+    ):
+        change()
+        now = dict(zip(SWEPT, keys(), strict=True))
+        assert {name for name in SWEPT if now[name] == before[name]} == {"flops"}
+        monkeypatch.undo()
+
+
 def test_a_mechanism_for_one_size_says_so():
     (walk,) = plan(["linformer"], sizes=SIZES[:2])
     task = Task(walk[1], "")
-    walks._count(task)
+    sweep._count(task)
     assert ["linformer works for one size only" in note for note in task.notes] == [True]
-
-
-class Inbox(list):
-    """Takes the messages of `measure_points`."""
-
-    def send(self, message):
-        self.append(message)
 
 
 @pytest.mark.parametrize(
@@ -225,44 +235,56 @@ class Inbox(list):
         ("detector", "inference"),
     ],
 )
-def test_a_point_of_each_scope(scope, mode, monkeypatch):
-    monkeypatch.setattr(process.signal, "signal", lambda *_: None)
+def test_a_point_of_each_scope(scope, mode):
     overrides = ["model.detector.rpn_proposals=[20,10]", "model.detector.rpn_proposals_test=[9,9]"]
     (walk,) = plan(["ViL"], sizes=[(64, 96)], scope=scope, modes=(mode,), overrides=overrides)
-    inbox = Inbox()
-    process.measure_points(inbox, [process.Job.of(walk[0])], None, threads=1)
-    sections = {kind: content for kind, content in inbox if kind in ("memory", "latency")}
-    assert inbox[0] == ("begins", None)
-    assert inbox[-1] == ("ends", None)
-    assert sections["memory"][mode] > sections["memory"]["before"] > 0
-    assert sections["latency"][mode]["median"] > 0
-    assert sections["latency"]["ran"]["sdpa"]
+    held = Held()
+    held.build(walk[0].config.as_dict(), scope, None)
+    memory = held.memory((mode,), False)
+    assert memory[mode] > memory["before"][mode] > 0
+    assert held.latency((mode,), effort(walk[0].config))[mode]["median"] > 0
+    assert held.ran(mode)["sdpa"]
+
+
+class Conversation(list):
+    """The other side of a worker's connection; keeps its answers."""
+
+    def __init__(self, questions):
+        super().__init__()
+        self.questions = iter(questions)
+
+    def recv(self):
+        try:
+            return next(self.questions)
+        except StopIteration:
+            raise EOFError from None
+
+    def send(self, answer):
+        self.append(answer)
 
 
 @pytest.mark.parametrize(("limit", "kind"), [(2**60, "out_of_memory"), (None, "error")])
 def test_what_libraries_say_under_a_limit_is_out_of_memory(limit, kind, monkeypatch):
-    monkeypatch.setattr(process.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(process, "_limit_memory", lambda _: None)
-
     def fail(*_):
         raise RuntimeError("could not create a primitive")
 
-    monkeypatch.setattr(subjects, "make", fail)
-    inbox = Inbox()
-    (walk,) = plan(["full"], SIZES[:2])
-    process.measure_points(inbox, [process.Job.of(point) for point in walk], limit, threads=1)
-    ends = [content["kind"] for word, content in inbox if word == "ends"]
-    # Larger points are not tried after the first.
-    assert ends == ([kind] if limit else [kind] * 2)
+    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(worker, "_limit_memory", lambda _: None)
+    monkeypatch.setattr(Held, "ready", fail)
+    talk = Conversation([("ready", ())])
+    worker._answer(talk, 1, limit)
+    ((answer, error, _cpu_seconds),) = talk
+    assert answer is None
+    assert error["kind"] == kind
 
 
 def test_flops_of_inference_are_those_of_the_profiler():
     (walk,) = plan(["ViL"], sizes=[(96, 128)])
     config = walk[0].config
-    backbone = subjects.count("backbone", config, "inference")
+    backbone = flops_of_one("backbone", config, "inference")
     assert backbone["total"] == flops.count(build_backbone(config), image_size=(96, 128)).total
     place = next(build_backbone(config).attention_places())
-    alone = subjects.count("attention", config, "inference")
+    alone = flops_of_one("attention", config, "inference")
     assert alone["total"] == place.module.multiply_adds((24, 32))
 
 
@@ -270,7 +292,7 @@ def test_flops_of_inference_are_those_of_the_profiler():
 def test_a_training_step_costs_about_three_forward_passes(name):
     # The gradient of each product takes two products; the first convolution needs one less.
     (walk,) = plan([name], sizes=[(128, 128)])
-    forward, step = (subjects.count("backbone", walk[0].config, mode) for mode in MODES)
+    forward, step = (flops_of_one("backbone", walk[0].config, mode) for mode in MODES)
     assert 2.7 < step["total"] / forward["total"] <= 3.0
     assert step["uncounted"] == {}
 

@@ -15,16 +15,9 @@ from bench.data.coco import CocoDataset
 from bench.data.generated import generate
 from bench.errors import InputError
 from bench.model.backbone import ViL
+from bench.model.optimizer import effective, learning_rate, optimizer, scaling_note
 from bench.run.checkpoints import Checkpoints
-from bench.run.train import (
-    DivergedError,
-    effective,
-    learning_rate,
-    optimizer,
-    scaling_note,
-    step_seed,
-    train,
-)
+from bench.run.train import DivergedError, step_seed, train
 from bench.system.devices import make_fabric
 from bench.system.logs import StepLog, read_steps, readable
 

@@ -1,0 +1,77 @@
+"""What is measured is what is trained."""
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.plugins import MixedPrecision
+from torch import nn
+
+from bench.config.suites import profile_configs
+from bench.data.loader import Pace
+from bench.measure.memory import peak
+from bench.measure.workload import Workload, build, stated_rois
+from bench.model.detectors.rois import Counts, fixed_rois
+from bench.model.optimizer import optimizer
+from bench.run.train import _Training
+
+pytestmark = pytest.mark.timeout(1800)
+OVERRIDES = (
+    "device=cpu",
+    "model.detector.fpn_channels=16",
+    "model.detector.mask_width=16",
+    "model.detector.roi_batch=16",
+    "model.detector.rpn_proposals=[40,20]",
+    "train.clip_norm=0.5",
+)
+
+
+def config(**values):
+    (found,) = profile_configs(
+        ["ViL"], backbone="quick", image_size=(64, 96), values=values, overrides=OVERRIDES
+    )
+    return found
+
+
+def test_the_peak_of_the_measured_step_is_that_of_training():
+    # Two images: the peak is at the end of the forward pass, and not in the update of the weights.
+    run = config(profile={"batch_size": 2})
+    workload = build(run)
+    measured = peak(workload.call("training"), device="cpu", live=workload.live("training"))
+    trained = build(run)
+    detector, fabric = trained.module, trained.fabric
+    training = _Training(
+        detector,
+        trained.model,
+        fabric.setup_optimizers(optimizer(detector, run.train)),
+        fabric,
+        trained.recipe,
+        run.seed,
+    )
+    images, (targets,) = trained.inputs[0], trained.targets
+    detector.train()
+
+    def step():
+        with fixed_rois(detector, Counts(**stated_rois(run))):
+            training.step(images, targets, pace=Pace(reading=1.0), stop=False)
+
+    step()
+    live = [detector, training.optimiser.state, images, targets]
+    real = peak(step, device="cpu", live=live)
+    # The gradients of the step before are four bytes a parameter, most of which would be too much.
+    parameters = sum(p.numel() for p in detector.parameters())
+    assert measured.bytes == pytest.approx(real.bytes, abs=0.05 * 4 * parameters)
+
+
+def test_a_step_in_half_precision_is_repeated_until_it_updates():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    fabric = Fabric(
+        accelerator="cpu", devices=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)]
+    )
+    workload = Workload(nn.Linear(4, 4), (torch.randn(2, 4),), fabric=fabric, config=config())
+    before = [p.detach().clone() for p in workload.module.parameters()]
+    workload.step()
+    assert not workload.optimizer.state, "the first step of this test overflows"
+    workload.call("training")
+    assert len(workload.optimizer.state) == 2
+    after = list(workload.module.parameters())
+    assert not any(torch.equal(one, other) for one, other in zip(before, after, strict=True))
