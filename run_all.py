@@ -198,6 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = ["python", "run_all.py", *given]
     processes.end_with_parent()
+    logs.tolerate_encoding()
     _set_up_logging()
     # A preempted job is told by SIGTERM; it ends as an interrupted one does. Not by way of SIGINT,
     # which shells make processes in the background ignore.

@@ -12,11 +12,12 @@ largest of their part. Only torchvision's RetinaNet has losses that are means ov
 """
 
 import functools
+import importlib
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,11 @@ from bench.model.step import compute_gradients, total_loss
 from bench.run.checkpoints import Checkpoints
 from bench.system.interrupt import StopRequest
 from bench.system.logs import StepLog
+
+resource: Any = None
+# Windows has no such module.
+with suppress(ImportError):
+    resource = importlib.import_module("resource")
 
 Progress = Callable[[int, float], None]
 
@@ -300,7 +306,7 @@ class _Training:
             "data_seconds": pace.waited,
             # Each process reads its share of the images, all at the same time.
             "loader_images_per_second": config.batch_size / pace.reading,
-            "peak_memory_bytes": _peak_memory(self.fabric.device),
+            **_peak_memory(self.fabric.device),
             **({} if self._scaler is None else {"loss_scale": self._scaler.get_scale()}),
         }, stop
 
@@ -393,13 +399,15 @@ class _Training:
             setattr(self.detector, name, value)
 
 
-def _peak_memory(device: torch.device) -> int:
-    """The most so far: of the device's allocator, on the CPU of the process."""
+def _peak_memory(device: torch.device) -> dict[str, float]:
+    """The most so far: of the device's allocator, on the CPU of the process; nothing on Windows."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return {"peak_memory_bytes": torch.cuda.max_memory_allocated(device)}
+    if resource is None:
+        return {}
     # Kilobytes on Linux, bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
 def _check_same_step(fabric: Fabric, step: int) -> None:

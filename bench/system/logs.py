@@ -4,9 +4,11 @@ Both are in `output/logs`, one of each a run: `{row}-{key}.jsonl` and `{row}-{ke
 """
 
 import importlib
+import io
 import json
 import logging
 import statistics
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,13 @@ run_log = logging.getLogger("bench.run_log")
 run_log.propagate = False
 run_log.setLevel(logging.INFO)
 run_log.addHandler(logging.NullHandler())
+
+
+def tolerate_encoding() -> None:
+    """Let what standard output cannot encode become `?`, where it is not UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 class StepLog:
