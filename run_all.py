@@ -510,7 +510,13 @@ def _measure_latency(
     if not timing.untimed(records, output):
         return
     console.print("measuring latency of all rows, in rounds", highlight=False)
-    timing.measure(records, output, command=command)
+    with console.status("") as status:
+        timing.measure(
+            records,
+            output,
+            command=command,
+            progress=lambda share, doing: status.update(f"{share:.0%} {doing}"),
+        )
 
 
 def _report(suite: Suite, output: Path, identities: Sequence["Identity"]) -> int:
