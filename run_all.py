@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     processes.end_with_parent()
     logs.tolerate_encoding()
     _set_up_logging()
-    # A preempted job is told by SIGTERM; it ends as an interrupted one does. Not by way of SIGINT,
+    # A preempted job gets SIGTERM; it ends as an interrupted one does. Not by way of SIGINT,
     # which shells make processes in the background ignore.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     first = True

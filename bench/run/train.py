@@ -123,7 +123,7 @@ def train(
     Args:
         config: the schedule; see `effective`.
         progress: called after each step with the steps done and the loss.
-        step_log: told of every step.
+        step_log: gets an entry for every step.
 
     Returns:
         The detector as Fabric wrapped it, and the log.
@@ -258,10 +258,10 @@ class _Training:
 
         Args:
             pace: of these images.
-            stop: whether this process was told to stop.
+            stop: whether this process was asked to stop.
 
         Returns:
-            What is logged of the step, and whether any process was told to stop.
+            What is logged of the step, and whether any process was asked to stop.
         """
         config, log, step = self.config, self.log, self.log.steps
         begun = time.perf_counter()
@@ -351,12 +351,12 @@ class _Training:
     def _mean(
         self, parts: Sequence[Mapping[str, Tensor]], stop: bool
     ) -> tuple[dict[str, float], bool]:
-        """Losses over the parts of all processes, and whether any was told to stop."""
+        """Losses over the parts of all processes, and whether any was asked to stop."""
         names = list(parts[0])
         device = self.fabric.device
         rows = [torch.stack([p[n].double().to(device) for n in names]) for p in parts]
-        told = torch.tensor([float(stop)], dtype=torch.float64, device=device)
-        values = torch.cat([torch.stack(rows).mean(dim=0), told])
+        asked = torch.tensor([float(stop)], dtype=torch.float64, device=device)
+        values = torch.cat([torch.stack(rows).mean(dim=0), asked])
         averaged: Any = self.fabric.all_reduce(values, reduce_op="mean")
         reduced: list[float] = averaged.tolist()
         means = dict(zip(names, reduced, strict=False))
