@@ -198,8 +198,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = ["python", "run_all.py", *given]
     processes.end_with_parent()
+    logs.tolerate_encoding()
     _set_up_logging()
-    # A preempted job is told by SIGTERM; it ends as an interrupted one does. Not by way of SIGINT,
+    # A preempted job gets SIGTERM; it ends as an interrupted one does. Not by way of SIGINT,
     # which shells make processes in the background ignore.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     first = True
@@ -509,7 +510,13 @@ def _measure_latency(
     if not timing.untimed(records, output):
         return
     console.print("measuring latency of all rows, in rounds", highlight=False)
-    timing.measure(records, output, command=command)
+    with console.status("") as status:
+        timing.measure(
+            records,
+            output,
+            command=command,
+            progress=lambda share, doing: status.update(f"{share:.0%} {doing}"),
+        )
 
 
 def _report(suite: Suite, output: Path, identities: Sequence["Identity"]) -> int:

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ def _import(source: str) -> Any:
 def _load_file(path: Path) -> Any:
     if not path.is_file():
         raise ImportError(f"no such file: {path}")
-    key = f"attentions_user_{path.stem}_{abs(hash(path.resolve()))}"
+    key = f"attentions_user_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
     if key not in sys.modules:
         spec = importlib.util.spec_from_file_location(key, path)
         if spec is None or spec.loader is None:

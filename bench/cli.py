@@ -20,6 +20,7 @@ from bench import commands
 from bench.config.schema import METHODS, MODES, POSITIONS, PRECISIONS
 from bench.data import DataError
 from bench.errors import InputError, nearest
+from bench.system.logs import tolerate_encoding
 
 PROG = "python -m bench"
 _HELP = "Profile, check and compare attention mechanisms for high-resolution vision."
@@ -92,6 +93,7 @@ def parser_of(prog: str, command: Any) -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    tolerate_encoding()
     words = list(sys.argv[1:] if arguments is None else arguments)
     prog = PROG
     command: Any = Namespace(HELP=_HELP, EPILOG=_EPILOG, COMMANDS=find_commands())

@@ -415,6 +415,21 @@ def test_help_explains_the_options() -> None:
         assert option in done.stdout
 
 
+def test_it_starts_in_a_notebooks_environment_and_without_unix_modules() -> None:
+    """With a backend of matplotlib that is not there, an ASCII terminal, no `resource`."""
+    code = (
+        "import sys; sys.modules['resource'] = sys.modules['fcntl'] = None; import run_all;"
+        "import bench.run.runner; run_all.main(['--help'])"
+    )
+    environment = ONE_THREAD | {"MPLBACKEND": "module://not_there", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "KEY=VALUE,?" in done.stdout
+
+
 def start(*arguments: str, output: Path) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "run_all.py"), *arguments, "--output", str(output)]
     return subprocess.Popen(

@@ -24,6 +24,7 @@ import attentions
 from bench import record
 from bench.config.arch import parse
 from bench.config.schema import MODES, SWEPT, RunConfig
+from bench.config.sources import mechanism_sources
 from bench.config.suites import profile_configs
 from bench.errors import InputError
 from bench.measure.costs import effort, flops_of_one
@@ -90,8 +91,10 @@ class Point:
         values = self.values()
         data, train = values["data"], values["train"]
         named = ("row", "seed", "device", "model", "profile", "sweep")
+        sources = {s.name: s.sha256 for s in mechanism_sources(self.config.model.attention)}
         return record.key(
             {name: values[name] for name in named}
+            | ({"sources": sources} if sources else {})
             | {"path": data["path"], "fixed_size": data["fixed_size"]}
             | {"precision": train["precision"]}
             | ({"machine": _machine(self.config.device)} if self.measured else {})

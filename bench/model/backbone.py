@@ -164,7 +164,7 @@ class ViL(nn.Module):
         self.stride = math.prod(stage.patch for stage in self.stages)
         sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if len(sides) != 2 or min(sides) < 1:
-            raise ValueError(f"image_size {image_size} is no positive side or (height, width)")
+            raise ValueError(f"image_size {image_size} must be a positive side or (height, width)")
         self.largest = tuple(math.ceil(side / self.stride) * self.stride for side in sides)
         self._check_options(attention_options)
 
@@ -195,7 +195,7 @@ class ViL(nn.Module):
         modules = (place.module for place in self.attention_places())
         self._redrawing = tuple(module for module in modules if isinstance(module, Redrawing))
         if self._redrawing:
-            # The published name: steps that training was told of.
+            # The published name: the step of training, counted from 1.
             self.register_buffer("calls_since_last_redraw", torch.tensor(0))
 
     def _check_options(self, options: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from bench.files import sync_folder
 log = logging.getLogger(__name__)
 
 KEEP = 2
-# What reading a file that is no checkpoint, or half of one, ends in.
+# Errors of reading a file that is not a checkpoint, or half of one.
 _UNREADABLE = (
     OSError, RuntimeError, EOFError, ValueError, AttributeError, pickle.UnpicklingError,
 )  # fmt: skip

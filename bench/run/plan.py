@@ -21,7 +21,7 @@ from bench.model.optimizer import effective, learning_rate, scaling_note
 from bench.system import devices
 
 UNKNOWN = "-"
-# Of COCO's train2017, the images with an instance that is no crowd.
+# Of COCO's train2017, the images with an instance that is not a crowd.
 _COCO_CLASSES, _COCO_IMAGES = 80, 117_266
 _DAY, _HOUR, _MINUTE = 86400, 3600, 60
 

@@ -46,7 +46,7 @@ class AbandonedError(RuntimeError):
 
     Attributes:
         recorded_before: whether another process failed first and wrote the record, so that this
-            error is what came of that one.
+            error only follows from that one.
     """
 
     def __init__(self, message: str, *, recorded_before: bool) -> None:

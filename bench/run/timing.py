@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from bench import record
-from bench.config.schema import RunConfig
+from bench.config.schema import MODES, RunConfig
 from bench.config.suites import build_config
 from bench.data.split import data_root
 from bench.files import write_whole
-from bench.measure.profile import Interleaved, measure_latency
+from bench.measure import profile
+from bench.measure.latency import UNIT
+from bench.measure.profile import Progress
 from bench.record import Record
 
 
@@ -31,36 +33,40 @@ def untimed(records: Sequence[Record], output: Path) -> list[Record]:
     ]
 
 
-def measure(records: Sequence[Record], output: Path, *, command: Sequence[str]) -> Path:
+def measure(
+    records: Sequence[Record], output: Path, *, command: Sequence[str], progress: Progress
+) -> Path:
     """Measure the rows of `records` in rounds, write what was found and return the file.
 
     Args:
         records: of runs that succeeded; those that were not to be measured are left out.
         output: the folder of the suite.
         command: the command line, for the file.
+        progress: told the share that is done, and what is being done.
 
     Raises:
         InputError: where the file cannot be written, or the device is not there.
     """
     wanted = [entry for entry in records if _wanted(entry)]
     configs = [_config(entry) for entry in wanted]
-    rows = measure_latency(
+    found = profile.measure_latency(
         configs,
         roots=[data_root(config, output) for config in configs],
         needs=[entry.memory or {} for entry in wanted],
+        progress=progress,
     )
     created = datetime.datetime.now(datetime.UTC)
-    found = {
+    content = {
         "schema": record.SCHEMA,
         "created": created.isoformat(timespec="seconds"),
         "environment": record.environment(command=command, device=""),
         "rows": [
-            {"row": entry.row, "key": entry.key, "latency": _section(row)}
-            for entry, row in zip(wanted, rows, strict=True)
+            {"row": entry.row, "key": entry.key, "latency": _section(one)}
+            for entry, one in zip(wanted, found, strict=True)
         ],
     }
     path = output / record.LATENCIES / f"{created:%Y%m%dT%H%M%S}.json"
-    write_whole(path, json.dumps(found, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    write_whole(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
     return path
 
 
@@ -74,11 +80,11 @@ def _config(entry: Record) -> RunConfig:
     return dataclasses.replace(config, train=recipe)
 
 
-def _section(row: Interleaved) -> dict[str, Any]:
+def _section(found: profile.Interleaved) -> dict[str, Any]:
     """The `latency` of a record; of a row that failed, why."""
-    notes = list(row.notes)
-    if row.error is not None:
-        notes.append(f"not measured: {row.error['message']}")
-    empty: dict[str, Any] = {"unit": "s", "inference": None, "training": None, "notes": []}
-    section = row.section or empty
+    notes = list(found.notes)
+    if found.error is not None:
+        notes.append(f"not measured: {found.error['message']}")
+    empty: dict[str, Any] = {"unit": UNIT, **dict.fromkeys(MODES), "notes": []}
+    section = found.section or empty
     return section | {"notes": [*section["notes"], *notes]}

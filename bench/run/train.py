@@ -12,11 +12,12 @@ largest of their part. Only torchvision's RetinaNet has losses that are means ov
 """
 
 import functools
+import importlib
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,11 @@ from bench.model.step import compute_gradients, total_loss
 from bench.run.checkpoints import Checkpoints
 from bench.system.interrupt import StopRequest
 from bench.system.logs import StepLog
+
+resource: Any = None
+# Windows has no such module.
+with suppress(ImportError):
+    resource = importlib.import_module("resource")
 
 Progress = Callable[[int, float], None]
 
@@ -117,7 +123,7 @@ def train(
     Args:
         config: the schedule; see `effective`.
         progress: called after each step with the steps done and the loss.
-        step_log: told of every step.
+        step_log: gets an entry for every step.
 
     Returns:
         The detector as Fabric wrapped it, and the log.
@@ -252,10 +258,10 @@ class _Training:
 
         Args:
             pace: of these images.
-            stop: whether this process was told to stop.
+            stop: whether this process was asked to stop.
 
         Returns:
-            What is logged of the step, and whether any process was told to stop.
+            What is logged of the step, and whether any process was asked to stop.
         """
         config, log, step = self.config, self.log, self.log.steps
         begun = time.perf_counter()
@@ -300,7 +306,7 @@ class _Training:
             "data_seconds": pace.waited,
             # Each process reads its share of the images, all at the same time.
             "loader_images_per_second": config.batch_size / pace.reading,
-            "peak_memory_bytes": _peak_memory(self.fabric.device),
+            **_peak_memory(self.fabric.device),
             **({} if self._scaler is None else {"loss_scale": self._scaler.get_scale()}),
         }, stop
 
@@ -345,12 +351,12 @@ class _Training:
     def _mean(
         self, parts: Sequence[Mapping[str, Tensor]], stop: bool
     ) -> tuple[dict[str, float], bool]:
-        """Losses over the parts of all processes, and whether any was told to stop."""
+        """Losses over the parts of all processes, and whether any was asked to stop."""
         names = list(parts[0])
         device = self.fabric.device
         rows = [torch.stack([p[n].double().to(device) for n in names]) for p in parts]
-        told = torch.tensor([float(stop)], dtype=torch.float64, device=device)
-        values = torch.cat([torch.stack(rows).mean(dim=0), told])
+        asked = torch.tensor([float(stop)], dtype=torch.float64, device=device)
+        values = torch.cat([torch.stack(rows).mean(dim=0), asked])
         averaged: Any = self.fabric.all_reduce(values, reduce_op="mean")
         reduced: list[float] = averaged.tolist()
         means = dict(zip(names, reduced, strict=False))
@@ -393,13 +399,15 @@ class _Training:
             setattr(self.detector, name, value)
 
 
-def _peak_memory(device: torch.device) -> int:
-    """The most so far: of the device's allocator, on the CPU of the process."""
+def _peak_memory(device: torch.device) -> dict[str, float]:
+    """The most so far: of the device's allocator, on the CPU of the process; nothing on Windows."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return {"peak_memory_bytes": torch.cuda.max_memory_allocated(device)}
+    if resource is None:
+        return {}
     # Kilobytes on Linux, bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
 def _check_same_step(fabric: Fabric, step: int) -> None:

@@ -80,7 +80,7 @@ def make_fabric(config: RunConfig) -> Fabric:
         accelerator=name,
         devices=world.local_size,
         num_nodes=world.size // world.local_size,
-        # The backbone's classification head is no part of the detectors' losses. Buffers are the
+        # The backbone's classification head is not part of the detectors' losses. Buffers are the
         # same in all processes without being sent: what is random in them is drawn from the step.
         strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False),
         plugins=[_precision(config, name), environments[world.launcher]()],
@@ -123,7 +123,7 @@ def _single(config: RunConfig, accelerator: str, index: int | None) -> Fabric:
 
 
 class _MixedPrecision(MixedPrecision):
-    """Mixed precision that leaves inputs alone: coordinates of boxes are no numbers for half."""
+    """Mixed precision that does not convert inputs: half is too coarse for coordinates of boxes."""
 
     def convert_input(self, data: Any) -> Any:
         return data

@@ -1,4 +1,4 @@
-"""Ctrl-C and a job's end, held back until a good moment to stop at."""
+"""Ctrl-C and a job's end, delayed until a good moment to stop."""
 
 import logging
 import os

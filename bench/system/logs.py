@@ -4,9 +4,11 @@ Both are in `output/logs`, one of each a run: `{row}-{key}.jsonl` and `{row}-{ke
 """
 
 import importlib
+import io
 import json
 import logging
 import statistics
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,13 @@ run_log = logging.getLogger("bench.run_log")
 run_log.propagate = False
 run_log.setLevel(logging.INFO)
 run_log.addHandler(logging.NullHandler())
+
+
+def tolerate_encoding() -> None:
+    """Let what standard output cannot encode become `?`, where it is not UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 class StepLog:
@@ -48,8 +57,8 @@ class StepLog:
         self.total = total
         self._file: TextIO | None = None
         self._board = None if tensorboard is None else _board(tensorboard)
-        # Steps that the readable log has not told of.
-        self._untold: list[Mapping[str, Any]] = []
+        # Steps since the last line of the readable log.
+        self._unlogged: list[Mapping[str, Any]] = []
 
     def begin(self, step: int) -> None:
         """Go on after `step`: later lines, of steps that are done again, and half lines go."""
@@ -78,11 +87,11 @@ class StepLog:
             for name, value in entry.items():
                 if name != "step":
                     self._board.add_scalar(name, value, entry["step"])
-        self._untold.append(entry)
+        self._unlogged.append(entry)
         if entry["step"] % self.every == 0 or entry["step"] == self.total:
             run_log.info("step %d of %d: %s", entry["step"], self.total, _readable(entry))
-            run_log.info("the %d steps up to it: %s", len(self._untold), _pace(self._untold))
-            self._untold = []
+            run_log.info("the %d steps up to it: %s", len(self._unlogged), _pace(self._unlogged))
+            self._unlogged = []
 
     def __enter__(self) -> "StepLog":
         return self

@@ -29,8 +29,8 @@ _WATCHED = "BENCH_ENDS_WITH_ITS_PARENT"
 _STARTED_FIRST = "BENCH_STARTED_FIRST"
 _SHARED_CORES = "BENCH_SHARED_CORES"
 _GRACE = 60.0
-# Processes that fail alike need a moment to say so.
-_ALIKE = 15.0
+# Seconds in which processes that fail for the same reason all report it.
+_TOGETHER = 15.0
 _POLL = 0.1
 
 
@@ -206,8 +206,8 @@ def _wait(processes: Sequence["subprocess.Popen[bytes]"]) -> int:
                 deadline = passed_on.since + _GRACE
             if failed and deadline is None:
                 first_code = failed[0]
-                patience = 0.0 if first_code == ABANDONED else _ALIKE
-                deadline = time.monotonic() + patience
+                wait = 0.0 if first_code == ABANDONED else _TOGETHER
+                deadline = time.monotonic() + wait
             if passed_on.received > 1 or (deadline is not None and time.monotonic() > deadline):
                 for process in processes:
                     if process.poll() is None:

@@ -88,7 +88,7 @@ def read_options(text: str | None) -> dict[str, Any]:
     """`slurm_partition=gpu,timeout_min=60` -> a dictionary; whole numbers become numbers.
 
     Raises:
-        InputError: for a part that is no key=value.
+        InputError: for a part that is not key=value.
     """
     options: dict[str, Any] = {}
     for part in (text or "").split(","):
@@ -97,7 +97,7 @@ def read_options(text: str | None) -> dict[str, Any]:
             continue
         if not equals or not name.isidentifier():
             raise InputError(
-                f"--slurm {text}: {part!r} is no key=value, for example slurm_partition=gpu"
+                f"--slurm {text}: {part!r} is not key=value, for example slurm_partition=gpu"
             )
         options[name] = int(value) if value.isdigit() else value
     return options

@@ -202,6 +202,20 @@ def test_a_key_depends_on_what_the_numbers_depend_on():
         assert not {point.key for point in plan(["full"], SIZES[:2], **other)[0]} & set(keys)
 
 
+def test_a_key_depends_on_what_a_users_mechanism_imports_too(tmp_path):
+    mechanism = tmp_path / "mine.py"
+    mechanism.write_text(
+        "from torch import nn\nif False:\n    import helper\n"
+        "class Mine(nn.Module):\n    def __init__(self, *, dim, num_heads, num_global=1):\n"
+        "        super().__init__()\n"
+    )
+    keys = set()
+    for width in (1, 16):
+        (tmp_path / "helper.py").write_text(f"WIDTH = {width}\n")
+        keys.add(plan([f"{mechanism}:Mine"], SIZES[:1])[0][0].key)
+    assert len(keys) == 2
+
+
 def test_measurements_belong_to_a_machine_and_counts_to_all(monkeypatch):
     def keys():
         return [plan(["full"], SIZES[:1], what=(name,))[0][0].key for name in SWEPT]

@@ -83,7 +83,7 @@ def test_each_process_knows_its_place() -> None:
 
 
 def test_one_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_ALIKE", 1.0)
+    monkeypatch.setattr(launch, "_TOGETHER", 1.0)
     code = "import os, sys, time; os.environ['RANK'] == '1' and sys.exit(3 - 1); time.sleep(100)"
     start = time.monotonic()
     assert launch.spawn(python(code), 2) == 2
@@ -194,7 +194,7 @@ def test_slurm_options_are_read() -> None:
         "timeout_min": 60,
     }
     assert slurm.read_options(None) == {}
-    with pytest.raises(InputError, match="'gpu' is no key=value"):
+    with pytest.raises(InputError, match="'gpu' is not key=value"):
         slurm.read_options("gpu")
 
 
@@ -206,13 +206,15 @@ def test_without_submitit_there_is_one_clear_line(
         slurm.submit([], folder=tmp_path, gpus=1, options={})
 
 
-def test_an_unknown_slurm_option_or_no_slurm_is_one_clear_line(tmp_path: Path) -> None:
+def test_an_unknown_slurm_option_or_no_slurm_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("submitit")
     with pytest.raises(InputError, match="--launcher slurm"):
         slurm.submit([], folder=tmp_path, gpus=1, options={"nonsense": "x"}, cluster="local")
-    if not os.environ.get("SLURM_JOB_ID"):
-        with pytest.raises(InputError, match="--launcher slurm"):
-            slurm.submit([], folder=tmp_path, gpus=1, options={})
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match="--launcher slurm"):
+        slurm.submit([], folder=tmp_path, gpus=1, options={})
 
 
 def test_a_preempted_job_is_requeued_and_resumes(tmp_path: Path) -> None:
