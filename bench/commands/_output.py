@@ -45,7 +45,7 @@ def show(
     writers: dict[str, Callable[[Any], str]] = {
         "table": lambda t: f"{t.title}\n\n{tables.to_text(t.shown, WIDTH)}",
         "markdown": lambda t: f"## {t.title}\n\n{tables.to_markdown(t.shown)}",
-        "csv": lambda t: tables.to_csv(t.raw),
+        "csv": lambda t: tables.to_csv(t.raw).rstrip(),
     }
     if form == "json":
         print(json.dumps(lines, indent=1))
@@ -54,7 +54,8 @@ def show(
             print(writers[form](table))
             for note in table.notes if form != "csv" else ():
                 print(textwrap.fill(note, WIDTH) if form == "table" else f"- {note}")
-            print()
+            if form != "csv" or table is not shown[-1]:
+                print()
         if form == "table" and text:
             print("\n".join(text))
     if output is not None:
