@@ -389,10 +389,10 @@ def check_sizes(config: RunConfig) -> None:
     stages = _stages(config)
     limits = data.fixed_size or (data.max_size, data.max_size)
     padded = [_padded(limit, stages) for limit in limits]
-    if profile.enabled and any(a > b for a, b in zip(profile.image_size, padded, strict=True)):
+    # FLOPs are counted where nothing is measured, too.
+    if any(a > b for a, b in zip(profile.image_size, padded, strict=True)):
         said = f"fixed_size={list(limits)}" if data.fixed_size else f"max_size={data.max_size}"
         raise InputError(
             f"profile.image_size={list(profile.image_size)} must not be larger than the images that"
-            f" row {config.row} is made for, data.{said}; change one of them, or measure nothing"
-            " with profile.enabled=false"
+            f" row {config.row} is made for, data.{said}; change one of them"
         )

@@ -306,6 +306,7 @@ CONTRADICTIONS = {
     "train.batch_size=3 train.devices=2": ["train.batch_size=3 must be a multiple"],
     "data.min_sizes=[96,192] data.max_size=160": ["min_sizes=[96, 192] must not be above", "160"],
     "data.min_sizes=[96] data.max_size=120": ["profile.image_size=[128, 160]", "data.max_size=120"],
+    "data.max_size=128 profile.enabled=false": ["profile.image_size=[128, 160]"],
     "data.fixed_size=[64,96]": ["profile.image_size=[128, 160]", "data.fixed_size=[64, 96]"],
     "model.attention=longfromer": ["'longfromer' (did you mean 'longformer'?)", "srformer"],
     "model.attention=longformer,full": ["2 mechanisms", "4 stages"],
@@ -333,8 +334,7 @@ def test_values_that_contradict_each_other_are_refused_by_one_clear_line(words):
     assert [part for part in CONTRADICTIONS[words] if part not in message] == [], message
 
 
-def test_what_is_not_measured_may_be_of_any_size():
-    load("data.min_sizes=[96]", "data.max_size=120", "profile.enabled=false")
+def test_sizes_count_where_something_is_measured():
     profile_configs(["ViL"], overrides=["data.min_sizes=[96]", "data.max_size=120"])
     with pytest.raises(InputError, match=r"profile.image_size=\[128, 160\]"):
         profile_configs(["ViL"], image_size=(128, 160), overrides=["data.max_size=128"])
