@@ -17,6 +17,7 @@ from attentions.cache import has_data
 from attentions.contract import Grid
 from attentions.parts import (
     add_product_,
+    at_once,
     dropout_factors,
     full_precision,
     softmax_,
@@ -26,7 +27,7 @@ from attentions.parts import (
 from attentions.recompute import Gradients, recomputed
 
 # Bytes of the scores that are made at once: on a CPU what its caches hold, elsewhere enough to keep
-# the device busy. Tensors without data count as if they were on a GPU.
+# the device busy.
 LARGEST_SCORES = {"cpu": 2**22, "other": 2**26}
 # Batched products on CUDA take at most so many matrices.
 LARGEST_BATCH = 65_535
@@ -194,9 +195,8 @@ class _Call:
 
     def _blocks(self) -> Iterator[_Block]:
         (rows, columns), heads = self.plan.chunks, self.plan.heads
-        kind = "cpu" if self.q.device.type == "cpu" and has_data(self.q) else "other"
         matrix = self.plan.window**2 * self.keys * self.q.element_size()
-        fit = min(LARGEST_SCORES[kind] // matrix, LARGEST_BATCH) // rows
+        fit = min(at_once(self.q, LARGEST_SCORES) // matrix, LARGEST_BATCH) // rows
         groups = tuple(spans(heads, fit))
         for images in spans(len(self.q), fit // (heads * columns)):
             for strip in spans(columns, fit // (heads * (images.stop - images.start))):

@@ -1,6 +1,7 @@
 """Pieces that several mechanisms share: heads, the grid, relative positions, precision."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -116,6 +117,17 @@ def full_precision(x: Tensor) -> AbstractContextManager[Any]:
     if x.is_meta:
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
+
+
+def at_once(like: Tensor, limits: Mapping[str, int]) -> int:
+    """Bytes to make at once for a call with `like`: `limits` for "cpu" and "other" devices.
+
+    Fake tensors count as if they were on a GPU, whose memory they predict. The meta device has no
+    limit: there it is operators that are counted, and few of them are counted faster.
+    """
+    if like.is_meta:
+        return sys.maxsize
+    return limits["cpu" if like.device.type == "cpu" and has_data(like) else "other"]
 
 
 def spans(count: int, most: int) -> Iterator[slice]:

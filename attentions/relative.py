@@ -17,6 +17,7 @@ from attentions.cache import has_data
 from attentions.contract import Grid
 from attentions.parts import (
     add_product_,
+    at_once,
     dropout_factors,
     full_precision,
     softmax_,
@@ -26,7 +27,7 @@ from attentions.parts import (
 from attentions.recompute import Gradients, recomputed
 
 # Bytes of the scores that are made at once, on a CPU and elsewhere, at least those of one query.
-LARGEST_SCORES = {"cpu": 2**24, "other": 2**27}
+LARGEST_SCORES = {"cpu": 2**24, "other": 2**28}
 
 
 def attend_relatively(
@@ -120,8 +121,7 @@ class _Call:
 
     def _blocks(self) -> Iterator[_Block]:
         (rows, columns), batch, tokens = self.grid, *self.q.shape[:2]
-        kind = "cpu" if self.q.device.type == "cpu" and has_data(self.q) else "other"
-        fit = LARGEST_SCORES[kind] // (tokens * self.q.element_size())
+        fit = at_once(self.q, LARGEST_SCORES) // (tokens * self.q.element_size())
         places: list[tuple[slice, slice] | None] = [None] if self.num_global else []
         across = list(spans(columns, fit))
         places += itertools.product(spans(rows, fit // columns), across)
