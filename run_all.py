@@ -5,6 +5,7 @@ A row that has its record is not run again, so the same command continues what w
 
 import argparse
 import dataclasses
+import json
 import logging
 import os
 import signal
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from bench import record
-from bench.cli import Parser, add, add_overrides, names, positive
+from bench.cli import Parser, add, add_files, add_overrides, file_values, names, positive
 from bench.config import search
 from bench.config.schema import RunConfig
 from bench.config.suites import Suite, load_suite, suites
@@ -55,6 +56,7 @@ examples:
   python run_all.py
   python run_all.py --rows ViL,performer --seed 1
   python run_all.py --data my_data --rows ViL train.steps=200 model.method=retinanet
+  python run_all.py --train export/train.json --val export/val.json --images export/images
   python run_all.py --rows my_attention.py:MyAttention
   python run_all.py --suite ablation --data /datasets/coco --device cuda
   python run_all.py --suite ablation --data /datasets/coco --method retinanet --schedule 3x
@@ -85,6 +87,7 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
         help=f"folder in COCO layout: annotations/instances_{SPLITS[0]}.json, {SPLITS[0]}/, and"
         f" {SPLITS[1]} alike (default: the suite's; quick generates its own)",
     )
+    add_files(result, "train", "val", "images")
     add(result, "output", help="where everything goes (default: results/SUITE)")
     add(
         result,
@@ -206,6 +209,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first = True
     try:
         options = parser().parse(given)
+        files = file_values(options)
+        if options.train or options.val:
+            options.data = options.data or str(Path(options.train or options.val).parent)
+        # As JSON, which YAML reads as it is; the rows of a launcher are given them so.
+        options.overrides += [
+            f"data.{name}={json.dumps(value, ensure_ascii=False)}" for name, value in files.items()
+        ]
         world = processes.world()
         first = world.is_first
         if options.tensorboard:

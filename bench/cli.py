@@ -353,6 +353,24 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_files(parser: "argparse._ActionsContainer", *options: str) -> None:
+    """Add some of --train, --val and --images; `file_values` reads them."""
+    helps = {
+        "train": "annotations to train on, of any name, instead of those in --data",
+        "val": "annotations to evaluate on, of any name, instead of those in --data",
+        "images": "folder of their images (default: looked for near the annotations)",
+    }
+    for name in options:
+        add(parser, name, metavar="DIR" if name == "images" else "FILE", help=helps[name])
+
+
+def file_values(options: Namespace) -> dict[str, str]:
+    """Return what --train, --val and --images say of the configuration's `data`."""
+    given = {"train_file": "train", "val_file": "val", "images": "images"}
+    values = {key: getattr(options, name, None) for key, name in given.items()}
+    return {key: value for key, value in values.items() if value is not None}
+
+
 def precision(options: Namespace) -> str:
     """Return what --precision or --amp asks for."""
     if not options.amp:

@@ -149,6 +149,35 @@ def test_the_weights_of_a_record_score_what_the_record_says(
     assert again["precision"] == entry["config"]["train"]["precision"]
 
 
+def test_annotation_files_of_any_name_are_trained_and_evaluated_on(tmp_path: Path) -> None:
+    root = generate(tmp_path / "made", train_images=4, val_images=2)
+    export = tmp_path / "an export, räw"
+    (root / "train2017").rename(export)
+    for image in (root / "val2017").iterdir():
+        image.rename(export / f"val {image.name}")
+    for split, name in (("train2017", "learn.json"), ("val2017", "judge.json")):
+        content = json.loads((root / "annotations" / f"instances_{split}.json").read_text())
+        for entry in content["images"]:
+            entry["file_name"] = "val " * (split == "val2017") + entry["file_name"]
+        (export / name).write_text(json.dumps(content))
+    files = ["--val", str(export / "judge.json"), "--images", str(export)]
+    arguments = [*TINY, "data.min_sizes=[64]", "data.max_size=96", "profile.enabled=false",
+                 "profile.image_size=[64,96]"]  # fmt: skip
+    output = tmp_path / "out"
+    assert run_all.main(
+        ["--train", str(export / "learn.json"), *files, "--rows", "ViL", "--output", str(output),
+         *arguments]
+    ) == 0  # fmt: skip
+    entry = records(output)["ViL"]
+    assert (entry["evaluation"]["split"], entry["evaluation"]["images"]) == ("val2017", 2)
+    assert entry["config"]["data"]["path"] == str(export)
+    (path,) = (output / "records").glob("*.json")
+    result = tmp_path / "again.json"
+    arguments = ["--record", str(path), *files, "--workers", "0", "--output", str(result)]
+    assert cli.main(["eval", *arguments]) == 0
+    assert json.loads(result.read_text())["evaluation"]["box"] == entry["evaluation"]["box"]
+
+
 @pytest.mark.detectron2
 def test_the_weights_of_a_detectron2_run_have_the_published_names(tmp_path: Path) -> None:
     arguments = ["--rows", "ViL", "--output", str(tmp_path), *TINY, "profile.enabled=false",

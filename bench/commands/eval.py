@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from bench.cli import (
     add,
+    add_files,
     add_overrides,
     add_precision,
     add_row,
     count,
+    file_values,
     positive,
     precision,
     some_of,
@@ -74,6 +76,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder in COCO layout (default: that of --record, or $DETECTRON2_DATASETS/coco)",
     )
+    add_files(parser, "val", "images")
     add(
         parser,
         "split",
@@ -154,7 +157,7 @@ def run(options: argparse.Namespace) -> int:
     if found is not None:
         path = path or _kept(options.record, found)
         root = root or _recorded_root(options.record, found)
-    root = root or _root()
+    root = root or (Path(options.val).parent if options.val else _root())
     state = load_file(path)
     config = _config(options, found, weights.detector_kind(state), root)
     (name,) = config.evaluate.splits
@@ -284,9 +287,10 @@ def _config(
         },
     }
     if record:
-        if options.data:
-            # The files that the run was given are not of this folder.
+        if options.data or options.val:
+            # The files that the run was given are of other data.
             run["data"] |= dict.fromkeys(("train_file", "val_file", "images"))
+        run["data"] |= file_values(options)
         values = dict(record.config)
         run["model"] = {"library": record.model["library"]}
         return build_config(
@@ -298,7 +302,7 @@ def _config(
     if options.method != "auto":
         method = options.method
     run["model"] = {"library": library, "method": method}
-    run["data"]["degenerate_boxes"] = "drop"
+    run["data"] |= {"degenerate_boxes": "drop", **file_values(options)}
     arch = [f"model.arch={options.arch}", "model.backbone=ViL"] if options.arch else []
     (config,) = profile_configs(
         [options.attention],
