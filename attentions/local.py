@@ -80,20 +80,17 @@ def attend_locally(
     q: Tensor,
     keys_values: Tensor,
     bias: Tensor | None,
-    whole: Tensor | None,
     plan: Plan,
     dropout: float = 0.0,
 ) -> Tensor:
     """Attend from every grid token to the global tokens and its neighbourhood, under one softmax.
 
-    Queries may stand before those of the grid, one for each global token: they see all tokens.
     Gradients of gradients are an error.
 
-    Shapes: q (B, g or 0 + cells, C), keys_values (B, g + cells, 2 C), bias (H or 1, w², g + keys)
-    with keys in the order of `plan.seen`, row by row in each square; whole (H, g, g + cells)
-    -> as q.
+    Shapes: q (B, cells, C), keys_values (B, g + cells, 2 C), bias (H or 1, w², g + keys) with keys
+    in the order of `plan.seen`, row by row in each square -> as q.
     """
-    return _attend(q, keys_values, bias, whole, plan.flat(), dropout)
+    return _attend(q, keys_values, bias, None, plan.flat(), dropout)
 
 
 class _Block(NamedTuple):
@@ -112,18 +109,18 @@ class _Call:
         q: Tensor,
         keys_values: Tensor,
         bias: Tensor | None,
-        whole: Tensor | None,
+        other: None,
         seed: Tensor | None,
         numbers: Sequence[int],
         dropout: float,
     ) -> None:
+        del other
         plan = Plan.of(numbers)
-        self.q, self.keys_values, self.bias, self.whole = q, keys_values, bias, whole
+        self.q, self.keys_values, self.bias = q, keys_values, bias
         self.plan, self.dropout = plan, dropout
         self.seed = int(seed) if seed is not None and has_data(q) else 0
         self.cells = plan.grid[0] * plan.grid[1]
         self.num_global = keys_values.shape[1] - self.cells
-        self.sees_whole = 0 < self.num_global == q.shape[1] - self.cells
         self.channels = q.shape[2]
         self.scale = (self.channels // plan.heads) ** -0.5
         self.margin = 0 if plan.seen == (Square(0, 0, 1),) else plan.window
@@ -149,8 +146,6 @@ class _Call:
                     self._to_strip(attended, torch.bmm(p, v), heads)
                 for place, cells in self._pieces(out, block):
                     cells.copy_(attended[place])
-            if self.sees_whole:
-                self._whole_forward(out)
         return out
 
     def backward(self, grad: Tensor) -> Gradients:
@@ -159,7 +154,6 @@ class _Call:
         wide = torch.promote_types(grad.dtype, torch.float32)
         dglobal = torch.zeros_like(dkv[:, : self.num_global], dtype=wide)
         dbias = None if self.bias is None else torch.zeros_like(self.bias, dtype=wide)
-        dwhole = None if self.whole is None else torch.zeros_like(self.whole)
         with full_precision(self.q):
             for block in self._blocks():
                 queries, keys_values = self._cut(self.q, block), self._cut_keys(block)
@@ -189,9 +183,7 @@ class _Call:
                 for place, cells in self._pieces(dq, block):
                     cells.copy_(dqueries[place])
             dkv[:, : self.num_global] = dglobal
-            if self.sees_whole:
-                self._whole_backward(grad, dq, dkv, dwhole)
-        return dq, dkv, None if dbias is None else dbias.to(grad.dtype), dwhole
+        return dq, dkv, None if dbias is None else dbias.to(grad.dtype), None
 
     def _blocks(self) -> Iterator[_Block]:
         (rows, columns), heads = self.plan.chunks, self.plan.heads
@@ -361,43 +353,6 @@ class _Call:
                 yield place, slice(0, -start)
             if start + side * w > length:
                 yield place, slice(max(length - start, 0), side * w)
-
-    def _whole_forward(self, out: Tensor) -> None:
-        """What the global tokens get from all tokens."""
-        for head in range(self.plan.heads):
-            _, _, v, p, factors = self._whole(head)
-            p = p if factors is None else p.mul_(factors)
-            out[:, : self.num_global, self._channels(head)] = torch.bmm(p, v)
-
-    def _whole_backward(self, grad: Tensor, dq: Tensor, dkv: Tensor, dwhole: Tensor | None) -> None:
-        for head in range(self.plan.heads):
-            q, k, v, p, factors = self._whole(head)
-            channels = self._channels(head)
-            do = grad[:, : self.num_global, channels]
-            ds = torch.bmm(do, v.transpose(1, 2))
-            ds = softmax_gradient_(ds if factors is None else ds.mul_(factors), p)
-            p = p if factors is None else p.mul_(factors)
-            dq[:, : self.num_global, channels] = torch.bmm(ds, k).mul_(self.scale)
-            dk, dv = (part[..., channels] for part in dkv.split(self.channels, dim=-1))
-            add_product_(dk, ds.transpose(1, 2), q)
-            add_product_(dv, p.transpose(1, 2), do)
-            if dwhole is not None:
-                dwhole[head] = ds.sum(0)
-
-    def _whole(self, head: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Of the global tokens in a head: q, k, v, weights, and factors of dropout."""
-        channels = self._channels(head)
-        q = self.q[:, : self.num_global, channels] * self.scale
-        k, v = (part[..., channels] for part in self.keys_values.split(self.channels, dim=-1))
-        scores = torch.bmm(q, k.transpose(1, 2))
-        weights = softmax_(scores if self.whole is None else scores.add_(self.whole[head]))
-        if not self.dropout:
-            return q, k, v, weights, None
-        return q, k, v, weights, dropout_factors(weights, self.dropout, self.seed - 1 - head)
-
-    def _channels(self, head: int) -> slice:
-        width = self.channels // self.plan.heads
-        return slice(head * width, (head + 1) * width)
 
 
 _attend = recomputed("attend_locally", _Call)

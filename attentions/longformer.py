@@ -4,12 +4,12 @@ Zhang et al., "Multi-Scale Vision Longformer: A New Vision Transformer for High-
 Encoding", https://arxiv.org/abs/2103.15358, section 3.2 and appendix A. The grid is cut into
 `w x w` chunks; a grid token attends to the global tokens and to the 3x3 chunks around its own,
 under one softmax; a global token attends to all tokens. Cost with `P` grid tokens after padding to
-whole chunks: `2 P (9 w² + g) C + 2 g N C` for attention and `4 N C²` for projections, `6 N C²`
-where global tokens have weights of their own.
+whole chunks: `2 P (9 w² + g) C + 2 g N C` for attention and `6 N C²` for projections, `4 N C²`
+without global tokens.
 
-Deviations, equal up to rounding: the published code multiplies with nine shifted copies, where a
-strip of 3x3 neighbourhoods is gathered here (`attentions.local`); and it projects all tokens twice
-where weights are shared.
+Deviation, equal up to rounding: the published code multiplies with nine shifted copies, where a
+strip of 3x3 neighbourhoods is gathered here (`attentions.local`). As published, the global tokens'
+keys and values are a product of their own where weights are shared, too.
 """
 
 from typing import Any, ClassVar
@@ -249,16 +249,15 @@ class LongformerAttention(GlobalTokens):
 
     def attend(self, x: Tensor, grid: Grid) -> Tensor:
         g, plan = self.num_global, self._plan(grid)
-        whole = self._global_bias(grid[0] * grid[1])
-        if g and not self.share_weights:
-            q, keys_values = self.query(x[:, g:]), self.kv(x)
-            bias = self._local_bias(plan, q)
-            local = attend_locally(q, keys_values, bias, None, plan, self.dropout_p)
-            return torch.cat([self.attend_globally(x, whole), self.proj(local)], dim=1)
-        q, keys_values = self.query(x), self.kv(x)
+        q, keys_values = self.query(x[:, g:]), self.kv(x)
         bias = self._local_bias(plan, q)
-        whole = None if whole is None else whole.to(q.dtype)
-        return self.proj(attend_locally(q, keys_values, bias, whole, plan, self.dropout_p))
+        local = self.proj(attend_locally(q, keys_values, bias, plan, self.dropout_p))
+        if not g:
+            return local
+        # As published, with shared weights too, keys and values are projected once for the grid's
+        # queries and once for the global tokens: the counts of FLOPs are of that.
+        whole = self._global_bias(grid[0] * grid[1])
+        return torch.cat([self.attend_globally(x, whole), local], dim=1)
 
     def reference(self, x: Tensor, grid: Grid) -> Tensor:
         """Full attention under a mask over the whole grid."""
@@ -317,12 +316,6 @@ class LongformerAttention(GlobalTokens):
         if not g:
             return local
         return torch.cat([self.attend_globally_plainly(x, self._global_bias(cells)), local], dim=1)
-
-    def projection_multiply_adds(self, grid: Grid) -> int:
-        """Of all linear layers: shared ones run once for all tokens, `4 N C²`."""
-        if not self.share_weights:
-            return super().projection_multiply_adds(grid)
-        return 4 * (self.num_global + grid[0] * grid[1]) * self.dim**2
 
     def multiply_adds(self, grid: Grid) -> int:
         """Of what runs when evaluating: whole chunks, the padded rows and columns included."""
