@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attentions.cache import has_data
+
 # Bytes of the widest tensor of a piece. On a CPU it should stay in the caches; an accelerator needs
 # enough work for each kernel.
 CPU_BYTES = 2**20
@@ -13,8 +15,12 @@ ACCELERATOR_BYTES = 2**26
 
 
 def budget(x: Tensor) -> int:
-    """Bytes of the widest tensor of a piece, where x is."""
-    return CPU_BYTES if x.device.type == "cpu" else ACCELERATOR_BYTES
+    """Bytes of the widest tensor of a piece, where x is.
+
+    Without data there are no caches to stay in, and each operator costs as much as with the largest
+    tensors: then pieces are as large as on an accelerator.
+    """
+    return CPU_BYTES if x.device.type == "cpu" and has_data(x) else ACCELERATOR_BYTES
 
 
 def pieces(x: Tensor, bytes_per_token: int) -> Iterator[tuple[slice, slice]]:
