@@ -88,13 +88,14 @@ class Workload:
         self.model.train(mode == "training")
         call = self.step if mode == "training" else self.infer
         call()
-        if mode == "training" and self.optimizer is not None:
-            for _ in range(_MOST_OVERFLOWS):
-                if self.optimizer.state:
-                    return call
-                call()
-            raise RuntimeError("gradients overflow at any scale of the loss: nothing is updated")
-        return call
+        scaled = getattr(self.fabric.strategy.precision, "scaler", None) is not None
+        if mode == "inference" or self.optimizer is None or not scaled:
+            return call
+        for _ in range(_MOST_OVERFLOWS):
+            if self.optimizer.state:
+                return call
+            call()
+        raise RuntimeError("gradients overflow at any scale of the loss: nothing is updated")
 
     def live(self, mode: str) -> list[object]:
         """What is alive before the call, for `bench.measure.memory.peak`."""
