@@ -4,6 +4,7 @@ import io
 import re
 import textwrap
 from collections.abc import Sequence
+from pathlib import PurePath
 
 import pandas as pd
 from rich import box
@@ -63,6 +64,7 @@ def comparison(library: Library) -> Table:
             joined(" ± ", ("latency", "latency_iqr"), Unit.MS),
         ),
         Column("search_best", values="best"),
+        Column("init"),
         *map(Column, ("library", "library_version", "device", "precision", "seed", "commit")),
         *map(Column, ("created", "status")),
         Column("error", values="error_kind"),
@@ -72,11 +74,19 @@ def comparison(library: Library) -> Table:
 
 
 def marked(data: pd.DataFrame) -> pd.Series:
-    """Return the label of each row, with what ended it or that it is the best of its search."""
+    """Return the label of each row, with what a reader has to know to compare it.
+
+    That is the checkpoint that it started from, where rows started from different ones; what ended
+    it; and that it is the best of its search.
+    """
+    label = data["label"]
+    start = data["init"].fillna("scratch").map(lambda path: PurePath(path).name)
+    if start.nunique() > 1:
+        label = label + " (from " + start + ")"
     failed = data["status"] == "failed"
     why = " (failed: " + data["error_kind"].map(reason, na_action="ignore") + ")"
     best = data["best"].fillna(False).astype(bool)
-    return data["label"].mask(failed, data["label"] + why).mask(best, data["label"] + BEST)
+    return label.mask(failed, label + why).mask(best, label + BEST)
 
 
 @per_library

@@ -43,6 +43,7 @@ _AFTER_TRAINING = (
     "evaluate",
     "profile",
 )
+_SINCE_E514C85 = ("data.train_file", "data.val_file", "data.images", "data.deep_white")
 # What `build.initialise` notes.
 _INIT_NOTE = re.compile(r"^initialised from .* \(sha256 ([0-9a-f]+)\)")
 
@@ -151,6 +152,15 @@ def identify(
         sources = mechanism_sources(config.model.attention)
         inputs = _inputs(config, sources, {} if seen is None else seen)
     return Identity(config.row, values, made, config.data.train_split, inputs, tuple(sources))
+
+
+def old_key(config: RunConfig) -> str:
+    """Return the key that e514c85 gave a run: of its whole configuration, as that was then."""
+    values = config.as_dict()
+    for name in _SINCE_E514C85:
+        group, _, last = name.partition(".")
+        del values[group][last]
+    return record.key(values)
 
 
 def records_of(row: str, folder: Path) -> list[Record]:

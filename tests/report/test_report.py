@@ -228,6 +228,20 @@ def test_comparison_keeps_failures(records: list[Record]) -> None:
     assert table.raw.loc[9, "error"] == "out_of_memory"
 
 
+def test_rows_say_what_they_started_from_where_that_differs() -> None:
+    def labels(*starts: str | None) -> list[str]:
+        found = []
+        for number, start in enumerate(starts):
+            one = make(f"row {number}")
+            train = {**one.config["train"], "init": start}
+            found.append(make(f"row {number}", config={**one.config, "train": train}))
+        (table,) = tables.comparison(found)
+        return list(table.shown["row"])
+
+    assert labels("a/vil.pth", "b/vil.pth") == ["row 0", "row 1"]
+    assert labels("a/vil.pth", None) == ["row 0 (from vil.pth)", "row 1 (from scratch)"]
+
+
 @pytest.mark.parametrize("build", [tables.comparison, tables.figures, tables.details])
 def test_text_fits_120_columns(
     records: list[Record], build: Callable[[list[Record]], list[Table]]
