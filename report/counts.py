@@ -250,29 +250,6 @@ def sizes(lines: Sequence[Mapping[str, Any]]) -> Table:
     return table("sizes", title, pd.DataFrame(lines), columns, notes)
 
 
-def windows(lines: Sequence[Mapping[str, Any]]) -> Table | None:
-    """Return what padding costs the windows of each row, stage by stage, or None without windows.
-
-    Args:
-        lines: `row` and `windows` (`stage`, `attention`, `window`, `padded_queries` and
-            `padded_products`, shares).
-    """
-    flat = [{"row": line["row"], **window} for line in lines for window in line["windows"]]
-    if not flat:
-        return None
-    columns = [
-        *(Column(name, name) for name in ("row", "stage", "attention", "window")),
-        Column("padded_queries", "padded queries {}", unit=Unit.SHARE),
-        Column("padded_products", "padded products {}", unit=Unit.SHARE),
-    ]
-    note = (
-        "Padded queries: the share that fills the grid up to whole windows. Padded products: the"
-        " share of products of queries and keys of which one is not a token but padding, or a"
-        " window beyond the edge."
-    )
-    return table("windows", "Work of windows on padding", pd.DataFrame(flat), columns, [note])
-
-
 def histogram(line: Mapping[str, Any]) -> str:
     """Return a row's images by FLOPs as bars of text; `histogram` is (low, high, images) a bin."""
     bins = line["histogram"]

@@ -114,34 +114,25 @@ def _audit(options: argparse.Namespace) -> int:
 
 
 def _audit_line(line: Any) -> dict[str, Any]:
-    counted = line.counts
-    if counted is None:
-        numbers = ("declared", "operators", "fvcore", "disagreement")
-        missed = ("fvcore_alone_missed", "torch_on_cpu_missed")
-        values: dict[str, Any] = {
-            **dict.fromkeys((*numbers, *missed)),
-            "uncounted": {},
-            "failures": {},
-        }
-    else:
-        values = {
-            "unit": counted.unit,
-            "declared": counted.declared,
-            "operators": counted.operators,
-            "fvcore": counted.fvcore,
-            "disagreement": counted.disagreement,
-            "fvcore_alone_missed": counted.missed(counted.fvcore_alone),
-            "torch_on_cpu_missed": counted.missed(counted.torch_on_cpu),
-            "uncounted": counted.uncounted,
-            "failures": counted.failures,
-        }
+    counted, values = line.counts, dict[str, Any]()
+    if counted is not None:
+        values = {name: getattr(counted, name) for name in ("unit", "uncounted", "failures")}
+        values |= {name: getattr(counted, name) for name in _COUNTS}
+        values |= {f"{name}_missed": counted.missed(getattr(counted, name)) for name in _ALONE}
     return {
         "name": line.name,
         "options": dict(line.options),
         "error": line.error,
         "passed": line.passed,
+        **dict.fromkeys((*_COUNTS, *(f"{name}_missed" for name in _ALONE))),
+        "uncounted": {},
+        "failures": {},
         **values,
     }
+
+
+_COUNTS = ("declared", "operators", "fvcore", "disagreement")
+_ALONE = ("fvcore_alone", "torch_on_cpu")
 
 
 def _published(options: argparse.Namespace) -> int:
@@ -182,12 +173,11 @@ def show_sizes(options: argparse.Namespace, configs: "Sequence[RunConfig]") -> i
         _sizes_line(config, report)
         for config, report in progress(reports, lambda pair: pair[0].row)
     ]
-    tables = [table for table in (counts.sizes(lines), counts.windows(lines)) if table is not None]
     varying = [line for line in lines if not line["fixed_size"]]
     show(
         options.format,
         lines,
-        tables,
+        [counts.sizes(lines)],
         drawn=[counts.sizes_plot(varying)] if varying else [],
         text=[counts.histogram(line) for line in varying],
         output=options.output,

@@ -34,7 +34,7 @@ from bench.conformance.subject import (
     run,
     show,
 )
-from bench.measure.operators import count_call
+from bench.measure.flops import count_call
 
 _SIZE = ("dim", "num_heads", "num_global")
 _PLACE = ("grid", "seq_len", "position", "block_index")
@@ -528,15 +528,16 @@ def compiles(subject: Subject) -> None:
 
 
 @promise(
-    "FLOPs", "branch on no value of a tensor: no .item(), .tolist(), .numpy() or boolean indexing"
+    "FLOPs",
+    "make constants with device=x.device, and branch on no value of a tensor: no .item(),"
+    " .tolist(), .numpy() or boolean indexing",
 )
 def multiply_adds(subject: Subject) -> None:
-    """Runs on the meta device, every operator counted, multiply_adds true."""
+    """FLOPs can be counted, every operator is, and multiply_adds is true."""
     for grid in (subject.grid, subject.other_grid):
-        with torch.device("meta"):
-            module = subject.build(grid=grid)
-            tokens = torch.empty(1, subject.num_global + grid[0] * grid[1], subject.dim)
-            counted = count_call(module, (tokens, grid))
+        module = subject.build(grid=grid)
+        length = subject.num_global + grid[0] * grid[1]
+        counted = count_call(module, (torch.empty(1, length, subject.dim, device="meta"), grid))
         if counted.uncounted:
             raise FailedError(
                 f"no formula for {', '.join(counted.uncounted)}",
@@ -544,15 +545,18 @@ def multiply_adds(subject: Subject) -> None:
                 " products",
             )
         declare = getattr(module, "multiply_adds", None)
-        if declare is None:
-            continue
-        declared = declare(grid)
+        declared = counted.total if declare is None else declare(grid)
         if abs(declared - counted.total) > _DECLARED * counted.total:
             raise FailedError(
                 f"multiply_adds(({grid[0]}, {grid[1]})) declares {declared:,},"
                 f" but {counted.total:,} run",
                 "correct multiply_adds, or remove it: what runs is counted anyway",
             )
+    if counted.notes:
+        raise WarnedError(
+            counted.notes[0],
+            "make constants with device=x.device and branch on no value of a tensor",
+        )
 
 
 @promise(

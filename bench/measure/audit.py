@@ -18,7 +18,6 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -35,7 +34,8 @@ from attentions.contract import Grid
 from bench.config.schema import RunConfig
 from bench.config.suites import profile_configs
 from bench.errors import InputError
-from bench.measure import flops, operators
+from bench.measure import flops
+from bench.measure.fake import copied
 from bench.measure.formulas import is_free
 from bench.model.backbone import ViL
 from bench.model.build import build_detector
@@ -47,37 +47,45 @@ TOLERANCE = 0.01
 DIM, NUM_HEADS, NUM_GLOBAL = 96, 3, 2
 # Tokens of a grid that a mechanism is still run on: full attention makes tables of their square.
 LARGEST_GRID = 2**13
+# The counters, by field of `Audit`.
+COUNTERS = ("declared", "operators", "fvcore", "fvcore_alone", "torch_on_cpu")
 _COCO_CLASSES = 80
-_CPU, _META = torch.device("cpu"), torch.device("meta")
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Counts:
+class Audit:
     """What each counter found in one module, for one image; unit: multiply-adds.
 
     Attributes:
         declared: closed forms; None where a mechanism declares nothing.
         operators: from the operators that ran.
         fvcore: from the traced graph, with our handles; None where it cannot be traced.
-        uncounted: calls without a formula, by counter and name; empty in complete counts.
         fvcore_alone: fvcore without our handles; None where it cannot be traced.
         torch_on_cpu: torch's own counter on a CPU; None where it fails.
+        uncounted: calls without a formula, by counter and name; empty in complete counts.
         failures: why a counter counted nothing, by counter ("fvcore", "torch on CPU").
     """
 
     declared: int | None
     operators: int
-    fvcore: int | None
-    uncounted: Mapping[str, Mapping[str, int]]
-    fvcore_alone: int | None
-    torch_on_cpu: int | None
+    fvcore: int | None = None
+    fvcore_alone: int | None = None
+    torch_on_cpu: int | None = None
+    uncounted: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     failures: Mapping[str, str] = field(default_factory=dict)
     unit: str = flops.UNIT
 
     @property
     def found(self) -> tuple[int, ...]:
-        """Those of the three counts that there are."""
-        return tuple(c for c in (self.declared, self.operators, self.fvcore) if c is not None)
+        """Those of the three counts that there are.
+
+        A count of fvcore that is incomplete can only be too small: it then counts where it is not.
+        """
+        fvcore = self.fvcore
+        if fvcore is not None and "fvcore" in self.uncounted:
+            fvcore = max(fvcore, self.operators)
+        return tuple(c for c in (self.declared, self.operators, fvcore) if c is not None)
 
     @property
     def disagreement(self) -> float:
@@ -87,8 +95,9 @@ class Counts:
 
     @property
     def agrees(self) -> bool:
-        """Whether there are two counts or three that agree, and nothing went uncounted."""
-        return len(self.found) > 1 and self.disagreement <= TOLERANCE and not self.uncounted
+        """Whether two counts or three agree, and the operators that ran are all counted."""
+        complete = "operators" not in self.uncounted
+        return complete and len(self.found) > 1 and self.disagreement <= TOLERANCE
 
     def missed(self, count: int | None) -> float | None:
         """The share of `operators` that another counter's `count` lacks; None without a count."""
@@ -102,13 +111,13 @@ class Audited:
     Attributes:
         name: of a mechanism or a row.
         options: of the mechanism.
-        counts: None where it could not be built or run for this size.
+        counts: None where it could not be built or counted for this size.
         error: why.
     """
 
     name: str
     options: Mapping[str, Any]
-    counts: Counts | None
+    counts: Audit | None
     error: str = ""
 
     @property
@@ -117,54 +126,56 @@ class Audited:
         return self.counts is not None and self.counts.agrees
 
 
-def audit(attention: nn.Module, grid: Grid) -> Counts:
+def audit(attention: nn.Module, grid: Grid) -> Audit:
     """Count a mechanism in three ways, for one image on `grid` (rows, columns).
 
     Args:
-        attention: with real parameters on the CPU, where it is run; it is not changed.
+        attention: with real parameters on the CPU, where a copy of it is run.
         grid: (rows, columns). On one of more than `LARGEST_GRID` tokens nothing is run: closed form
             and operators are compared alone.
 
     Raises:
-        InputError: for a module that does not say its `dim` and `num_global`.
+        InputError: for a module that does not say its `dim` and `num_global`, or cannot be counted.
         ValueError: from the mechanism, for a grid that it does not take.
     """
     declare = getattr(attention, "multiply_adds", None)
     declared = None if declare is None else declare(grid)
-    counted = operators.count_call(attention, (flops.tokens(attention, grid), grid))
+    counted = flops.count_call(attention, (flops.tokens(attention, grid), grid))
     if grid[0] * grid[1] > LARGEST_GRID:
         why = f"not run on grids of more than {LARGEST_GRID} tokens"
-        uncounted = {"operators": counted.uncounted} if counted.uncounted else {}
         failures = dict.fromkeys(("fvcore", "torch on CPU"), why)
-        return Counts(declared, counted.total, None, uncounted, None, None, failures)
+        uncounted = {"operators": counted.uncounted} if counted.uncounted else {}
+        return Audit(declared, counted.total, uncounted=uncounted, failures=failures)
     tokens = flops.tokens(attention, grid, device=_CPU)
-    return _compare(_OnGrid(attention, grid), (tokens,), declared=declared, counted=counted)
+    return _compare(_OnGrid(attention, grid), (tokens,), counted, declared)
 
 
 def audit_detector(
     detector: Detector, *, image_size: tuple[int, int], proposals: int = 1000, detections: int = 100
-) -> Counts:
+) -> Audit:
     """Count a detector in three ways, part by part and added up, the mask head included.
 
     Args:
-        detector: with real parameters on the CPU, where its parts are run; it is not changed.
+        detector: with real parameters on the CPU, where copies of its parts are run.
         image_size: (height, width) in pixels.
         proposals: boxes in the box head.
         detections: boxes in the mask head.
     """
     parts = []
     for call in detector.part_calls(image_size, proposals=proposals, detections=detections):
-        with _declaring(call.module) as declared:
-            counted = operators.count_call(call.module, call.make_inputs(_META, torch.float32))
+        counted = flops.count_call(
+            call.module, call.make_inputs(torch.device("meta"), torch.float32)
+        )
         inputs = call.make_inputs(_CPU, torch.float32)
-        parts.append(_compare(call.module, inputs, declared=declared.total, counted=counted))
+        declared = _declared(call.module, inputs)
+        parts.append(_compare(call.module, inputs, counted, declared))
     return _sum(parts)
 
 
 def audit_mechanisms(names: Iterable[str], grid: Grid) -> Iterator[Audited]:
     """Audit each mechanism with each of its example options, on one grid.
 
-    A mechanism that does not take the grid gives a line that says so.
+    A mechanism that cannot be counted on the grid gives a line that says so.
 
     Raises:
         InputError: for an unknown mechanism, before anything is counted.
@@ -210,81 +221,75 @@ def _examples(factory: type[nn.Module]) -> Sequence[Mapping[str, Any]]:
     return examples
 
 
-def _audit_example(name: str, options: Mapping[str, Any], grid: Grid) -> Counts:
+def _audit_example(name: str, options: Mapping[str, Any], grid: Grid) -> Audit:
     attention = attentions.build_for(
         name, grid=grid, dim=DIM, num_heads=NUM_HEADS, num_global=NUM_GLOBAL, **options
     )
     return audit(attention, grid)
 
 
-def _audit_row(config: RunConfig, image_size: tuple[int, int], proposals: int) -> Counts:
+def _audit_row(config: RunConfig, image_size: tuple[int, int], proposals: int) -> Audit:
     detector = build_detector(config, _COCO_CLASSES)
     return audit_detector(detector, image_size=image_size, proposals=proposals)
 
 
-def _line(name: str, options: Mapping[str, Any], count: Callable[[], Counts]) -> Audited:
+def _line(name: str, options: Mapping[str, Any], count: Callable[[], Audit]) -> Audited:
     try:
         return Audited(name, options, count())
     except ValueError as error:
         return Audited(name, options, None, " ".join(str(error).split()))
+    except Exception as error:
+        # A mechanism of others may fail in any way; the other lines are none the worse for it.
+        return Audited(name, options, None, _described(error))
 
 
 def _compare(
-    module: nn.Module,
-    inputs: tuple[Any, ...],
-    *,
-    declared: int | None,
-    counted: operators.OperatorCount,
-) -> Counts:
-    fvcore = alone = torch_on_cpu = None
-    lacking: dict[str, int] = {}
+    module: nn.Module, inputs: tuple[Any, ...], counted: flops.OperatorCount, declared: int | None
+) -> Audit:
+    """Run the counters that are not ours, whose failures belong into the audit."""
+    found: dict[str, Any] = {}
     failures: dict[str, str] = {}
-    with operators.evaluating(module), torch.no_grad():
-        with _failing("fvcore", failures):
-            fvcore, lacking = count_graph(module, inputs, HANDLES)
-            alone, _ = count_graph(module, inputs, {})
-        with _failing("torch on CPU", failures):
-            torch_on_cpu = _torch_on_cpu(module, inputs)
-    uncounted = {"operators": dict(counted.uncounted), "fvcore": lacking}
-    return Counts(
-        declared=declared,
-        operators=counted.total,
-        fvcore=fvcore,
-        uncounted={counter: names for counter, names in uncounted.items() if names},
-        fvcore_alone=alone,
-        torch_on_cpu=torch_on_cpu,
-        failures=failures,
-    )
+    uncounted = {"operators": dict(counted.uncounted), "fvcore": dict[str, int]()}
+    module = _on_cpu(module)
+    with torch.no_grad():
+        try:
+            found["fvcore"], uncounted["fvcore"] = count_graph(module, inputs, HANDLES)
+            found["fvcore_alone"], _ = count_graph(module, inputs, {})
+        except Exception as error:
+            failures["fvcore"] = _described(error)
+        try:
+            with FlopCounterMode(display=False) as counter:
+                module(*inputs)
+            found["torch_on_cpu"] = int(counter.get_total_flops()) // 2
+        except Exception as error:
+            failures["torch on CPU"] = _described(error)
+    if flops.WRITTEN_OUT in counted.by_operator and "fvcore" in found:
+        # fvcore takes these for elementwise operators without products.
+        uncounted["fvcore"] |= {"products written out": 1}
+    uncounted = {counter: names for counter, names in uncounted.items() if names}
+    return Audit(declared, counted.total, **found, uncounted=uncounted, failures=failures)
 
 
-@contextmanager
-def _failing(counter: str, failures: dict[str, str]) -> Iterator[None]:
-    """Whatever stops a counter that is not ours belongs into the audit, and does not end it."""
-    try:
-        yield
-    except Exception as error:
-        failures[counter] = " ".join(f"{type(error).__name__}: {error}".split())
+def _on_cpu(module: nn.Module) -> nn.Module:
+    copy: nn.Module = copied(module, lambda tensor: tensor.to(_CPU, copy=True))
+    return copy.eval()
 
 
-def _sum(parts: Sequence[Counts]) -> Counts:
+def _described(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _sum(parts: Sequence[Audit]) -> Audit:
     uncounted: dict[str, Counter[str]] = {}
     for part in parts:
         for counter, names in part.uncounted.items():
             uncounted.setdefault(counter, Counter()).update(names)
-
-    def total(counts: Iterable[int | None]) -> int | None:
-        known = list(counts)
-        return None if None in known else sum(filter(None, known))
-
-    return Counts(
-        declared=total(part.declared for part in parts),
-        operators=sum(part.operators for part in parts),
-        fvcore=total(part.fvcore for part in parts),
-        uncounted=uncounted,
-        fvcore_alone=total(part.fvcore_alone for part in parts),
-        torch_on_cpu=total(part.torch_on_cpu for part in parts),
-        failures={name: why for part in parts for name, why in part.failures.items()},
-    )
+    totals: dict[str, Any] = {}
+    for counter in COUNTERS:
+        counts = [getattr(part, counter) for part in parts]
+        totals[counter] = None if None in counts else sum(counts)
+    failures = {name: why for part in parts for name, why in part.failures.items()}
+    return Audit(**totals, uncounted=uncounted, failures=failures)
 
 
 class _OnGrid(nn.Module):
@@ -300,24 +305,6 @@ class _OnGrid(nn.Module):
         return out
 
 
-class _Declared:
-    """Closed forms, added up call by call; `total` is None where a mechanism declares nothing."""
-
-    def __init__(self) -> None:
-        self.total: int | None = 0
-
-    def add(self, count: int | None) -> None:
-        self.total = None if count is None or self.total is None else self.total + count
-
-    def mechanism(self, module: nn.Module, inputs: Any, _output: Any) -> None:
-        declare = getattr(module, "multiply_adds", None)
-        self.add(None if declare is None else declare(inputs[1]))
-
-    def layer(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        formula = next(formula for kind, formula in _LAYERS.items() if isinstance(module, kind))
-        self.add(formula(module, inputs[0], output))
-
-
 _LAYERS: Mapping[type[nn.Module], Callable[[Any, Tensor, Tensor], int]] = {
     nn.Linear: lambda layer, _, out: out.numel() * layer.in_features,
     # Weights (in, out / groups, …): each input reaches a whole kernel of every output channel.
@@ -328,31 +315,30 @@ _LAYERS: Mapping[type[nn.Module], Callable[[Any, Tensor, Tensor], int]] = {
 """Multiply-adds of a layer, its input and its output, by its class; the first that fits."""
 
 
-@contextmanager
-def _declaring(module: nn.Module) -> Iterator[_Declared]:
-    """Add up the closed forms of whatever part of `module` is called meanwhile."""
-    declared = _Declared()
-    mechanisms = {
-        place.module
-        for part in module.modules()
-        if isinstance(part, ViL)
-        for place in part.attention_places()
-    }
-    inside = {part for mechanism in mechanisms for part in mechanism.modules()}
-    layers = {part for part in module.modules() if isinstance(part, tuple(_LAYERS))} - inside
-    hooks = [part.register_forward_hook(declared.mechanism) for part in mechanisms]
-    hooks += [part.register_forward_hook(declared.layer) for part in layers]
-    try:
-        yield declared
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _declared(module: nn.Module, inputs: tuple[Any, ...]) -> int | None:
+    """Closed forms of a part, added up call by call; None where a mechanism declares nothing."""
+    counts: list[int | None] = []
 
+    def mechanism(module: nn.Module, inputs: Any, _output: Any) -> None:
+        declare = getattr(module, "multiply_adds", None)
+        counts.append(None if declare is None else declare(inputs[1]))
 
-def _torch_on_cpu(module: nn.Module, inputs: tuple[Any, ...]) -> int:
-    with FlopCounterMode(display=False) as counter:
+    def layer(module: nn.Module, inputs: Any, output: Any) -> None:
+        formula = next(formula for kind, formula in _LAYERS.items() if isinstance(module, kind))
+        counts.append(formula(module, inputs[0], output))
+
+    module = _on_cpu(module)
+    backbones = [part for part in module.modules() if isinstance(part, ViL)]
+    places = [place.module for vil in backbones for place in vil.attention_places()]
+    inside = {part for place in places for part in place.modules()}
+    for place in places:
+        place.register_forward_hook(mechanism)
+    for part in module.modules():
+        if isinstance(part, tuple(_LAYERS)) and part not in inside:
+            part.register_forward_hook(layer)
+    with torch.no_grad():
         module(*inputs)
-    return int(counter.get_total_flops()) // 2
+    return None if None in counts else sum(filter(None, counts))
 
 
 def count_graph(
@@ -392,6 +378,16 @@ FREE_COMPOSITES = (
     " max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool3d"
 )
 """Operators that a trace keeps whole, made of others without products of matrices."""
+
+
+def _times(handle: Callable[..., float]) -> Callable[..., float]:
+    """A handle that counts a product of complex numbers as four."""
+
+    def times(inputs: Sequence[Any], outputs: Sequence[Any]) -> float:
+        complex_numbers = "Complex" in str(outputs[0].type().scalarType())
+        return handle(inputs, outputs) * (4 if complex_numbers else 1)
+
+    return times
 
 
 def _attention_handle(inputs: Sequence[Any], _outputs: Sequence[Any]) -> int:
@@ -445,13 +441,12 @@ _NOT_PRODUCTS = (
 
 HANDLES: Mapping[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
     "aten::scaled_dot_product_attention": _attention_handle,
-    "aten::matmul": _matmul_handle,
-    "aten::einsum": _einsum_handle,
-    "aten::baddbmm": _added_product_handle,
-    "aten::addbmm": _added_product_handle,
-    "aten::addmv": _added_product_handle,
-    "aten::mv": _vector_handle,
-    "aten::dot": _vector_handle,
+    "aten::einsum": _times(_einsum_handle),
+    **dict.fromkeys(("aten::matmul", "aten::mm", "aten::bmm"), _times(_matmul_handle)),
+    **dict.fromkeys(
+        ("aten::baddbmm", "aten::addbmm", "aten::addmv"), _times(_added_product_handle)
+    ),
+    **dict.fromkeys(("aten::mv", "aten::dot"), _times(_vector_handle)),
     **dict.fromkeys((f"aten::{name}" for name in _NOT_PRODUCTS.split()), _no_products),
 }
 """For fvcore: formulas that it lacks or that are not exact, and 0 for what it counts although it

@@ -11,7 +11,7 @@ from torch import nn
 from bench.config.schema import MODES, ProfileConfig, RunConfig
 from bench.data.coco import CocoDataset
 from bench.data.split import profile_batch
-from bench.measure import flops, latency, memory, operators, published
+from bench.measure import flops, latency, memory, published
 from bench.measure.latency import Effort, Latency
 from bench.measure.workload import (
     COCO_CLASSES,
@@ -21,7 +21,6 @@ from bench.measure.workload import (
 )
 from bench.model.build import build_backbone, build_detector
 from bench.model.detectors import Detector
-from bench.model.step import total_loss
 
 _META = torch.device("meta")
 
@@ -146,13 +145,29 @@ def build_on_meta(config: RunConfig) -> Detector:
         return build_detector(config, COCO_CLASSES)
 
 
-def flops_section(detector: Detector, profile: ProfileConfig) -> dict[str, Any]:
-    """Return the `flops` section of a record."""
+def flops_section(detector: Detector, config: RunConfig) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return the `flops` section of a record, and notes on it.
+
+    It is None where no count can be made, and the notes say why. A detector on the meta device is
+    built again where its mechanism has to run for real to be counted.
+    """
+    try:
+        try:
+            section = _counted(detector, config.profile)
+        except flops.NotCountedError as error:
+            if not error.needs_values:
+                raise
+            section = _counted(build_detector(config, detector.num_classes), config.profile)
+    except flops.NotCountedError as error:
+        return None, [f"FLOPs not counted: {error}"]
+    return section, list(section["notes"])
+
+
+def _counted(detector: Detector, profile: ProfileConfig) -> dict[str, Any]:
     height, width = profile.image_size
-    report = flops.count(detector, image_size=(height, width), proposals=profile.proposals)
+    report = flops.count_flops(detector, image_size=(height, width), proposals=profile.proposals)
     return {
         **dataclasses.asdict(report),
-        "unit": flops.UNIT,
         "published": published.section(
             detector, image_size=report.image_size, proposals=profile.proposals
         ),
@@ -169,29 +184,16 @@ def flops_of_one(scope: str, config: RunConfig, mode: str) -> dict[str, Any] | N
     Args:
         scope: one of `bench.config.schema.SCOPES`.
     """
-    size, training = image_size(config), mode == "training"
-    counted: Any
-    if scope == "detector":
-        if training:
-            return None
-        detector = build_on_meta(config)
-        counted = flops.count(detector, image_size=size, proposals=config.profile.proposals)
-    else:
-        config = dataclasses.replace(
-            config, profile=dataclasses.replace(config.profile, batch_size=1)
-        )
+    if scope == "detector" and mode == "training":
+        return None
+    size = image_size(config)
+    try:
         with _META:
-            module: nn.Module = (vil := build_backbone(config))
-            inputs: tuple[Any, ...] = (torch.empty(1, 3, *size),)
-            if scope == "attention":
-                module, inputs = first_attention(vil, config, device=_META)
-                inputs[0].requires_grad_(training)
-        module.train(training)
-        counted = (
-            operators.count_operators(lambda: total_loss(module(*inputs)).backward())
-            if training
-            else operators.count_call(module, inputs)
-        )
+            counted = _count_one(scope, config, mode)
+    except flops.NotCountedError as error:
+        if not error.needs_values:
+            raise
+        counted = _count_one(scope, config, mode)
     return {
         "unit": flops.UNIT,
         "convention": "actual",
@@ -200,3 +202,20 @@ def flops_of_one(scope: str, config: RunConfig, mode: str) -> dict[str, Any] | N
         "total": counted.total,
         "uncounted": dict(counted.uncounted),
     }
+
+
+def _count_one(
+    scope: str, config: RunConfig, mode: str
+) -> flops.FlopReport | flops.OperatorCount:
+    """Build what is counted on the device that is set, and count it for one image."""
+    size, training = image_size(config), mode == "training"
+    if scope == "detector":
+        detector = build_detector(config, COCO_CLASSES)
+        return flops.count_flops(detector, image_size=size, proposals=config.profile.proposals)
+    config = dataclasses.replace(config, profile=dataclasses.replace(config.profile, batch_size=1))
+    module: nn.Module = (vil := build_backbone(config))
+    inputs: tuple[Any, ...] = (torch.empty(1, 3, *size, device=_META),)
+    if scope == "attention":
+        module, inputs = first_attention(vil, config, device=_META)
+        inputs[0].requires_grad_(training)
+    return flops.count_call(module, inputs, training=training)

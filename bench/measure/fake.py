@@ -14,16 +14,14 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from itertools import chain
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from bench.model.detectors.rois import Counts, fixed_rois
@@ -40,15 +38,19 @@ _HEAD_ALIGNMENT = 8
 Count = Callable[[object], int]
 
 
-def without_memory(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy of `module` with parameters and buffers of `mode`; nothing is allocated."""
+def copied(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of `module` whose tensors are what `convert` makes of its own.
+
+    Those in plain attributes count too, in containers as well: a mechanism may keep a mask there.
+    """
     memo: dict[int, Any] = {}
-    for tensor in chain(module.parameters(), module.buffers()):
-        with mode:
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-        if isinstance(tensor, nn.Parameter):
-            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = fake
+    for part in module.modules():
+        for tensor in tree_leaves(vars(part)):
+            if isinstance(tensor, Tensor) and id(tensor) not in memo:
+                made = convert(tensor.detach())
+                if isinstance(tensor, nn.Parameter):
+                    made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+                memo[id(tensor)] = made
     return copy.deepcopy(module, memo)
 
 

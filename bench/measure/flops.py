@@ -1,30 +1,68 @@
-"""Multiply-adds of a backbone, a detector or a mechanism, by part.
+"""Multiply-adds of a backbone, a detector or a mechanism, by part, from the operators that run.
 
-Counted from the operators that run (`operators.py`), on the meta device; or, in the published
-convention, with attention by the formulas of the published table.
+One multiply-add is one unit: half of what `torch.utils.flop_counter` calls a FLOP. A complex
+product is four. In the published convention attention is counted by the formulas of the published
+table.
+
+Counted are matrix products, convolutions and fused attention (queries times keys and weights times
+values, densely: a causal or additive mask saves nothing), and products written out: an elementwise
+product of two broadcast operands, larger than both, that is summed. A sparse operand costs what it
+stores. Not counted are operators without products of matrices, such as views, other elementwise
+operators, biases, reductions, normalisation, softmax, pooling, interpolation, indexing, copies,
+sorting, random numbers and creation (`formulas.FREE`). Every other operator that ran without a
+formula is listed in `uncounted`, and the count is then incomplete.
+
+A copy of the module runs on the meta device, so nothing is allocated or computed, whatever the size
+of the image, and nothing is left in the module. A mechanism that cannot run there, since it reads a
+value or holds a constant of the CPU, runs on random tokens on the CPU instead, inside of a
+backbone that is still on the meta device.
 """
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Mapping
+import copy
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
 
 from bench.errors import InputError, choose
-from bench.measure.operators import count_call
+from bench.measure.fake import copied
+from bench.measure.formulas import distinct, formula_of, is_complex, is_free
+from bench.measure.memory import LiveTensors
 from bench.model.backbone import AttentionPlace, ViL
+from bench.model.detectors.contract import backbone_stages
 
 Convention = Literal["actual", "published"]
 CONVENTIONS = ("actual", "published")
 UNIT = "multiply-adds"
+# The name of products that are written out, among the operators.
+WRITTEN_OUT = "aten.mul, aten.sum"
+# What a mechanism may take that has to run for real, in bytes and multiply-adds.
+LARGEST_REAL_BYTES, LARGEST_REAL_COUNT = 4 * 10**9, 10**12
 
 # The published totals hold every part but this one.
 OUTSIDE_TOTAL = ("mask_head",)
 _STAGE_1_STRIDE = 4
-_META = torch.device("meta")
+_META, _CPU = torch.device("meta"), torch.device("cpu")
+aten = torch.ops.aten
+
+
+class NotCountedError(InputError):
+    """A module whose operators cannot be counted; the reason is in the message.
+
+    Attributes:
+        needs_values: whether it could be counted if its parameters were not on the meta device.
+    """
+
+    def __init__(self, message: str, *, needs_values: bool = False) -> None:
+        super().__init__(message)
+        self.needs_values = needs_values
 
 
 @dataclass(frozen=True)
@@ -44,6 +82,7 @@ class FlopReport:
         proposals: boxes in the box head.
         detections: boxes in the mask head.
         convention: "actual" or "published".
+        notes: how it was counted, where not on the meta device alone.
         unit: "multiply-adds".
     """
 
@@ -55,36 +94,34 @@ class FlopReport:
     proposals: int
     detections: int
     convention: Convention
+    notes: tuple[str, ...] = ()
     unit: str = UNIT
-
-    @property
-    def total_with_mask_head(self) -> int:
-        """Multiply-adds of all parts."""
-        return sum(self.by_part.values())
 
 
 @dataclass(frozen=True)
-class Audit:
-    """Two counts of one mechanism that know nothing of each other.
+class OperatorCount:
+    """Multiply-adds of the operators that ran.
 
     Attributes:
-        declared: the mechanism's `multiply_adds(grid)`; None where it declares nothing.
-        operators: counted from the operators that ran.
-        uncounted: calls of operators without a formula.
+        by_part: multiply-adds by part and operator. Parts are, of a backbone, "stage1" … and
+            "stage1 attention" …, and "" for everything else.
+        uncounted: calls of operators that have no formula and are not free by nature.
+        notes: what was counted on real tensors, and why.
     """
 
-    declared: int | None
-    operators: int
+    by_part: Mapping[str, Mapping[str, int]]
     uncounted: Mapping[str, int]
+    notes: tuple[str, ...] = ()
 
     @property
-    def disagreement(self) -> float | None:
-        """|declared - operators| / operators; None where nothing is declared."""
-        if self.declared is None:
-            return None
-        if self.operators == 0:
-            return 0.0 if self.declared == 0 else math.inf
-        return abs(self.declared - self.operators) / self.operators
+    def by_operator(self) -> Mapping[str, int]:
+        """Multiply-adds by operator, of all parts."""
+        return _merge(self.by_part.values())
+
+    @property
+    def total(self) -> int:
+        """Multiply-adds of all operators."""
+        return sum(self.by_operator.values())
 
 
 @runtime_checkable
@@ -94,7 +131,7 @@ class _DividesIntoParts(Protocol):
     ) -> Iterable[Any]: ...
 
 
-def count(
+def count_flops(
     module: nn.Module,
     *,
     image_size: tuple[int, int] = (800, 1344),
@@ -121,121 +158,328 @@ def count(
     Raises:
         InputError: for an unknown convention, sizes that are not positive, a mechanism without a
             published formula, or a module that is none of the three.
+        NotCountedError: for a mechanism that runs neither on the meta device nor, within
+            LARGEST_REAL_BYTES and LARGEST_REAL_COUNT, on the CPU.
+        ValueError: from a mechanism, for a size that it does not take.
     """
     choose(convention, CONVENTIONS, "FLOP convention")
     _check_positive(image_size=image_size, proposals=proposals, detections=detections, grid=grid)
-    if isinstance(module, _DividesIntoParts):
-        calls = module.part_calls(image_size, proposals=proposals, detections=detections)
-        parts = [
-            part
-            for call in calls
-            for part in _count_part(
-                call.name,
-                call.module,
-                call.make_inputs(_META, _dtype(module)),
-                image_size,
-                convention,
-            )
-        ]
-    elif isinstance(module, ViL):
-        images = torch.empty(1, 3, *image_size, device=_META, dtype=_dtype(module))
-        parts = _count_part("backbone", module, (images,), image_size, convention)
-    else:
-        grid = grid or (image_size[0] // _STAGE_1_STRIDE, image_size[1] // _STAGE_1_STRIDE)
-        parts = [_count_attention(module, grid, convention)]
-    inside = [part for part in parts if part.name not in OUTSIDE_TOTAL]
-    by_operator = _merge(part.by_operator for part in inside)
+    by_part: dict[str, Mapping[str, int]] = {}
+    counts = []
+    for name, part, inputs in _calls(module, image_size, grid, proposals, detections):
+        counted = count_call(part, inputs)
+        counts.append(counted)
+        by_part |= _parts(name, part, inputs, counted, published=convention == "published")
+    by_operator = _merge(part for name, part in by_part.items() if name not in OUTSIDE_TOTAL)
     return FlopReport(
         total=sum(by_operator.values()),
-        by_part={part.name: sum(part.by_operator.values()) for part in parts},
+        by_part={name: sum(part.values()) for name, part in by_part.items()},
         by_operator=dict(sorted(by_operator.items())),
-        uncounted=dict(sorted(_merge(part.uncounted for part in parts).items())),
+        uncounted=dict(sorted(_merge(counted.uncounted for counted in counts).items())),
         image_size=image_size,
         proposals=proposals,
         detections=detections,
         convention=convention,
+        notes=tuple(dict.fromkeys(note for counted in counts for note in counted.notes)),
     )
 
 
-def audit(attention: nn.Module, grid: tuple[int, int]) -> Audit:
-    """Compare what a mechanism declares with what its operators do, for one image on `grid`."""
-    declare = getattr(attention, "multiply_adds", None)
-    counted = count_call(attention, (tokens(attention, grid), grid))
-    return Audit(
-        declared=None if declare is None else declare(grid),
-        operators=counted.total,
-        uncounted=counted.uncounted,
-    )
+def _calls(
+    module: nn.Module,
+    image_size: tuple[int, int],
+    grid: tuple[int, int] | None,
+    proposals: int,
+    detections: int,
+) -> Iterator[tuple[str, nn.Module, tuple[Any, ...]]]:
+    """Each part with its name and its inputs on the meta device."""
+    dtype = _dtype(module)
+    if isinstance(module, _DividesIntoParts):
+        calls = module.part_calls(image_size, proposals=proposals, detections=detections)
+        for call in calls:
+            yield call.name, call.module, call.make_inputs(_META, dtype)
+    elif isinstance(module, ViL):
+        yield "backbone", module, (torch.empty(1, 3, *image_size, device=_META, dtype=dtype),)
+    else:
+        grid = grid or (image_size[0] // _STAGE_1_STRIDE, image_size[1] // _STAGE_1_STRIDE)
+        yield "attention", module, (tokens(module, grid), grid)
 
 
-@dataclass(frozen=True)
-class _Part:
-    name: str
-    by_operator: Mapping[str, int]
-    uncounted: Mapping[str, int]
-
-
-def _count_part(
+def _parts(
     name: str,
     module: nn.Module,
-    inputs: tuple[object, ...],
-    image_size: tuple[int, int],
-    convention: Convention,
-) -> list[_Part]:
-    """Count one part of a detector; a backbone becomes a part for each of its stages."""
-    counted = count_call(module, inputs)
-    found = [(path, part) for path, part in module.named_modules() if isinstance(part, ViL)]
-    if not found:
-        return [_Part(name, counted.by_operator, counted.uncounted)]
-    path, vil = found[0]
-    root = ".".join(filter(None, (type(module).__name__, path)))
-    padded = (
-        math.ceil(image_size[0] / vil.stride) * vil.stride,
-        math.ceil(image_size[1] / vil.stride) * vil.stride,
-    )
-    places = list(vil.attention_places())
-    parts = []
-    for layer in vil.channels:
-        operators = _subtree(counted.by_module, f"{root}.{layer}", vil.get_submodule(layer))
-        if convention == "published":
-            for place in places:
-                if place.name.startswith(f"{layer}."):
-                    operators.subtract(counted.by_module[f"{root}.{place.name}"])
-                    operators[_formula_name(place.module)] += _published(place, padded)
-        parts.append(_Part(layer.replace("layer", "stage"), +operators, {}))
-    rest = Counter(counted.by_operator)
-    for layer in vil.channels:
-        rest.subtract(_subtree(counted.by_module, f"{root}.{layer}", vil.get_submodule(layer)))
+    inputs: tuple[Any, ...],
+    counted: OperatorCount,
+    *,
+    published: bool,
+) -> dict[str, Mapping[str, int]]:
+    """Operators by part: of a backbone by stage, and everything outside of them as `name`."""
+    places = _places(module)
+    if not places:
+        if not published or name != "attention":
+            return {name: counted.by_operator}
+        return {name: {_formula_name(module): _published_formula(module, inputs[1])}}
+    parts: dict[str, Mapping[str, int]] = {}
+    for stage in dict.fromkeys(f"stage{place.stage.number}" for place in places):
+        attention = counted.by_part.get(f"{stage} attention", {})
+        if published:
+            height, width = inputs[0].shape[-2:]
+            attention = _merge(
+                {_formula_name(p.module): _published_formula(p.module, p.grid((height, width)))}
+                for p in places
+                if f"stage{p.stage.number}" == stage
+            )
+        parts[stage] = _merge([counted.by_part.get(stage, {}), attention])
     # What runs outside the stages belongs to the part too; a plain ViL has nothing there.
-    if +rest:
-        parts.append(_Part(name, +rest, {}))
-    parts[-1] = _Part(parts[-1].name, parts[-1].by_operator, counted.uncounted)
-    return parts
+    rest = counted.by_part.get("", {})
+    return parts | ({name: rest} if rest else {})
 
 
-def _subtree(
-    by_module: Mapping[str, Mapping[str, int]], name: str, module: nn.Module
-) -> Counter[str]:
-    """Operators within a module, or, where it only holds modules and never runs, within those."""
-    if name in by_module:
-        return Counter(by_module[name])
-    children = module.named_children()
-    return _merge(_subtree(by_module, f"{name}.{child}", part) for child, part in children)
+def count_call(
+    module: nn.Module, inputs: tuple[Any, ...], *, training: bool = False
+) -> OperatorCount:
+    """Count `module(*inputs)`, in evaluation or as forward and backward of a training step.
+
+    Args:
+        module: on any device; neither moved nor changed: a copy on the meta device runs.
+        inputs: with their tensors on the meta device.
+        training: count the backward pass from the sum of all outputs too. A mechanism that does not
+            run on the meta device is then not counted.
+
+    Raises:
+        NotCountedError: where it does not run on the meta device, nor on real tensors.
+        ValueError: from a mechanism, for a size that it does not take.
+    """
+    counter = _Counter()
+    on_meta = copied(module, lambda tensor: tensor.to(_META)).train(training)
+    _follow(on_meta, module, counter, training=training)
+
+    def run() -> None:
+        outputs = on_meta(*inputs)
+        if training:
+            parts = [out.sum() for out in tree_leaves(outputs) if isinstance(out, Tensor)]
+            torch.stack(parts).sum().backward()
+
+    with torch.set_grad_enabled(training):
+        try:
+            return _run(counter, run)
+        except (ValueError, NotCountedError):
+            raise
+        except Exception as error:
+            # Whatever a module of others raises, a caller has one kind of error to know.
+            raise NotCountedError(_not_counted(module, error)) from error
 
 
-def _merge(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
-    merged: Counter[str] = Counter()
-    for one in counts:
-        merged.update(one)
-    return merged
+def count_operators(run: Callable[[], object]) -> OperatorCount:
+    """Count whatever `run()` does, on whatever device, as it runs (backward passes too).
+
+    Compiled functions run uncompiled, and `nn.MultiheadAttention` without its fast path, whose one
+    operator hides the rest.
+    """
+    return _run(_Counter(), run)
 
 
-def _count_attention(module: nn.Module, grid: tuple[int, int], convention: Convention) -> _Part:
-    counted = count_call(module, (tokens(module, grid), grid))
-    by_operator = counted.by_operator
-    if convention == "published":
-        by_operator = {_formula_name(module): _published_formula(module, grid)}
-    return _Part("attention", by_operator, counted.uncounted)
+def _run(counter: "_Counter", run: Callable[[], object]) -> OperatorCount:
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.compiler.set_stance("force_eager"), counter:
+            run()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    by_part = {part: dict(operators) for part, operators in counter.by_part.items()}
+    return OperatorCount(by_part, dict(counter.uncounted), tuple(counter.notes))
+
+
+class _Counter(TorchDispatchMode):
+    """Sees every operator and adds up what it costs, for the part that runs."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = [""]
+        self.by_part: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.uncounted: Counter[str] = Counter()
+        self.notes: dict[str, None] = {}
+        # Products that may yet be summed, by the tensor that holds them.
+        self._products: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._live: LiveTensors | None = None
+        self._limit = 0
+
+    @property
+    def total(self) -> int:
+        return sum(part.total() for part in self.by_part.values())
+
+    @contextmanager
+    def undone_if_it_fails(self) -> Iterator[None]:
+        """Forget what is counted inside where it ends with an error."""
+        before = copy.deepcopy(self.by_part), self.uncounted.copy(), len(self.parts)
+        try:
+            yield
+        except BaseException:
+            self.by_part, self.uncounted, depth = before
+            del self.parts[depth:]
+            raise
+
+    @contextmanager
+    def limited(self) -> Iterator[None]:
+        """Refuse operators on real tensors that take too much memory or time."""
+        self._limit = self.total + LARGEST_REAL_COUNT
+        with LiveTensors() as self._live:
+            try:
+                yield
+            finally:
+                self._live = None
+
+    def _check_limits(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        most = f"counting it on the CPU takes more than {LARGEST_REAL_BYTES / 1e9:g} GB"
+        if self._live is None:
+            return
+        if self._live.current + _result_bytes(func, args, kwargs) > LARGEST_REAL_BYTES:
+            raise NotCountedError(most)
+        if self.total > self._limit:
+            raise NotCountedError(f"{most} or {LARGEST_REAL_COUNT:.0e} multiply-adds")
+
+    def add(self, operator: object, multiply_adds: int) -> None:
+        if multiply_adds:
+            self.by_part[self.parts[-1]][str(operator)] += multiply_adds
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            self.uncounted[str(func)] += 1
+            return func(*args, **kwargs)
+        operator = func.overloadpacket
+        formula = formula_of(operator)
+        if formula is None and not is_free(func):
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+            self.uncounted[str(operator)] += 1
+        self._check_limits(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if formula is None:
+            self._follow_products(func, args, result)
+        else:
+            flops = formula(*args, **kwargs, out_val=result)
+            if flops is None:
+                self.uncounted[f"{operator} of sparse tensors"] += 1
+            else:
+                self.add(operator, flops // 2 * (4 if is_complex(args) else 1))
+        return result
+
+    def _follow_products(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+        """Count a product of two broadcast operands once it is summed."""
+        operator = func.overloadpacket
+        if operator is aten.mul and all(isinstance(arg, Tensor) for arg in args[:2]):
+            if result.numel() > max(map(distinct, args[:2])):
+                self._products[result] = result.numel() * (4 if is_complex(args) else 1)
+                return
+        elif operator in (aten.sum, aten.mean, aten.nansum):
+            self.add(WRITTEN_OUT, self._products.pop(args[0], 0))
+            return
+        # A view, a copy or a multiple of products is summed as they are.
+        if func.is_view or operator in (aten.mul, aten.div, aten.clone, aten._to_copy):
+            for arg in args[:2]:
+                if isinstance(arg, Tensor) and arg in self._products and isinstance(result, Tensor):
+                    self._products[result] = self._products[arg]
+
+
+def _follow(on_meta: nn.Module, module: nn.Module, counter: _Counter, *, training: bool) -> None:
+    """Tell the counter which part runs, and let mechanisms run that cannot on the meta device."""
+    for vil in _backbones(on_meta):
+        for stage, layers in backbone_stages(vil).items():
+            for layer in layers.children():
+                _label(layer, stage, counter)
+    originals = [place.module for place in _places(module)]
+    for place, original in zip(_places(on_meta), originals, strict=True):
+        _label(place.module, f"stage{place.stage.number} attention", counter)
+        _let_run_for_real(place.module, original, counter, training=training)
+    if not originals:
+        _let_run_for_real(on_meta, module, counter, training=training)
+
+
+def _label(layer: nn.Module, part: str, counter: _Counter) -> None:
+    def enter(*_: Any) -> None:
+        counter.parts.append(part)
+
+    def leave(*_: Any) -> None:
+        counter.parts.pop()
+
+    layer.register_forward_pre_hook(enter)
+    layer.register_forward_hook(leave)
+
+
+def _let_run_for_real(
+    mechanism: Any, original: nn.Module, counter: _Counter, *, training: bool
+) -> None:
+    """Make a mechanism on the meta device run a copy of `original` on the CPU where it fails."""
+    on_meta = mechanism.forward
+
+    def forward(*inputs: Any) -> Any:
+        try:
+            with counter.undone_if_it_fails():
+                return on_meta(*inputs)
+        except (ValueError, NotCountedError):
+            raise
+        except Exception as error:
+            # A mechanism of others may fail in any way where tensors have no values.
+            reason = _not_counted(original, error)
+            if training:
+                raise NotCountedError(f"{reason}; training is counted there alone") from error
+        state = [*original.parameters(), *original.buffers()]
+        if any(tensor.is_meta for tensor in state):
+            raise NotCountedError(reason, needs_values=True)
+        try:
+            with counter.undone_if_it_fails():
+                out = _run_for_real(original, inputs, counter)
+        except (ValueError, NotCountedError) as error:
+            raise error from None
+        except Exception as error:
+            raise NotCountedError(f"{reason}; on the CPU: {_said(error)}") from error
+        counter.notes[f"FLOPs counted with random tokens on the CPU: {reason}"] = None
+        return out
+
+    mechanism.forward = forward
+
+
+def _run_for_real(original: nn.Module, inputs: tuple[Any, ...], counter: _Counter) -> Any:
+    mechanism = copied(original, lambda tensor: tensor.detach().to(_CPU, copy=True)).eval()
+    with torch.random.fork_rng([]), counter.limited():
+        torch.manual_seed(0)
+        real = tree_map_only(Tensor, lambda x: torch.randn(x.shape).to(x.dtype), inputs)
+        return tree_map_only(Tensor, lambda out: out.to(_META), mechanism(*real))
+
+
+def _result_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """What an operator will allocate; 0 where that depends on values, which is never more."""
+    if isinstance(func, torch._ops.HigherOrderOperator) or func.is_view or func._schema.is_mutable:
+        return 0
+    try:
+        args, kwargs = tree_map_only(Tensor, lambda t: t.to(_META), (args, kwargs))
+        kwargs |= {"device": _META} if "device" in kwargs else {}
+        results = tree_leaves(func(*args, **kwargs))
+    except Exception:
+        # An operator without a form for the meta device.
+        return 0
+    return sum(result.nbytes for result in results if isinstance(result, Tensor))
+
+
+def _not_counted(module: nn.Module, error: Exception) -> str:
+    return f"{type(module).__name__} does not run on the meta device ({_said(error)})"
+
+
+def _said(error: Exception) -> str:
+    """The first sentence of an error."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0].partition('. ')[0]}"
 
 
 def tokens(attention: nn.Module, grid: tuple[int, int], *, device: torch.device = _META) -> Tensor:
@@ -247,12 +491,28 @@ def tokens(attention: nn.Module, grid: tuple[int, int], *, device: torch.device 
     num_global, dim = getattr(attention, "num_global", None), getattr(attention, "dim", None)
     if not (isinstance(num_global, int) and isinstance(dim, int)):
         raise InputError(
-            f"cannot count {type(attention).__name__}: it is no ViL, has no part_calls as detectors"
-            " have, and no whole numbers dim and num_global as attention modules have"
+            f"cannot count {type(attention).__name__}: it is not a ViL, has no part_calls as"
+            " detectors have, and no whole numbers dim and num_global as attention modules have"
         )
     return torch.zeros(
         1, num_global + grid[0] * grid[1], dim, device=device, dtype=_dtype(attention)
     )
+
+
+def _backbones(module: nn.Module) -> Iterator[ViL]:
+    return (part for part in module.modules() if isinstance(part, ViL))
+
+
+def _places(module: nn.Module) -> list[AttentionPlace]:
+    """Every attention module within the backbones of a module."""
+    return [place for vil in _backbones(module) for place in vil.attention_places()]
+
+
+def _merge(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
+    merged: Counter[str] = Counter()
+    for one in counts:
+        merged.update(one)
+    return merged
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
@@ -262,10 +522,6 @@ def _dtype(module: nn.Module) -> torch.dtype:
 
 def _formula_name(attention: nn.Module) -> str:
     return f"formula of {type(attention).__name__}"
-
-
-def _published(place: AttentionPlace, image_size: tuple[int, int]) -> int:
-    return _published_formula(place.module, place.grid(image_size))
 
 
 def _published_formula(attention: nn.Module, grid: tuple[int, int]) -> int:

@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 aten = torch.ops.aten
 
@@ -37,6 +40,13 @@ FREE = {
         " reflection_pad2d replication_pad1d replication_pad2d repeat repeat_interleave im2col"
         " col2im pixel_shuffle pixel_unshuffle channel_shuffle _reshape_copy lift lift_fresh"
         " lift_fresh_copy split_with_sizes_copy resize_ set_ _local_scalar_dense"
+    ),
+    "sparse storage": (
+        "_to_sparse _to_sparse_csr _to_sparse_csc _to_sparse_bsr _to_sparse_bsc _to_dense"
+        " _sparse_coo_tensor_with_dims _sparse_coo_tensor_with_dims_and_tensors"
+        " _sparse_coo_tensor_unsafe _validate_sparse_coo_tensor_args _coalesce _coalesced_"
+        " _sparse_compressed_tensor_unsafe _validate_sparse_compressed_tensor_args"
+        " sparse_compressed_tensor sparse_mask _sparse_softmax _nnz _indices _values"
     ),
     "sorting": "sort topk kthvalue argsort searchsorted bucketize unique_consecutive _unique2",
     "gradients of the above": (
@@ -147,6 +157,55 @@ FORMULAS: Mapping[Any, Callable[..., int]] = {
     aten.addbmm: _add_batched_flops,
     aten._addmm_activation: _add_batched_flops,
     aten._int_mm: _product_flops,
+    aten._sparse_addmm: _add_batched_flops,
 }
 """FLOPs (two a multiply-add) of operators that torch has no formula for, or none for grouped heads,
 from the shapes of their arguments."""
+
+
+def formula_of(operator: Any) -> Callable[..., int | None] | None:
+    """FLOPs (two a multiply-add) of an operator from its arguments and `out_val`, its result.
+
+    None where there is no formula. The formula gives None for sparse operands that it has no count
+    for; of one sparse operand, the elements that it stores count.
+    """
+    dense = _WRAPPED.get(operator) or flop_registry.get(operator)
+    if dense is None:
+        return None
+
+    def formula(*args: Any, out_val: Any, **kwargs: Any) -> int | None:
+        sparse = [arg for arg in args if isinstance(arg, Tensor) and arg.layout != torch.strided]
+        if not sparse:
+            return int(dense(*args, out_val=out_val, **kwargs))
+        if operator not in _SPARSE_PRODUCTS or len(sparse) > 1:
+            return None
+        left, right = args[-2:] if operator in _SPARSE_ADDED else args[:2]
+        if right is sparse[0]:
+            return 2 * _stored(right) * left.shape[-2]
+        return 2 * _stored(left) * (right.shape[-1] if right.dim() > 1 else 1)
+
+    return formula
+
+
+_WRAPPED = {operator: shape_wrapper(formula) for operator, formula in FORMULAS.items()}
+_SPARSE_ADDED = (aten.addmm, aten.addmv, aten._sparse_addmm)
+_SPARSE_PRODUCTS = (aten.mm, aten.mv, aten.bmm, *_SPARSE_ADDED)
+
+
+def _stored(sparse: Tensor) -> int:
+    """Elements that a sparse tensor stores."""
+    values = sparse._values() if sparse.layout == torch.sparse_coo else sparse.values()
+    return values.numel()
+
+
+def is_complex(args: Any) -> bool:
+    """Whether a tensor among the arguments is complex, which makes four products of one."""
+    return any(isinstance(arg, Tensor) and arg.is_complex() for arg in tree_leaves(args))
+
+
+def distinct(tensor: Tensor) -> int:
+    """Elements of a tensor, those that are broadcast once."""
+    if tensor.layout != torch.strided:
+        return tensor.numel()
+    sides = zip(tensor.shape, tensor.stride(), strict=True)
+    return math.prod(side for side, stride in sides if stride != 0)

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench.config.schema import MODES, RunConfig
 from bench.errors import InputError, choose
-from bench.measure.fake import Answers, AsOnCuda, data_free, fix_size, without_memory
+from bench.measure.fake import Answers, AsOnCuda, copied, data_free, fix_size
 from bench.measure.memory import LiveTensors, Storage, no_collector
 from bench.model.backbone import ViL
 from bench.model.build import build_detector
@@ -294,23 +294,23 @@ class _Phase:
 def _dry_run(module: nn.Module, case: _Case) -> dict[str, Any]:
     """The fields of a `MemoryPrediction` that are found by running."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    copied = without_memory(module, fake)
-    copied.train(case.training)
+    copy: Any = copied(module, _shaped_in(fake))
+    copy.train(case.training)
     ledger = _Ledger(block=_CUDA_BLOCK if case.device == "cuda" else 1)
     answers = Answers()
     with ExitStack() as stack:
-        if isinstance(copied, Detector):
-            fix_size(copied, case.image_size)
-            stack.enter_context(data_free(copied, case.counts, answers))
-        _follow_parts(copied, ledger)
+        if isinstance(copy, Detector):
+            fix_size(copy, case.image_size)
+            stack.enter_context(data_free(copy, case.counts, answers))
+        _follow_parts(copy, ledger)
         if case.device == "cuda":
             stack.enter_context(AsOnCuda())
         stack.enter_context(no_collector())
         stack.enter_context(fake)
-        call, inputs = _call(copied, case)
-        leaves = [*copied.parameters(), *(x for x in tree_leaves(inputs) if x.requires_grad)]
+        call, inputs = _call(copy, case)
+        leaves = [*copy.parameters(), *(x for x in tree_leaves(inputs) if x.requires_grad)]
         ledger.label = _WEIGHTS
-        ledger.found_before(copied)
+        ledger.found_before(copy)
         ledger.label = _INPUTS
         ledger.found_before(inputs)
         ledger.label = BETWEEN
@@ -318,6 +318,14 @@ def _dry_run(module: nn.Module, case: _Case) -> dict[str, Any]:
         stack.enter_context(answers)
         found = _train(call, leaves, case, ledger) if case.training else _infer(call, case, ledger)
     return max((_terms(phase, found) for phase in found.phases), key=lambda t: t["total"])
+
+
+def _shaped_in(mode: FakeTensorMode) -> Callable[[Tensor], Tensor]:
+    def shaped(tensor: Tensor) -> Tensor:
+        with mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+
+    return shaped
 
 
 def _follow_parts(module: nn.Module, ledger: _Ledger) -> None:

@@ -207,8 +207,8 @@ def _count(
     if "parameters" in quantities:
         row.sections["parameters"] = parameters_section(detector)
     if "flops" in quantities:
-        with _noted(row, "FLOPs not counted"):
-            row.sections["flops"] = flops_section(detector, config.profile)
+        row.sections["flops"], remarks = flops_section(detector, config)
+        row.notes += remarks
     if "memory" in quantities:
         section = memory_section(conditions(config, str(device))) | {"predicted": {}, "ran": {}}
         row.sections["memory"] = section

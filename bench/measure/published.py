@@ -92,7 +92,7 @@ def section(
     found = differences(detector.vil, image_size)
     if found is None:
         return None
-    report = flops.count(
+    report = flops.count_flops(
         detector, image_size=image_size, proposals=proposals, convention="published"
     )
     return {
@@ -154,7 +154,9 @@ def _count(method: str, attention: str, arch: str) -> tuple[int, int, int, tuple
         vil = ViL(arch.replace("a0", "a1"), attention=attention)
         detector = detectors.build(vil, method=method)
     actual, published = (
-        flops.count(detector, image_size=IMAGE_SIZE, proposals=PROPOSALS, convention=convention)
+        flops.count_flops(
+            detector, image_size=IMAGE_SIZE, proposals=PROPOSALS, convention=convention
+        )
         for convention in ("actual", "published")
     )
     parameters = sum(parameter.numel() for parameter in detector.parameters())

@@ -2,20 +2,18 @@
 
 A table of costs is of one image size; a data set has hundreds. Images are resized as the published
 recipe does (shortest edge, longest edge) and padded to whole strides of the backbone, which leaves
-few distinct sizes. Besides the mean, this says what padding costs: pixels that pad images, and, of
-mechanisms with windows, products with what pads the grid to whole windows.
+few distinct sizes, each counted once. Besides the mean, this says how many pixels pad images.
 """
 
 import csv
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from bench.config.schema import RunConfig
 from bench.errors import choose
@@ -47,26 +45,6 @@ class SizeCount:
 
 
 @dataclass(frozen=True)
-class WindowPadding:
-    """What windows cost that hold no token, in one stage, over all images.
-
-    Attributes:
-        stage: "stage1" …
-        attention: the mechanism.
-        window: side of a window.
-        padded_queries: share of the queries that pad the grid to whole windows.
-        padded_products: share of the products of queries and keys of which at least one is no
-            token of the grid: padding, or a window beyond the edge.
-    """
-
-    stage: str
-    attention: str
-    window: int
-    padded_queries: float
-    padded_products: float
-
-
-@dataclass(frozen=True)
 class SizesReport:
     """Multiply-adds of a detector over a data set, as `flops.FlopReport.total` counts them.
 
@@ -74,7 +52,6 @@ class SizesReport:
         dataset: its name.
         by_size: each padded size, the smallest count first.
         padded_pixels: share of all pixels that pad images.
-        windows: of each stage that has windows.
         fixed_size: the one (height, width) that every image is stretched to, or None.
         one_size: multiply-adds at the one size that published tables are of.
         proposals: boxes in the box head.
@@ -84,7 +61,6 @@ class SizesReport:
     dataset: str
     by_size: tuple[SizeCount, ...]
     padded_pixels: float
-    windows: tuple[WindowPadding, ...]
     fixed_size: Size | None
     one_size: int
     proposals: int
@@ -191,13 +167,16 @@ def count_over(
     after: Counter[Size] = Counter()
     for size, images in before.items():
         after[padded(size, detector.vil.stride)] += images
-    count = counter(detector, proposals=proposals)
+
+    @functools.cache
+    def count(size: Size) -> int:
+        return flops.count_flops(detector, image_size=size, proposals=proposals).total
+
     by_size = [SizeCount(size, images, count(size)) for size, images in after.items()]
     return SizesReport(
         dataset=dataset,
         by_size=tuple(sorted(by_size, key=lambda size: size.total)),
         padded_pixels=1 - _pixels(before) / _pixels(after),
-        windows=tuple(window_padding(detector.vil, after)),
         fixed_size=fixed,
         one_size=count(fixed or IMAGE_SIZE),
         proposals=proposals,
@@ -225,95 +204,3 @@ def _fixed_size(vil: ViL) -> Size | None:
 
 def _pixels(sizes: Mapping[Size, int]) -> int:
     return sum(images * height * width for (height, width), images in sizes.items())
-
-
-def counter(detector: Detector, *, proposals: int = 1000) -> Callable[[Size], int]:
-    """A quick form of `flops.count(detector, image_size=size, …).total` for many padded sizes.
-
-    Outside of attention a detector's cost is a sum of constants times the areas of its maps, which
-    a few counts give. Two more check that; where it does not hold, each size is
-    counted by itself. Attention is its own closed form, or counted for each grid.
-    """
-
-    def whole(size: Size) -> int:
-        return flops.count(detector, image_size=size, proposals=proposals).total
-
-    attention = _attention_counter(detector.vil)
-    stride = detector.vil.stride
-
-    def areas(size: Size) -> list[int]:
-        # The maps up to the backbone's stride are proportional; the two coarser ones are rounded.
-        return [1, *(math.prod(-(-side // (stride * k)) for side in size) for k in (1, 2, 4))]
-
-    def strides(*pairs: Size) -> list[Size]:
-        return [(stride * rows, stride * columns) for rows, columns in pairs]
-
-    samples, checks = strides((16, 16), (32, 16), (17, 16), (18, 17)), strides((23, 35), (30, 21))
-    if _fixed_size(detector.vil) is not None or min(detector.vil.largest) < 35 * stride:
-        return whole
-    weights = np.linalg.solve(
-        np.array([areas(size) for size in samples], dtype=float),
-        np.array([whole(size) - attention(size) for size in samples], dtype=float),
-    )
-
-    def quick(size: Size) -> int:
-        return round(float(weights @ areas(size))) + attention(size)
-
-    return quick if all(quick(size) == whole(size) for size in checks) else whole
-
-
-def _attention_counter(vil: ViL) -> Callable[[Size], int]:
-    places = list(vil.attention_places())
-
-    @functools.cache
-    def one(module: nn.Module, grid: Size) -> int:
-        declare = getattr(module, "multiply_adds", None)
-        counted: int = flops.audit(module, grid).operators if declare is None else declare(grid)
-        return counted
-
-    return lambda size: sum(one(place.module, place.grid(size)) for place in places)
-
-
-def window_padding(vil: ViL, sizes: Mapping[Size, int]) -> list[WindowPadding]:
-    """What each stage's windows cost that hold no token, over images of padded `sizes`.
-
-    Of mechanisms that say their `window`; `reach` is how many windows to each side a window sees.
-    """
-    first = {place.stage.number: place for place in reversed(list(vil.attention_places()))}
-    found = []
-    for number, place in sorted(first.items()):
-        window, reach = getattr(place.module, "window", None), getattr(place.module, "reach", 0)
-        if window is None:
-            continue
-        grids = [(place.grid(size), images) for size, images in sizes.items()]
-        queries = _padded_share(grids, functools.partial(_queries, window=window))
-        products = _padded_share(grids, functools.partial(_products, window=window, reach=reach))
-        name = place.stage.attention
-        found.append(WindowPadding(f"stage{number}", name, window, queries, products))
-    return found
-
-
-def _padded_share(
-    grids: Iterable[tuple[Size, int]], along: Callable[[int], tuple[int, int]]
-) -> float:
-    """The share that is no token's, from how much is and how much there is along each side."""
-    of_tokens = of_all = 0
-    for (rows, columns), images in grids:
-        vertical, horizontal = along(rows), along(columns)
-        of_tokens += images * vertical[0] * horizontal[0]
-        of_all += images * vertical[1] * horizontal[1]
-    return 1 - of_tokens / of_all
-
-
-def _queries(side: int, *, window: int) -> tuple[int, int]:
-    """Along one side of the grid: tokens, and places of whole windows."""
-    return side, -(-side // window) * window
-
-
-def _products(side: int, *, window: int, reach: int) -> tuple[int, int]:
-    """Along one side: pairs of a query and a key of which both are tokens, and all pairs."""
-    windows = -(-side // window)
-    tokens = [min(window, side - window * place) for place in range(windows)]
-    keys = [sum(tokens[max(0, place - reach) : place + reach + 1]) for place in range(windows)]
-    pairs = sum(own * seen for own, seen in zip(tokens, keys, strict=True))
-    return pairs, windows * window * (2 * reach + 1) * window

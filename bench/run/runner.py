@@ -312,7 +312,8 @@ class Run:
         config = self.config
         self.detector = models.build_detector(config, self.training.num_classes)
         self.sections["parameters"] = models.parameters_section(self.detector)
-        self.sections["flops"] = flops_section(self.detector, config.profile)
+        self.sections["flops"], notes = flops_section(self.detector, config)
+        self.notes += notes
         if config.train.init is not None:
             self.notes.append(models.initialise(self.detector, Path(config.train.init)))
         self._log_model()
@@ -466,9 +467,11 @@ class Run:
             detector.library_version,
             table(rows),
         )
-        total = self.sections["flops"]["total"]
-        if total is not None:
-            run_log.info("%.2f G multiply-adds an image of the profile's size", total / 1e9)
+        flops = self.sections["flops"]
+        if flops is not None:
+            total, missed = flops["total"] / 1e9, ", ".join(flops["uncounted"])
+            incomplete = f", {missed} not counted" if missed else ""
+            run_log.info("%.2f G multiply-adds an image of the profile's size%s", total, incomplete)
         images = (f"{len(split)} of {split.split}" for split in [self.training, *self.splits])
         run_log.info("images: %s", ", ".join(images))
         run_log.info(

@@ -50,7 +50,6 @@ BROKEN = {
     "OneDtype": ("autocast", "RuntimeError"),
     "Overflows": ("autocast", "under bfloat16 autocast, the output is not finite"),
     "CompiledOtherwise": ("compile", "compiled, the output is off by"),
-    "ReadsValues": ("FLOPs", r"RuntimeError: .*meta"),
     "NoFormula": ("FLOPs", "no formula for aten._fft"),
     "WrongCount": ("FLOPs", r"multiply_adds\(\(6, 8\)\) declares 1,"),
     "WrongReference": ("reference", "grid 6x8, num_global 0: the output is off by"),
@@ -339,6 +338,11 @@ class CompiledOtherwise(Sound):
 class ReadsValues(Sound):
     def mix(self, x, grid):
         return super().mix(x, grid) * (2 if x.sum().item() > 1e9 else 1)
+
+
+class ConstantOfTheCpu(Sound):
+    def mix(self, x, grid):
+        return super().mix(x, grid) * torch.arange(x.shape[1])[:, None].cos()
 
 
 class NoFormula(Sound):

@@ -82,6 +82,15 @@ def test_after_an_essential_failure_nothing_is_run():
     assert report.not_run == len(conformance.CHECKS) - 1
 
 
+@pytest.mark.parametrize("name", ["ReadsValues", "ConstantOfTheCpu"])
+def test_what_does_not_run_on_the_meta_device_is_a_warning(name):
+    report = conformance.check(f"{BROKEN}:{name}")
+    assert report.passed
+    result = of(report, "warning")["FLOPs"]
+    assert f"counted with random tokens on the CPU: {name} does not run on" in result.detail
+    assert "device=x.device" in result.advice
+
+
 def test_options_and_grid_reach_the_mechanism():
     name = f"{BROKEN}:Wide"
     report = conformance.check(name)

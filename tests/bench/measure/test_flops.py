@@ -6,11 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 import attentions
+from bench.config.schema import ProfileConfig, RunConfig
 from bench.errors import InputError
-from bench.measure import flex, flops, formulas, operators
+from bench.measure import flops, formulas
+from bench.measure.costs import flops_section
 from bench.model import detectors
 from bench.model.backbone import ViL
 
@@ -55,7 +57,7 @@ def count_published(row, arch=None, convention="actual"):
 def count_arch(arch, attention, method, convention, library="torchvision"):
     with torch.device("meta"):
         detector = detectors.build(ViL(arch, attention=attention), method=method, library=library)
-    return flops.count(detector, convention=convention)
+    return flops.count_flops(detector, convention=convention)
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -111,23 +113,6 @@ def test_rows_of_one_backbone_differ_by_their_stages_alone():
     assert len({part["stage1"] for part in parts}) > 1
 
 
-EXAMPLES = [
-    pytest.param(name, options, id=f"{name}-{options}")
-    for name in attentions.names()
-    for options in getattr(attentions.find(name), "examples", ({},))
-]
-
-
-@pytest.mark.parametrize("grid", [(14, 21), (13, 16), (5, 8)])
-@pytest.mark.parametrize(("name", "options"), EXAMPLES)
-def test_declared_and_counted_agree(name, options, grid):
-    with torch.device("meta"):
-        module = attentions.build_for(name, grid=grid, dim=24, num_heads=3, num_global=2, **options)
-    audit = flops.audit(module, grid)
-    assert audit.uncounted == {}
-    assert audit.disagreement == pytest.approx(0.0, abs=1e-2)
-
-
 def sdpa_inputs(device, query, key=None, value=None, *, transposed=False):
     shapes = query, key or query, value or key or query
     if not transposed:
@@ -156,7 +141,7 @@ def test_attention_is_counted_once(device, inputs, options, products):
     if "attn_mask" in options:
         options = {"attn_mask": torch.zeros(options["attn_mask"], device=device)}
     tensors = sdpa_inputs(device, **inputs)
-    counted = operators.count_operators(lambda: F.scaled_dot_product_attention(*tensors, **options))
+    counted = flops.count_operators(lambda: F.scaled_dot_product_attention(*tensors, **options))
     assert counted.total == products
     assert counted.uncounted == {}
 
@@ -164,7 +149,7 @@ def test_attention_is_counted_once(device, inputs, options, products):
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_backward_of_attention(device):
     tensors = [t.requires_grad_() for t in sdpa_inputs(device, SHAPE)]
-    counted = operators.count_operators(
+    counted = flops.count_operators(
         lambda: F.scaled_dot_product_attention(*tensors).sum().backward()
     )
     product = 6 * 10 * 10 * 8
@@ -193,78 +178,6 @@ def test_fused_attention_by_the_shapes_of_its_arguments(operator):
     assert formulas.FORMULAS[operator](*shapes) == 2 * (2 * 6 * 10 * 7 * products)
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_by_its_blocks():
-    mask = create_block_mask(
-        lambda _b, _h, q, k: (q - k).abs() < 64, 1, 1, 512, 512, device="cpu", BLOCK_SIZE=128
-    )
-    tensors = sdpa_inputs("cpu", (1, 2, 512, 16))
-    counted = operators.count_operators(lambda: flex_attention(*tensors, block_mask=mask))
-    # A band over 4x4 blocks keeps the diagonal and its two neighbours: 10 of 16.
-    assert counted.total == 2 * 10 * 128 * 128 * 32
-    assert counted.uncounted == {}
-    dense = operators.count_operators(lambda: flex_attention(*tensors))
-    assert dense.total == 2 * 512 * 512 * 32
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_without_a_mask_is_dense():
-    tensors = sdpa_inputs("meta", (1, 2, 512, 16))
-    counted = operators.count_operators(lambda: flex_attention(*tensors))
-    assert counted.total == 2 * 512 * 512 * 32
-    assert counted.uncounted == {}
-
-
-def band(length, device, near=64):
-    return create_block_mask(
-        lambda _b, _h, q, k: (q - k).abs() < near, 1, 1, length, length, device, BLOCK_SIZE=128
-    )
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("made_while_counting", [True, False])
-def test_flex_attention_on_meta_by_its_blocks(made_while_counting):
-    tensors = sdpa_inputs("meta", (1, 2, 512, 16))
-    mask = band(512, "cpu")
-
-    def run():
-        block_mask = band(512, tensors[0].device) if made_while_counting else mask
-        out = flex_attention(*tensors, block_mask=block_mask)
-        assert out.device.type == "meta"
-
-    counted = operators.count_operators(run)
-    assert counted.total == 2 * 10 * 128 * 128 * 32
-    assert counted.uncounted == {}
-    # What was patched for the count is as before.
-    assert band(256, "meta").kv_num_blocks.device.type == "meta"
-    assert band(256, "cpu").as_tuple()[2].tolist() == [[[2, 2]]]
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_without_values_is_dense_and_says_so(monkeypatch):
-    monkeypatch.setattr(flex, "LARGEST_MASK", 512 * 512 - 1)
-    tensors = sdpa_inputs("meta", (1, 2, 512, 16))
-    counted = operators.count_operators(
-        lambda: flex_attention(*tensors, block_mask=band(512, tensors[0].device))
-    )
-    assert counted.total == 2 * 512 * 512 * 32
-    assert counted.uncounted == {flex.DENSE: 1}
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_a_mask_that_reads_tensors_on_meta_has_no_values():
-    documents = torch.zeros(256, dtype=torch.long, device="meta")
-    tensors = sdpa_inputs("meta", (1, 2, 256, 16))
-
-    def run():
-        mask = create_block_mask(
-            lambda _b, _h, q, k: documents[q] == documents[k], 1, 1, 256, 256, device="meta"
-        )
-        flex_attention(*tensors, block_mask=mask)
-
-    assert operators.count_operators(run).uncounted == {flex.DENSE: 1}
-
-
 @pytest.mark.parametrize(
     ("run", "products"),
     [
@@ -279,7 +192,7 @@ def test_a_mask_that_reads_tensors_on_meta_has_no_values():
     ],
 )
 def test_products(run, products):
-    counted = operators.count_operators(lambda: run(torch.zeros(4, 8, device="meta")))
+    counted = flops.count_operators(lambda: run(torch.zeros(4, 8, device="meta")))
     assert counted.total == products
     assert counted.uncounted == {}
 
@@ -291,7 +204,7 @@ def test_inference_mode_hides_nothing():
         with torch.inference_mode():
             layer(x)
 
-    counted = operators.count_operators(run)
+    counted = flops.count_operators(run)
     assert counted.total == 4 * 8 * 8
     assert counted.uncounted == {}
 
@@ -304,7 +217,7 @@ def test_operators_free_by_nature_are_not_listed():
         y = F.interpolate(F.max_pool2d(F.pad(y, (1, 1)), 2), scale_factor=2.0)
         return torch.cat([y.roll(1), y[:, torch.arange(4)]], dim=1).mean().exp()
 
-    counted = operators.count_operators(run)
+    counted = flops.count_operators(run)
     assert counted.total == 0
     assert counted.uncounted == {}
 
@@ -325,7 +238,7 @@ def test_an_unknown_operator_is_listed_with_its_calls():
         return torch.empty_like(x)
 
     x = torch.zeros(4, 4, device="meta")
-    counted = operators.count_operators(lambda: (opaque(opaque(x)), torch.cdist(x, x)))
+    counted = flops.count_operators(lambda: (opaque(opaque(x)), torch.cdist(x, x)))
     assert counted.uncounted["test_flops.opaque"] == 2
     assert any("cdist" in name for name in counted.uncounted)
 
@@ -340,7 +253,7 @@ def test_a_module_is_left_as_it_was(device):
     vil.layer1.eval()
     modes = [module.training for module in vil.modules()]
     before = {name: (id(p), p.device.type) for name, p in vil.named_parameters()}
-    report = flops.count(vil, image_size=(64, 64))
+    report = flops.count_flops(vil, image_size=(64, 64))
     assert report.total > 0
     assert [module.training for module in vil.modules()] == modes
     assert {name: (id(p), p.device.type) for name, p in vil.named_parameters()} == before
@@ -351,19 +264,19 @@ def test_shared_weights_are_no_obstacle():
         "linformer", dim=8, num_heads=2, num_global=1, seq_len=17, num_features=4, share_kv=True
     )
     weight = shared.proj_k
-    assert flops.count(shared, grid=(4, 4)).total == shared.multiply_adds((4, 4))
+    assert flops.count_flops(shared, grid=(4, 4)).total == shared.multiply_adds((4, 4))
     assert shared.proj_k is shared.proj_v is weight
 
 
 def test_half_precision_counts_the_same():
     with torch.device("meta"):
         detector = detectors.build(ViL(TINY, image_size=64))
-    wide = flops.count(detector, image_size=(64, 64))
-    assert flops.count(detector.to(torch.bfloat16), image_size=(64, 64)) == wide
+    wide = flops.count_flops(detector, image_size=(64, 64))
+    assert flops.count_flops(detector.to(torch.bfloat16), image_size=(64, 64)) == wide
 
 
 def test_parts_of_a_backbone():
-    report = flops.count(ViL(TINY, image_size=64), image_size=(60, 64))
+    report = flops.count_flops(ViL(TINY, image_size=64), image_size=(60, 64))
     assert list(report.by_part) == ["stage1", "stage2", "stage3", "stage4"]
     assert sum(report.by_part.values()) == sum(report.by_operator.values()) == report.total
     # Stage 4: patch embedding, one block of full attention on 2x2, its MLP.
@@ -377,24 +290,22 @@ def test_parts_of_a_backbone():
 def test_parts_of_a_detector(method, convention):
     with torch.device("meta"):
         detector = detectors.build(ViL(TINY, image_size=64), method=method, fpn_channels=16)
-    report = flops.count(
+    report = flops.count_flops(
         detector, image_size=(64, 64), proposals=50, detections=9, convention=convention
     )
     heads = {"mask_rcnn": ["rpn", "box_head", "mask_head"], "retinanet": ["retinanet_head"]}
     stages = ["stage1", "stage2", "stage3", "stage4", "fpn"]
     assert list(report.by_part) == stages + heads[method]
     assert all(report.by_part.values())
-    outside = report.by_part.get("mask_head", 0)
     assert report.total == sum(report.by_operator.values())
-    assert report.total_with_mask_head == report.total + outside
     assert report.unit == "multiply-adds"
 
 
 def test_heads_grow_with_what_they_get():
     with torch.device("meta"):
         detector = detectors.build(ViL(TINY, image_size=64))
-    one = flops.count(detector, image_size=(64, 64), proposals=10, detections=10)
-    two = flops.count(detector, image_size=(64, 64), proposals=20, detections=30)
+    one = flops.count_flops(detector, image_size=(64, 64), proposals=10, detections=10)
+    two = flops.count_flops(detector, image_size=(64, 64), proposals=20, detections=30)
     assert two.by_part["box_head"] == 2 * one.by_part["box_head"]
     assert two.by_part["mask_head"] == 3 * one.by_part["mask_head"]
     assert two.by_part["rpn"] == one.by_part["rpn"]
@@ -402,28 +313,245 @@ def test_heads_grow_with_what_they_get():
 
 def test_the_grid_of_a_mechanism_is_that_of_stage_1():
     module = attentions.build("full", dim=8, num_heads=2)
-    report = flops.count(module, image_size=(32, 48))
+    report = flops.count_flops(module, image_size=(32, 48))
     assert report.by_part == {"attention": module.multiply_adds((8, 12))}
 
 
-def test_compiled_modules_are_counted():
-    layer = torch.compile(nn.Linear(8, 8))
-    counted = operators.count_call(layer, (torch.zeros(4, 8, device="meta"),))
-    assert counted.total == 4 * 8 * 8
+class Attention(nn.Module):
+    """Softmax attention of one head; subclasses write the same mathematics otherwise."""
+
+    def __init__(self, *, dim=8, num_heads=1, num_global=1):
+        super().__init__()
+        self.dim, self.num_heads, self.num_global = dim, num_heads, num_global
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.register_buffer("ones", torch.ones(dim))
+        self.masks = {}
+
+    def forward(self, x, grid):
+        return self.proj(self.product(*self.qkv(x).chunk(3, -1)))
+
+    def product(self, q, k, v):
+        return (q @ k.transpose(-2, -1)).softmax(-1) @ v
 
 
-def test_multihead_attention_is_counted():
+def plain(q, k, v):
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def written_out(q, k, v):
+    scores = (q.unsqueeze(2) * k.unsqueeze(1)).sum(-1).softmax(-1)
+    return (scores.unsqueeze(-1) * v.unsqueeze(1)).sum(2)
+
+
+def written_out_with_scales_and_views(q, k, v):
+    scores = torch.mean(q.unsqueeze(2) * 0.3 * k.unsqueeze(1) / 2, -1).softmax(-1)
+    weights = scores[..., None].expand(-1, -1, -1, v.shape[-1])
+    return (v[:, None] * weights).flatten(0, 1).sum(1)[None]
+
+
+class Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(q, k, v)
+        return plain(q, k, v)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        with torch.enable_grad():
+            inputs = [saved.detach().requires_grad_() for saved in ctx.saved_tensors]
+            return torch.autograd.grad(plain(*inputs), inputs, gradient)
+
+
+def read_a_value(q, k, v):
+    return plain(q, k, v) if q.abs().max().item() < 1e9 else q
+
+
+def constant_of_the_cpu(q, k, v):
+    return plain(q * torch.arange(q.shape[1])[:, None].cos(), k, v)
+
+
+def chosen_by_a_mask(q, k, v):
+    chosen = torch.arange(q.shape[1], device=q.device) >= 0
+    return plain(q[:, chosen], k[:, chosen], v[:, chosen])
+
+
+def sparse_weights(q, k, v):
+    weights = (q @ k.mT).softmax(-1)[0].to_sparse()
+    return torch.sparse.mm(weights, v[0])[None]
+
+
+def sparse_rows(q, k, v):
+    return ((q @ k.mT).softmax(-1)[0].to_sparse_csr() @ v[0])[None]
+
+
+def sparse_keys(q, k, v):
+    return (v[0].mT @ (q @ k.mT).softmax(-1).mT[0].to_sparse())[None].mT
+
+
+def through_numpy(q, k, v):
+    return plain(q * float(q.detach().numpy().mean()), k, v)
+
+
+# The same mathematics, and whether it runs on the meta device.
+WRITTEN = {
+    "plain": (plain, True),
+    "einsum": (
+        lambda q, k, v: torch.einsum(
+            "bnm,bmc->bnc", torch.einsum("bnc,bmc->bnm", q, k).softmax(-1), v
+        ),
+        True,
+    ),
+    "baddbmm": (
+        lambda q, k, v: torch.baddbmm(v, torch.baddbmm(q.new_zeros(1), q, k.mT).softmax(-1), v),
+        True,
+    ),
+    "matmul on views": (
+        lambda q, k, v: ((q[0][None, None] @ k.mT).softmax(-1) @ v.mT.contiguous().mT)[0],
+        True,
+    ),
+    "vmap": (lambda q, k, v: torch.func.vmap(plain)(q, k, v), True),
+    "fused": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v), True),
+    "compiled": (lambda q, k, v: torch.compile(plain)(q, k, v), True),
+    "autograd.Function": (lambda q, k, v: Backward.apply(q, k, v), True),
+    "checkpoint": (lambda q, k, v: checkpoint(plain, q, k, v, use_reentrant=False), True),
+    "product and sum": (written_out, True),
+    "product and sum, scaled": (written_out_with_scales_and_views, True),
+    "item": (read_a_value, False),
+    "constant of the CPU": (constant_of_the_cpu, False),
+    "boolean mask": (chosen_by_a_mask, False),
+    "sparse COO": (sparse_weights, False),
+    "sparse CSR": (sparse_rows, False),
+    "sparse on the right": (sparse_keys, False),
+    "numpy": (through_numpy, False),
+}
+GRID, TOKENS = (5, 6), 31
+BY_HAND = TOKENS * 4 * 8 * 8 + 2 * TOKENS * TOKENS * 8
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("way", WRITTEN)
+def test_the_same_mathematics_costs_the_same(way):
+    product, on_meta = WRITTEN[way]
+    module = Attention()
+    module.product = product
+    report = flops.count_flops(module, grid=GRID)
+    assert report.total == BY_HAND
+    assert report.uncounted == {}
+    assert (report.notes == ()) == on_meta
+
+
+def test_multihead_attention_and_compiled_modules_are_counted():
     module = nn.MultiheadAttention(8, 2, batch_first=True)
-    x = torch.zeros(1, 5, 8, device="meta")
-    counted = operators.count_call(module, (x, x, x))
-    assert counted.total == 4 * 5 * 8 * 8 + 2 * 5 * 5 * 8
-    assert counted.uncounted == {}
+    x = torch.zeros(1, TOKENS, 8, device="meta")
+    assert flops.count_call(module, (x, x, x)).total == BY_HAND
+    assert flops.count_call(torch.compile(nn.Linear(8, 8)), (x,)).total == TOKENS * 8 * 8
+
+
+@pytest.mark.parametrize("way", ["plain", "product and sum", "autograd.Function"])
+def test_backward_passes_are_counted(way):
+    module = Attention()
+    module.product, _ = WRITTEN[way]
+    x = torch.zeros(1, TOKENS, 8, device="meta", requires_grad=True)
+    counted = flops.count_call(module, (x, GRID), training=True)
+    # The function computes its forward pass again.
+    again = 2 * TOKENS * TOKENS * 8 if way == "autograd.Function" else 0
+    assert counted.total == 3 * BY_HAND + again
+
+
+def test_complex_products_are_four():
+    def product(q, k, v):
+        q, k, v = (torch.view_as_complex(t.unflatten(-1, (-1, 2)).contiguous()) for t in (q, k, v))
+        return torch.view_as_real((q @ k.mT) @ v).flatten(-2)
+
+    module = Attention()
+    module.product = product
+    expected = TOKENS * 4 * 8 * 8 + 2 * 4 * TOKENS * TOKENS * 4
+    assert flops.count_flops(module, grid=GRID).total == expected
+
+
+class Keeps(Attention):
+    """Keeps a mask by its grid, counts its calls, and keeps the weights of its last call."""
+
+    calls = 0
+
+    def forward(self, x, grid):
+        self.calls += 1
+        self.ones.add_(1)
+        if grid not in self.masks:
+            self.masks[grid] = torch.zeros(x.shape[1], device=x.device)
+        self.last = super().forward(x + self.masks[grid][:, None], grid)
+        return self.last
+
+
+@pytest.mark.parametrize("product", [plain, read_a_value])
+def test_counting_leaves_nothing_in_the_module(product):
+    module = Keeps().train()
+    module.product = product
+    for grid in (GRID, (2, 3)):
+        module(torch.randn(1, 1 + grid[0] * grid[1], 8), grid)
+    before, masks = vars(module).copy(), dict(module.masks)
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    random = torch.get_rng_state()
+    for grid in (GRID, (4, 4)):
+        flops.count_flops(module, grid=grid)
+    assert vars(module) == before
+    assert module.masks == masks
+    assert module.calls == 2
+    assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    # What ran before runs again.
+    module(torch.randn(1, TOKENS, 8), GRID)
+
+
+def test_what_runs_for_real_is_limited(monkeypatch):
+    module = Attention()
+    module.product = lambda q, k, v: read_a_value(q, k, v) + written_out(q, k, v).sum()
+    monkeypatch.setattr(flops, "LARGEST_REAL_BYTES", TOKENS * TOKENS * 8 * 4 - 1)
+    with pytest.raises(flops.NotCountedError, match="on the CPU takes more than"):
+        flops.count_flops(module, grid=GRID)
+    monkeypatch.undo()
+    monkeypatch.setattr(flops, "LARGEST_REAL_COUNT", BY_HAND)
+    with pytest.raises(flops.NotCountedError, match="multiply-adds"):
+        flops.count_flops(module, grid=GRID)
+
+
+def test_a_mechanism_in_a_detector_on_the_meta_device(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from torch import nn\n"
+        "class Mine(nn.Module):\n"
+        "    def __init__(self, *, dim, num_heads, num_global=1):\n"
+        "        super().__init__()\n"
+        "        self.dim, self.num_global, self.mix = dim, num_global, nn.Linear(dim, dim)\n"
+        "    def forward(self, x, grid):\n"
+        "        y = self.mix(x)\n"
+        "        return y if y.sum().item() < 1e9 else 2 * y\n"
+    )
+
+    def build():
+        return detectors.build(ViL(TINY, attention=f"{file}:Mine", image_size=64), fpn_channels=16)
+
+    report = flops.count_flops(build(), image_size=(64, 64), proposals=5)
+    assert report.uncounted == {}
+    assert "Mine does not run on the meta device" in report.notes[0]
+    # Stage 1: patch embedding, the mechanism on 16x16 and a global token, the MLP.
+    assert report.by_part["stage1"] == 256 * 48 * 12 + 257 * 12 * 12 + 257 * 8 * 12 * 12
+    with torch.device("meta"):
+        on_meta = build()
+    with pytest.raises(flops.NotCountedError) as caught:
+        flops.count_flops(on_meta, image_size=(64, 64))
+    assert caught.value.needs_values
+    config = RunConfig(row="any", profile=ProfileConfig(image_size=[64, 64], proposals=5))
+    section, notes = flops_section(build(), config)
+    assert section["total"] == report.total
+    assert notes == list(report.notes)
 
 
 def test_nothing_published_for_a_mechanism():
     module = attentions.build("linformer", dim=8, num_heads=2, seq_len=17)
     with pytest.raises(InputError, match=r"LinformerAttention .* 'published'"):
-        flops.count(module, grid=(4, 4), convention="published")
+        flops.count_flops(module, grid=(4, 4), convention="published")
 
 
 @pytest.mark.parametrize(
@@ -437,9 +565,9 @@ def test_nothing_published_for_a_mechanism():
 )
 def test_bad_input(options, message):
     with pytest.raises(InputError, match=message):
-        flops.count(attentions.build("full", dim=8, num_heads=2), **options)
+        flops.count_flops(attentions.build("full", dim=8, num_heads=2), **options)
 
 
 def test_a_module_that_is_none_of_the_three():
     with pytest.raises(InputError, match="cannot count Linear"):
-        flops.count(nn.Linear(8, 8))
+        flops.count_flops(nn.Linear(8, 8))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench import cli
-from bench.config.schema import ProfileConfig
+from bench.config.schema import ProfileConfig, RunConfig
 from bench.measure import flops, published
 from bench.measure.costs import flops_section
 from bench.model import detectors
@@ -57,10 +57,10 @@ def test_the_order_of_rows_changes(rows):
 def test_section_of_a_record(attention):
     detector = tiny(attention)
     section = published.section(detector, image_size=(128, 96), proposals=10)
-    report = flops.count(detector, image_size=(128, 96), proposals=10, convention="published")
+    report = flops.count_flops(detector, image_size=(128, 96), proposals=10, convention="published")
     assert section["convention"] == "published"
     assert section["total"] == report.total
-    actual = flops.count(detector, image_size=(128, 96), proposals=10).total
+    actual = flops.count_flops(detector, image_size=(128, 96), proposals=10).total
     explained = sum(one["actual"] - one["published"] for one in section["differences"])
     assert actual - section["total"] == explained
     assert [one["attention"] for one in section["differences"]] == list(
@@ -71,11 +71,12 @@ def test_section_of_a_record(attention):
 
 def test_records_hold_both_conventions():
     detector = tiny("longformer")
-    profile = ProfileConfig(image_size=[128, 96], proposals=10)
-    section = flops_section(detector, profile)
+    config = RunConfig(row="any", profile=ProfileConfig(image_size=[128, 96], proposals=10))
+    section, notes = flops_section(detector, config)
+    assert notes == []
     assert section["convention"] == "actual"
     assert section["published"] == published.section(detector, image_size=(128, 96), proposals=10)
-    assert flops_section(tiny("swin"), profile)["published"] is None
+    assert flops_section(tiny("swin"), config)[0]["published"] is None
 
 
 def test_a_mechanism_without_a_published_formula_has_no_section():

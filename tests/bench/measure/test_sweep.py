@@ -15,7 +15,7 @@ from bench.commands import sweep as command
 from bench.commands.sweep import image_sizes
 from bench.config.schema import MODES, SWEPT
 from bench.errors import InputError
-from bench.measure import flops, operators, sweep, worker
+from bench.measure import flops, sweep, worker
 from bench.measure.costs import effort, flops_of_one
 from bench.measure.sweep import Limits, Store, Task, unfinished
 from bench.measure.worker import Held
@@ -296,7 +296,7 @@ def test_flops_of_inference_are_those_of_the_profiler():
     (walk,) = plan(["ViL"], sizes=[(96, 128)])
     config = walk[0].config
     backbone = flops_of_one("backbone", config, "inference")
-    assert backbone["total"] == flops.count(build_backbone(config), image_size=(96, 128)).total
+    assert backbone["total"] == flops.count_flops(build_backbone(config), image_size=(96, 128)).total
     place = next(build_backbone(config).attention_places())
     alone = flops_of_one("attention", config, "inference")
     assert alone["total"] == place.module.multiply_adds((24, 32))
@@ -316,8 +316,8 @@ def test_a_training_step_costs_about_three_forward_passes(name):
 def test_backward_of_a_grouped_convolution_costs_two_forward_passes(layer, groups):
     convolution = layer(8, 8, 3, stride=2, groups=groups, device="meta")
     image = torch.empty(2, 8, 12, 12, device="meta", requires_grad=True)
-    forward = operators.count_operators(lambda: convolution(image)).total
-    both = operators.count_operators(lambda: convolution(image).sum().backward()).total
+    forward = flops.count_operators(lambda: convolution(image)).total
+    both = flops.count_operators(lambda: convolution(image).sum().backward()).total
     assert both == 3 * forward
 
 
