@@ -3,39 +3,32 @@
 `torch._subclasses.FakeTensorMode` makes such tensors. They claim to be on the CPU and therefore
 take its way through autograd, autocast and the choice of fused attention. What it lacks is here:
 
-- What depends on data (`Answers`): how many entries of a mask are true, which number a tensor
-  holds. A detector asks that between its parts. The answers are the most there can be where that
-  is small, and numbers that the caller states (`Counts`) where it matters.
+- What depends on data: a detector asks for values between its parts, so its parts run on stated
+  numbers of boxes (`run_parts`).
 - What a GPU does otherwise (`AsOnCuda`): operators that autocast keeps in float32 there alone, and
   its fused attention.
 """
 
 import copy
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.weak import WeakIdKeyDictionary
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.ops import box_iou, roi_align, sigmoid_focal_loss
 
-from bench.model.detectors.rois import Counts, fixed_rois
+from bench.model.detectors.contract import BOX_RESOLUTION, MASK_RESOLUTION, Detector
+from bench.model.detectors.rois import Counts
 
 aten = torch.ops.aten
 
-# Of scores above a threshold: what RetinaNet keeps of a level, and more than Mask R-CNN detects.
-CANDIDATES = 1000
 # Bias rows of efficient attention on CUDA are padded to a multiple of so many keys.
 _BIAS_ALIGNMENT = 16
 # Fused attention on CUDA takes heads whose width is a multiple of so many channels.
 _HEAD_ALIGNMENT = 8
-
-Count = Callable[[object], int]
 
 
 def copied(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> Any:
@@ -54,134 +47,164 @@ def copied(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> Any:
     return copy.deepcopy(module, memo)
 
 
-class Answers(TorchDispatchMode):
-    """Answers operators whose result depends on data.
+def run_parts(
+    detector: Detector,
+    images: Sequence[Tensor],
+    targets: Sequence[Mapping[str, Tensor]] | None,
+    counts: Counts,
+) -> Any:
+    """Run the parts of a detector on stated numbers of RoIs, and what is large between them.
 
-    Of a mask all entries are true, unless something is known of it. Known are masks of zeros with
-    some entries set, what is made of them, floats above a threshold (at most CANDIDATES), a
-    comparison of two matrices (one entry a row), and comparisons of tensors given to `expect`. A
-    single number is 0; whether all are true, is true.
+    A detector's own forward pass asks for values between its parts: which boxes overlap, which
+    scores are high. Here boxes are any, in the numbers of `counts`, and on the first level of the
+    pyramid, where the small ones go. Left out is what is small beside the maps.
+
+    Args:
+        detector: with tensors that have no values, in the mode that is meant.
+        images: (3, H, W) each, of one size.
+        targets: `boxes`, `labels` and `masks` of each image when training, or None.
+        counts: of `most`.
+
+    Returns:
+        losses when training, or whatever an inference ends with.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._true: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._expected: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._certain: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-    def expect(self, tensor: Tensor, **counts: Count) -> Tensor:
-        """Say for how many entries a comparison holds, by its operator and what it compares to."""
-        self._expected[tensor] = counts
-        return tensor
-
-    def true(self, mask: Tensor) -> int:
-        """How many entries of a mask are true, or of a tensor not zero."""
-        return min(self._true.get(mask, mask.numel()), mask.numel())
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        answer = _ANSWERS.get(func.overloadpacket)
-        if answer is not None:
-            return answer(self, func, *args, **kwargs)
-        result = func(*args, **kwargs)
-        learn = _LESSONS.get(func.overloadpacket)
-        if learn is not None:
-            learn(self, result, func.overloadpacket.__name__, *args)
-        return result
-
-    def _nonzero(self, _func: Any, mask: Tensor) -> Tensor:
-        return mask.new_empty((self.true(mask), mask.dim()), dtype=torch.int64)
-
-    def _masked_select(self, _func: Any, values: Tensor, mask: Tensor) -> Tensor:
-        return values.new_empty(self.true(mask))
-
-    def _index(self, func: Any, values: Tensor, indices: Iterable[Tensor | None]) -> Tensor:
-        places: list[Tensor | None] = []
-        for index in indices:
-            if index is not None and index.dtype in (torch.bool, torch.uint8):
-                number = self.true(index)
-                places += [index.new_empty(number, dtype=torch.int64) for _ in index.shape]
-            else:
-                places.append(index)
-        selected: Tensor = func(values, places)
-        return selected
-
-    def _number(self, func: Any, value: Tensor) -> object:
-        if getattr(value, "constant", None) is not None:
-            return func(value)
-        if value.dtype == torch.bool:
-            return value in self._certain
-        return 0.0 if value.is_floating_point() else 0
-
-    def _equal(self, _func: Any, _one: Tensor, _other: Tensor) -> bool:
-        return True
-
-    def _nms(self, _func: Any, boxes: Tensor, _scores: Tensor, _threshold: float) -> Tensor:
-        return boxes.new_empty(len(boxes), dtype=torch.int64)
-
-    def _zeros(self, result: Tensor, _name: str, *_: Any) -> None:
-        self._true[result] = 0
-
-    def _set(self, result: Tensor, _name: str, target: Tensor, indices: Any, *_: Any) -> None:
-        if target in self._true and len(indices) == 1 and indices[0] is not None:
-            self._true[result] = self._true[target] + indices[0].numel()
-
-    def _joined(self, result: Tensor, _name: str, tensors: list[Tensor], *_: Any) -> None:
-        if any(tensor in self._true for tensor in tensors):
-            self._true[result] = sum(map(self.true, tensors))
-        expected = [self._expected.get(tensor) for tensor in tensors]
-        if expected and None not in expected:
-            counts: list[Mapping[str, Count]] = [each for each in expected if each is not None]
-            self._expected[result] = {
-                name: lambda value, name=name: sum(each[name](value) for each in counts)
-                for name in counts[0]
-            }
-
-    def _either(self, result: Tensor, _name: str, one: Tensor, other: Tensor) -> None:
-        self._true[result] = self.true(one) + self.true(other)
-
-    def _both(self, result: Tensor, _name: str, one: Tensor, other: Tensor) -> None:
-        self._true[result] = min(self.true(one), self.true(other))
-
-    def _all(self, result: Tensor, *_: Any) -> None:
-        self._certain[result] = True
-
-    def _compared(self, result: Tensor, name: str, one: Tensor, other: object) -> None:
-        count = (self._expected.get(one) or {}).get(name)
-        if count is not None:
-            self._true[result] = count(other)
-        elif name == "gt" and one.is_floating_point() and not isinstance(other, Tensor):
-            self._true[result] = CANDIDATES
-        elif name == "eq" and one.dim() == 2 and isinstance(other, Tensor):
-            self._true[result] = len(one)
+    batch = _batched(images, detector.vil.stride)
+    levels = list(detector.backbone(batch).values())
+    run = _mask_rcnn if detector.method == "mask_rcnn" else _retinanet
+    return run(detector, levels, images[0].shape[-2:], targets, counts)
 
 
-_ANSWERS: Mapping[Any, Callable[..., Any]] = {
-    aten.nonzero: Answers._nonzero,
-    aten.masked_select: Answers._masked_select,
-    aten.index: Answers._index,
-    aten._local_scalar_dense: Answers._number,
-    aten.equal: Answers._equal,
-    torch.ops.torchvision.nms: Answers._nms,
-}
-_LESSONS: Mapping[Any, Callable[..., None]] = {
-    aten.zeros_like: Answers._zeros,
-    aten.zeros: Answers._zeros,
-    aten.index_put_: Answers._set,
-    aten.cat: Answers._joined,
-    aten.bitwise_or: Answers._either,
-    aten.logical_or: Answers._either,
-    aten.bitwise_and: Answers._both,
-    aten.logical_and: Answers._both,
-    aten.all: Answers._all,
-    **dict.fromkeys((aten.gt, aten.ge, aten.lt, aten.le, aten.eq, aten.ne), Answers._compared),
-}
+def _batched(images: Sequence[Tensor], stride: int) -> Tensor:
+    """Images normalised and padded (B, 3, H, W)."""
+    height, width = (-(-side // stride) * stride for side in images[0].shape[-2:])
+    normal = [(image - 0.5) / 0.5 for image in images]
+    batch = normal[0].new_zeros(len(normal), 3, height, width)
+    for place, image in zip(batch, normal, strict=True):
+        place[:, : image.shape[1], : image.shape[2]].copy_(image)
+    return batch
+
+
+def _mask_rcnn(
+    detector: Detector,
+    levels: list[Tensor],
+    size: torch.Size,
+    targets: Sequence[Mapping[str, Tensor]] | None,
+    counts: Counts,
+) -> Any:
+    parts, batch = detector.parts(), len(levels[0])
+    masks = [target["masks"].clone() for target in targets or ()]
+    losses = _proposed(detector, parts["rpn"](levels), targets)
+    maps = levels[: len(detector.vil.channels)]
+    rois = (counts.proposals if targets is None else counts.rois) or 0
+    scores, boxes = _in_turn(parts["box_head"], _pooled(maps, rois * batch, BOX_RESOLUTION))
+    if targets is None:
+        _detected(scores, boxes)
+    else:
+        labels = scores.new_empty(len(scores), dtype=torch.int64)
+        losses += [nn.functional.cross_entropy(scores, labels), boxes.abs().sum()]
+    of_masks = (counts.detections if targets is None else counts.mask_rois) or 0
+    drawn = _in_turn(parts["mask_head"], _pooled(maps, of_masks * batch, MASK_RESOLUTION))
+    places = drawn.new_empty(len(drawn), dtype=torch.int64)
+    if targets is None:
+        chosen = drawn.sigmoid()[places, places]
+        del drawn
+        return [_pasted(detector.library, part, size) for part in chosen.split(of_masks)]
+    for target in masks:
+        given = target[:, None].to(drawn.dtype)
+        boxes = given.new_empty(of_masks, 5)
+        losses_of = roi_align(given, boxes, drawn.shape[-1], 1.0, -1, True)
+        del given, losses_of
+    wanted = drawn.new_empty(len(drawn), *drawn.shape[-2:])
+    chosen = drawn[places, places]
+    return [*losses, nn.functional.binary_cross_entropy_with_logits(chosen, wanted)]
+
+
+def _proposed(
+    detector: Detector,
+    outputs: tuple[list[Tensor], list[Tensor]],
+    targets: Sequence[Mapping[str, Tensor]] | None,
+) -> list[Tensor]:
+    """Decode a box for every anchor; when training, match them with objects: the RPN's losses."""
+    logits, deltas = _flat(outputs[0], 1).flatten(0, 1), _flat(outputs[1], 4)
+    anchors = deltas.new_empty(deltas.shape[1], 4)
+    decode = BoxCoder((1.0, 1.0, 1.0, 1.0)).decode_single
+    proposals = decode(deltas.detach().flatten(0, 1), anchors.repeat(len(deltas), 1))
+    if targets is None:
+        return []
+    for target in targets:
+        box_iou(target["boxes"], anchors)
+    wanted = torch.zeros_like(proposals)
+    sampled = wanted.new_empty(len(targets) * detector.settings.rpn_batch, dtype=torch.int64)
+    chosen = logits[sampled]
+    objects = nn.functional.binary_cross_entropy_with_logits(chosen, torch.zeros_like(chosen))
+    return [objects, (deltas.flatten(0, 1)[sampled] - wanted[sampled]).abs().sum()]
+
+
+def _retinanet(
+    detector: Detector,
+    levels: list[Tensor],
+    _size: torch.Size,
+    targets: Sequence[Mapping[str, Tensor]] | None,
+    counts: Counts,
+) -> Any:
+    outputs = detector.parts()["retinanet_head"](levels)
+    if isinstance(outputs, Mapping):
+        logits, deltas = outputs["cls_logits"], outputs["bbox_regression"]
+    else:
+        logits, deltas = _flat(outputs[0], detector.num_classes), _flat(outputs[1], 4)
+    anchors = deltas.new_empty(deltas.shape[1], 4)
+    if targets is None:
+        # The largest level: its scores, which of them are high, and the boxes of these.
+        places = [level[0, 0].numel() for level in levels]
+        first = logits[:, : logits.shape[1] * places[0] // sum(places)]
+        return [of_one.sigmoid().flatten() > 0 for of_one in first]
+    losses = []
+    for of_one, target in zip(logits, targets, strict=True):
+        box_iou(target["boxes"], anchors)
+        wanted = torch.zeros_like(of_one)
+        # All anchors but the few that are neither background nor an object.
+        valid = wanted.new_empty(len(wanted), dtype=torch.int64)
+        losses += [sigmoid_focal_loss(of_one[valid], wanted[valid], reduction="sum")]
+    return [*losses, deltas.flatten(0, 1)[: counts.targets].abs().sum()]
+
+
+def _in_turn(layers: Any, features: Any) -> Any:
+    """Run layers one after the other; what one took is not alive in the next."""
+    taken = [features]
+    del features
+    for layer in layers:
+        taken.append(layer(taken.pop()))
+    return taken.pop()
+
+
+def _flat(maps: Sequence[Tensor], width: int) -> Tensor:
+    """Maps (B, A * width, h, w) of all levels as (B, anchors, width)."""
+    flat = [m.unflatten(1, (-1, width)).permute(0, 3, 4, 1, 2).flatten(1, 3) for m in maps]
+    return torch.cat(flat, dim=1)
+
+
+def _pooled(maps: Sequence[Tensor], rois: int, resolution: int) -> Tensor:
+    """RoIAlign of so many RoIs on the first level, and of none on the others."""
+    pooled = maps[0].new_zeros(rois, maps[0].shape[1], resolution, resolution)
+    for place, level in enumerate(maps):
+        places = pooled.new_empty(0 if place else rois, dtype=torch.int64)
+        boxes = pooled.new_empty(len(places), 5, dtype=torch.float32)
+        of_level = roi_align(level, boxes, resolution, 1.0, 0, True)
+        pooled[places] = of_level.to(pooled.dtype)
+    return pooled
+
+
+def _detected(scores: Tensor, boxes: Tensor) -> None:
+    """Scores and boxes of all classes, clipped."""
+    scores.softmax(-1)
+    boxes.float().unflatten(1, (-1, 4)).clamp(min=0).flatten(0, 1).clone()
+
+
+def _pasted(library: str, masks: Tensor, size: torch.Size) -> Tensor:
+    """Masks (n, side, side) as large as the image, as the library makes them."""
+    if library == "detectron2":
+        return masks.new_zeros(len(masks), *size, dtype=torch.bool)
+    return torch.stack([masks.new_zeros(size) for _ in masks])
 
 
 # Operators that autocast runs in float32 on CUDA and in the dtype of their input on the CPU.
@@ -270,106 +293,3 @@ def _cuda_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     if missing:
         mask = nn.functional.pad(mask, (0, missing))[..., :keys]
     return mask.expand(*query.shape[:3], key.shape[2])
-
-
-@contextmanager
-def data_free(detector: Any, counts: Counts, answers: Answers) -> Iterator[None]:
-    """Let a copied detector run where nothing has a value, on the RoIs that `counts` says.
-
-    Args:
-        detector: the copy; it is changed.
-        counts: of `most`.
-        answers: the mode it will run in.
-    """
-    bind = {"torchvision": _bind_torchvision, "detectron2": _bind_detectron2}
-    with ExitStack() as stack:
-        stack.enter_context(patch("torchvision.ops.boxes.batched_nms", _keep_all))
-        bind[detector.library](detector, counts, answers, stack)
-        stack.enter_context(fixed_rois(detector, counts))
-        yield
-
-
-def fix_size(detector: Any, image_size: tuple[int, int]) -> None:
-    """Make a copied detector take images of `image_size` (height, width) as they are."""
-    detector.settings = dataclasses.replace(detector.settings, fixed_size=image_size)
-    if detector.library == "torchvision":
-        detector.transform.settings = detector.settings
-
-
-def _keep_all(boxes: Tensor, *_: Any) -> Tensor:
-    """Non-maximum suppression that suppresses nothing."""
-    return torch.arange(len(boxes), device=boxes.device)
-
-
-def _bind_torchvision(detector: Any, counts: Counts, answers: Answers, _stack: ExitStack) -> None:
-    if detector.method != "mask_rcnn":
-        return
-    heads = detector.roi_heads
-    select = heads.select_training_samples
-
-    def select_training_samples(*args: Any) -> Any:
-        selected = select(*args)
-        for labels in selected[2]:
-            answers.expect(labels, gt=lambda _: counts.mask_rois or 0)
-        return selected
-
-    heads.select_training_samples = select_training_samples
-    for pool in (heads.box_roi_pool, heads.mask_roi_pool):
-        pool.map_levels = _on_first_level(pool.map_levels, answers)
-
-
-def _bind_detectron2(detector: Any, counts: Counts, answers: Answers, stack: ExitStack) -> None:
-    from detectron2.modeling import poolers
-    from detectron2.modeling.roi_heads import roi_heads
-    from detectron2.structures import ImageList
-
-    stack.enter_context(patch.object(ImageList, "from_tensors", _batch_images))
-    if detector.method != "mask_rcnn":
-        return
-    select = roi_heads.select_foreground_proposals
-
-    def select_foreground_proposals(proposals: Any, background: int) -> Any:
-        for instances in proposals:
-            answers.expect(instances.gt_classes, ne=lambda _: counts.mask_rois or 0)
-        return select(proposals, background)
-
-    for module, name, replacement in (
-        (
-            poolers,
-            "assign_boxes_to_levels",
-            _on_first_level(poolers.assign_boxes_to_levels, answers),
-        ),
-        (poolers, "convert_boxes_to_pooler_format", _numbered_boxes),
-        (roi_heads, "select_foreground_proposals", select_foreground_proposals),
-    ):
-        stack.enter_context(patch.object(module, name, replacement))
-
-
-def _batch_images(images: list[Tensor], size_divisibility: int = 0, *_: Any, **__: Any) -> Any:
-    """detectron2's batch of images of one size, whose size it reads from a tensor."""
-    from detectron2.structures import ImageList
-
-    height, width = images[0].shape[-2:]
-    stride = max(size_divisibility, 1)
-    batch = images[0].new_zeros(
-        len(images), 3, -(-height // stride) * stride, -(-width // stride) * stride
-    )
-    for image, place in zip(images, batch, strict=True):
-        place[..., :height, :width].copy_(image)
-    return ImageList(batch, [(height, width)] * len(images))
-
-
-def _numbered_boxes(box_lists: Iterable[Any]) -> Tensor:
-    """detectron2's boxes with the number of their image in front, which it reads from a tensor."""
-    boxes = torch.cat([boxes.tensor for boxes in box_lists])
-    return torch.cat([boxes.new_empty(len(boxes), 1), boxes], dim=1)
-
-
-def _on_first_level(mapper: Callable[..., Tensor], answers: Answers) -> Callable[..., Tensor]:
-    """Send every RoI to the first level of the pyramid, where the small ones go."""
-
-    def levels(*args: Any) -> Tensor:
-        found = mapper(*args)
-        return answers.expect(found, eq=lambda level: len(found) if level == 0 else 0)
-
-    return levels

@@ -1,14 +1,14 @@
 """Peak memory before anything is allocated: a prediction from shapes.
 
-The very call that would be measured runs on tensors that have shapes and no memory (`fake.py`):
-forward, backward and optimiser step, through the true autograd graph, under the true autocast.
+What would be measured runs on tensors that have shapes and no memory (`fake.py`): forward, backward
+and optimiser step, through the true autograd graph, under the true autocast.
 `memory.LiveTensors` adds up what is alive, as it does for a measurement on the CPU. So the
 prediction follows the operators that run, and nothing has to be declared by a mechanism.
 
-What depends on data is assumed. Mask R-CNN has stated numbers of RoIs (`detectors.rois`), by
-default the most it is configured for, as it has where it is measured; a run that finds fewer needs
-less. Of scores above a threshold there are at most 1000 a level, and every RoI lies on the first
-pyramid level.
+Of a detector the parts run, and what is large between them (`fake.run_parts`). What depends on data
+is assumed: Mask R-CNN has stated numbers of RoIs (`detectors.rois`), by default the most it is
+configured for, as it has where it is measured; a run that finds fewer needs less. Every RoI lies on
+the first pyramid level.
 
 Not in it: the process, libraries and the CUDA context; scratch that a kernel allocates and frees
 (cuDNN's and cuBLAS's workspaces); and what the allocator of CUDA reserves and does not use. On CUDA
@@ -29,12 +29,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from bench.config.schema import MODES, RunConfig
+from bench.config.schema import MODES
 from bench.errors import InputError, choose
-from bench.measure.fake import Answers, AsOnCuda, copied, data_free, fix_size
+from bench.measure.fake import AsOnCuda, copied, run_parts
 from bench.measure.memory import LiveTensors, Storage, no_collector
 from bench.model.backbone import ViL
-from bench.model.build import build_detector
 from bench.model.detectors.contract import Detector, backbone_stages
 from bench.model.detectors.rois import Counts, most
 
@@ -59,7 +58,10 @@ _CUDA_BLOCK = 512
 _STAGE_1_STRIDE = 4
 _SIDE = 32
 _FIRST_SIDE = 256
-_COCO_CLASSES = 80
+
+
+class NotPredictedError(InputError):
+    """A module that needs the values of tensors to run; the reason is in the message."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class MemoryPrediction:
     Attributes:
         total: bytes at the peak.
         weights: parameters and buffers.
-        gradients: of parameters; of the step before, where the peak is in the forward pass.
+        gradients: of parameters.
         optimizer_state: of all parameters.
         inputs: images and targets, or tokens.
         activations: saved for the backward pass and not yet released, by part; under autocast with
@@ -133,8 +135,8 @@ def predict(
 ) -> MemoryPrediction:
     """Predict the peak memory of inference, or of a training step that is not the first.
 
-    A training step is forward, backward and optimiser, and begins with the gradients of the step
-    before. Of a backbone or a mechanism alone the loss is the sum of its outputs.
+    A training step is forward, backward and optimiser; the gradients of the step before are gone
+    when it begins. Of a backbone or a mechanism alone the loss is the sum of its outputs.
 
     Args:
         module: a detector, a `ViL` or an attention module, on any device, meta too; it is neither
@@ -154,6 +156,7 @@ def predict(
     Raises:
         InputError: for an unknown value, one that is not positive, or a size that the module
             cannot take.
+        NotPredictedError: for a mechanism that asks for the value of a tensor.
     """
     choose(mode, MODES, "mode")
     choose(precision, tuple(PRECISIONS), "precision")
@@ -187,6 +190,13 @@ def predict(
     except ValueError as error:
         height, width = image_size
         raise InputError(f"no prediction at {height}x{width}: {error}") from error
+    except Exception as error:
+        # A mechanism of others may fail in any way where tensors have no values.
+        lines = str(error).strip().splitlines() or [""]
+        raise NotPredictedError(
+            f"{type(module).__name__} does not run on shapes alone"
+            f" ({type(error).__name__}: {lines[0]})"
+        ) from error
     return MemoryPrediction(
         **peak,
         mode=mode,
@@ -287,7 +297,6 @@ class _Phase:
     storages: tuple[Storage, ...]
     part: str
     operator: str
-    gradients: int = 0
     state: int = 0
 
 
@@ -297,11 +306,7 @@ def _dry_run(module: nn.Module, case: _Case) -> dict[str, Any]:
     copy: Any = copied(module, _shaped_in(fake))
     copy.train(case.training)
     ledger = _Ledger(block=_CUDA_BLOCK if case.device == "cuda" else 1)
-    answers = Answers()
     with ExitStack() as stack:
-        if isinstance(copy, Detector):
-            fix_size(copy, case.image_size)
-            stack.enter_context(data_free(copy, case.counts, answers))
         _follow_parts(copy, ledger)
         if case.device == "cuda":
             stack.enter_context(AsOnCuda())
@@ -315,7 +320,6 @@ def _dry_run(module: nn.Module, case: _Case) -> dict[str, Any]:
         ledger.found_before(inputs)
         ledger.label = BETWEEN
         stack.enter_context(ledger)
-        stack.enter_context(answers)
         found = _train(call, leaves, case, ledger) if case.training else _infer(call, case, ledger)
     return max((_terms(phase, found) for phase in found.phases), key=lambda t: t["total"])
 
@@ -362,9 +366,9 @@ def _call(module: nn.Module, case: _Case) -> tuple[Callable[[], Any], object]:
     if isinstance(module, Detector):
         images = [torch.empty(3, height, width) for _ in range(batch)]
         if not case.training:
-            return lambda: module(images), images
+            return lambda: run_parts(module, images, None, case.counts), images
         targets = [_target(case.counts.targets, case.image_size) for _ in images]
-        return lambda: module(images, targets), (images, targets)
+        return lambda: run_parts(module, images, targets, case.counts), (images, targets)
     if isinstance(module, ViL):
         batched = torch.empty(batch, 3, height, width)
         return lambda: module(batched), batched
@@ -372,8 +376,8 @@ def _call(module: nn.Module, case: _Case) -> tuple[Callable[[], Any], object]:
     dim, num_global = getattr(module, "dim", None), getattr(module, "num_global", None)
     if not isinstance(dim, int) or not isinstance(num_global, int):
         raise InputError(
-            f"no prediction for {type(module).__name__}: it is no detector, no ViL, and has not the"
-            " numbers dim and num_global as attention modules have"
+            f"no prediction for {type(module).__name__}: it is neither a detector nor a ViL and"
+            " has no whole numbers dim and num_global, as attention modules have"
         )
     tokens = torch.empty(batch, num_global + rows * columns, dim, requires_grad=case.training)
     return lambda: module(tokens, (rows, columns)), tokens
@@ -405,7 +409,9 @@ def _infer(call: Callable[[], Any], case: _Case, ledger: _Ledger) -> _Found:
 
 
 def _train(call: Callable[[], Any], leaves: list[Tensor], case: _Case, ledger: _Ledger) -> _Found:
-    """One step; what a step before it would have left is added to the phases that see it.
+    """One step; the state that a step before it would have left is added to what comes before.
+
+    The gradients of that step are gone before the forward pass, as in training.
 
     Args:
         leaves: parameters, and inputs with a gradient.
@@ -431,7 +437,7 @@ def _train(call: Callable[[], Any], leaves: list[Tensor], case: _Case, ledger: _
     optimizer.step()
     step = ledger.phase("optimizer step")
     del kept
-    forward = dataclasses.replace(forward, gradients=_size(gradients), state=_size(state))
+    forward = dataclasses.replace(forward, state=_size(state))
     backward = dataclasses.replace(backward, state=_size(state))
     return _Found([forward, backward, step], saved, gradients, state)
 
@@ -448,7 +454,7 @@ def _keep_largest_gradient(parameters: list[nn.Parameter]) -> list[Tensor]:
 
 def _terms(phase: _Phase, found: _Found) -> dict[str, Any]:
     """What is alive at the peak of a phase; the amounts add up to its total."""
-    amounts: Counter[str] = Counter(gradients=phase.gradients, optimizer_state=phase.state)
+    amounts: Counter[str] = Counter(optimizer_state=phase.state)
     activations: Counter[str] = Counter()
     for storage in phase.storages:
         if storage.label in (_WEIGHTS, _INPUTS):
@@ -488,30 +494,6 @@ def _check_positive(**values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < 1:
             raise InputError(f"{name} {value} must be positive")
-
-
-def training_bytes(config: RunConfig, *, batch_size: int) -> int:
-    """The predicted peak of a training step of a run on one device, at its largest image.
-
-    It is predicted for a GPU where the run takes one or its precision needs one.
-    """
-    data, train = config.data, config.train
-    on_gpu = config.device.startswith("cuda") or train.precision == "16-mixed"
-    if config.device == "auto":
-        on_gpu = on_gpu or torch.cuda.is_available()
-    shortest = min(max(data.min_sizes), data.max_size)
-    height, width = data.fixed_size or (shortest, data.max_size)
-    with torch.device("meta"):
-        detector = build_detector(config, _COCO_CLASSES)
-    prediction = predict(
-        detector,
-        image_size=(height, width),
-        batch_size=batch_size,
-        mode="training",
-        precision=train.precision,
-        device="cuda" if on_gpu else "cpu",
-    )
-    return prediction.total
 
 
 @dataclass(frozen=True)

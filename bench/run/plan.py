@@ -13,7 +13,7 @@ from bench.config.schema import RunConfig, TrainConfig
 from bench.config.suites import Suite
 from bench.data import split as inputs
 from bench.data.coco import CocoDataset
-from bench.measure.predict import predict
+from bench.measure.predict import NotPredictedError, predict
 from bench.measure.workload import Workload
 from bench.model import build as models
 from bench.model import detectors
@@ -36,7 +36,7 @@ class Planned:
         library: of its detector, the one that "auto" stands for here.
         data: what it trains on.
         images: of its training data with an instance, or None if that is not known.
-        memory: predicted peak of a training step on one device, in bytes.
+        memory: predicted peak of a training step on one device, in bytes; None if it cannot be.
         on_gpu: whether memory is that of a GPU.
         seconds: of its training steps, or None if none was timed.
     """
@@ -46,7 +46,7 @@ class Planned:
     library: str
     data: str
     images: int | None
-    memory: float
+    memory: float | None
     on_gpu: bool
     seconds: float | None
 
@@ -95,7 +95,7 @@ def table(planned: Sequence[Planned]) -> pd.DataFrame:
             "steps": str(run.recipe.steps),
             "epochs": _epochs(run),
             "clip norm": f"{run.recipe.clip_norm:g}",
-            "memory GB": f"{run.memory / 1e9:.2f}",
+            "memory GB": UNKNOWN if run.memory is None else f"{run.memory / 1e9:.2f}",
             "time": UNKNOWN if run.seconds is None else duration(run.seconds),
         }
         for run in planned
@@ -291,17 +291,20 @@ def _on_gpu(config: RunConfig) -> bool:
     return half or config.device.startswith("cuda") or torch.cuda.is_available()
 
 
-def _memory(config: RunConfig, images: int, num_classes: int, device: str) -> float:
-    """The predicted peak of a training step on one device, in bytes."""
+def _memory(config: RunConfig, images: int, num_classes: int, device: str) -> float | None:
+    """The predicted peak of a training step on one device, in bytes; None where there is none."""
     size = config.profile.image_size
     with torch.device("meta"):
         detector = models.build_detector(config, num_classes)
-    prediction = predict(
-        detector,
-        image_size=(size[0], size[1]),
-        batch_size=images,
-        mode="training",
-        precision=config.train.precision,
-        device=device,
-    )
+    try:
+        prediction = predict(
+            detector,
+            image_size=(size[0], size[1]),
+            batch_size=images,
+            mode="training",
+            precision=config.train.precision,
+            device=device,
+        )
+    except NotPredictedError:
+        return None
     return float(prediction.total)

@@ -166,15 +166,6 @@ SIZES = {
     "maximum": 294_000_000_000,
     "one_size": 255_400_000_000,
     "padded_pixels": 0.0123,
-    "windows": [
-        {
-            "stage": 1,
-            "attention": "longformer",
-            "window": 15,
-            "padded_queries": 0.0345,
-            "padded_products": 0.0456,
-        }
-    ],
 }
 
 # What each table is made of, its rows, and the row that columns.txt is of.
@@ -195,7 +186,6 @@ CASES: dict[str, tuple[Callable[[], Table | None], list[str], int]] = {
     "audit": (lambda: counts.audit([AUDIT], title="Audit"), ["full"], 0),
     "conventions": (lambda: counts.conventions([CONVENTION]), ["srformer/64"], 0),
     "sizes": (lambda: counts.sizes([SIZES]), ["ViL"], 0),
-    "windows": (lambda: counts.windows([SIZES]), ["ViL"], 0),
 }
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import attentions
-from bench.config.suites import build_config, profile_configs
+from bench.config.suites import profile_configs
 from bench.errors import InputError
 from bench.measure import memory
-from bench.measure.predict import KIND, Fit, fit, predict, training_bytes
+from bench.measure.predict import KIND, Fit, NotPredictedError, fit, predict
 from bench.model import detectors
 from bench.model.backbone import ViL
 from bench.model.build import build_detector
@@ -57,14 +57,14 @@ def measured(module, *inputs, mode, precision, device="cpu"):
 
     def step():
         torch.manual_seed(0)
-        with autocast(precision, device):
-            outputs = module(*inputs)
-        tensors = outputs.values() if isinstance(outputs, dict) else [outputs]
-        loss = torch.stack([output.sum() for output in tensors]).sum()
         steps.zero_grad(set_to_none=True)
         for tensor in inputs:
             if isinstance(tensor, torch.Tensor):
                 tensor.grad = None
+        with autocast(precision, device):
+            outputs = module(*inputs)
+        tensors = outputs.values() if isinstance(outputs, dict) else [outputs]
+        loss = torch.stack([output.sum() for output in tensors]).sum()
         loss.backward()
         steps.step()
 
@@ -337,8 +337,43 @@ def test_a_mechanism_of_one_size():
 
 
 def test_a_module_of_another_kind():
-    with pytest.raises(InputError, match="Linear: it is no detector, no ViL"):
+    with pytest.raises(InputError, match="Linear: it is neither a detector nor a ViL and"):
         predict(torch.nn.Linear(2, 2))
+
+
+class Reads(torch.nn.Module):
+    """A mechanism that reads a value."""
+
+    dim, num_global = 4, 1
+
+    def forward(self, x, grid):
+        return x if x.sum().item() > 0 else -x
+
+
+class Keeps(Reads):
+    """A mechanism that keeps a mask, holds a constant of the CPU and remembers its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.masks = {}
+        self.scale = torch.ones(4)
+
+    def forward(self, x, grid):
+        if grid not in self.masks:
+            self.masks[grid] = torch.zeros(x.shape[1], 1)
+        self.last = x * self.scale + self.masks[grid]
+        return self.last * torch.ones(4)
+
+
+def test_mechanisms_of_others():
+    with pytest.raises(NotPredictedError, match=r"Reads does not run on shapes alone \(\w+: "):
+        predict(Reads(), grid=(3, 4))
+    module = Keeps()
+    module(torch.randn(2, 13, 4, requires_grad=True), (3, 4))
+    before = vars(module).copy()
+    found = predict(module, grid=(3, 4), mode="training")
+    assert found.total > 0
+    assert vars(module) == before
 
 
 def on_meta(_size):
@@ -387,23 +422,6 @@ def test_a_budget_that_fits_nothing():
         fit(on_meta, budget_bytes=1000, limit=16)
     with pytest.raises(InputError, match="unknown vary 'width'"):
         fit(on_meta, budget_bytes=1000, vary="width")
-
-
-def test_bytes_of_a_run():
-    (config,) = profile_configs(
-        ["full"],
-        backbone="quick",
-        image_size=(64, 96),
-        values={"model": {"method": "retinanet"}, "device": "cpu"},
-    )
-    values = config.as_dict()
-    # Of several sizes the largest counts.
-    values["data"] |= {"min_sizes": [32, 64], "max_size": 96}
-    found = training_bytes(build_config(values), batch_size=2)
-    with torch.device("meta"):
-        module = build_detector(config, 80)
-    expected = predict(module, image_size=(64, 96), batch_size=2, mode="training")
-    assert found == expected.total
 
 
 LARGE = """
