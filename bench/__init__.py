@@ -11,7 +11,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if TYPE_CHECKING:
     from bench.config.schema import RunConfig
-    from bench.measure.flops import count as count_flops
+    from bench.measure.flops import count_flops
     from bench.model.backbone import ViL
     from bench.model.detectors import build as build_detector
     from bench.model.weights import convert_classifier, load_published
@@ -33,7 +33,7 @@ _PLACES = {
     "ViL": "model.backbone:ViL",
     "build_detector": "model.detectors:build",
     "convert_classifier": "model.weights:convert_classifier",
-    "count_flops": "measure.flops:count",
+    "count_flops": "measure.flops:count_flops",
     "load_published": "model.weights:load_published",
     # The package itself, which is called as `run.runner.run` is.
     "run": "run",
