@@ -204,9 +204,7 @@ def flops_of_one(scope: str, config: RunConfig, mode: str) -> dict[str, Any] | N
     }
 
 
-def _count_one(
-    scope: str, config: RunConfig, mode: str
-) -> flops.FlopReport | flops.OperatorCount:
+def _count_one(scope: str, config: RunConfig, mode: str) -> flops.FlopReport | flops.OperatorCount:
     """Build what is counted on the device that is set, and count it for one image."""
     size, training = image_size(config), mode == "training"
     if scope == "detector":

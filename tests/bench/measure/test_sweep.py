@@ -296,7 +296,8 @@ def test_flops_of_inference_are_those_of_the_profiler():
     (walk,) = plan(["ViL"], sizes=[(96, 128)])
     config = walk[0].config
     backbone = flops_of_one("backbone", config, "inference")
-    assert backbone["total"] == flops.count_flops(build_backbone(config), image_size=(96, 128)).total
+    counted = flops.count_flops(build_backbone(config), image_size=(96, 128))
+    assert backbone["total"] == counted.total
     place = next(build_backbone(config).attention_places())
     alone = flops_of_one("attention", config, "inference")
     assert alone["total"] == place.module.multiply_adds((24, 32))
@@ -307,7 +308,8 @@ def test_a_training_step_costs_about_three_forward_passes(name):
     # The gradient of each product takes two products; the first convolution needs one less.
     (walk,) = plan([name], sizes=[(128, 128)])
     forward, step = (flops_of_one("backbone", walk[0].config, mode) for mode in MODES)
-    assert 2.7 < step["total"] / forward["total"] <= 3.0
+    # What a mechanism computes again in its backward pass counts.
+    assert 2.7 < step["total"] / forward["total"] <= 3.5
     assert step["uncounted"] == {}
 
 
