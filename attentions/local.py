@@ -130,7 +130,8 @@ class _Call:
         for square in plan.seen:
             many = (square.side * plan.window) ** 2
             self.places.append(slice(self.keys, self.keys + many))
-            self.keys += many
+            # Not in place: in a trace, sizes are tensors.
+            self.keys = self.keys + many
 
     def forward(self) -> Tensor:
         out = self.q.new_empty(self.q.shape)
