@@ -14,6 +14,7 @@ import pandas as pd
 from report.load import Named
 
 MISSING = "\N{EN DASH}"
+AT_LEAST = "\N{GREATER-THAN OR EQUAL TO}"
 METHODS = {"mask_rcnn": "Mask R-CNN", "retinanet": "RetinaNet"}
 REASONS = {
     "input": "bad input",
@@ -122,6 +123,8 @@ class Column:
         format: of the scaled numbers or the text; by default `words` for text, a decimal for
             percentages, and `aligned` for other numbers.
         optional: whether readers see it only where a row has a value.
+        lacks: column of the data that names what a number does not hold. Where it does, readers
+            see that the number is a lower bound, and the table's notes name what it lacks.
     """
 
     name: str
@@ -130,6 +133,7 @@ class Column:
     unit: Unit | None = None
     format: Format | None = None
     optional: bool = False
+    lacks: str = ""
 
     @property
     def heading(self) -> str:
@@ -147,7 +151,22 @@ class Column:
         if self.unit is None:
             return (self.format or words)(self.raw(data))
         usual = decimals(1) if self.unit.symbol == "%" else aligned
-        return (self.format or usual)(self.raw(data).astype("Float64") / self.unit.size)
+        texts = (self.format or usual)(self.raw(data).astype("Float64") / self.unit.size)
+        if not self.lacks:
+            return texts
+        bound = data[self.lacks].notna() & (texts != MISSING)
+        return texts.mask(bound, AT_LEAST + " " + texts)
+
+    def note(self, data: pd.DataFrame) -> str | None:
+        """Return what the numbers lack, in a sentence; None where they are complete."""
+        incomplete = data[data[self.lacks].notna()] if self.lacks else data.head(0)
+        if not len(incomplete):
+            return None
+        label = "label" if "label" in data else "row"
+        names = dict.fromkeys(
+            f"{row}: {what}" for row, what in incomplete[[label, self.lacks]].values
+        )
+        return f"{AT_LEAST} is a lower bound; calls without a formula: {'; '.join(names)}."
 
     def is_in(self, data: pd.DataFrame) -> bool:
         """Whether the data have it."""
@@ -184,4 +203,6 @@ def table(
     columns = [column for column in columns if column.is_in(data)]
     raw = {column.name: column.raw(data) for column in columns if column.name}
     shown = {column.heading: column.shown(data) for column in columns if column.is_shown(data)}
-    return Table(name, title, pd.DataFrame(raw), pd.DataFrame(shown), tuple(notes))
+    lacking = filter(None, (column.note(data) for column in columns if column.is_shown(data)))
+    every = tuple(dict.fromkeys((*notes, *lacking)))
+    return Table(name, title, pd.DataFrame(raw), pd.DataFrame(shown), every)

@@ -75,7 +75,11 @@ def audit(lines: Sequence[Mapping[str, Any]], *, title: str) -> Table:
             notes.append(f"{name}: uncounted, {uncounted}")
     failed = sum(not line["passed"] for line in lines)
     verdict = f"{failed} of {len(lines)} do not agree or are not complete (!)."
-    notes.append(verdict if failed else f"All {len(lines)} agree, and nothing went uncounted.")
+    notes.append(
+        verdict
+        if failed
+        else f"All {len(lines)} agree, and the operators counted leave nothing out."
+    )
     return table("audit", title, data, columns, notes)
 
 

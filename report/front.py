@@ -144,6 +144,8 @@ def _left_out(data: pd.DataFrame, found: dict[Cost, list[Place]]) -> list[str]:
 
 def _comparable(data: pd.DataFrame, cost: str) -> pd.Series:
     known = data[[cost, "box_AP"]].notna().all(axis="columns") & data["best"].fillna(True)
+    if cost == "flops":
+        known &= data["flops_uncounted"].isna()
     conditions = data["evaluated_as"].str.cat(data[f"{cost.partition('_')[0]}_as"], sep="; ")
     usual = conditions[known].mode()
     return known & conditions.isin(usual.head(1))

@@ -69,7 +69,7 @@ _COMPARED = {
     "latency_as": [*(f"latency.{name}" for name in (*_CONDITIONS, "threads")), *_PLACE],
     "evaluated_as": [f"evaluation.{name}" for name in ("split", "images", "annotations_sha256")],
 }
-_DERIVED = ("base", "family", "notes", *_COMPARED)
+_DERIVED = ("base", "family", "notes", "flops_uncounted", *_COMPARED)
 
 
 @dataclass(frozen=True)
@@ -186,8 +186,8 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
     average precision in percent. What a record lacks is missing. `base` is the row's name without
     the value of a search; `label` is the whole, with the first letters of the key where several
     records have that name. `family` is the mechanism of the first stage, by which plots choose
-    colours. `best` marks the best of a search. `*_as` say how a number was made: rows are compared
-    where they are the same.
+    colours. `best` marks the best of a search. `flops_uncounted` names the operators that FLOPs
+    lack. `*_as` say how a number was made: rows are compared where they are the same.
     """
     paths = _TEXT | _WHOLE | _REAL
     lines = [
@@ -227,11 +227,18 @@ def family(record: Record) -> str:
     return str(record.model["attention"]).split("/")[0].strip()
 
 
+def uncounted(record: Record) -> str | None:
+    """Return the operators that a record's FLOPs lack, with their calls; None if they lack none."""
+    calls = at(record, "flops.uncounted") or {}
+    return ", ".join(f"{name} ({count})" for name, count in calls.items()) or None
+
+
 def _derived(record: Record) -> dict[str, Any]:
     return {
         "base": searches.base(record),
         "family": family(record),
         "notes": "; ".join(record.notes) or None,
+        "flops_uncounted": uncounted(record),
         **{
             name: ", ".join(f"{path} {at(record, path)}" for path in paths)
             for name, paths in _COMPARED.items()

@@ -137,6 +137,8 @@ def accuracy(data: pd.DataFrame, style: Looks, cost: Cost) -> Figure | str:
     ends = ends if ends[0] in data.columns else [cost.column] * 2
     scaled = dict(zip(("x", "left", "right"), (cost.column, *ends), strict=True))
     data = data.assign(**{name: data[of] / cost.unit.size for name, of in scaled.items()})
+    if cost.column == "flops":
+        data = data[data["flops_uncounted"].isna()]
     data = data.dropna(subset=["x", "box_AP"]).astype(dict.fromkeys((*scaled, "box_AP"), float))
     if data.empty:
         return f"No row has both box AP and {cost.name}, so there is no plot of them."

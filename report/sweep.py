@@ -12,7 +12,7 @@ import pandas as pd
 from bench.record import Record
 from report import page, provenance, sweep_plots
 from report.columns import Column, Table, Unit, joined, memory_unit, reason, table, three_digits
-from report.load import at, family, load
+from report.load import at, family, load, uncounted
 from report.page import Section
 from report.scaling import BASELINE, QUANTITIES, Growth, crossover_of, growth_of, parts
 
@@ -62,6 +62,7 @@ def frame(points: Sequence[Record]) -> pd.DataFrame:
     errors = data.drop_duplicates(_POINT).set_index(_POINT)
     quantities[["error", "message"]] = errors[["error", "message"]]
     lines = quantities.reset_index()
+    lines["flops_uncounted"] = lines["flops_uncounted"].replace("", None)
     lines = lines.astype(dict.fromkeys(_WHOLE, "Int64") | dict.fromkeys(_LATENCIES, "Float64"))
     lines["latency_iqr"] = lines["latency_q3"] - lines["latency_q1"]
     lines["pixels"] = lines["height"] * lines["width"]
@@ -90,6 +91,8 @@ def _values(point: Record) -> dict[str, Any]:
         "size": str(height) if height == width else f"{height}x{width}",
         "batch": point.config["profile"]["batch_size"],
         "flops": at(point, "flops.total"),
+        # Empty where nothing is lacking, so that a newer complete count stands above an older one.
+        "flops_uncounted": uncounted(point) or (None if point.flops is None else ""),
         "memory": at(point, f"memory.{mode}"),
         "latency": at(point, f"latency.{mode}.median"),
         "latency_q1": at(point, f"latency.{mode}.q1"),
@@ -129,6 +132,7 @@ _CROSSOVER = {"of": "kind"} | {n: n for n in ("pixels", "after_pixels", "before_
 def _fits(data: pd.DataFrame, part: pd.DataFrame, quantities: Sequence[str]) -> dict[str, Any]:
     """What is fitted to the points of one row."""
     row = part["row"].iloc[0]
+    data, part = (_complete(lines) for lines in (data, part))
     line = {"row": row, "label": part["label"].iloc[0], "measured_up_to": _reach(part)}
     for quantity in quantities:
         fitted, crossed = growth_of(part, quantity), crossover_of(data, part, quantity)
@@ -140,6 +144,11 @@ def _fits(data: pd.DataFrame, part: pd.DataFrame, quantities: Sequence[str]) -> 
         below = str(crossed or "") if row != BASELINE else ""
         line[f"{quantity}_below"] = below or None
     return line
+
+
+def _complete(data: pd.DataFrame) -> pd.DataFrame:
+    """Leave out FLOPs that lack operators: nothing follows from a part of them."""
+    return data.assign(flops=data["flops"].mask(data["flops_uncounted"].notna()))
 
 
 _ABOUT_EXPONENTS = (
@@ -174,7 +183,11 @@ def points(data: pd.DataFrame) -> Table:
         Column("width"),
         Column("", "size", "size"),
         Column("batch", "batch" if data["batch"].nunique() > 1 else ""),
-        Column("flops_multiply_adds", "FLOPs {}", "flops", Unit.GIGA, _three_digits),
+        Column(
+            *("flops_multiply_adds", "FLOPs {}", "flops", Unit.GIGA, _three_digits),
+            lacks="flops_uncounted",
+        ),
+        Column("flops_uncounted"),
         Column("memory_bytes", "memory {}", "memory", unit, _three_digits),
         Column("latency_median_s", values="latency"),
         Column("latency_q1_s", values="latency_q1"),

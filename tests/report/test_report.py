@@ -523,3 +523,17 @@ def test_further_splits_have_a_table_of_their_own(records: list[Record]) -> None
     assert table.shown[["row", "split", "of"]].values.tolist() == [
         [f"{first.row} (torchvision)", "train2017", "box"]
     ]
+
+
+def test_flops_that_lack_operators_are_marked_and_named_and_decide_nothing() -> None:
+    flops = make("ViL").flops
+    assert flops is not None
+    lacking = make("performer", flops={**flops, "total": 1, "uncounted": {"aten._fft_r2c": 3}})
+    (table,) = tables.comparison([make("ViL"), lacking])
+    shown = table.shown.set_index("row")["FLOPs G"]
+    assert shown["performer"].startswith("≥ ")
+    assert not shown["ViL"].startswith("≥")
+    assert "performer: aten._fft_r2c (3)" in " ".join(table.notes)
+    assert table.raw["flops_uncounted"].fillna("").tolist() == ["", "aten._fft_r2c (3)"]
+    data = load.frame([make("ViL"), lacking])
+    assert [place.row for place in front.places(data, "flops")] == [0]
