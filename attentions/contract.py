@@ -38,6 +38,7 @@ class AttentionModule(Protocol):
         multiply_adds(grid): multiply-adds of one image, in closed form, of what runs.
         published_multiply_adds(grid): the same in the convention of the published table.
         published_note: why the two differ, in one sentence.
+        gradient_note: why its gradient is not its derivative, in one sentence, where that is meant.
         window, reach: side of its windows, and how many windows to each side a window sees (0 if
             it does not say), for what padding to whole windows costs.
         set_training_step(step): told by the backbone before each training step, for random parts
@@ -76,6 +77,7 @@ class Attention(nn.Module):
     fixed_size: ClassVar[bool] = False
     has_weights: ClassVar[bool] = True
     published_note: ClassVar[str] = ""
+    gradient_note: ClassVar[str] = ""
     examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
     least_globals: ClassVar[int] = 0
 

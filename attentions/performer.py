@@ -136,6 +136,10 @@ class PerformerAttention(Attention):
 
     arch_option: ClassVar = "num_features"
     has_weights: ClassVar = False
+    gradient_note: ClassVar = (
+        "performer_pytorch detaches the maximum that it subtracts from exponents, and adds a"
+        " constant to what they give"
+    )
     published_note: ClassVar = (
         "the published formula counts five products of tokens, features and channels where four"
         " run, and elementwise operations"

@@ -312,7 +312,7 @@ class OnlyLarge(Silent):
 @pytest.mark.parametrize("text", ["0x5", "5", "axb", "5x0", "5x5x5"])
 def test_a_grid_that_is_none(text, capsys):
     assert cli.main(["audit", "--grid", text]) == 2
-    assert "is no grid; allowed: ROWSxCOLUMNS" in capsys.readouterr().err
+    assert "is not a grid; allowed: ROWSxCOLUMNS" in capsys.readouterr().err
 
 
 def test_a_module_that_is_no_mechanism():
