@@ -26,11 +26,6 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def linear_multiply_adds(tokens: int, features_in: int, features_out: int) -> int:
-    """Multiply-adds of a linear layer, without its bias."""
-    return tokens * features_in * features_out
-
-
 def grid_positions(grid: Grid, device: torch.device | None = None) -> Tensor:
     """Row and column of every grid token in row-major order: (rows * columns, 2)."""
     rows, columns = grid
