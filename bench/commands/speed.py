@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from typing import Any
 
 from bench.cli import add, positive, repeats, several, some_of
@@ -96,7 +97,8 @@ def run(options: argparse.Namespace) -> int:
     }
     print(text[options.format]())
     if options.output is not None:
-        place = record.environment(command="python -m bench speed", device="cpu")
+        command = ["python", "-m", "bench", *sys.argv[1:]]
+        place = record.environment(command=command, device="cpu")
         content = {
             "base": base,
             "environment": place | {"threads": torch.get_num_threads()},
