@@ -92,6 +92,8 @@ def parser_of(prog: str, command: Any) -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    # One of a notebook may not be installed here, and whatever imports matplotlib would fail.
+    os.environ.pop("MPLBACKEND", None)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     tolerate_encoding()
     words = list(sys.argv[1:] if arguments is None else arguments)

@@ -2,9 +2,10 @@
 
 import os
 
-try:
-    import matplotlib as _matplotlib  # noqa: F401
-except ValueError:
-    # $MPLBACKEND names one that is not installed here, that of the notebook which started this
-    # process; plots are drawn without any.
-    os.environ.pop("MPLBACKEND", None)
+# $MPLBACKEND may name a backend that is not installed here, that of the notebook which started this
+# process, and matplotlib would refuse to be imported; plots are drawn without any.
+_backend = os.environ.pop("MPLBACKEND", None)
+import matplotlib as _matplotlib  # noqa: E402, F401
+
+if _backend is not None:
+    os.environ["MPLBACKEND"] = _backend

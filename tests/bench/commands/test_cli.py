@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from argparse import ArgumentTypeError
@@ -195,3 +196,16 @@ def test_an_output_that_cannot_be_written_is_said_before_anything_is_measured(
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     assert f"--output {tmp_path / 'file'}" in captured.err
+
+
+def test_a_notebooks_backend_of_plots_does_no_harm():
+    words = "profile --attention full --backbone quick --what parameters --no-parts".split()
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", *words],
+        env=os.environ | {"MPLBACKEND": "module://not_there"},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
