@@ -199,7 +199,16 @@ def test_an_output_that_cannot_be_written_is_said_before_anything_is_measured(
 
 
 def test_a_notebooks_backend_of_plots_does_no_harm():
-    words = "profile --attention full --backbone quick --what parameters --no-parts".split()
+    words = [
+        "profile",
+        "--attention",
+        "full",
+        "--backbone",
+        "quick",
+        "--what",
+        "parameters",
+        "--no-parts",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "bench", *words],
         env=os.environ | {"MPLBACKEND": "module://not_there"},
