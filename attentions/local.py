@@ -16,6 +16,7 @@ from torch import Tensor
 from attentions.cache import has_data
 from attentions.contract import Grid
 from attentions.parts import (
+    LARGEST_BATCH,
     add_product_,
     at_once,
     dropout_factors,
@@ -29,8 +30,6 @@ from attentions.recompute import Gradients, recomputed
 # Bytes of the scores that are made at once: on a CPU what its caches hold, elsewhere enough to keep
 # the device busy.
 LARGEST_SCORES = {"cpu": 2**22, "other": 2**26}
-# Batched products on CUDA take at most so many matrices.
-LARGEST_BATCH = 65_535
 
 
 class Square(NamedTuple):

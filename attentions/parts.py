@@ -14,6 +14,8 @@ from attentions.contract import Grid
 # Above this many entries an (N, N) index costs more memory than the attention it serves; it is then
 # made at each call and not kept as the buffer of the published state dicts.
 LARGEST_INDEX = 2**24
+# Batched products and fused kernels on CUDA take at most so many in the batch dimension.
+LARGEST_BATCH = 65_535
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

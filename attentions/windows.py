@@ -15,11 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from attentions.cache import cached
 from attentions.contract import Grid
-from attentions.parts import merge_heads, split_heads
+from attentions.parts import LARGEST_BATCH, merge_heads, split_heads
 from attentions.pieces import budget, qkv_heads
 
-# Fused kernels on CUDA take at most so many in the batch dimension, where windows are.
-LARGEST_BATCH = 65535
 # Keys of a mask are aligned as these kernels want them, which would copy it otherwise.
 ALIGNMENT = 8
 _SEEN, _WRAPPED, _PADDING = range(3)

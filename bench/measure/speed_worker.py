@@ -105,8 +105,6 @@ def main() -> None:
     # What a mechanism prints must not look like an answer.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    # The first backward of a process makes what stays; it belongs to no case.
-    torch.ones(1, requires_grad=True).sum().backward()
     case: Case | None = None
     for line in sys.stdin:
         try:

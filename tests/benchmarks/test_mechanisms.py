@@ -12,12 +12,11 @@ from bench.measure import speed
 
 # The oracles hold scores of all pairs of tokens: 67,201 squared at the first stage.
 MOST_TOKENS = 5000
-ROWS = ("full", "global", "srformer/64", "performer", "ViL", "linformer", "swin", "focused_linear")
 SMALL = (64, 96)
 
 
 def cases():
-    for case in speed.cases(ROWS, positions=("absolute", "relative")):
+    for case in speed.cases(attentions.names(), positions=("absolute", "relative")):
         for implementation in ("fast", "reference"):
             label = f"{case.mechanism}-{case.stage}-{case.position}-{case.mode}-{implementation}"
             yield pytest.param(case, implementation, id=label)
