@@ -23,7 +23,7 @@ from bench import record
 from bench.cli import Parser, add, add_files, add_overrides, file_values, names, positive
 from bench.config import search
 from bench.config.schema import RunConfig
-from bench.config.suites import Suite, load_suite, suites
+from bench.config.suites import Suite, families, load_suite, suites
 from bench.data.generated import SPLITS
 from bench.errors import InputError
 from bench.record import Record
@@ -48,13 +48,14 @@ def parser() -> Parser:
         description=__doc__,
         epilog=f"""\
 suites: {", ".join(suites())}
-  quick     every row with a small backbone on generated images; minutes on a laptop
+  quick     rows with a small backbone on generated images; minutes on a laptop
   ablation  the published ablation: ViL-Small, Mask R-CNN, 1x; needs --data with COCO and a GPU
   zoo       the published model zoo: ViL in four sizes, two methods, two schedules; needs the same
 
 examples:
   python run_all.py
   python run_all.py --rows ViL,performer --seed 1
+  python run_all.py --rows published,linear
   python run_all.py --data my_data --rows ViL train.steps=200 model.method=retinanet
   python run_all.py --train export/train.json --val export/val.json --images export/images
   python run_all.py --rows my_attention.py:MyAttention
@@ -102,8 +103,8 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
         metavar="A,B",
         type=names,
         default=(),
-        help="rows of the suite, by name, or mechanisms of yours as package.module:Class or"
-        " file.py:Class (default: all)",
+        help=f"rows of the suite, families of rows ({', '.join(families())}), all, or mechanisms of"
+        " yours as package.module:Class or file.py:Class (default: the suite's default)",
     )
     add(
         result,
@@ -485,6 +486,13 @@ def _survey(
         + (f", {have} have their record" if have else ""),
         highlight=False,
     )
+    if suite.more:
+        console.print(
+            f"not among them: {len(suite.more)} more rows; --rows takes their names, all, or"
+            f" {', '.join(families())}",
+            highlight=False,
+            soft_wrap=True,
+        )
     _check_free(missing, output)
     notes = [standing.note for standing in missing if standing.note]
     if missing and check:

@@ -8,7 +8,7 @@ import dataclasses
 import importlib.resources
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,13 @@ class Suite:
 
     Attributes:
         needs: the data set that it cannot do without, or None where it generates its own.
+        more: rows of the suite that run only where they are named.
     """
 
     name: str
     runs: tuple[RunConfig, ...]
     needs: str | None = None
+    more: tuple[str, ...] = ()
 
 
 def suites() -> tuple[str, ...]:
@@ -62,7 +64,8 @@ def load_suite(
 
     Args:
         name: a file in `configs/suites`.
-        rows: some of its rows, or mechanisms of the user as `package.module:Class`; empty for all.
+        rows: some of its rows, families of them, "all", or mechanisms of the user as
+            `package.module:Class`; empty for the suite's default.
         schedule: recipe of `configs/recipes.yaml`, instead of the suite's; where the rows have
             schedules of their own, it chooses among them.
         method: "mask_rcnn" or "retinanet", likewise.
@@ -89,7 +92,8 @@ def load_suite(
     command_line = _overrides(overrides)
     recipes, known_backbones = _read("recipes.yaml"), _read("backbones.yaml")
     runs = []
-    for row in dict.fromkeys(rows or table):
+    chosen = _chosen(rows or suite.get("default", ["all"]), table)
+    for row in chosen:
         found = _suite_row(row, table, name, suite)
         layer = _row_layer(found.stages, known_backbones[found.backbone])
         top: dict[str, Any] = {"suite": name, "row": row}
@@ -100,7 +104,8 @@ def load_suite(
         run = _with_fixed_size(build_config(merged(layers_of_row)))
         check_sizes(run)
         runs.append(run)
-    return Suite(name, tuple(runs), needs)
+    more = () if rows else tuple(row for row in table if row not in chosen)
+    return Suite(name, tuple(runs), needs, more)
 
 
 def profile_configs(
@@ -116,7 +121,7 @@ def profile_configs(
 
     Args:
         names: rows of `configs/rows.yaml`, mechanisms (the first row that has it in all stages), or
-            mechanisms of the user; "all" for every row.
+            mechanisms of the user; families of rows; "all" for every row.
         backbone: one of `configs/backbones.yaml`.
         position: "absolute" or "relative" in all stages; None for that of the row.
         image_size: (height, width) of every image in pixels, which the detector takes as it is.
@@ -131,13 +136,14 @@ def profile_configs(
     choose(backbone, known_backbones, "backbone")
     table = _rows()
     first = {spec["attention"]: row for row, spec in reversed(table.items()) if "dense" not in spec}
-    rows = [row for name in names for row in (table if name == "all" else [first.get(name, name)])]
+    rows = [first.get(name, name) for name in _chosen(names, table)]
     if not all(row in table or ":" in row for row in rows):
         wrong = next(row for row in rows if row not in table and ":" not in row)
         known = [*attentions.names(), *(row for row in table if row not in attentions.names())]
         raise InputError(
             f"unknown attention {wrong!r}{nearest(wrong, known)}; allowed: {', '.join(known)},"
-            " all, or a mechanism of yours as package.module:Class or file.py:Class"
+            f" {', '.join(families())}, all, or a mechanism of yours as package.module:Class or"
+            " file.py:Class"
         )
     size: dict[str, Any] = {}
     if image_size is not None:
@@ -164,6 +170,16 @@ def mechanism(name: str) -> str:
     """Return the mechanism of a row of `configs/rows.yaml`, or `name`, which is one itself."""
     spec = _rows().get(name, {})
     return str(name if name in attentions.names() else spec.get("attention", name))
+
+
+def families() -> dict[str, tuple[str, ...]]:
+    """Return the rows of each family of `configs/rows.yaml`."""
+    table = _rows()
+    found = dict.fromkeys(name for spec in table.values() for name in spec.get("family", []))
+    return {
+        name: tuple(row for row, spec in table.items() if name in spec.get("family", []))
+        for name in found
+    }
 
 
 def backbones() -> tuple[str, ...]:
@@ -263,6 +279,14 @@ def _suite_rows(
     return rows
 
 
+def _chosen(names: Iterable[str], table: Iterable[str]) -> tuple[str, ...]:
+    """Return the rows that names of rows, names of families and "all" stand for, each once."""
+    groups = {"all": tuple(table)} | {
+        family: tuple(row for row in rows if row in table) for family, rows in families().items()
+    }
+    return tuple(dict.fromkeys(row for name in names for row in groups.get(name) or (name,)))
+
+
 def _suite_row(
     row: str, table: Mapping[str, _SuiteRow], name: str, suite: Mapping[str, Any]
 ) -> _SuiteRow:
@@ -273,7 +297,10 @@ def _suite_row(
     if takes_mechanisms and ":" in row:
         recipe = next(iter(table.values())).recipe
         return _SuiteRow({"attention": row}, suite["backbone"], recipe, {})
-    more = ", or a mechanism of yours as package.module:Class or file.py:Class"
+    more = (
+        f", all, a family ({', '.join(families())}), or a mechanism of yours as"
+        " package.module:Class or file.py:Class"
+    )
     raise InputError(
         f"unknown row {row!r} of suite {name}{nearest(row, table)}; allowed:"
         f" {', '.join(table)}{more if takes_mechanisms else ''}"

@@ -15,7 +15,14 @@ from attentions import registry
 from attentions.contract import Attention
 from bench.config.arch import parse
 from bench.config.schema import RunConfig, build
-from bench.config.suites import backbones, build_config, load_suite, profile_configs, suites
+from bench.config.suites import (
+    backbones,
+    build_config,
+    families,
+    load_suite,
+    profile_configs,
+    suites,
+)
 from bench.config.values import assigned
 from bench.errors import InputError
 from bench.model.backbone import ViL
@@ -26,11 +33,6 @@ with (FOLDER.parent / "results" / "published.csv").open(newline="") as _table:
     EVERY = list(csv.DictReader(_table))
 PUBLISHED = {row["row"]: row for row in EVERY if row["table"] == "ablation"}
 ZOO = {row["row"]: row for row in EVERY if row["table"] == "zoo"}
-ROWS = (*PUBLISHED, "full", "linformer", "Partial linformer")
-CURATED = {"srformer", "global", "performer", "longformer", "full", "linformer"}
-AUTOMATIC = tuple(
-    row for name in attentions.names() if name not in CURATED for row in (name, f"Partial {name}")
-)
 METHODS = {"mask_rcnn": "Mask R-CNN", "retinanet": "RetinaNet"}
 USERS = """
 from torch import nn
@@ -63,7 +65,7 @@ def refuse(*overrides, **more):
 @functools.cache
 def whole(suite):
     """All runs of a suite, by row."""
-    return {run.row: run for run in load_suite(suite).runs}
+    return {run.row: run for run in load_suite(suite, rows=["all"]).runs}
 
 
 def test_suites():
@@ -80,15 +82,17 @@ def test_suites():
 @pytest.mark.parametrize("suite", ["quick", "ablation"])
 def test_rows_of_a_suite_of_all(suite):
     rows = list(whole(suite))
-    assert tuple(rows[:12]) == ROWS
-    # A mechanism that no row names has two rows by itself.
-    assert tuple(rows[12:]) == AUTOMATIC
-    assert {"swin", "Partial swin", "focused_linear", "Partial focused_linear"} <= set(AUTOMATIC)
+    assert rows[:9] == list(PUBLISHED)
+    mechanisms = {run.model.attention for run in whole(suite).values()}
+    assert mechanisms == set(attentions.names())
 
 
 @pytest.mark.parametrize("backbone", backbones())
-def test_automatic_rows_build_in_every_backbone(backbone):
-    for run in profile_configs(AUTOMATIC, backbone=backbone):
+def test_other_rows_build_in_every_backbone(backbone):
+    others = [row for row in whole("quick") if row not in (*PUBLISHED, "full")]
+    for run in profile_configs(others, backbone=backbone):
+        if run.data.fixed_size is not None:
+            continue
         with torch.device("meta"):
             vil = ViL(run.model.arch, attention=run.model.attention, image_size=(47, 96))
             maps = vil(torch.zeros(1, 3, 47, 96))
@@ -145,6 +149,25 @@ def test_suites_are_as_published(published):
     recipe, values = read("recipes.yaml")[published["schedule"]], run.as_dict()
     assert recipe["train"].items() <= values["train"].items()
     assert recipe["data"].items() <= values["data"].items()
+
+
+def test_rows_are_chosen_by_name_by_family_or_by_the_default_of_the_suite():
+    published = families()["published"]
+    assert len(published) == 9
+    default = load_suite("quick")
+    assert [run.row for run in default.runs][:11] == [*published, "full", "swin"]
+    assert {"linformer", "Partial swin"} <= set(default.more)
+    assert set(whole("quick")) == {run.row for run in default.runs} | set(default.more)
+    chosen = load_suite("quick", rows=["full", "linear", "performer"])
+    assert [run.row for run in chosen.runs] == ["full", *families()["linear"]]
+    assert chosen.more == ()
+    assert "published" in refuse(rows=["publised"])
+    assert [c.row for c in profile_configs(["published"])] == list(published)
+
+
+def test_every_row_of_the_table_has_a_family():
+    rows = {row for group in families().values() for row in group}
+    assert [row for row in whole("quick") if row not in rows] == ["full"]
 
 
 def test_schedule_and_method_change_a_suite_of_all_rows():
