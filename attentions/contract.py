@@ -93,7 +93,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         if dim < 1 or num_heads < 1 or dim % num_heads:
-            raise ValueError(f"dim {dim} is no positive multiple of num_heads {num_heads}")
+            raise ValueError(f"dim {dim} must be a positive multiple of num_heads {num_heads}")
         if num_global < self.least_globals:
             raise ValueError(
                 f"{type(self).__name__} needs at least {self.least_globals} global tokens,"

@@ -18,7 +18,7 @@ keys, which the paper does not have or which fix the image size; lengths are tho
 all heads together; the sum of weights is not increased by 1e-6, since they are positive. Kernel
 features and their products are float32 under autocast too: powers and sums over all tokens span
 more than half precision holds. Global tokens are an extension of ours: they attend and are attended
-as any token, and are no part of the convolution's grid.
+as any token, and are not part of the convolution's grid.
 """
 
 from typing import Any, ClassVar

@@ -50,7 +50,7 @@ class ShiftedWindowAttention(Attention):
         position: "absolute" (positions are in x already) or "relative" (a learned bias).
 
     Raises:
-        ValueError: for a shift that is no part of a window.
+        ValueError: for a shift outside the window.
     """
 
     local_relative_position_bias_table: Tensor

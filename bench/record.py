@@ -135,7 +135,7 @@ class Record:
             if getattr(self, name) is not None:
                 _has(name, getattr(self, name), needed)
         if isinstance(self.notes, str) or not isinstance(self.notes, Sequence):
-            raise ValueError(f"notes is no list of strings: {self.notes!r}")
+            raise ValueError(f"notes must be a list of strings, not {self.notes!r}")
 
     def to_json(self) -> str:
         """Return the record as JSON text. A number that is not finite becomes null."""
@@ -157,9 +157,11 @@ class Record:
         try:
             values = json.loads(text)
         except ValueError as error:
-            raise InputError(f"{source} is no JSON: {error}") from error
+            raise InputError(f"{source} is not JSON: {error}") from error
         if not isinstance(values, dict):
-            raise InputError(f"{source} is no record: {type(values).__name__} instead of an object")
+            raise InputError(
+                f"{source} is not a record: {type(values).__name__} instead of an object"
+            )
         if values.get("schema") != SCHEMA:
             raise InputError(
                 f"{source} has schema {values.get('schema')!r}; this version reads schema {SCHEMA}"
@@ -168,13 +170,13 @@ class Record:
         missing, unknown = sorted(known - set(values)), sorted(set(values) - known)
         if missing or unknown:
             raise InputError(
-                f"{source} is no record: missing {', '.join(missing) or 'nothing'},"
+                f"{source} is not a record: missing {', '.join(missing) or 'nothing'},"
                 f" unknown {', '.join(unknown) or 'nothing'}"
             )
         try:
             return cls(**values)
         except ValueError as error:
-            raise InputError(f"{source} is no record: {error}") from error
+            raise InputError(f"{source} is not a record: {error}") from error
 
 
 def read(path: Path) -> Record:

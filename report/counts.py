@@ -62,7 +62,7 @@ def audit(lines: Sequence[Mapping[str, Any]], *, title: str) -> Table:
         "M = 10^6 multiply-adds of one image. Declared: closed forms; operators: what the"
         " dispatcher runs; fvcore: the traced graph, with handles for what fvcore lacks.",
         "Alone: fvcore without these handles, and torch's FlopCounterMode on a CPU; a negative"
-        " share is what they count although it is no product of matrices.",
+        " share is what they count although it is not a product of matrices.",
     ]
     for line in lines:
         name = " ".join(filter(None, (line["name"], _options(line["options"]))))

@@ -1,6 +1,6 @@
 """Whether an attention module keeps the contract that the suite relies on.
 
-`CHECKS` are the promises of `bench.conformance.promises`.
+`CHECKS` are the rules of `bench.conformance.rules`.
 Whatever a mechanism itself raises is a failure of that check and never ends the others, except
 where nothing further can be learnt: a mechanism that cannot be built or called.
 """
@@ -18,7 +18,7 @@ from torch import nn
 
 import attentions
 from attentions.contract import Grid, accepted_options
-from bench.conformance.promises import CHECKS, Check
+from bench.conformance.rules import CHECKS, Check
 from bench.conformance.subject import (
     DIM,
     GRID,
@@ -42,7 +42,7 @@ class Result:
     Attributes:
         check: its name.
         status: "passed", "warning", "failed" or "skipped".
-        detail: the promise where it passed, else the reason in one line.
+        detail: the rule where it passed, else the reason in one line.
         advice: what to change, where it failed or warned.
     """
 
@@ -100,7 +100,7 @@ def check(
         num_heads: attention heads.
 
     Raises:
-        InputError: for a name that is no mechanism, or options that it refuses.
+        InputError: for a name that is not a mechanism, or options that it refuses.
     """
     try:
         factory = attentions.find(name)
@@ -185,7 +185,7 @@ def _check_one(one: Check, subject: Subject) -> Result:
     except _ANY_ERROR as error:
         # Whatever the mechanism raises is what this check found.
         return Result(one.name, FAILED, subject.reason(error), one.advice)
-    return Result(one.name, PASSED, one.promise)
+    return Result(one.name, PASSED, one.rule)
 
 
 @contextlib.contextmanager

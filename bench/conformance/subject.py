@@ -45,19 +45,19 @@ class VerdictError(Exception):
 
 
 class FailedError(VerdictError):
-    """A promise is broken."""
+    """A rule is broken."""
 
     status = "failed"
 
 
 class WarnedError(VerdictError):
-    """A promise is kept, but at a cost or within limits."""
+    """A rule is kept, but at a cost or within limits."""
 
     status = "warning"
 
 
 class SkippedError(VerdictError):
-    """A promise does not apply."""
+    """A rule does not apply."""
 
     status = "skipped"
 
@@ -204,7 +204,7 @@ def run(module: nn.Module, x: Tensor, grid: Grid, when: str) -> Tensor:
     Whether it changes its input or draws at random is for `calls` alone to say.
 
     Raises:
-        FailedError: where the result is no tensor of the input's shape, or is not finite.
+        FailedError: where the result is not a finite tensor of the input's shape.
     """
     torch.manual_seed(0)
     with torch.no_grad():
@@ -214,7 +214,7 @@ def run(module: nn.Module, x: Tensor, grid: Grid, when: str) -> Tensor:
 
 
 def check_output(y: object, x: Tensor, when: str) -> None:
-    """Raise `FailedError` where y is no finite tensor of the shape of x."""
+    """Raise `FailedError` where y is not a finite tensor of the shape of x."""
     if not isinstance(y, Tensor):
         raise FailedError(f"{when}: returns {type(y).__name__}, not a tensor", "return one tensor")
     if y.shape != x.shape:

@@ -2,4 +2,4 @@
 
 
 class DataError(RuntimeError):
-    """Data could not be read or loaded, for a reason that is no mistake of the user."""
+    """Data could not be read or loaded, for a reason other than a mistake of the user."""

@@ -121,7 +121,7 @@ class AnnotationReader:
         images: the images by id.
         labels: the labels by category id.
         drop_degenerate: leave out boxes without area, which are errors otherwise.
-        report: told of everything that is found.
+        report: receives everything that is found.
     """
 
     def __init__(
@@ -274,7 +274,7 @@ class AnnotationReader:
         elif isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts):
             pixels = sum(counts)
         else:
-            self._say(raw, malformed, why="its counts are no text and no numbers")
+            self._say(raw, malformed, why="its counts are neither text nor numbers")
             return False
         if pixels != height * width:
             self._say(raw, wrong, size=f"{pixels} pixels", own=f"has {height * width}")

@@ -257,7 +257,7 @@ def _own(entry: Entry) -> dict[str, Any]:
 
 
 def _inspect_file(dataset: CocoDataset, entry: Entry, found: list[Finding]) -> str:
-    """Add what is found in an image's file; return its digest, or nothing if it is no image."""
+    """Add what is found in an image's file; return its digest, or nothing if it is not an image."""
     path, own = dataset.path(entry), _own(entry)
     expected = (entry["height"], entry["width"])
     try:

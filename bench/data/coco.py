@@ -77,7 +77,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         file, images: its annotation file and its folder of images; None where the layout says.
         degenerate_boxes: "error", or "drop" to leave out boxes without area.
         deep_white: the value that becomes 255 in grey images of 16 bits.
-        report: told of everything wrong or odd; an error then leaves out what it concerns instead
+        report: receives everything wrong or odd; an error then leaves out what it concerns instead
             of being raised.
 
     `dataset[i]` is an image, uint8 (3, height, width), and its target: `image_id` () (the id, or a
@@ -112,7 +112,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         self._told = report
         with _no_garbage_collection():
             self._open(drop_degenerate=degenerate_boxes == "drop")
-        # What it is told stays with the caller; workers need no copy.
+        # What it receives stays with the caller; workers need no copy.
         del self._told
 
     def _open(self, *, drop_degenerate: bool) -> None:
@@ -200,7 +200,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         return entry, annotations
 
     def instances(self, index: int) -> int:
-        """How many annotations that are no crowd the image has."""
+        """Return how many annotations other than crowds the image has."""
         return int(self._instances[index])
 
     def size(self, index: int) -> tuple[int, int]:
@@ -215,8 +215,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         """The split as a COCO dictionary, without the annotations that were left out.
 
         Every annotation has a segmentation, and they are numbered anew from 1: to the rules of
-        COCO's evaluation, a match with annotation 0 is no match. Images have the numbers of
-        `image_id` in targets.
+        COCO's evaluation, a match with annotation 0 does not count as one. Images have the numbers
+        of `image_id` in targets.
         """
         entries: list[Entry] = []
         annotations: list[Entry] = []
@@ -248,7 +248,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         return [self.ids[index] for index in np.flatnonzero(chosen)]
 
     def _report(self, found: Finding) -> None:
-        """Count what is found, and stop at an error where nobody else is told."""
+        """Count what is found, and stop at an error where nobody receives it."""
         self.tally.add(found)
         if self._told is not None:
             self._told(found)
@@ -400,7 +400,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
         content = json.loads(raw)
     except (ValueError, RecursionError) as error:
         text = " ".join(str(error).split())
-        raise InputError(f"{path} is no valid JSON: {text}") from error
+        raise InputError(f"{path} is not valid JSON: {text}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object")
     return content, hashlib.sha256(raw).hexdigest()

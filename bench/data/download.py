@@ -57,7 +57,7 @@ def download(
     Args:
         base_url: where the archives are; a mirror has the same files.
         keep_archives: keep the zip files beside what was extracted.
-        say: told what was done, a line each.
+        say: receives what was done, a line each.
 
     Raises:
         InputError: for an unknown split, a folder that cannot be written, or too little space.

@@ -149,7 +149,7 @@ def _refuse_foreign(root: Path) -> None:
     foreign = there - {_MARK, "annotations", *SPLITS} if ours else there
     if foreign:
         raise InputError(
-            f"{root} holds {sorted(foreign)[0]!r}, which is no generated data; name another folder"
+            f"{root} holds {sorted(foreign)[0]!r}, which is not generated data; name another folder"
         )
 
 

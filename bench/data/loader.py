@@ -188,7 +188,7 @@ def training_batches(
 ) -> Iterator[Batch]:
     """Yield the batches of steps `start_step` to `steps - 1`.
 
-    Images without an instance that is no crowd are left out, and so are crowds. With
+    Images without an instance other than crowds are left out, and so are crowds. With
     `aspect_ratio_grouping` landscape and portrait images do not share a batch, which saves padding.
 
     Args:
@@ -201,7 +201,7 @@ def training_batches(
         rank: which of `world_size` processes this one is; each has its own part of every batch, and
             the parts in order of rank are the batch of a single process.
         pin_memory: put batches where a GPU copies them from fastest; None where there is a GPU.
-        pace: told of the time that each batch took.
+        pace: receives the time that each batch took.
 
     Raises:
         InputError: where no image is left, or an image cannot be read.

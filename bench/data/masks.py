@@ -45,7 +45,7 @@ def run_counts(text: str | bytes) -> NDArray[np.int64]:
     raw = np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8).astype(np.int64)
     raw -= 48
     if not len(raw) or raw.min() < 0 or raw.max() > 63 or raw[-1] & 32:
-        raise ValueError("its counts are no run lengths")
+        raise ValueError("its counts are not run lengths")
     ends = np.flatnonzero(raw < 32) + 1
     lengths = np.diff(ends, prepend=0)
     if lengths.max() > 7:
@@ -58,7 +58,7 @@ def run_counts(text: str | bytes) -> NDArray[np.int64]:
     for first in (1, 2):
         counts[first::2] = np.cumsum(counts[first::2])
     if counts.min() < 0:
-        raise ValueError("its counts are no run lengths")
+        raise ValueError("its counts are not run lengths")
     return counts
 
 

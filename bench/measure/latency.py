@@ -246,7 +246,7 @@ def rounds(
     """Time what is in `timed` in rounds; see `interleaved`.
 
     Args:
-        lost: told of the name and the error of what cannot be timed, which is then left out;
+        lost: receives the name and the error of what cannot be timed, which is then left out;
             without it the error is raised.
     """
     watch = _Watch(device, instruments or Instruments())

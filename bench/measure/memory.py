@@ -37,7 +37,7 @@ class MemoryPeak:
         bytes: the largest amount in use at once, what was in use before included.
         kind: "allocator" on CUDA, "live tensor bytes" on the CPU.
         device: for example "cpu" or "cuda:0 (NVIDIA H100)".
-        before: bytes in use before the call: parameters, optimiser state, inputs.
+        before: bytes in use before the call: parameters, optimizer state, inputs.
         reserved: the allocator's largest reservation in bytes; None on the CPU.
     """
 
@@ -53,13 +53,13 @@ def peak(
 ) -> MemoryPeak:
     """Run `fn` once and return the peak memory on `device`.
 
-    Call `fn` once before, where its first call allocates what stays (optimiser state).
+    Call `fn` once before, where its first call allocates what stays (optimizer state).
 
     Args:
         fn: the work; what it returns is dropped.
         device: "cpu" or a CUDA device.
         live: on the CPU, what was alive before `fn` and counts: tensors, modules (parameters,
-            buffers, gradients), optimisers (state, parameters, gradients), or containers of them.
+            buffers, gradients), optimizers (state, parameters, gradients), or containers of them.
             Tensors that `fn` uses and did not make are found without it. On CUDA it is not needed.
 
     Raises:
@@ -116,7 +116,7 @@ def no_collector() -> Iterator[None]:
 
 
 def _tensors(things: object) -> Iterator[Tensor]:
-    """Every tensor in nested containers, modules and optimisers."""
+    """Every tensor in nested containers, modules and optimizers."""
     if isinstance(things, Tensor):
         yield from _dense(things)
         if things.is_leaf and things.grad is not None:
@@ -145,7 +145,7 @@ _SPARSE = {
 
 
 def _dense(thing: object) -> tuple[Tensor, ...]:
-    """The tensors with a storage that `thing` is made of; none if it is no tensor."""
+    """The tensors with a storage that `thing` is made of; none if it is not a tensor."""
     if not isinstance(thing, Tensor):
         return ()
     if thing.layout not in _SPARSE:
@@ -197,7 +197,7 @@ class LiveTensors(TorchDispatchMode):
             self._add_before(tensor)
 
     def storages(self, things: object) -> set[Storage]:
-        """The storages of tensors in nested containers, modules and optimisers."""
+        """The storages of tensors in nested containers, modules and optimizers."""
         keys = {self._key(tensor) for tensor in _tensors(things)}
         return {self._alive[key] for key in keys if key in self._alive}
 

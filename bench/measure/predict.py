@@ -1,7 +1,7 @@
 """Peak memory before anything is allocated: a prediction from shapes.
 
 What would be measured runs on tensors that have shapes and no memory (`fake.py`): forward, backward
-and optimiser step, through the true autograd graph, under the true autocast.
+and optimizer step, through the true autograd graph, under the true autocast.
 `memory.LiveTensors` adds up what is alive, as it does for a measurement on the CPU. So the
 prediction follows the operators that run, and nothing has to be declared by a mechanism.
 
@@ -135,7 +135,7 @@ def predict(
 ) -> MemoryPrediction:
     """Predict the peak memory of inference, or of a training step that is not the first.
 
-    A training step is forward, backward and optimiser; the gradients of the step before are gone
+    A training step is forward, backward and optimizer; the gradients of the step before are gone
     when it begins. Of a backbone or a mechanism alone the loss is the sum of its outputs.
 
     Args:
@@ -227,7 +227,7 @@ class _Case:
 
     @property
     def all_at_once(self) -> bool:
-        """Whether the optimiser takes all parameters at once, as torch does by itself on a GPU."""
+        """Whether the optimizer takes all parameters at once, as torch does by itself on a GPU."""
         return self.device == "cuda"
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -120,7 +120,7 @@ def profile(
         modes: some of MODES.
         quantities: some of QUANTITIES.
         by_part: measure the parts of each detector too.
-        progress: told the share that is done and what is being done.
+        progress: receives the share that is done and what is being done.
         command: the command line, for the records.
     """
     rows = [_Row(config) for config in configs]
@@ -184,7 +184,7 @@ def measure_latency(
         needs: for each row what its peak is expected to be in bytes, by mode; a record's `memory`
             section will do. It decides how many rows are in memory at once.
         by_part: time the parts of each detector too.
-        progress: told the share that is done and what is being done.
+        progress: receives the share that is done and what is being done.
     """
     rows = [
         _Row(config, root, need)
@@ -192,8 +192,8 @@ def measure_latency(
             configs, roots or [None] * len(configs), needs or [{}] * len(configs), strict=True
         )
     ]
-    told = progress or (lambda _share, _doing: None)
-    _measure(rows, modes, ("latency",), by_part=by_part, progress=told)
+    show = progress or (lambda _share, _doing: None)
+    _measure(rows, modes, ("latency",), by_part=by_part, progress=show)
     return [Interleaved(row.sections.get("latency"), row.error, row.notes) for row in rows]
 
 

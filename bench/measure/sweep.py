@@ -433,7 +433,7 @@ class Store:
         except OSError as error:
             raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
         for path in sorted(folder.glob("*.json")):
-            # What is no record is the report's to warn of.
+            # The report warns of what is not a record.
             with contextlib.suppress(InputError):
                 self._remember(record.read(path))
 

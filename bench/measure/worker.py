@@ -26,7 +26,7 @@ from bench.measure.latency import Call, Effort, Sample, Timed, WarmUp
 from bench.record import error_section
 
 _KILLED = -signal.SIGKILL
-# Seconds after which a silent process is no reason for a silent display.
+# Seconds after which the display moves on although a process is silent.
 _TELL_EVERY = 5.0
 # What libraries say that get no memory under a limit, oneDNN the first two.
 _NO_MEMORY = (

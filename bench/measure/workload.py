@@ -25,7 +25,7 @@ from bench.model.backbone import ViL
 from bench.model.build import build_backbone, build_detector
 from bench.model.detectors.contract import POSITIVE_FRACTION, Detector
 from bench.model.detectors.rois import Counts, fixed_rois
-from bench.model.optimizer import effective, optimizer
+from bench.model.optimizer import build_optimizer, effective
 from bench.model.step import compute_gradients, total_loss
 from bench.system.devices import single_fabric
 
@@ -69,7 +69,7 @@ class Workload:
         self.recipe = effective(config.train, config.model.method)
         self.optimizer: Any = None
         if whole and any(parameter.requires_grad for parameter in module.parameters()):
-            self.optimizer = fabric.setup_optimizers(optimizer(module, self.recipe))
+            self.optimizer = fabric.setup_optimizers(build_optimizer(module, self.recipe))
         self._backbones = [part for part in module.modules() if isinstance(part, ViL)]
         self._steps = 0
 

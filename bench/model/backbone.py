@@ -274,7 +274,7 @@ class ViL(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Feature maps.
 
-        Images whose sides are no multiple of the total stride are padded at the bottom and right
+        Images whose sides are not multiples of the total stride are padded at the bottom and right
         with zeros, and the maps are cropped to the cells that hold a pixel of the image.
 
         Shapes: images (B, 3, height, width) ->

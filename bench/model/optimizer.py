@@ -67,7 +67,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * warm * decay
 
 
-def optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW over all parameters, in groups of one weight decay and one factor of the rate each.
 
     Raises:

@@ -43,7 +43,7 @@ def load_file(path: Path) -> dict[str, Tensor]:
     """Read the state dict of a file that torch.save wrote: tensors by name.
 
     It may stand alone or under "model", "net" or "state_dict"; what stands beside it, such as an
-    optimiser's state, is not returned. Pickled code is never run.
+    optimizer's state, is not returned. Pickled code is never run.
 
     Raises:
         InputError: naming the file, where it cannot be read, is no such file, holds anything but
@@ -56,7 +56,7 @@ def load_file(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise InputError(f"{path}: cannot read it: {error.strerror}") from error
     with file, warnings.catch_warnings():
-        # Of other protocols of pickle, at the first sight of a file that is no checkpoint.
+        # Of other protocols of pickle, as soon as a file turns out not to be a checkpoint.
         warnings.simplefilter("ignore")
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
@@ -312,7 +312,7 @@ def load_detector(detector: Detector, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def _hint(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """What is wrong in one phrase, where it can be told."""
+    """What is wrong in one phrase, where it can be said."""
     is_of = detector_kind(given)
     backbone = [name for name in own if name.startswith(DETECTOR_PREFIX)]
     if is_of is None and any(name in given for name in backbone):

@@ -52,7 +52,7 @@ _DIGITS = 4
 
 Figures = dict[str, float | None]
 Progress = Callable[[float, str], None]
-"""Told how much is done (0 to 1) and what is being done."""
+"""Receives how much is done (0 to 1) and what is being done."""
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ class CocoEvaluator:
         """Add what other evaluators of the same data set collected.
 
         An image that is there already is passed over: samplers give the first images to two
-        processes where the number of images is no multiple of theirs.
+        processes where the number of images is not a multiple of theirs.
         """
         for state in states:
             self._found = state | self._found

@@ -59,7 +59,7 @@ class Options:
     """How a run is done, which changes nothing of what it is.
 
     Attributes:
-        progress: told how much is done, and what is being done.
+        progress: receives how much is done, and what is being done.
         command: the command line, for the record.
         tensorboard: write TensorBoard's events too, to `output/tensorboard`.
         keep_weights: write what was trained to `output/weights`.

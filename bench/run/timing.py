@@ -42,7 +42,7 @@ def measure(
         records: of runs that succeeded; those that were not to be measured are left out.
         output: the folder of the suite.
         command: the command line, for the file.
-        progress: told the share that is done, and what is being done.
+        progress: receives the share that is done, and what is being done.
 
     Raises:
         InputError: where the file cannot be written, or the device is not there.

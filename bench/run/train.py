@@ -1,7 +1,7 @@
 """The training loop: a detector, a data set and a schedule, on Lightning Fabric.
 
 Everything random in step t is drawn from (seed, t) alone: the batch, its flips, and the state of
-torch's generators. With the weights and the optimiser of a checkpoint, a resumed run therefore
+torch's generators. With the weights and the optimizer of a checkpoint, a resumed run therefore
 continues bit by bit where it was stopped.
 
 A step's images are split into `devices * accumulate` parts, each with a random state of its own,
@@ -33,7 +33,7 @@ from bench.data.loader import Pace, clear_worker_errors, training_batches
 from bench.errors import InputError
 from bench.model.backbone import ViL
 from bench.model.detectors.contract import Detector
-from bench.model.optimizer import learning_rate, optimizer
+from bench.model.optimizer import build_optimizer, learning_rate
 from bench.model.step import compute_gradients, total_loss
 from bench.run.checkpoints import Checkpoints
 from bench.system.interrupt import StopRequest
@@ -62,7 +62,7 @@ class TrainingLog:
     """What happened while training; kept in the checkpoints.
 
     Attributes:
-        steps: optimiser steps done.
+        steps: optimizer steps done.
         seconds: time in the loop, of all processes that resumed one another.
         losses: mean losses of the steps since the entry before.
         resumed: how often the run was taken up again.
@@ -136,8 +136,8 @@ def train(
             one that cannot be written.
         KeyboardInterrupt: after SIGINT or SIGTERM.
     """
-    model, optimiser = fabric.setup(detector, optimizer(detector, config))
-    training = _Training(detector, model, optimiser, fabric, config, seed)
+    model, optimizer = fabric.setup(detector, build_optimizer(detector, config))
+    training = _Training(detector, model, optimizer, fabric, config, seed)
     state = checkpoints.latest({"annotations": dataset.fingerprint})
     if state is not None:
         training.load(state)
@@ -176,7 +176,7 @@ def train(
             if stop:
                 raise KeyboardInterrupt(f"stopped after step {step}")
     # What is measured later is of the same size whether or not this process did the last step.
-    optimiser.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
     return model, training.log
 
 
@@ -191,18 +191,18 @@ def _needs(detector: nn.Module) -> dict[str, Any]:
 
 
 class _Training:
-    """What changes from step to step: weights, optimiser, scaler, log."""
+    """What changes from step to step: weights, optimizer, scaler, log."""
 
     def __init__(
         self,
         detector: nn.Module,
         model: Any,
-        optimiser: Any,
+        optimizer: Any,
         fabric: Fabric,
         config: TrainConfig,
         seed: int,
     ) -> None:
-        self.detector, self.model, self.optimiser = detector, model, optimiser
+        self.detector, self.model, self.optimizer = detector, model, optimizer
         self.fabric, self.config, self.seed = fabric, config, seed
         self.log = TrainingLog()
         # Losses since the last entry of the log, so that a resumed run averages the same steps.
@@ -217,7 +217,7 @@ class _Training:
         return {
             "model": self.detector.state_dict(),
             "running": self._numbers(),
-            "optimizer": self.optimiser.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),
             "log": vars(self.log),
             "window": self.window,
@@ -231,7 +231,7 @@ class _Training:
         """
         try:
             self.detector.load_state_dict(state["model"])
-            self.optimiser.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise InputError(
                 f"the checkpoint of step {state['log']['steps']} does not fit the detector, whose"
@@ -254,7 +254,7 @@ class _Training:
         pace: Pace,
         stop: bool,
     ) -> tuple[dict[str, float], bool]:
-        """One optimiser step on this process's images.
+        """One optimizer step on this process's images.
 
         Args:
             pace: of these images.
@@ -266,12 +266,12 @@ class _Training:
         config, log, step = self.config, self.log, self.log.steps
         begun = time.perf_counter()
         rate = learning_rate(step, config)
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
         parts: list[dict[str, Tensor]] = []
         norm = compute_gradients(
             self.model,
-            self.optimiser,
+            self.optimizer,
             self.fabric,
             [
                 functools.partial(self._part, own, number, parts)
@@ -286,7 +286,7 @@ class _Training:
             if self._scaler is None or self._scaler.get_scale() < _LEAST_SCALE:
                 self._diverged("gradient's norm", norm, parts, targets)
             log.skipped += 1
-        self.optimiser.step()
+        self.optimizer.step()
         log.steps = step + 1
         log.seconds = time.perf_counter() - self._start
         log.data_seconds += pace.waited
@@ -375,7 +375,7 @@ class _Training:
         Raises:
             DivergedError: always.
         """
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         size = len(targets) // len(parts)
         ids = [int(target["image_id"]) for target in targets]
         finite = [bool(part["total"].isfinite()) for part in parts]

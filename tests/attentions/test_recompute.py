@@ -1,4 +1,4 @@
-"""What the mechanisms that make their scores again in the backward pass promise besides."""
+"""What the mechanisms that make their scores again in the backward pass guarantee besides."""
 
 import copy
 import pickle

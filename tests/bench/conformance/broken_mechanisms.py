@@ -1,4 +1,4 @@
-"""Mechanisms that break one promise of the contract each, named in `BROKEN`, and a sound one."""
+"""Mechanisms that break one rule of the contract each, named in `BROKEN`, and a sound one."""
 
 import sys
 

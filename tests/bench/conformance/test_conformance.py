@@ -14,7 +14,7 @@ from bench.errors import InputError
 
 ROOT = Path(__file__).parents[3]
 BROKEN = Path(__file__).with_name("broken_mechanisms.py")
-BROKEN_PROMISES = sys.modules[attentions.find(f"{BROKEN}:Sound").__module__].BROKEN
+BROKEN_RULES = sys.modules[attentions.find(f"{BROKEN}:Sound").__module__].BROKEN
 
 
 def of(report, status):
@@ -45,9 +45,9 @@ def test_a_sound_mechanism_passes():
     assert set(of(report, "passed")) | {"reference"} == {one.name for one in conformance.CHECKS}
 
 
-@pytest.mark.parametrize("name", BROKEN_PROMISES)
-def test_a_broken_promise_fails_its_check_alone(name):
-    check, reason = BROKEN_PROMISES[name]
+@pytest.mark.parametrize("name", BROKEN_RULES)
+def test_a_broken_rule_fails_its_check_alone(name):
+    check, reason = BROKEN_RULES[name]
     report = conformance.check(f"{BROKEN}:{name}")
     failed = of(report, "failed")
     assert set(failed) == {check}
@@ -65,7 +65,7 @@ def test_the_advice_names_the_wrong_gradient_of_torch():
 
 
 def test_every_check_has_a_mechanism_that_breaks_it():
-    covered = {check for check, _ in BROKEN_PROMISES.values()}
+    covered = {check for check, _ in BROKEN_RULES.values()}
     assert covered == {one.name for one in conformance.CHECKS}
 
 

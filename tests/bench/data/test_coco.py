@@ -423,19 +423,19 @@ def test_what_cannot_be_right_is_named(
 
 @pytest.mark.parametrize("text", ["", "[" * 100_000, json.dumps(content())[:400]])
 def test_truncated_json_is_named(tmp_path: Path, text: str) -> None:
-    assert "instances_train2017.json is no valid JSON" in refused(tmp_path, text)
+    assert "instances_train2017.json is not valid JSON" in refused(tmp_path, text)
 
 
 def test_malformed_json_names_the_line(tmp_path: Path) -> None:
     message = refused(tmp_path, '{"images": [\n  {"id": 1,,}\n]}')
-    assert "instances_train2017.json is no valid JSON" in message
+    assert "instances_train2017.json is not valid JSON" in message
     assert "line 2 column" in message
     assert "no JSON object" in refused(tmp_path, "[1, 2]")
 
 
 def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
     write(tmp_path, content()).write_bytes(b'{"images": "\xff\xfe"}')
-    with pytest.raises(InputError, match=r"instances_train2017\.json is no valid JSON"):
+    with pytest.raises(InputError, match=r"instances_train2017\.json is not valid JSON"):
         CocoDataset(tmp_path, "train2017")
 
 

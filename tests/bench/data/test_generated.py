@@ -143,7 +143,7 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path) -> None:
     root = tmp_path / "coco"
     (root / "train2017").mkdir(parents=True)
     (root / "train2017" / "mine.jpg").write_bytes(b"mine")
-    with pytest.raises(InputError, match=r"coco holds 'train2017', which is no generated data"):
+    with pytest.raises(InputError, match=r"coco holds 'train2017', which is not generated data"):
         generated.generate(root, **FEW)
     assert (root / "train2017" / "mine.jpg").read_bytes() == b"mine"
 
@@ -153,7 +153,7 @@ def test_another_file_of_the_mark_s_name_is_no_mark(tmp_path: Path, text: str) -
     root = tmp_path / "a"
     root.mkdir()
     (root / "generated.json").write_text(text)
-    with pytest.raises(InputError, match=r"holds 'generated\.json', which is no generated data"):
+    with pytest.raises(InputError, match=r"holds 'generated\.json', which is not generated data"):
         generated.generate(root, **FEW)
     assert (root / "generated.json").read_text() == text
 
@@ -163,7 +163,7 @@ def test_a_file_beside_the_data_keeps_it_from_being_replaced(tmp_path: Path) -> 
     (root / "notes.txt").write_text("mine")
     assert generated.generate(root, seed=0, **FEW) == root
     before = digests(root)
-    with pytest.raises(InputError, match=r"holds 'notes\.txt', which is no generated data"):
+    with pytest.raises(InputError, match=r"holds 'notes\.txt', which is not generated data"):
         generated.generate(root, seed=1, **FEW)
     assert digests(root) == before
 

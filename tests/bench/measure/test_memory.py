@@ -96,7 +96,7 @@ def test_a_grown_storage_is_counted_as_grown():
     assert peak(lambda: x.resize_(1000), device="cpu").bytes == FLOAT * 1000
 
 
-def test_parameters_buffers_gradients_and_optimiser_state_are_there_before():
+def test_parameters_buffers_gradients_and_optimizer_state_are_there_before():
     model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16))
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(4, 8)).sum().backward()

@@ -11,7 +11,7 @@ from bench.data.loader import Pace
 from bench.measure.memory import peak
 from bench.measure.workload import Workload, build, stated_rois
 from bench.model.detectors.rois import Counts, fixed_rois
-from bench.model.optimizer import optimizer
+from bench.model.optimizer import build_optimizer
 from bench.run.train import _Training
 
 pytestmark = pytest.mark.timeout(1800)
@@ -42,7 +42,7 @@ def test_the_peak_of_the_measured_step_is_that_of_training():
     training = _Training(
         detector,
         trained.model,
-        fabric.setup_optimizers(optimizer(detector, run.train)),
+        fabric.setup_optimizers(build_optimizer(detector, run.train)),
         fabric,
         trained.recipe,
         run.seed,
@@ -55,7 +55,7 @@ def test_the_peak_of_the_measured_step_is_that_of_training():
             training.step(images, targets, pace=Pace(reading=1.0), stop=False)
 
     step()
-    live = [detector, training.optimiser.state, images, targets]
+    live = [detector, training.optimizer.state, images, targets]
     real = peak(step, device="cpu", live=live)
     # The gradients of the step before are four bytes a parameter, most of which would be too much.
     parameters = sum(p.numel() for p in detector.parameters())

@@ -121,12 +121,12 @@ def test_training_gives_every_parameter_a_gradient(method, library):
 def test_training_learns_one_object_in_the_coordinates_of_the_image(method, library):
     detector = tiny(method, library, fixed_size=(96, 80), roi_batch=32)
     image, target = square(48, 72, (20, 10, 50, 34), label=2)
-    optimiser = torch.optim.AdamW(detector.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=3e-3)
     for _ in range(100):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         sum(detector([image], [target]).values()).backward()
         torch.nn.utils.clip_grad_norm_(detector.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
     detector.eval()
     with torch.no_grad():
         (output,) = detector([image])
@@ -569,37 +569,37 @@ def test_sizes_of_images_are_those_of_detectron2():
 @pytest.mark.detectron2
 @every_method
 def test_a_resumed_detector_of_detectron2_trains_bit_by_bit_as_before(method, tmp_path):
-    """What a checkpoint keeps: weights, the optimiser, and the numbers named by `running`."""
+    """What a checkpoint keeps: weights, the optimizer, and the numbers named by `running`."""
     pytest.importorskip("detectron2")
     images, targets = batch()
 
-    def steps(detector, optimiser, numbers):
+    def steps(detector, optimizer, numbers):
         for number in numbers:
             torch.manual_seed(number)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             sum(detector(images, targets).values()).backward()
-            optimiser.step()
+            optimizer.step()
 
     def fresh():
         detector = tiny(method, "detectron2")
         return detector, torch.optim.AdamW(detector.parameters(), lr=1e-2)
 
-    whole, optimiser = fresh()
-    steps(whole, optimiser, range(3))
+    whole, optimizer = fresh()
+    steps(whole, optimizer, range(3))
     state = {
         "model": whole.state_dict(),
-        "optimizer": optimiser.state_dict(),
+        "optimizer": optimizer.state_dict(),
         "running": {name: float(getattr(whole, name)) for name in whole.running},
     }
     torch.save(state, tmp_path / "state.pt")
-    steps(whole, optimiser, range(3, 6))
-    resumed, optimiser = fresh()
+    steps(whole, optimizer, range(3, 6))
+    resumed, optimizer = fresh()
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     resumed.load_state_dict(state["model"])
-    optimiser.load_state_dict(state["optimizer"])
+    optimizer.load_state_dict(state["optimizer"])
     for name, value in state["running"].items():
         setattr(resumed, name, value)
-    steps(resumed, optimiser, range(3, 6))
+    steps(resumed, optimizer, range(3, 6))
     for name, tensor in resumed.state_dict().items():
         assert torch.equal(tensor, whole.state_dict()[name]), name
     assert (method == "retinanet") == ("loss_normalizer" in state["running"])

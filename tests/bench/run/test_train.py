@@ -15,7 +15,7 @@ from bench.data.coco import CocoDataset
 from bench.data.generated import generate
 from bench.errors import InputError
 from bench.model.backbone import ViL
-from bench.model.optimizer import effective, learning_rate, optimizer, scaling_note
+from bench.model.optimizer import build_optimizer, effective, learning_rate, scaling_note
 from bench.run.checkpoints import Checkpoints
 from bench.run.train import DivergedError, step_seed, train
 from bench.system.devices import make_fabric
@@ -196,7 +196,7 @@ def groups_of(model: nn.Module, config: TrainConfig) -> dict[str, tuple[float, f
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = {
         names[parameter]: (group["weight_decay"], group["lr_factor"])
-        for group in optimizer(model, config).param_groups
+        for group in build_optimizer(model, config).param_groups
         for parameter in group["params"]
     }
     assert set(found) == set(names.values())
@@ -249,7 +249,7 @@ def test_a_name_that_no_parameter_has_is_one_clear_line(
     changes: dict[str, object], said: str
 ) -> None:
     with pytest.raises(InputError, match=said):
-        optimizer(Brightness(), TrainConfig(**changes))  # type: ignore[arg-type]
+        build_optimizer(Brightness(), TrainConfig(**changes))  # type: ignore[arg-type]
 
 
 def test_every_step_has_its_line_once_though_the_run_was_stopped(

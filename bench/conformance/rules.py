@@ -1,6 +1,6 @@
-"""The promises of an attention module's contract, one small function each.
+"""The rules of an attention module's contract, one small function each.
 
-`attentions/contract.py` says what a mechanism is. Each function here tries one promise, which its
+`attentions/contract.py` says what a mechanism is. Each function here tries one rule, which its
 docstring states, on a `Subject`, and raises `FailedError` with what to change where it is broken.
 `bench.conformance.check` runs them all, in the order of this file.
 """
@@ -55,7 +55,7 @@ _STEPS, _DERIVATIVE = (1e-6, 5e-5), 1e-5
 
 @dataclass(frozen=True)
 class Check:
-    """One promise of the contract.
+    """One rule of the contract.
 
     Attributes:
         name: for the table.
@@ -72,7 +72,7 @@ class Check:
     once: bool = False
 
     @property
-    def promise(self) -> str:
+    def rule(self) -> str:
         """What holds where it passes."""
         text = " ".join((self.run.__doc__ or "").split()).removesuffix(".")
         return text[:1].lower() + text[1:]
@@ -81,10 +81,10 @@ class Check:
 CHECKS: list[Check] = []
 
 
-def promise(
+def check(
     name: str, advice: str, *, essential: bool = False, once: bool = False
 ) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
-    """Add a function to CHECKS; its docstring is the promise."""
+    """Add a function to CHECKS; its docstring is the rule."""
 
     def add(run: Callable[[Subject], None]) -> Callable[[Subject], None]:
         CHECKS.append(Check(name, advice, run, essential=essential, once=once))
@@ -93,7 +93,7 @@ def promise(
     return add
 
 
-@promise(
+@check(
     "constructor",
     "build it with Class(dim=48, num_heads=3, num_global=2) and correct what it raises",
     essential=True,
@@ -120,7 +120,7 @@ def constructor(subject: Subject) -> None:
     subject.build()
 
 
-@promise("keywords", "see attentions/contract.py for what a mechanism may declare")
+@check("keywords", "see attentions/contract.py for what a mechanism may declare")
 def keywords(subject: Subject) -> None:
     """Arguments by keyword only, unknown ones refused, declarations true."""
     accepted = accepted_options(subject.factory)
@@ -163,7 +163,7 @@ def keywords(subject: Subject) -> None:
     )
 
 
-@promise(
+@check(
     "output",
     "forward(self, x, grid) takes x (B, num_global + rows * columns, dim) and returns the like",
     essential=True,
@@ -181,7 +181,7 @@ def plain_output(subject: Subject) -> None:
         )
 
 
-@promise(
+@check(
     "odd grids", "take rows and columns from grid; pad what must be a multiple, and cut the result"
 )
 def odd_grids(subject: Subject) -> None:
@@ -195,7 +195,7 @@ def odd_grids(subject: Subject) -> None:
         )
 
 
-@promise(
+@check(
     "thin grids",
     "handle it, or raise ValueError with the grid as ROWSxCOLUMNS and the least that works",
 )
@@ -206,7 +206,7 @@ def thin_grids(subject: Subject) -> None:
         raise WarnedError(f"refused, by a clear error: {refused[0]}")
 
 
-@promise("global tokens", "the first num_global tokens of x are global, the grid comes after")
+@check("global tokens", "the first num_global tokens of x are global, the grid comes after")
 def few_globals(subject: Subject) -> None:
     """No global token, one and several."""
     for count in dict.fromkeys(max(few, subject.least_globals) for few in _FEW_GLOBALS):
@@ -220,9 +220,7 @@ def few_globals(subject: Subject) -> None:
             run(module, subject.tokens(num_global=count), subject.grid, f"num_global {count}")
 
 
-@promise(
-    "resolution", "let nothing depend on the grid it was made for, or declare fixed_size = True"
-)
+@check("resolution", "let nothing depend on the grid it was made for, or declare fixed_size = True")
 def resolution(subject: Subject) -> None:
     """One module takes another image size, or says that it cannot."""
     grid, other = subject.grid, subject.other_grid
@@ -255,7 +253,7 @@ def _refuses(subject: Subject, other: Grid) -> None:
     )
 
 
-@promise("batch", "reduce over tokens or channels, never over dimension 0")
+@check("batch", "reduce over tokens or channels, never over dimension 0")
 def batch(subject: Subject) -> None:
     """An image comes out the same whatever is beside it in the batch."""
     module, x = subject.module(), subject.tokens()
@@ -269,7 +267,7 @@ def batch(subject: Subject) -> None:
         raise FailedError("an image comes out otherwise where its neighbours are large")
 
 
-@promise("gradients", "call backward on its output while training and correct what it raises")
+@check("gradients", "call backward on its output while training and correct what it raises")
 def gradients(subject: Subject) -> None:
     """Finite gradients reach the input and every parameter."""
     module, x = subject.module().train(), subject.tokens().requires_grad_()
@@ -296,7 +294,7 @@ def gradients(subject: Subject) -> None:
             )
 
 
-@promise(
+@check(
     "derivatives",
     "correct its backward: torch.autograd.gradcheck finds the part of it that is wrong",
 )
@@ -396,9 +394,7 @@ def _central_difference(
     return (after - before) / (2 * step)
 
 
-@promise(
-    "calls", "keep nothing on self in forward, and draw random numbers only where self.training"
-)
+@check("calls", "keep nothing on self in forward, and draw random numbers only where self.training")
 def calls(subject: Subject) -> None:
     """No call leaves a trace: same input, same output; the input stays as it is."""
     module, x, other = subject.module(), subject.tokens(), subject.tokens(seed=1)
@@ -421,7 +417,7 @@ def calls(subject: Subject) -> None:
         )
 
 
-@promise("instances", "keep nothing that changes in the class body or the module")
+@check("instances", "keep nothing that changes in the class body or the module")
 def instances(subject: Subject) -> None:
     """Instances share nothing."""
     one, other = subject.module(seed=0), subject.module(seed=1)
@@ -440,7 +436,7 @@ def instances(subject: Subject) -> None:
         raise FailedError("calling one instance changes the output of another")
 
 
-@promise("copies", "register every tensor as a parameter or, by register_buffer, as a buffer")
+@check("copies", "register every tensor as a parameter or, by register_buffer, as a buffer")
 def copies(subject: Subject) -> None:
     """Deep copies and loaded state dicts are equal and independent."""
     module, loaded = subject.module(seed=0), subject.module(seed=1)
@@ -468,7 +464,7 @@ def copies(subject: Subject) -> None:
         raise FailedError("changing a deep copy changes the original", register)
 
 
-@promise(
+@check(
     "precision",
     "make new tensors with the dtype and device of x: x.new_zeros(…), torch.ones_like(x)",
 )
@@ -487,7 +483,7 @@ def precision(subject: Subject) -> None:
         )
 
 
-@promise(
+@check(
     "autocast", "keep one dtype in each product; compute exponentials and sums of them in float32"
 )
 def autocast(subject: Subject) -> None:
@@ -517,7 +513,7 @@ def autocast(subject: Subject) -> None:
         )
 
 
-@promise(
+@check(
     "compile",
     "avoid what torch.compile cannot trace, or wrap it with torch.compiler.disable",
     once=True,
@@ -548,7 +544,7 @@ def compiles(subject: Subject) -> None:
         )
 
 
-@promise(
+@check(
     "FLOPs",
     "make constants with device=x.device, and branch on no value of a tensor: no .item(),"
     " .tolist(), .numpy() or boolean indexing",
@@ -580,7 +576,7 @@ def multiply_adds(subject: Subject) -> None:
         )
 
 
-@promise(
+@check(
     "reference",
     "both take the same parameters by name; correct the one that differs from the paper",
 )
