@@ -99,7 +99,14 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
             for (decay, factor), parameters in groups.items()
         ],
         lr=config.lr,
+        # On the CPU a third of the time of the loop over parameters, or less. Under a scaler of the
+        # loss, Fabric does not clip gradients for a fused optimizer; on CUDA the default is fast.
+        fused=(_on_cpu(model) and config.precision != "16-mixed") or None,
     )
+
+
+def _on_cpu(model: nn.Module) -> bool:
+    return all(parameter.device.type == "cpu" for parameter in model.parameters())
 
 
 def _kinds(model: nn.Module) -> dict[str, str]:

@@ -67,7 +67,8 @@ def test_a_step_in_half_precision_is_repeated_until_it_updates():
     fabric = Fabric(
         accelerator="cpu", devices=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)]
     )
-    workload = Workload(nn.Linear(4, 4), (torch.randn(2, 4),), fabric=fabric, config=config())
+    run = config(train={"precision": "16-mixed"})
+    workload = Workload(nn.Linear(4, 4), (torch.randn(2, 4),), fabric=fabric, config=run)
     before = [p.detach().clone() for p in workload.module.parameters()]
     workload.step()
     assert not workload.optimizer.state, "the first step of this test overflows"
