@@ -36,7 +36,7 @@ def test_a_backbone_a_detector_and_its_cost():
     assert report.total > bench.count_flops(vil, image_size=(64, 64)).total > 0
 
 
-@pytest.mark.parametrize("before", ["", "import bench.run.runner", "from bench.run import runner"])
+@pytest.mark.parametrize("before", ["", "from bench.run import runner"])
 def test_run_is_a_function_and_a_package(before, tmp_path):
     code = f"""
 {before}

@@ -117,7 +117,9 @@ def test_an_unknown_data_set():
         sizes.image_sizes("val2014")
 
 
-def test_command(capsys, tmp_path):
+def test_command(capsys, tmp_path, monkeypatch):
+    images = {(480, 640): 2000, (640, 480): 3000}
+    monkeypatch.setattr(sizes, "image_sizes", lambda _: images)
     arguments = ["--attention", "swin", "--backbone", "quick", "--sizes", "val2017"]
     assert cli.main(["audit", *arguments, "--output", str(tmp_path)]) == 0
     out = capsys.readouterr().out

@@ -48,8 +48,8 @@ def killed_runs(folder: Path, model: str, kills: int, *, seed: int) -> dict[str,
 @pytest.mark.parametrize(
     ("model", "kills"),
     [
-        ("brightness", 24),
-        ("performer", 4),
+        ("brightness", 12),
+        ("performer", 2),
         pytest.param("performer", 24, marks=pytest.mark.slow),
     ],
 )
