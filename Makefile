@@ -7,7 +7,7 @@ ARGS ?=
 DETECTRON2_TREE ?=
 STAMP := $(VENV)/.installed
 
-.PHONY: run test lint install clean
+.PHONY: run test lint docs install clean
 
 run: $(STAMP)
 	$(VENV)/bin/python run_all.py $(ARGS)
@@ -19,6 +19,9 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(STAMP)
+	$(VENV)/bin/mkdocs build --strict
 
 install: $(STAMP)
 
