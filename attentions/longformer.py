@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from attentions.cache import cached
 from attentions.contract import Attention, Grid
@@ -31,6 +32,7 @@ from attentions.parts import (
     split_heads,
     with_global_keys,
 )
+from attentions.pieces import apply, lowered
 from attentions.registry import register
 
 PADDINGS = ("zero", "exact", "cyclic")
@@ -81,6 +83,67 @@ def bias_rows(
     return relative_index(*_offsets(window, seen, device), (2 * window, 2 * window))
 
 
+class GlobalQueries(torch.autograd.Function):
+    """Attention of the global tokens to all, by a projection of keys and values that is not kept.
+
+    As published, keys and values are projected once for the grid's queries and once for the global
+    tokens, with shared weights too, and the counts of FLOPs are of that. They are equal then: the
+    backward pass takes the grid's, which are kept anyway, and gives them the gradient.
+
+    Shapes: q (B, H, g, M), keys_values (B, N, 2 C), mask (H, g, N), x (B, N, C), weight (2 C, C),
+    bias (2 C) -> as q.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        keys_values: Tensor,
+        mask: Tensor | None,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(q, keys_values, mask)
+        k, v = _keys_and_values(nn.functional.linear(x, weight, bias), q.shape[1])
+        return nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=None if mask is None else mask.to(q.dtype)[None]
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, keys_values, mask = ctx.saved_tensors
+        grad_q, grad_keys_values = torch.empty_like(q), torch.empty_like(keys_values)
+        grad_mask = None if mask is None else torch.zeros_like(mask)
+        scale, wide = q.shape[-1] ** -0.5, torch.promote_types(q.dtype, torch.float32)
+        images = zip(
+            *(q * scale, grad, grad_q),
+            *_keys_and_values(keys_values, q.shape[1]),
+            *_keys_and_values(grad_keys_values, q.shape[1]),
+            strict=True,
+        )
+        # Image by image, heads are a batch of matrices, which need no copy.
+        for query, out, grad_query, k, v, grad_k, grad_v in images:
+            scores = (query @ k.transpose(-2, -1)).to(wide)
+            weights = (scores if mask is None else scores + mask).softmax(dim=-1)
+            torch.bmm(weights.to(q.dtype).transpose(-2, -1), out, out=grad_v)
+            change = out @ v.transpose(-2, -1)
+            change = weights * (change - (change * weights).sum(dim=-1, keepdim=True))
+            if grad_mask is not None:
+                grad_mask += change
+            change = change.to(q.dtype)
+            torch.bmm(change.transpose(-2, -1), query, out=grad_k)
+            torch.mul(change @ k, scale, out=grad_query)
+        return grad_q, grad_keys_values, grad_mask, None, None, None
+
+
+def _keys_and_values(both: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """(B, N, 2 C) -> two views (B, H, N, M)."""
+    k, v = both.chunk(2, dim=-1)
+    return split_heads(k, num_heads), split_heads(v, num_heads)
+
+
 class GlobalTokens(Attention):
     """What longformer and global share: projections, and the global tokens' own attention.
 
@@ -106,21 +169,8 @@ class GlobalTokens(Attention):
         self.kv_global = self.kv if share_weights else nn.Linear(self.dim, 2 * self.dim)
         self.proj_global = self.proj if share_weights else nn.Linear(self.dim, self.dim)
 
-    def attend_globally(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """What the global tokens get: x (B, N, C), bias (H, g, N) -> (B, g, C)."""
-        q = split_heads(self.query_global(x[:, : self.num_global]), self.num_heads)
-        k, v = (split_heads(part, self.num_heads) for part in self.kv_global(x).chunk(2, dim=-1))
-        out = nn.functional.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if bias is None else bias.to(q.dtype)[None],
-            dropout_p=self.dropout_p,
-        )
-        return self.proj_global(merge_heads(out))
-
     def attend_globally_plainly(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The oracle of `attend_globally`."""
+        """What the global tokens get: x (B, N, C), bias (H, g, N) -> (B, g, C)."""
         q = split_heads(self.query_global(x[:, : self.num_global]), self.num_heads)
         k, v = (split_heads(part, self.num_heads) for part in self.kv_global(x).chunk(2, dim=-1))
         scores = self.scale * (q @ k.transpose(-2, -1))
@@ -248,16 +298,34 @@ class LongformerAttention(GlobalTokens):
         return global_bias(self.g2g_relative_position_bias, self.g2l_relative_position_bias, cells)
 
     def attend(self, x: Tensor, grid: Grid) -> Tensor:
-        g, plan = self.num_global, self._plan(grid)
-        q, keys_values = self.query(x[:, g:]), self.kv(x)
+        x = lowered(x)
+        g, plan, keys_values = self.num_global, self._plan(grid), self.kv(x)
+        if g and self.share_weights:
+            # One product of all tokens keeps x as it is; one of a part of them keeps a copy.
+            first, q = self.query(x).tensor_split((g,), dim=1)
+        else:
+            first, q = self.query_global(x[:, :g]) if g else None, self.query(x[:, g:])
         bias = self._local_bias(plan, q)
         local = self.proj(attend_locally(q, keys_values, bias, plan, self.dropout_p))
-        if not g:
+        if first is None:
             return local
-        # As published, with shared weights too, keys and values are projected once for the grid's
-        # queries and once for the global tokens: the counts of FLOPs are of that.
-        whole = self._global_bias(grid[0] * grid[1])
-        return torch.cat([self.attend_globally(x, whole), local], dim=1)
+        whole = self._attend_globally(first, keys_values, x, self._global_bias(grid[0] * grid[1]))
+        return torch.cat([whole, local], dim=1)
+
+    def _attend_globally(
+        self, queries: Tensor, keys_values: Tensor, x: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """What the global tokens get: queries (B, g, C), bias (H, g, N) -> (B, g, C)."""
+        q, layer = split_heads(queries, self.num_heads), self.kv_global
+        if self.share_weights and not self.dropout_p:
+            out = apply(GlobalQueries, q, keys_values, bias, x, layer.weight, layer.bias)
+        else:
+            k, v = _keys_and_values(layer(x), self.num_heads)
+            mask = None if bias is None else bias.to(q.dtype)[None]
+            out = nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=self.dropout_p
+            )
+        return self.proj_global(merge_heads(out))
 
     def reference(self, x: Tensor, grid: Grid) -> Tensor:
         """Full attention under a mask over the whole grid."""
