@@ -75,12 +75,14 @@ class Crossover:
 
 
 def growth(pixels: Sequence[float], costs: Sequence[float]) -> Growth | None:
-    """Fit the exponent to the upper half of the sizes; None for fewer than two.
+    """Fit the exponent to the upper half of the sizes; None for fewer than two, or without cost.
 
     Args:
         pixels: of each size, rising.
-        costs: positive, one a size.
+        costs: one a size.
     """
+    if not all(costs):
+        return None
     count = max(_FEWEST, math.ceil(len(pixels) / 2))
     x, y = np.log(np.asarray(pixels, float))[-count:], np.log(np.asarray(costs, float))[-count:]
     if len(x) < 2:
@@ -101,12 +103,13 @@ def crossover(
 
     Args:
         pixels: of each size, rising.
-        costs: positive, one a size.
+        costs: one a size; 0 for what has none, such as the products of the identity.
         others: likewise, at the same sizes.
     """
     if not len(pixels):
         return Crossover("unknown")
-    excess = np.log(np.asarray(costs, float)) - np.log(np.asarray(others, float))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        excess = np.log(np.asarray(costs, float)) - np.log(np.asarray(others, float))
     smaller = (excess < 0).tolist()
     changes = [i for i in range(1, len(smaller)) if smaller[i] != smaller[i - 1]]
     if not changes:

@@ -231,7 +231,9 @@ class _Case:
         return self.device == "cuda"
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return OPTIMIZERS[self.optimizer](parameters, foreach=self.all_at_once)
+        # A mechanism may have no parameters, an optimizer's only group too.
+        groups = [{"params": list(parameters)}]
+        return OPTIMIZERS[self.optimizer](groups, foreach=self.all_at_once)
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.dtype is None:

@@ -132,7 +132,7 @@ def test_modules_keep_the_contract(name, options):
     assert isinstance(module, AttentionModule)
     assert module(tokens(module), GRID).shape == (2, 2 + 6 * 8, 12)
     assert isinstance(module.multiply_adds(GRID), int)
-    assert module.multiply_adds(GRID) > 0
+    assert (module.multiply_adds(GRID) > 0) == any(True for _ in module.parameters())
 
 
 @every_name

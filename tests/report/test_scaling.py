@@ -46,6 +46,15 @@ def test_few_sizes():
     assert (two.exponent_error, two.r_squared) == (None, None)
 
 
+@pytest.mark.filterwarnings("error")
+def test_no_cost_has_no_exponent_and_is_below_every_other():
+    nothing = [0] * len(PIXELS)
+    assert growth(PIXELS, nothing) is None
+    assert crossover(PIXELS, nothing, power(1.0)).kind == "below"
+    assert crossover(PIXELS, power(1.0), nothing).kind == "never"
+    assert crossover(PIXELS, nothing, nothing).kind == "never"
+
+
 def test_powers_cross_where_they_are_equal():
     # p^2 = 1e5 p at 1e5 pixels, between 224^2 and 320^2; lines of logarithms are exact there.
     found = crossover(PIXELS, power(1.0, 1e5), power(2.0))

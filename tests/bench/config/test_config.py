@@ -104,7 +104,8 @@ def test_other_rows_build_in_every_backbone(backbone):
         ]
         dense = [stage.attention == "full" for stage in vil.stages]
         assert dense == [False, False, *([run.row.startswith("Partial ")] * 2)]
-        if not getattr(attentions.find(run.model.attention), "least_globals", 0):
+        least = getattr(attentions.find(run.model.attention), "least_globals", 0)
+        if not least and run.row not in families()["null"]:
             assert [stage.num_global for stage in vil.stages] == [1, 1, 1, 0]
 
 

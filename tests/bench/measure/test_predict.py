@@ -52,7 +52,8 @@ def autocast(precision, device="cpu"):
 def measured(module, *inputs, mode, precision, device="cpu"):
     """The peak of inference or of a training step, as the profile measures it."""
     module.train(mode == "training")
-    steps = torch.optim.AdamW(module.parameters())
+    # A mechanism may have no parameters.
+    steps = torch.optim.AdamW([{"params": module.parameters()}])
 
     def infer():
         with torch.no_grad(), autocast(precision, device):
