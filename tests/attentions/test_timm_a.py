@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from timm.models.metaformer import Pooling
+from timm.models.pvt_v2 import Attention as PooledAttention
 from timm.models.xcit import XCA
 from torch import nn
 
@@ -25,6 +26,7 @@ class Peer:
         call: its result for x (B, N, dim) and the grid.
         names: what it calls each of our parameters, which may differ in shape.
         num_global: tokens before the grid.
+        least: side of the smallest grid.
     """
 
     name: str
@@ -33,11 +35,17 @@ class Peer:
     call: Callable[[nn.Module, torch.Tensor, tuple[int, int]], torch.Tensor]
     names: dict[str, str] = field(default_factory=dict)
     num_global: int = 0
+    least: int = 1
 
 
 def on_tokens(module, x, _grid):
     """Call what takes tokens alone."""
     return module(x)
+
+
+def on_grid(module, x, grid):
+    """Call what takes tokens and their grid."""
+    return module(x, grid)
 
 
 def on_image(module, x, grid):
@@ -48,6 +56,22 @@ def on_image(module, x, grid):
 PEERS = {
     "pooling": Peer("pooling", {}, Pooling, on_image),
     "pooling, 5x5": Peer("pooling", {"size": 5}, lambda: Pooling(5), on_image),
+    "pvt_v2, linear": Peer(
+        "pvt_v2",
+        {},
+        lambda: PooledAttention(DIM, HEADS, linear_attn=True),
+        on_grid,
+    ),
+    "pvt_v2, convolutional": Peer(
+        "pvt_v2",
+        {"linear": False, "size": 3},
+        lambda: PooledAttention(DIM, HEADS, sr_ratio=3),
+        on_grid,
+        least=3,
+    ),
+    "pvt_v2, nothing reduced": Peer(
+        "pvt_v2", {"linear": False, "size": 1}, lambda: PooledAttention(DIM, HEADS), on_grid
+    ),
     "xca": Peer("xca", {}, lambda: XCA(DIM, HEADS, qkv_bias=True), on_tokens, num_global=2),
 }
 
@@ -59,6 +83,7 @@ PEERS = {
 @pytest.mark.parametrize("case", PEERS)
 def test_equals_the_library(case, grid, dtype, tolerance):
     known = PEERS[case]
+    grid = (max(grid[0], known.least), max(grid[1], known.least))
     sizes = {"dim": DIM, "num_heads": HEADS, "num_global": known.num_global}
     ours = attentions.build(known.name, **sizes, **known.options).to(dtype)
     peer = known.make().to(dtype)
