@@ -7,12 +7,13 @@ published checkpoints.
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 import attentions
@@ -137,12 +138,19 @@ class ViL(nn.Module):
         norm_embed: layer norm after each patch embedding.
         attention_options: options of the mechanisms; each reaches the stages that know it.
 
+    Attributes:
+        grad_checkpointing: compute the inside of each block again in the backward pass, which
+            takes less memory and more time.
+
     Raises:
         ValueError: for a malformed ARCH string, an unknown mechanism, or an option that no stage
             knows.
     """
 
     calls_since_last_redraw: Tensor
+    grad_checkpointing: bool = False
+    norm: nn.Module
+    head: nn.Module
 
     def __init__(
         self,
@@ -198,7 +206,7 @@ class ViL(nn.Module):
             # The published name: the step of training, counted from 1.
             self.register_buffer("calls_since_last_redraw", torch.tensor(0))
 
-    def _check_options(self, options: dict[str, Any]) -> None:
+    def _check_options(self, options: Mapping[str, Any]) -> None:
         known = {stage.attention: attentions.options(stage.attention) for stage in self.stages}
         for option in options:
             if not any(option in own for own in known.values()):
@@ -243,12 +251,12 @@ class ViL(nn.Module):
         if self._redrawing:
             self.calls_since_last_redraw.fill_(step + 1)
 
-    def _tokens(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Feature maps of all stages, and the tokens of the last (B, N, dim)."""
+    def _tokens(self, images: Tensor, count: int | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        """Feature maps of the first `count` stages, or all, and the tokens of the last of them."""
         height, width = images.shape[-2:]
         image = nn.functional.pad(images, (0, -width % self.stride, 0, -height % self.stride))
         features: dict[str, Tensor] = {}
-        for stage in self.stages:
+        for stage in self.stages[:count]:
             name = f"layer{stage.number}"
             tokens, image = self._run_stage(stage, image)
             stride = self.strides[name]
@@ -260,7 +268,10 @@ class ViL(nn.Module):
         embed, *blocks = self.get_submodule(f"layer{stage.number}").children()
         tokens, grid = embed(image)
         for block in blocks:
-            tokens = block(tokens, grid)
+            if self.grad_checkpointing:
+                tokens = checkpoint(block, tokens, grid, use_reentrant=False)
+            else:
+                tokens = block(tokens, grid)
         return tokens, tokens[:, stage.num_global :].transpose(1, 2).unflatten(2, grid)
 
     def run_stage(self, number: int, image: Tensor) -> Tensor:

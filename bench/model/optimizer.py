@@ -73,7 +73,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     Raises:
         InputError: for a pattern that no parameter's name fits, or an unknown kind of parameter.
     """
-    kinds = _kinds(model)
+    kinds = kinds_of(model)
     for pattern in [*config.no_decay, *config.lr_multipliers]:
         if pattern in config.no_decay and pattern.isalpha():
             choose(pattern, KINDS, "kind of parameter in train.no_decay")
@@ -109,8 +109,8 @@ def _on_cpu(model: nn.Module) -> bool:
     return all(parameter.device.type == "cpu" for parameter in model.parameters())
 
 
-def _kinds(model: nn.Module) -> dict[str, str]:
-    """Names of all parameters, and of which of `KINDS` they are, or "weights"."""
+def kinds_of(model: nn.Module) -> dict[str, str]:
+    """Return the names of all parameters, and of which of `KINDS` they are, or "weights"."""
     norms = {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
