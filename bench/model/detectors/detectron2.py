@@ -9,6 +9,7 @@ import copy
 import logging
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import detectron2
@@ -74,7 +75,12 @@ class Detectron2MaskRCNN(GeneralizedRCNN, Detector):
     def __init__(self, vil: ViL, settings: Settings) -> None:
         strides = pyramid_strides(vil, self.method)
         super().__init__(
-            backbone=_pyramid(vil, self.method, settings.fpn_channels, LastLevelMaxPool()),
+            backbone=pyramid(
+                vil,
+                pyramid_features(vil, self.method),
+                settings.fpn_channels,
+                LastLevelMaxPool(),
+            ),
             proposal_generator=_proposal_generator(strides, settings),
             roi_heads=_roi_heads(strides[:-1], settings),
             pixel_mean=PIXEL_MEAN,
@@ -116,8 +122,8 @@ class Detectron2RetinaNet(RetinaNet, Detector):
 
     def __init__(self, vil: ViL, settings: Settings) -> None:
         channels, strides = settings.fpn_channels, pyramid_strides(vil, self.method)
-        last = pyramid_features(vil, self.method)[-1]
-        top = LastLevelP6P7(vil.channels[last], channels, in_feature=last)
+        features = pyramid_features(vil, self.method)
+        top = LastLevelP6P7(vil.channels[features[-1]], channels, in_feature=features[-1])
         sizes = octaves(settings.anchor_sizes)
         head = RetinaNetHead(
             input_shape=[ShapeSpec(channels=channels)] * len(strides),
@@ -126,7 +132,7 @@ class Detectron2RetinaNet(RetinaNet, Detector):
             conv_dims=[channels] * 4,
         )
         super().__init__(
-            backbone=_pyramid(vil, self.method, channels, top),
+            backbone=pyramid(vil, features, channels, top),
             head=float32_outputs(head),
             head_in_features=_level_names(strides),
             anchor_generator=_anchors(sizes, strides),
@@ -186,17 +192,18 @@ class _Maps(Backbone):
         return maps
 
 
-def _pyramid(vil: ViL, method: str, channels: int, top: nn.Module) -> FPN:
-    pyramid = FPN(_Maps(vil), pyramid_features(vil, method), channels, top_block=top)
+def pyramid(vil: ViL, features: Sequence[str], channels: int, top: nn.Module, **how: Any) -> FPN:
+    """Return an FPN with `vil` below it; `how` is what FPN takes besides."""
+    result = FPN(_Maps(vil), features, channels, top_block=top, **how)
     # In this place, and not wrapped, ViL's parameters have their published names.
-    pyramid.bottom_up = vil
-    return pyramid
+    result.bottom_up = vil
+    return result
 
 
-def _without_backbone(pyramid: FPN) -> FPN:
+def _without_backbone(fpn: FPN) -> FPN:
     """Return the pyramid, sharing its layers, as a module from the backbone's maps to levels."""
-    shared = copy.copy(pyramid)
-    shared._modules = {**pyramid._modules, "bottom_up": _Maps(pyramid.bottom_up)}
+    shared = copy.copy(fpn)
+    shared._modules = {**fpn._modules, "bottom_up": _Maps(fpn.bottom_up)}
     return shared
 
 
