@@ -95,7 +95,7 @@ class _Order:
                 waiting.clear()
 
 
-class _Samples(Dataset[Sample | InputError]):
+class Samples(Dataset[Sample | InputError]):
     """Samples that are read a batch at a time, by a clock."""
 
     def __getitems__(self, keys: Sequence[Any]) -> list[Any]:
@@ -105,7 +105,7 @@ class _Samples(Dataset[Sample | InputError]):
         return [*samples, time.perf_counter() - start]
 
 
-class _TrainingSamples(_Samples):
+class _TrainingSamples(Samples):
     """Samples by (index, augmentation seed): crowds left out, flipped by the seed."""
 
     def __init__(
@@ -140,7 +140,7 @@ class _TrainingSamples(_Samples):
         return (image, target) if size is None else fitted(image, target, size)
 
 
-class _EvaluationSamples(_Samples):
+class _EvaluationSamples(Samples):
     """Images; of targets nothing is asked but whose they are."""
 
     def __init__(self, dataset: CocoDataset) -> None:
@@ -208,12 +208,6 @@ def training_batches(
         DataWorkerError: where a worker died.
         ValueError: for a batch that does not divide into `world_size` parts of an image or more.
     """
-    if batch_size < 1 or batch_size % world_size:
-        raise ValueError(
-            f"batch_size is {batch_size}; a multiple of the {world_size} processes is needed"
-            if world_size > 1
-            else f"batch_size is {batch_size}; at least 1 is needed"
-        )
     usable = [index for index in range(len(dataset)) if dataset.instances(index)]
     if not usable:
         raise InputError(
@@ -225,16 +219,55 @@ def training_batches(
         groups = tuple(
             tuple(index for index in usable if landscape[index] is wide) for wide in (True, False)
         )
+    yield from ordered_batches(
+        _TrainingSamples(dataset, seed=seed, flip=flip, masks=masks, network_size=network_size),
+        groups,
+        batch_size=batch_size,
+        seed=seed,
+        start_step=start_step,
+        steps=steps,
+        num_workers=num_workers,
+        rank=rank,
+        world_size=world_size,
+        pin_memory=pin_memory,
+        pace=pace,
+    )
+
+
+def ordered_batches(
+    samples: Samples,
+    groups: tuple[tuple[int, ...], ...],
+    *,
+    batch_size: int,
+    seed: int,
+    steps: int,
+    start_step: int = 0,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool | None = None,
+    pace: Pace | None = None,
+) -> Iterator[Batch]:
+    """Yield this process's share of the batches of steps `start_step` to `steps - 1`.
+
+    Args:
+        samples: read by (index, place), where the place in the endless order of images tells the
+            augmentation of one from that of another.
+        groups: indices of images that may share a batch.
+
+    For the others and what is raised, see `training_batches`.
+    """
+    if batch_size < 1 or batch_size % world_size:
+        raise ValueError(
+            f"batch_size is {batch_size}; a multiple of the {world_size} processes is needed"
+            if world_size > 1
+            else f"batch_size is {batch_size}; at least 1 is needed"
+        )
     order = _Order(groups, batch_size, seed)
     share = batch_size // world_size
     own = slice(rank * share, (rank + 1) * share)
-    yield from _load(
-        _TrainingSamples(dataset, seed=seed, flip=flip, masks=masks, network_size=network_size),
-        (batch[own] for batch in order.batches(start_step, steps)),
-        num_workers,
-        pin_memory,
-        pace or Pace(),
-    )
+    batches = (batch[own] for batch in order.batches(start_step, steps))
+    yield from load(samples, batches, num_workers, pin_memory, pace or Pace())
 
 
 def evaluation_batches(
@@ -262,7 +295,7 @@ def evaluation_batches(
     """
     own = range(rank, len(dataset), world_size)
     batches = (list(own[start : start + batch_size]) for start in range(0, len(own), batch_size))
-    yield from _load(_EvaluationSamples(dataset), batches, num_workers, pin_memory, Pace())
+    yield from load(_EvaluationSamples(dataset), batches, num_workers, pin_memory, Pace())
 
 
 @contextmanager
@@ -283,13 +316,14 @@ def clear_worker_errors() -> Iterator[None]:
         ) from error
 
 
-def _load(
-    samples: _Samples,
+def load(
+    samples: Samples,
     batches: Iterator[list[Any]],
     workers: int,
     pin_memory: bool | None,
     pace: Pace,
 ) -> Iterator[Batch]:
+    """Yield the samples of each list of keys, read `workers` processes ahead."""
     start = time.perf_counter()
     loader = DataLoader(
         samples,

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from bench.config.schema import DataConfig, TrainConfig
 from bench.data.coco import CocoDataset
 from bench.data.images import to_float
-from bench.data.loader import Pace, clear_worker_errors, training_batches
+from bench.data.loader import Batch, Pace, clear_worker_errors, training_batches
 from bench.errors import InputError
 from bench.model.backbone import ViL
 from bench.model.detectors.contract import Detector
@@ -136,9 +136,77 @@ def train(
             one that cannot be written.
         KeyboardInterrupt: after SIGINT or SIGTERM.
     """
-    model, optimizer = fabric.setup(detector, build_optimizer(detector, config))
-    training = _Training(detector, model, optimizer, fabric, config, seed)
-    state = checkpoints.latest({"annotations": dataset.fingerprint})
+    optimizer = build_optimizer(detector, config)
+
+    def set_rate(step: int) -> float:
+        rate = learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["lr_factor"]
+        return rate
+
+    def batches(start_step: int, pace: Pace) -> Iterator[Batch]:
+        return training_batches(
+            dataset,
+            batch_size=config.batch_size,
+            seed=seed,
+            start_step=start_step,
+            steps=config.steps,
+            num_workers=data.workers,
+            flip=data.flip,
+            **_needs(detector),
+            aspect_ratio_grouping=data.aspect_ratio_grouping,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+            pace=pace,
+        )
+
+    return train_task(
+        detector,
+        Task(optimizer, set_rate, batches, dataset.fingerprint),
+        fabric=fabric,
+        config=config,
+        seed=seed,
+        checkpoints=checkpoints,
+        progress=progress,
+        step_log=step_log,
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the loop does not know of what it trains.
+
+    Attributes:
+        optimizer: of the model's parameters.
+        set_rate: gives the optimizer the rate of a step, counted from 0, and returns it.
+        batches: of the steps from one on, this process's share; a pace is told of their time.
+        fingerprint: of the data, which a checkpoint must have been trained on.
+    """
+
+    optimizer: torch.optim.Optimizer
+    set_rate: Callable[[int], float]
+    batches: Callable[[int, Pace], Iterator[Batch]]
+    fingerprint: str
+
+
+def train_task(
+    module: nn.Module,
+    task: Task,
+    *,
+    fabric: Fabric,
+    config: TrainConfig,
+    seed: int,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    step_log: StepLog | None = None,
+) -> tuple[nn.Module, TrainingLog]:
+    """Train `module`, which is called as `module(images, targets)` and returns losses by name.
+
+    If it has a method `after_step`, that is called after each update. For all else, see `train`.
+    """
+    model, optimizer = fabric.setup(module, task.optimizer)
+    training = _Training(module, model, optimizer, fabric, config, seed, task.set_rate)
+    state = checkpoints.latest({"annotations": task.fingerprint})
     if state is not None:
         training.load(state)
     _check_same_step(fabric, training.log.steps)
@@ -146,23 +214,9 @@ def train(
         step_log.begin(training.log.steps)
     model.train()
     pace = Pace()
-    batches = training_batches(
-        dataset,
-        batch_size=config.batch_size,
-        seed=seed,
-        start_step=training.log.steps,
-        steps=config.steps,
-        num_workers=data.workers,
-        flip=data.flip,
-        **_needs(detector),
-        aspect_ratio_grouping=data.aspect_ratio_grouping,
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
-        pace=pace,
-    )
     saved = training.log.steps
     with StopRequest(quiet=not fabric.is_global_zero) as request, clear_worker_errors():
-        for images, targets in batches:
+        for images, targets in task.batches(training.log.steps, pace):
             entry, stop = training.step(images, targets, pace=pace.reset(), stop=request.requested)
             step = training.log.steps
             last = step == config.steps
@@ -170,7 +224,7 @@ def train(
                 step_log.write(entry)
             if (step % config.checkpoint_every == 0 or last or stop) and step > saved:
                 if fabric.is_global_zero:
-                    checkpoints.save({**training.state(), "annotations": dataset.fingerprint}, step)
+                    checkpoints.save({**training.state(), "annotations": task.fingerprint}, step)
                 saved = step
             progress(step, entry["total"])
             if stop:
@@ -201,7 +255,10 @@ class _Training:
         fabric: Fabric,
         config: TrainConfig,
         seed: int,
+        set_rate: Callable[[int], float],
     ) -> None:
+        self._set_rate = set_rate
+        self._after_step: Callable[[], None] = getattr(detector, "after_step", lambda: None)
         self.detector, self.model, self.optimizer = detector, model, optimizer
         self.fabric, self.config, self.seed = fabric, config, seed
         self.log = TrainingLog()
@@ -265,9 +322,7 @@ class _Training:
         """
         config, log, step = self.config, self.log, self.log.steps
         begun = time.perf_counter()
-        rate = learning_rate(step, config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["lr_factor"]
+        rate = self._set_rate(step)
         parts: list[dict[str, Tensor]] = []
         norm = compute_gradients(
             self.model,
@@ -287,6 +342,7 @@ class _Training:
                 self._diverged("gradient's norm", norm, parts, targets)
             log.skipped += 1
         self.optimizer.step()
+        self._after_step()
         log.steps = step + 1
         log.seconds = time.perf_counter() - self._start
         log.data_seconds += pace.waited
