@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 from bench.errors import InputError, choose, nearest
 
 METHODS = ("mask_rcnn", "retinanet")
+CLASSIFIER = "classifier"
 LIBRARIES = ("torchvision", "detectron2", "auto")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 POSITIONS = ("absolute", "relative")
@@ -85,6 +86,7 @@ class ModelConfig:
         attention: mechanism of the stages with `s1`, or one for each stage, comma-separated.
         options: options of the mechanisms.
         drop_path: rate of the last block.
+        method: of detection, or "classifier" for pretraining the backbone alone.
     """
 
     backbone: str = ""
@@ -93,7 +95,7 @@ class ModelConfig:
     options: dict[str, Any] = field(default_factory=dict)
     drop_path: Fraction = 0.0
     norm_embed: bool = True
-    method: Annotated[str, _one_of(METHODS)] = "mask_rcnn"
+    method: Annotated[str, _one_of((*METHODS, CLASSIFIER))] = "mask_rcnn"
     library: Annotated[str, _one_of(LIBRARIES)] = "torchvision"
     detector: DetectorConfig = field(default_factory=DetectorConfig)
 
@@ -183,6 +185,37 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, config=_RULES)
+class ClassifyConfig:
+    """Pretraining of a classifier; of other methods it says nothing. Images have data.fixed_size.
+
+    Attributes:
+        epochs: length of the training, which then decides train.steps; None for train.steps.
+        warmup_epochs: of them, with a rising rate; they decide train.warmup_steps.
+        warmup_lr, min_lr: rate at the start of the warm-up, and at the end.
+        crop_area: least share of an image's area that a training crop shows.
+        crop_share: share of an image's sides that evaluation shows.
+        augment: timm's name of a policy, such as "rand-m9-mstd0.5-inc1"; empty for none.
+        erasing: share of training images with a random rectangle erased.
+        mixup, cutmix: alpha of the mixing of images; 0 for none.
+        smoothing: of labels.
+        average: decay of a moving average of the weights, which is then what is kept; 0 for none.
+    """
+
+    epochs: Positive | None = None
+    warmup_epochs: Whole = 0
+    warmup_lr: Number = 1e-6
+    min_lr: Number = 1e-5
+    crop_area: Annotated[Number, Field(gt=0, le=1)] = 0.08
+    crop_share: Annotated[Number, Field(gt=0, le=1)] = 0.875
+    augment: str = ""
+    erasing: Fraction = 0.0
+    mixup: Number = 0.0
+    cutmix: Number = 0.0
+    smoothing: Fraction = 0.0
+    average: Fraction = 0.0
+
+
+@dataclass(frozen=True, config=_RULES)
 class EvaluateConfig:
     """Splits to evaluate on; the first one fills the tables.
 
@@ -219,6 +252,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    classify: ClassifyConfig = field(default_factory=ClassifyConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 

@@ -17,7 +17,7 @@ import attentions
 from attentions.contract import accepted_options
 from bench.config import schema
 from bench.config.arch import StageSpec, parse, render
-from bench.config.schema import METHODS, RunConfig
+from bench.config.schema import CLASSIFIER, METHODS, RunConfig
 from bench.config.values import assigned, merged, read
 from bench.errors import InputError, choose, nearest
 
@@ -53,6 +53,7 @@ def load_suite(
     name: str,
     *,
     rows: Sequence[str] = (),
+    backbone: str | None = None,
     schedule: str | None = None,
     method: str | None = None,
     data: str | None = None,
@@ -66,8 +67,9 @@ def load_suite(
         name: a file in `configs/suites`.
         rows: some of its rows, families of them, "all", or mechanisms of the user as
             `package.module:Class`; empty for the suite's default.
-        schedule: recipe of `configs/recipes.yaml`, instead of the suite's; where the rows have
-            schedules of their own, it chooses among them.
+        backbone: one of `configs/backbones.yaml`, instead of the suite's.
+        schedule: recipe of `configs/recipes.yaml`, or of the suite's own file, instead of the
+            suite's; where the rows have schedules of their own, it chooses among them.
         method: "mask_rcnn" or "retinanet", likewise.
         data: folder in COCO layout, instead of the suite's data; without it, a suite that needs
             COCO takes `$DETECTRON2_DATASETS/coco` where that is a folder.
@@ -81,6 +83,16 @@ def load_suite(
     """
     choose(name, suites(), "suite")
     suite = _read(f"suites/{name}.yaml")
+    recipes, known_backbones = _read(suite.get("recipes", "recipes.yaml")), _read("backbones.yaml")
+    if schedule is not None:
+        choose(schedule, recipes, "schedule")
+    if backbone is not None:
+        choose(backbone, known_backbones, "backbone")
+        if suite["rows"] != "all":
+            raise InputError(
+                f"--backbone {backbone}: each row of suite {name} has its own backbone"
+            )
+        suite |= {"backbone": backbone}
     table = _suite_rows(name, suite, schedule, method)
     layers = [suite.get("run", {})]
     needs = suite.get("needs")
@@ -90,7 +102,6 @@ def load_suite(
     if data is not None:
         layers += [suite.get("with_data", {}), {"data": {"path": data}}]
     command_line = _overrides(overrides)
-    recipes, known_backbones = _read("recipes.yaml"), _read("backbones.yaml")
     runs = []
     chosen = _chosen(rows or suite.get("default", ["all"]), table)
     for row in chosen:
@@ -214,6 +225,16 @@ def build_config(values: Mapping[str, Any]) -> RunConfig:
             f"train.batch_size={train.batch_size} must be a multiple of train.devices="
             f"{train.devices} times train.accumulate={train.accumulate}"
         )
+    if config.model.method == CLASSIFIER:
+        if config.data.fixed_size is None:
+            raise InputError(
+                "data.fixed_size: a classifier needs the (height, width) of its images"
+            )
+        if config.profile.enabled:
+            raise InputError(
+                "profile.enabled=True: a classifier is not measured; `python -m bench profile`"
+                " measures its backbone"
+            )
     _stages(config)
     return config
 
@@ -251,8 +272,6 @@ def _suite_rows(
 ) -> dict[str, _SuiteRow]:
     """Return the rows of a suite that have a schedule and a method or can be given them."""
     asked = {"schedule": schedule, "method": method}
-    if schedule is not None:
-        choose(schedule, _read("recipes.yaml"), "schedule")
     if method is not None:
         choose(method, METHODS, "method")
     if suite["rows"] == "all":

@@ -19,10 +19,15 @@ def fingerprint(place: Place) -> dict[str, str] | None:
         annotations = sha256(place.annotation_file)
     except OSError:
         return None
+    return {"annotations": annotations, "images": fingerprint_images(place.folder)}
+
+
+def fingerprint_images(folder: Path) -> str:
+    """Return the hash of the names and sizes in bytes of the files in a folder."""
     digest = hashlib.sha256()
-    for name, size in sorted(_files(place.folder)):
+    for name, size in sorted(_files(folder)):
         digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
-    return {"annotations": annotations, "images": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def _files(folder: Path) -> list[tuple[str, int]]:

@@ -26,6 +26,7 @@ Array = NDArray[np.float64]
 
 SHAPES = ("disc", "square", "triangle", "star", "cross", "bar")
 SPLITS = ("train2017", "val2017")
+CLASS_SPLITS = ("train", "val")
 # Areas in pixels of small, medium and large objects, within COCO's limits of 32² and 96², and how
 # often each comes.
 AREAS = ((200.0, 950.0), (1150.0, 6500.0), (9400.0, 11000.0))
@@ -73,6 +74,33 @@ def generate(
     Raises:
         InputError: for values that cannot be, a folder that holds something else, or a full disk.
     """
+    return _generate(root, seed, train_images, val_images, image_size)
+
+
+def generate_classes(
+    root: str | Path,
+    *,
+    seed: int = 0,
+    train_images: int = 800,
+    val_images: int = 100,
+    image_size: tuple[int, int] = (128, 160),
+) -> Path:
+    """Write images of one object each, in a folder for each of SHAPES, as `generate` does.
+
+    The folder then holds `train/SHAPE/*.jpg` and `val/SHAPE/*.jpg`.
+    """
+    return _generate(root, seed, train_images, val_images, image_size, classes=True)
+
+
+def _generate(
+    root: str | Path,
+    seed: int,
+    train_images: int,
+    val_images: int,
+    image_size: tuple[int, int],
+    *,
+    classes: bool = False,
+) -> Path:
     root = Path(root)
     if min(train_images, val_images) < 1 or min(image_size) < SMALLEST_SIDE:
         raise InputError(
@@ -87,6 +115,7 @@ def generate(
         "train_images": train_images,
         "val_images": val_images,
         "image_size": list(image_size),
+        **({"classes": True} if classes else {}),
     }
     # Of a link, the folder behind it.
     place = root.resolve()
@@ -118,9 +147,12 @@ def _replace(place: Path, arguments: Mapping[str, Any]) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
     counts = (arguments["train_images"], arguments["val_images"])
     try:
-        for number, (split, count) in enumerate(zip(SPLITS, counts, strict=True)):
+        write, splits = _write_split, SPLITS
+        if "classes" in arguments:
+            write, splits = _write_classes, CLASS_SPLITS
+        for number, (split, count) in enumerate(zip(splits, counts, strict=True)):
             seed, (height, width) = (arguments["seed"], number), arguments["image_size"]
-            _write_split(unfinished, split, count, seed, (height, width))
+            write(unfinished, split, count, seed, (height, width))
         (unfinished / _MARK).write_text(json.dumps(arguments), encoding="utf-8")
         # Moved away whole: half deleted under its own name, it would pass for finished.
         if place.exists():
@@ -146,7 +178,7 @@ def _refuse_foreign(root: Path) -> None:
     there = {path.name for path in root.iterdir()}
     mark = _mark(root)
     ours = isinstance(mark, dict) and "version" in mark
-    foreign = there - {_MARK, "annotations", *SPLITS} if ours else there
+    foreign = there - {_MARK, "annotations", *SPLITS, *CLASS_SPLITS} if ours else there
     if foreign:
         raise InputError(
             f"{root} holds {sorted(foreign)[0]!r}, which is not generated data; name another folder"
@@ -180,6 +212,23 @@ def _write_split(
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
+def _write_classes(
+    root: Path, split: str, count: int, seed: tuple[int, int], image_size: tuple[int, int]
+) -> None:
+    for shape in SHAPES:
+        (root / split / shape).mkdir(parents=True)
+    for index in range(count):
+        rng = np.random.default_rng([*seed, index])
+        placed: list[_Object] = []
+        while not placed:
+            area = _area(rng)
+            # A turned outline needs room, above all a bar.
+            placed = _place(rng, [], min(area, min(image_size) ** 2 / 6), image_size)
+        pixels = _paint(rng, _background(rng, image_size), placed)
+        name = f"{index + 1:012d}.jpg"
+        Image.fromarray(pixels).save(root / split / SHAPES[placed[0].shape] / name, quality=92)
+
+
 def _draw(
     rng: np.random.Generator, image_size: tuple[int, int]
 ) -> tuple[NDArray[np.uint8], list[_Object]]:
@@ -192,13 +241,18 @@ def _draw(
             placed = _place(rng, placed, area, image_size)
     if rng.random() < CROWD_SHARE:
         placed = [*placed, _crowd(rng, image_size, [item.alpha for item in placed])]
+    pixels = _paint(rng, canvas, placed)
+    return pixels, [item for item in placed if item.alpha.max(initial=0.0) > 0.5]
+
+
+def _paint(rng: np.random.Generator, canvas: Array, placed: Sequence[_Object]) -> NDArray[np.uint8]:
+    """Put objects on a background (height, width, 3), with shades and grain."""
     for item in placed:
-        shade = 1.0 + 0.12 * _noise(rng, image_size, 12)
+        shade = 1.0 + 0.12 * _noise(rng, (canvas.shape[0], canvas.shape[1]), 12)
         paint = item.colour * shade[..., None]
         canvas = canvas * (1 - item.alpha[..., None]) + paint * item.alpha[..., None]
     grain = rng.normal(0.0, 0.015, canvas.shape)
-    pixels = ((canvas + grain).clip(0, 1) * 255).astype(np.uint8)
-    return pixels, [item for item in placed if item.alpha.max(initial=0.0) > 0.5]
+    return ((canvas + grain).clip(0, 1) * 255).astype(np.uint8)
 
 
 def _area(rng: np.random.Generator) -> float:

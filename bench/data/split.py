@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize_image
 
-from bench.config.schema import DataConfig, RunConfig
-from bench.data import check
+from bench.config.schema import CLASSIFIER, DataConfig, RunConfig
+from bench.data import check, classes
 from bench.data.coco import Categories, CocoDataset, Target
 from bench.data.generated import generate
 from bench.data.images import to_float
@@ -108,6 +108,9 @@ def check_data(
         check_device(config, local)
         if config.train.init is not None and not Path(config.train.init).is_file():
             raise InputError(f"train.init={config.train.init}: no such file")
+        if config.model.method == CLASSIFIER:
+            classes.open_splits(classes.data_root(config, output))
+            continue
         root = data_root(config, output)
         place = (root, str(config.data), *config.evaluate.splits)
         if place not in seen:

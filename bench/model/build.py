@@ -1,6 +1,7 @@
 """The model of a run, as its configuration describes it, and what a record says of it."""
 
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,19 @@ import torch
 from torch import nn
 
 from bench.config.arch import parse
-from bench.config.schema import RunConfig
+from bench.config.schema import CLASSIFIER, RunConfig
 from bench.errors import InputError
 from bench.files import sha256
 from bench.model import detectors, weights
 from bench.model.backbone import ViL
+from bench.model.detectors.contract import backbone_stages
 
 
-def build_backbone(config: RunConfig) -> ViL:
+def build_backbone(config: RunConfig, num_classes: int = 1000) -> ViL:
     """Return the untrained backbone of a run, its weights drawn from the run's seed.
+
+    Args:
+        num_classes: outputs of its classification head.
 
     Raises:
         InputError: for a model that cannot be built, naming the row.
@@ -30,6 +35,7 @@ def build_backbone(config: RunConfig) -> ViL:
             attention=names[0] if len(names) == 1 else names,
             image_size=data.fixed_size or data.max_size,
             drop_path=model.drop_path,
+            num_classes=num_classes,
             norm_embed=model.norm_embed,
             **model.options,
         )
@@ -81,13 +87,14 @@ def initialise(detector: detectors.Detector, path: Path) -> str:
     )
 
 
-def parameters_section(detector: detectors.Detector) -> dict[str, Any]:
+def parameters_section(detector: detectors.Detector | ViL) -> dict[str, Any]:
     """Return the `parameters` section of a record."""
 
     def count(module: nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 
-    parts = {name: count(module) for name, module in detector.parts().items()}
+    modules = backbone_stages(detector) if isinstance(detector, ViL) else detector.parts()
+    parts = {name: count(module) for name, module in modules.items()}
     return {"total": count(detector), "by_part": parts}
 
 
@@ -95,10 +102,13 @@ def model_section(config: RunConfig) -> dict[str, Any]:
     """Return the `model` section of a record."""
     model = config.model
     library, version = model.library, None
-    # Where the library cannot be had, that is the error of the record.
-    with suppress(InputError):
-        library = detectors.resolve_library(library)
-        version = detectors.library_version(library)
+    if model.method == CLASSIFIER:
+        library, version = "timm", metadata.version("timm")
+    else:
+        # Where the library cannot be had, that is the error of the record.
+        with suppress(InputError):
+            library = detectors.resolve_library(library)
+            version = detectors.library_version(library)
     return {
         "backbone": model.backbone,
         "method": model.method,

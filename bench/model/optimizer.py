@@ -11,7 +11,7 @@ from bench.config.schema import TrainConfig
 from bench.errors import InputError, choose
 
 # The published ones, by method.
-CLIP_NORMS = {"mask_rcnn": 0.5, "retinanet": 1.0}
+CLIP_NORMS = {"mask_rcnn": 0.5, "retinanet": 1.0, "classifier": 0.0}
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 _POSITIONS = ("cls_pos_embed", "x_pos_embed", "y_pos_embed", "relative_position_bias_table")
 KINDS = ("norms", "biases", "tokens", "positions")

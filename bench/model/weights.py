@@ -32,6 +32,8 @@ DETECTOR_PREFIX = "backbone.bottom_up."
 _PARALLEL_PREFIX = "module."
 # Under which a file may hold its state dict.
 _WRAPPERS = ("model", "net", "state_dict")
+# Beside it, what the weights were pretrained on.
+_ORIGIN = "pretrain"
 # Constants of an architecture, which every model makes for itself.
 _DERIVED = "relative_position_index"
 
@@ -49,20 +51,7 @@ def load_file(path: Path) -> dict[str, Tensor]:
         InputError: naming the file, where it cannot be read, is no such file, holds anything but
             plain values and tensors, or has no state dict.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise InputError(f"{path}: cannot read it: {error.strerror}") from error
-    with file, warnings.catch_warnings():
-        # Of other protocols of pickle, as soon as a file turns out not to be a checkpoint.
-        warnings.simplefilter("ignore")
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:
-            # A file of other content makes torch raise nearly anything.
-            raise InputError(f"{path}: {_why_not_loaded(error)}") from error
+    content = _load(path)
     state = content
     if isinstance(content, Mapping):
         state = next((content[key] for key in _WRAPPERS if key in content), content)
@@ -77,13 +66,43 @@ def load_file(path: Path) -> dict[str, Tensor]:
     return {str(name): tensor for name, tensor in state.items()}
 
 
-def save_file(state_dict: Mapping[str, Tensor], path: Path) -> None:
+def load_origin(path: Path) -> str | None:
+    """Return what the weights of a file were pretrained on, where the file says so."""
+    content = _load(path)
+    origin = content.get(_ORIGIN) if isinstance(content, Mapping) else None
+    return origin if isinstance(origin, str) else None
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise InputError(f"{path}: cannot read it: {error.strerror}") from error
+    with file, warnings.catch_warnings():
+        # Of other protocols of pickle, as soon as a file turns out not to be a checkpoint.
+        warnings.simplefilter("ignore")
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            # A file of other content makes torch raise nearly anything.
+            raise InputError(f"{path}: {_why_not_loaded(error)}") from error
+
+
+def save_file(state_dict: Mapping[str, Tensor], path: Path, origin: str | None = None) -> None:
     """Write `{"model": state_dict}`, whole or not at all; the folder is made where it is missing.
+
+    Args:
+        origin: what it was pretrained on, for `load_origin`.
 
     Raises:
         InputError: where it cannot be written; a file that is there already stays.
     """
-    write_whole(path, lambda file: torch.save({"model": dict(state_dict)}, file))
+    content: dict[str, Any] = {"model": dict(state_dict)}
+    if origin is not None:
+        content[_ORIGIN] = origin
+    write_whole(path, lambda file: torch.save(content, file))
 
 
 def _why_not_loaded(error: Exception) -> str:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from bench import record
-from bench.config.schema import RunConfig
+from bench.config.schema import CLASSIFIER, RunConfig
 from bench.config.sources import Source, mechanism_sources
 from bench.config.suites import build_config
-from bench.data import layout
-from bench.data.fingerprint import fingerprint
+from bench.data import classes, layout
+from bench.data.fingerprint import fingerprint, fingerprint_images
 from bench.data.split import named_files
 from bench.errors import InputError
 from bench.files import sha256
@@ -144,8 +144,9 @@ def identify(
     # Where it cannot be had, that is the error of the run.
     with suppress(InputError):
         values["model.library"] = detectors.resolve_library(config.model.library)
-    if config.data.path is not None:
-        values = {k: v for k, v in values.items() if not k.startswith("data.generated.")}
+    unused = [] if config.data.path is None else ["data.generated."]
+    unused += [] if config.model.method == CLASSIFIER else ["classify."]
+    values = {k: v for k, v in values.items() if not k.startswith(tuple(unused))}
     made = {k: values.pop(k) for k in list(values) if k.startswith(_AFTER_TRAINING)}
     sources: list[Source] = []
     if inputs is None:
@@ -160,6 +161,7 @@ def old_key(config: RunConfig) -> str:
     for name in _SINCE_E514C85:
         group, _, last = name.partition(".")
         del values[group][last]
+    del values["classify"]
     return record.key(values)
 
 
@@ -205,8 +207,12 @@ def _inputs(
             key = config.data.path, split, str(file), str(images)
             if key not in seen:
                 with suppress(InputError):
-                    place = layout.find(Path(config.data.path), split, file=file, images=images)
-                    seen[key] = fingerprint(place)
+                    if config.model.method == CLASSIFIER:
+                        place = classes.find(Path(config.data.path), split)
+                        seen[key] = {"images": fingerprint_images(place)}
+                    else:
+                        where = layout.find(Path(config.data.path), split, file=file, images=images)
+                        seen[key] = fingerprint(where)
             found["data"][split] = seen.setdefault(key, None)
     return found
 

@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 
 from bench import record
-from bench.config.schema import RunConfig, TrainConfig
+from bench.config.schema import CLASSIFIER, RunConfig, TrainConfig
 from bench.data import split as inputs
 from bench.data.coco import CocoDataset
 from bench.errors import InputError
@@ -22,7 +22,7 @@ from bench.files import sha256
 from bench.measure.costs import flops_section, run_sections
 from bench.model import build as models
 from bench.model.optimizer import effective, scaling_note
-from bench.model.weights import load_detector, load_file, save_file
+from bench.model.weights import load_detector, load_file, load_origin, save_file
 from bench.record import Record, error_section
 from bench.run.checkpoints import Checkpoints
 from bench.run.evaluate import Progress, evaluate
@@ -104,7 +104,16 @@ def run(
     with _claimed(config, identity, output) as (finished, trained):
         if finished is not None:
             return finished
-        return Run(config, identity, output, options or Options(), trained).record()
+        return _kind(config)(config, identity, output, options or Options(), trained).record()
+
+
+def _kind(config: RunConfig) -> "type[Run]":
+    if config.model.method == CLASSIFIER:
+        # It stands on this module.
+        from bench.run.pretrain import Pretraining
+
+        return Pretraining
+    return Run
 
 
 @contextmanager
@@ -226,6 +235,7 @@ class Run:
         sections: of the record, filled phase by phase, so that what was reached before an error
             is kept.
         notes: of the record.
+        pretrain: what the weights at the start were trained on, where their file says so.
     """
 
     def __init__(
@@ -242,6 +252,7 @@ class Run:
         self.world = processes.world()
         self.sections: dict[str, Any] = {}
         self.notes: list[str] = []
+        self.pretrain: str | None = None
         self.checkpoints = _checkpoints(config, identity, output)
         self.phases: list[Callable[[], None]] = [
             self.open, self.build, self.train, self.evaluate, self.measure,
@@ -316,6 +327,7 @@ class Run:
         self.notes += notes
         if config.train.init is not None:
             self.notes.append(models.initialise(self.detector, Path(config.train.init)))
+            self.pretrain = load_origin(Path(config.train.init))
         self._log_model()
 
     def train(self) -> None:
@@ -329,19 +341,9 @@ class Run:
             doing = f"training, step {step} of {steps}, loss {loss:.3f}"
             self.options.progress(_TRAINED * step / steps, doing)
 
-        self.model, log = train(
-            self.detector,
-            self.training,
-            fabric=self.fabric,
-            config=self.recipe,
-            data=self.config.data,
-            seed=self.config.seed,
-            checkpoints=self.checkpoints,
-            progress=progress,
-            step_log=self.step_log,
-        )
+        self.model, log = self.fit(progress)
         self.sections["training"] = _training_section(log, self.recipe) | {
-            "classes": [list(category) for category in self.training.categories]
+            "classes": self.classes()
         }
         if self.fabric.is_global_zero and self.options.keep_weights:
             self.sections["training"]["weights"] = self._save_weights()
@@ -352,9 +354,7 @@ class Run:
         def progress(done: float, doing: str) -> None:
             self.options.progress(_TRAINED + (_EVALUATED - _TRAINED) * done, doing)
 
-        found = [
-            evaluate(self.model, split, self.config, self.fabric, progress) for split in self.splits
-        ]
+        found = [self.score(split, progress) for split in self.splits]
         if self.fabric.is_global_zero:
             self.sections["evaluation"] = found[0] | {"also": found[1:]}
             self.notes += [note for section in found for note in evaluation_remarks(section)]
@@ -381,11 +381,40 @@ class Run:
             )
         self.fabric.barrier()
 
-    def _load_trained(self, before: Record) -> None:
-        kept = before.training or {}
-        path = self.output / kept["weights"]["path"]
+    def fit(self, progress: Callable[[int, float], None]) -> tuple[nn.Module, TrainingLog]:
+        """Train the detector; return it as Fabric wrapped it, and the log."""
+        return train(
+            self.detector,
+            self.training,
+            fabric=self.fabric,
+            config=self.recipe,
+            data=self.config.data,
+            seed=self.config.seed,
+            checkpoints=self.checkpoints,
+            progress=progress,
+            step_log=self.step_log,
+        )
+
+    def classes(self) -> list[Any]:
+        """Return id and name of each class, as the record has them."""
+        return [list(category) for category in self.training.categories]
+
+    def score(self, split: Any, progress: Progress) -> dict[str, Any]:
+        """Return the `evaluation` section of one split."""
+        return evaluate(self.model, split, self.config, self.fabric, progress)
+
+    def load(self, path: Path) -> None:
+        """Load the weights that `save` wrote."""
         load_detector(self.detector, load_file(path))
         self.model = self.fabric.setup_module(self.detector)
+
+    def save(self, path: Path) -> None:
+        """Write the weights to a file."""
+        save_file(self.detector.state_dict(), path)
+
+    def _load_trained(self, before: Record) -> None:
+        kept = before.training or {}
+        self.load(self.output / kept["weights"]["path"])
         self.sections["training"] = dict(kept)
         self.notes += [n for n in before.notes if n.startswith(_WEIGHTS_OF)] or [
             f"{_WEIGHTS_OF} {before.created}, which trained them with the same settings;"
@@ -397,7 +426,7 @@ class Run:
         """Write what was trained, and return where it is and its hash; a full disk is a note."""
         path = self.output / "weights" / f"{self.identity.stem}.pth"
         try:
-            save_file(self.detector.state_dict(), path)
+            self.save(path)
         except InputError as error:
             note = f"the weights were not kept: {error}; the newest checkpoint stays instead"
             self.notes.append(note)
@@ -422,7 +451,7 @@ class Run:
             config=config.as_dict(),
             environment=place
             | {"threads": torch.get_num_threads(), "inputs": self.identity.inputs},
-            model=models.model_section(config),
+            model=models.model_section(config) | {"pretrain": self.pretrain},
             notes=self.notes,
             **self.sections,
         )

@@ -1,0 +1,222 @@
+"""Images sorted into a folder for each class, such as ImageNet, read by timm's reader.
+
+Of a batch everything random is drawn from the seed and the place of an image in the order of
+training, as for detection.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data import create_transform
+from timm.data.readers import create_reader
+
+from bench.config.schema import RunConfig
+from bench.data.fingerprint import fingerprint_images
+from bench.data.generated import CLASS_SPLITS, generate_classes
+from bench.data.loader import Batch, Pace, Sample, Samples, load, ordered_batches
+from bench.errors import InputError
+
+TRAIN, VAL = CLASS_SPLITS
+# What folders of a split are called.
+_NAMES = {TRAIN: ("train", "training"), VAL: ("val", "validation", "valid", "test")}
+LAYOUT = "train/CLASS/IMAGE and val/CLASS/IMAGE"
+
+
+class ClassDataset:
+    """One split of images by class.
+
+    Args:
+        root: folder of the splits.
+        split: "train" or "val".
+
+    Attributes:
+        samples: path and number of the class of each image.
+        classes: names, in the order of their numbers.
+        fingerprint: hash of the names and sizes of its files.
+
+    Raises:
+        InputError: for a folder that is missing or holds no images.
+    """
+
+    def __init__(self, root: Path, split: str) -> None:
+        self.split, self.folder = split, find(root, split)
+        try:
+            reader: Any = create_reader("", root=str(self.folder))
+        except RuntimeError as error:
+            raise InputError(f"{self.folder}: no images in folders of classes; {error}") from error
+        self.samples: list[tuple[str, int]] = list(reader.samples)
+        self.classes: tuple[str, ...] = tuple(reader.class_to_idx)
+        if "" in self.classes:
+            raise InputError(f"{self.folder}: images must lie in a folder for each class")
+        self.fingerprint = fingerprint_images(self.folder)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Return an image in RGB and its class.
+
+        Raises:
+            InputError: naming the file, where it cannot be read.
+        """
+        path, label = self.samples[index]
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB"), label
+        except (OSError, UnidentifiedImageError) as error:
+            raise InputError(f"cannot read image {path}: {error}") from error
+
+
+def find(root: Path, split: str) -> Path:
+    """Return the folder of a split.
+
+    Raises:
+        InputError: where there is none.
+    """
+    places = [root / name for name in _NAMES[split]]
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None:
+        names = ", ".join(_NAMES[split])
+        raise InputError(
+            f"--data {root}: no folder {names} in it; a data set of classes is {LAYOUT}"
+        )
+    return found
+
+
+def data_root(config: RunConfig, output: Path) -> Path:
+    """Return the folder of a run's data; generated data is made where it is missing."""
+    if config.data.path is not None:
+        return Path(config.data.path)
+    made = config.data.generated
+    size = (made.image_size[0], made.image_size[1])
+    name = f"classes-{made.seed}-{made.train_images}-{made.val_images}-{size[0]}x{size[1]}"
+    return generate_classes(
+        output / "data" / name,
+        seed=made.seed,
+        train_images=made.train_images,
+        val_images=made.val_images,
+        image_size=size,
+    )
+
+
+def open_splits(root: Path) -> tuple[ClassDataset, ClassDataset]:
+    """Read the images to train on and those to evaluate on.
+
+    Raises:
+        InputError: for data that cannot be used, or splits of different classes.
+    """
+    train, val = ClassDataset(root, TRAIN), ClassDataset(root, VAL)
+    apart = sorted(set(train.classes) ^ set(val.classes))
+    if apart:
+        raise InputError(
+            f"{root}: train and val must have the same classes; only one of them has"
+            f" {', '.join(apart[:5])}{' and more' if len(apart) > 5 else ''}"
+        )
+    return train, val
+
+
+def image_size(config: RunConfig) -> tuple[int, int]:
+    """Return (height, width) of a run's images."""
+    if config.data.fixed_size is None:
+        raise InputError("data.fixed_size: a classifier needs the (height, width) of its images")
+    return config.data.fixed_size[0], config.data.fixed_size[1]
+
+
+class _Samples(Samples):
+    """Images as the network sees them, and their classes."""
+
+    def __init__(self, dataset: ClassDataset, config: RunConfig, *, training: bool) -> None:
+        self.dataset, self.seed = dataset, config.seed
+        options: dict[str, Any] = {}
+        how = config.classify
+        if training:
+            options = {
+                "scale": (how.crop_area, 1.0),
+                "hflip": 0.5 if config.data.flip else 0.0,
+                "auto_augment": how.augment or None,
+                "color_jitter": 0.0,
+                "re_prob": how.erasing,
+                "re_mode": "pixel",
+            }
+        self.transform = create_transform(
+            (3, *image_size(config)),
+            is_training=training,
+            interpolation="bicubic",
+            crop_pct=how.crop_share,
+            **options,
+        )
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int] | int) -> Sample | InputError:
+        index, place = key if isinstance(key, tuple) else (key, 0)
+        try:
+            image, label = self.dataset.read(index)
+        except InputError as error:
+            # Returned, not raised: a worker would wrap it in its traceback.
+            return error
+        with random_from(self.seed, place):
+            pixels: Any = self.transform(image)
+        return pixels, {"label": torch.tensor(label), "image_id": torch.tensor(index)}
+
+
+@contextmanager
+def random_from(seed: int, place: int) -> Iterator[None]:
+    """Let Python, NumPy and torch draw from a seed and a place, and then go on as before."""
+    # timm's augmentation draws from NumPy's global state.
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    seeds = np.random.SeedSequence([seed, place]).generate_state(3, np.uint32).tolist()
+    random.seed(seeds[0])
+    np.random.seed(seeds[1])  # noqa: NPY002
+    torch.manual_seed(seeds[2])
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        torch.set_rng_state(before[2])
+
+
+def training_batches(
+    dataset: ClassDataset,
+    config: RunConfig,
+    *,
+    steps: int,
+    start_step: int,
+    rank: int = 0,
+    world_size: int = 1,
+    pace: Pace | None = None,
+) -> Iterator[Batch]:
+    """Yield this process's share of the batches of steps `start_step` to `steps - 1`.
+
+    Images are float (3, height, width), normalised; targets hold "label" and "image_id".
+    """
+    yield from ordered_batches(
+        _Samples(dataset, config, training=True),
+        (tuple(range(len(dataset))),),
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        start_step=start_step,
+        steps=steps,
+        num_workers=config.data.workers,
+        rank=rank,
+        world_size=world_size,
+        pace=pace,
+    )
+
+
+def evaluation_batches(
+    dataset: ClassDataset, config: RunConfig, *, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
+    """Yield every image once, each to one process."""
+    own, size = range(rank, len(dataset), world_size), config.evaluate.batch_size
+    batches = (list(own[start : start + size]) for start in range(0, len(own), size))
+    samples = _Samples(dataset, config, training=False)
+    yield from load(samples, batches, config.data.workers, None, Pace())

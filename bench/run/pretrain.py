@@ -1,0 +1,186 @@
+"""Pretraining: a classifier trained, evaluated and kept, to start detectors from.
+
+It is a run as any other, with the loop, checkpoints, logs and records of `runner` and `train`.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import binomtest
+from torch import Tensor, nn
+
+from bench import record
+from bench.config.schema import RunConfig
+from bench.data import classes
+from bench.data.classes import ClassDataset
+from bench.data.loader import clear_worker_errors
+from bench.measure.flops import NotCountedError, count_flops
+from bench.model import build as models
+from bench.model import classifier
+from bench.model.weights import load_file, load_published, save_file
+from bench.run.evaluate import Progress
+from bench.run.runner import Run
+from bench.run.train import Task, TrainingLog, train_task
+from bench.system import devices
+from bench.system.logs import run_log, table
+
+LEVEL = 0.95
+
+
+class Pretraining(Run):
+    """The phases of pretraining; weights are the backbone's alone, under their published names."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.phases: list[Callable[[], None]] = [self.open, self.build, self.train, self.evaluate]
+
+    def open(self) -> None:
+        """Set up devices and read the data."""
+        config = self.config
+        self.options.progress(0.0, "reading data")
+        self.fabric = devices.make_fabric(config)
+        # Generated data is made once, by the first process.
+        if self.fabric.is_global_zero:
+            classes.data_root(config, self.output)
+        self.fabric.barrier()
+        root = classes.data_root(config, self.output)
+        self.images, val = classes.open_splits(root)
+        self.splits: list[Any] = [val]
+        self.recipe = classifier.recipe(config, len(self.images))
+
+    def build(self) -> None:
+        """Build the classifier and count it."""
+        config = self.config
+        self.classifier = classifier.build_classifier(config, len(self.images.classes))
+        vil = self.classifier.vil
+        self.sections["parameters"] = models.parameters_section(vil)
+        try:
+            report = count_flops(vil, image_size=classes.image_size(config))
+            self.sections["flops"] = dataclasses.asdict(report)
+        except NotCountedError as error:
+            self.notes.append(f"FLOPs not counted: {error}")
+        if config.train.init is not None:
+            load_published(vil, load_file(Path(config.train.init)))
+            self.notes.append(f"initialised from {config.train.init}")
+        parameters = self.sections["parameters"]
+        rows = [*parameters["by_part"].items(), ("total", parameters["total"])]
+        run_log.info("model: %s; parameters:\n%s", config.model.attention, table(rows))
+        run_log.info("images: %d of %d classes", len(self.images), len(self.images.classes))
+        run_log.info("%d steps of %d images", self.recipe.steps, self.recipe.batch_size)
+
+    def fit(self, progress: Callable[[int, float], None]) -> tuple[nn.Module, TrainingLog]:
+        """Train the classifier; return it as Fabric wrapped it, and the log."""
+        config, recipe, fabric = self.config, self.recipe, self.fabric
+        optimizer = classifier.build_optimizer(self.classifier, recipe)
+        scheduler = classifier.schedule(optimizer, config, recipe)
+
+        def set_rate(step: int) -> float:
+            scheduler.step_update(step)
+            return float(optimizer.param_groups[0]["lr"])
+
+        task = Task(
+            optimizer,
+            set_rate,
+            lambda start_step, pace: classes.training_batches(
+                self.images,
+                config,
+                steps=recipe.steps,
+                start_step=start_step,
+                rank=fabric.global_rank,
+                world_size=fabric.world_size,
+                pace=pace,
+            ),
+            self.images.fingerprint,
+        )
+        return train_task(
+            self.classifier,
+            task,
+            fabric=fabric,
+            config=recipe,
+            seed=config.seed,
+            checkpoints=self.checkpoints,
+            progress=progress,
+            step_log=self.step_log,
+        )
+
+    def classes(self) -> list[Any]:
+        """Return number and name of each class, as the record has them."""
+        return [list(pair) for pair in enumerate(self.images.classes)]
+
+    def score(self, split: Any, progress: Progress) -> dict[str, Any]:
+        """Return the `evaluation` section of one split."""
+        return evaluate(self.model, split, self.config, self.fabric, progress)
+
+    def load(self, path: Path) -> None:
+        """Load the weights that `save` wrote."""
+        load_published(self.classifier.result, load_file(path))
+        self.model = self.fabric.setup_module(self.classifier)
+
+    def save(self, path: Path) -> None:
+        """Write the weights to a file, and to `ROW.pth`, which `--init` finds by its row."""
+        count, recipe = len(self.images), self.recipe
+        where = "generated images" if self.config.data.path is None else Path(self.images.folder)
+        name = where if isinstance(where, str) else where.resolve().parent.name
+        origin = (
+            f"{name}, {len(self.images.classes)} classes,"
+            f" {recipe.steps * recipe.batch_size / count:.3g} epochs of {count} images"
+        )
+        for file in (path, self.output / f"{record.slug(self.config.row)}.pth"):
+            save_file(self.classifier.result.state_dict(), file, origin)
+
+
+def evaluate(
+    model: nn.Module,
+    split: ClassDataset,
+    config: RunConfig,
+    fabric: Any,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Return the `evaluation` section of a classifier on one split: top-1 and top-5 in percent."""
+    model.eval()
+    start = time.perf_counter()
+    counts = torch.zeros(4, dtype=torch.float64, device=fabric.device)
+    done = 0
+    with torch.no_grad(), clear_worker_errors():
+        for images, targets in classes.evaluation_batches(
+            split, config, rank=fabric.global_rank, world_size=fabric.world_size
+        ):
+            scores = model([image.to(fabric.device) for image in images])
+            labels = torch.stack([target["label"] for target in targets]).to(fabric.device)
+            counts += _right(scores, labels)
+            done = min(done + len(images) * fabric.world_size, len(split))
+            progress(done / len(split), f"evaluating {split.split}, image {done} of {len(split)}")
+    if fabric.world_size > 1:
+        counts = fabric.all_reduce(counts, reduce_op="sum")
+    total, top1, top5, not_finite = (int(count) for count in counts.tolist())
+    interval = binomtest(top1, total).proportion_ci(LEVEL, method="wilson")
+    return {
+        "split": split.split,
+        "images": total,
+        "annotations_sha256": split.fingerprint,
+        "seconds": time.perf_counter() - start,
+        "unit": "percent",
+        "top1": 100 * top1 / total,
+        "top5": 100 * top5 / total,
+        "top1_interval": {
+            "level": LEVEL,
+            "top1": [100 * float(interval.low), 100 * float(interval.high)],
+        },
+        "not_finite": not_finite,
+        # Of detectors.
+        "box": None,
+        "mask": None,
+    }
+
+
+def _right(scores: Tensor, labels: Tensor) -> Tensor:
+    """Count images, those right at first, those right in five, and those that are not finite."""
+    finite = scores.isfinite().all(dim=1)
+    best = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
+    best = best & finite[:, None]
+    counts = (len(labels), best[:, 0].sum(), best.sum(), (~finite).sum())
+    return torch.tensor([int(count) for count in counts], dtype=torch.float64, device=scores.device)
