@@ -87,8 +87,11 @@ def parts(record: Record) -> Table | None:
             Column(f"memory_{mode}_bytes", f"{mode} memory {{}}", unit=unit, optional=True),
             Column(f"latency_{mode}_s", f"{mode} {{}}", unit=Unit.MS, optional=True),
         ]
-    note = "Memory of a part is its peak above what was there before it ran."
-    return table(f"parts-{record.row}", f"Parts of {record.row}", data, columns, [note])
+    notes = ["Memory of a part is its peak above what was there before it ran."]
+    if phases := at(record, "latency.phases"):
+        said = ", ".join(f"{name} {1e3 * of['median']:.1f} ms" for name, of in phases.items())
+        notes.append(f"A training step by its phases: {said} (clipping is the optimizer's).")
+    return table(f"parts-{record.row}", f"Parts of {record.row}", data, columns, notes)
 
 
 def fits(lines: Sequence[Mapping[str, Any]]) -> Table:

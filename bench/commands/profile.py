@@ -30,6 +30,7 @@ examples:
   python -m bench profile --attention performer --amp --device cuda --batch-size 2
   python -m bench profile --attention ViL --memory-budget 24GB --fit batch-size
   python -m bench profile --attention ViL --sizes val2017
+  python -m bench profile --attention ViL,full --search checkpoint=false,true
 
 """
 FITS = ("image-size", "batch-size")
@@ -68,6 +69,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="image-size",
         help="which of them --memory-budget finds",
     )
+    add(
+        parser,
+        "search",
+        metavar="KEY=V1,V2",
+        help="each row once for each value of a setting, such as checkpoint=false,true",
+    )
     add(parser, "sizes")
     add(parser, "format", choices=FORMATS)
     add(parser, "output", help="write records and tables there too")
@@ -85,9 +92,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _configs(options: argparse.Namespace) -> tuple[Any, ...]:
-    from bench.config.suites import profile_configs
+    from bench.config import search
+    from bench.config.suites import Suite, profile_configs
 
-    return profile_configs(options.attention, image_size=options.image_size, **_given(options))
+    configs = profile_configs(options.attention, image_size=options.image_size, **_given(options))
+    if options.search is None:
+        return configs
+    return search.expand(Suite("profile", configs), search.parse(options.search)).runs
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:

@@ -85,6 +85,10 @@ class ModelConfig:
         arch: ARCH string.
         attention: mechanism of the stages with `s1`, or one for each stage, comma-separated.
         options: options of the mechanisms.
+        compile: run the backbone through torch.compile.
+        channels_last: weights of convolutions, and so what they give, in that memory format.
+        checkpoint: compute the inside of each block again in the backward pass, which takes less
+            memory and more time.
         drop_path: rate of the last block.
         method: of detection, or "classifier" for pretraining the backbone alone.
     """
@@ -93,6 +97,9 @@ class ModelConfig:
     arch: str = ""
     attention: str = "longformer"
     options: dict[str, Any] = field(default_factory=dict)
+    compile: bool = False
+    channels_last: bool = False
+    checkpoint: bool = False
     drop_path: Fraction = 0.0
     norm_embed: bool = True
     method: Annotated[str, _one_of((*METHODS, CLASSIFIER))] = "mask_rcnn"

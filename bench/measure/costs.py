@@ -130,6 +130,21 @@ def part_latencies(workload: Workload, mode: str, effort: Effort) -> dict[str, d
     return {name: _plain(timing, ("median", "q1", "q3")) for name, timing in timings.items()}
 
 
+def phase_latencies(workload: Workload, effort: Effort) -> dict[str, dict[str, float]]:
+    """Return median and quartiles of forward, backward and optimizer in whole training steps.
+
+    Clipping is the optimizer's. The device is waited for after each phase, so that on a GPU the
+    phases may add up to more than a step.
+    """
+    timings = latency.phases(
+        workload.call("training"),
+        lambda after: setattr(workload, "after", after),
+        device=workload.fabric.device,
+        effort=effort,
+    )
+    return {name: _plain(timing, ("median", "q1", "q3")) for name, timing in timings.items()}
+
+
 def _plain(timing: Latency, names: Sequence[str]) -> dict[str, Any]:
     return {name: getattr(timing, name) for name in names}
 

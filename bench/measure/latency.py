@@ -397,6 +397,47 @@ class Call:
             return Sample(self.clock() - start, before.elapsed_time(after) / 1e3)
 
 
+def phases(
+    fn: Callable[[], object],
+    listen: Callable[[Callable[[str], None]], object],
+    *,
+    device: torch.device,
+    effort: Effort,
+) -> dict[str, Latency]:
+    """Time the phases of a call, each from the end of the one before.
+
+    Args:
+        fn: the work.
+        listen: receives a function that `fn` is to call with the name of each phase at its end.
+        device: synchronised at each end.
+        effort: how long to measure.
+    """
+    taken: dict[str, list[Sample]] = {}
+    last = 0.0
+
+    def after(phase: str) -> None:
+        nonlocal last
+        _synchronise(device)
+        now = time.perf_counter()
+        taken.setdefault(phase, []).append(Sample(now - last, None))
+        last = now
+
+    call = Call(fn, device)
+    warm = call.warm_up(effort)
+    listen(after)
+    whole: list[float] = []
+    while effort.wants_more(whole):
+        _synchronise(device)
+        last = begun = time.perf_counter()
+        fn()
+        whole.append(time.perf_counter() - begun)
+    listen(lambda _phase: None)
+    return {
+        name: _summarise(samples, warm=warm, notes=(), device=device)
+        for name, samples in taken.items()
+    }
+
+
 def _synchronise(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -59,6 +59,7 @@ class _Row:
         conditions: of `Workload.conditions`, once it was built.
         timings: of each mode, those of each turn.
         parts: latency of its parts, by mode.
+        phases: latency of the phases of its training step.
         worker: where it is, while it is in memory.
     """
 
@@ -72,6 +73,7 @@ class _Row:
     conditions: Mapping[str, Any] = field(default_factory=dict)
     timings: dict[str, list[Latency]] = field(default_factory=dict)
     parts: dict[str, Any] = field(default_factory=dict)
+    phases: dict[str, Any] = field(default_factory=dict)
     worker: Worker | None = None
 
     def start(self) -> None:
@@ -373,6 +375,8 @@ def _time(group: Sequence[_Row], *, turns: int, by_part: bool) -> None:
             if by_part and row.worker is not None:
                 with row.kept():
                     row.parts[mode] = row.worker.ask("parts", mode, whole)
+                    if mode == "training":
+                        row.phases = row.worker.ask("phases", whole)
 
 
 def _add_latency(rows: Sequence[_Row]) -> None:
@@ -383,7 +387,11 @@ def _add_latency(rows: Sequence[_Row]) -> None:
     for row, timings in zip(rows, joined, strict=True):
         if timings:
             section = latency_section(row.conditions, timings, threads=torch.get_num_threads())
-            row.sections["latency"] = section | {"by_part": row.parts, "group": {}}
+            row.sections["latency"] = section | {
+                "by_part": row.parts,
+                "phases": row.phases,
+                "group": {},
+            }
     for mode in MODES:
         found = {str(n): timings[mode] for n, timings in enumerate(joined) if mode in timings}
         for number, letters in latency.groups(found).items():

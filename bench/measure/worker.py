@@ -171,6 +171,10 @@ class Held:
         """Latency of the parts of a detector."""
         return costs.part_latencies(self._workload, mode, effort)
 
+    def phases(self, effort: Effort) -> dict[str, dict[str, float]]:
+        """Latency of the phases of a training step."""
+        return costs.phase_latencies(self._workload, effort)
+
 
 def _answer(connection: Connection, threads: int, limit: int | None) -> None:
     """Answer until the other side is gone; runs in a process of its own."""

@@ -72,6 +72,8 @@ class Workload:
             self.optimizer = fabric.setup_optimizers(build_optimizer(module, self.recipe))
         self._backbones = [part for part in module.modules() if isinstance(part, ViL)]
         self._steps = 0
+        # Called with the name of each phase of a step at its end.
+        self.after: Callable[[str], None] = lambda _phase: None
 
     def call(self, mode: str) -> Callable[[], None]:
         """Return the call that is measured, run before so that lazily made state is there.
@@ -127,8 +129,10 @@ class Workload:
             self.fabric,
             [self._loss],
             clip_norm=self.recipe.clip_norm,
+            after=self.after,
         )
         self.optimizer.step()
+        self.after("optimizer")
 
     def _loss(self) -> Tensor:
         with self._fixed():

@@ -30,7 +30,7 @@ def build_backbone(config: RunConfig, num_classes: int = 1000) -> ViL:
     names = model.attention.split(",")
     torch.manual_seed(config.seed)
     try:
-        return ViL(
+        vil = ViL(
             model.arch,
             attention=names[0] if len(names) == 1 else names,
             image_size=data.fixed_size or data.max_size,
@@ -41,13 +41,24 @@ def build_backbone(config: RunConfig, num_classes: int = 1000) -> ViL:
         )
     except (TypeError, ValueError) as error:
         raise InputError(f"row {config.row!r}: {error}") from error
+    vil.grad_checkpointing = model.checkpoint
+    if model.channels_last:
+        _to_channels_last(vil)
+    # Where nothing has values, operators are counted, which a compiled graph would hide.
+    if model.compile and not next(vil.parameters()).is_meta:
+        vil.compile()
+    return vil
+
+
+def _to_channels_last(module: nn.Module) -> None:
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def build_detector(config: RunConfig, num_classes: int) -> detectors.Detector:
     """Return the untrained detector of a run, its weights drawn from the run's seed."""
     data, model = config.data, config.model
     fixed = data.fixed_size
-    return detectors.build(
+    detector = detectors.build(
         build_backbone(config),
         method=model.method,
         num_classes=num_classes,
@@ -57,6 +68,9 @@ def build_detector(config: RunConfig, num_classes: int) -> detectors.Detector:
         fixed_size=fixed,
         **vars(model.detector),
     )
+    if model.channels_last:
+        _to_channels_last(detector)
+    return detector
 
 
 def initialise(detector: detectors.Detector, path: Path) -> str:

@@ -20,6 +20,7 @@ def compute_gradients(
     parts: Sequence[Callable[[], Tensor]],
     *,
     clip_norm: float | None,
+    after: Callable[[str], None] = lambda _phase: None,
 ) -> float:
     """Set the clipped mean gradient of the losses of `parts`, and return its norm before clipping.
 
@@ -31,11 +32,15 @@ def compute_gradients(
         fabric: device and precision; it scales the loss where the precision needs it.
         parts: each returns the loss of a part of the step's images, with its graph.
         clip_norm: the largest norm of the gradient; 0 or None for no clipping.
+        after: called with "forward" and "backward" at the end of these phases of a part.
     """
     optimizer.zero_grad(set_to_none=True)
     for number, loss in enumerate(parts, start=1):
         with fabric.no_backward_sync(model, enabled=number < len(parts)):
-            fabric.backward(loss() / len(parts))
+            value = loss() / len(parts)
+            after("forward")
+            fabric.backward(value)
+            after("backward")
     norm = fabric.clip_gradients(
         model, optimizer, max_norm=clip_norm or math.inf, error_if_nonfinite=False
     )

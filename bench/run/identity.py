@@ -43,7 +43,10 @@ _AFTER_TRAINING = (
     "evaluate",
     "profile",
 )
-_SINCE_E514C85 = ("data.train_file", "data.val_file", "data.images", "data.deep_white")
+_SINCE_E514C85 = (
+    *("data.train_file", "data.val_file", "data.images", "data.deep_white"),
+    *("model.compile", "model.channels_last", "model.checkpoint"),
+)
 # What `build.initialise` notes.
 _INIT_NOTE = re.compile(r"^initialised from .* \(sha256 ([0-9a-f]+)\)")
 

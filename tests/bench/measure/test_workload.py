@@ -1,5 +1,7 @@
 """What is measured is what is trained."""
 
+import dataclasses
+
 import pytest
 import torch
 from lightning.fabric import Fabric
@@ -8,6 +10,8 @@ from torch import nn
 
 from bench.config.suites import profile_configs
 from bench.data.loader import Pace
+from bench.measure.costs import phase_latencies
+from bench.measure.latency import Effort
 from bench.measure.memory import peak
 from bench.measure.workload import Workload, build, stated_rois
 from bench.model.detectors.rois import Counts, fixed_rois
@@ -76,3 +80,32 @@ def test_a_step_in_half_precision_is_repeated_until_it_updates():
     assert len(workload.optimizer.state) == 2
     after = list(workload.module.parameters())
     assert not any(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    "option", ["channels_last", "checkpoint", pytest.param("compile", marks=pytest.mark.slow)]
+)
+def test_options_of_how_a_model_runs_change_no_result(option):
+    gradients, peaks = [], []
+    for value in (False, True):
+        workload = build(config(model={option: value}, profile={"batch_size": 4}))
+        workload.module.train()
+        workload.recipe = dataclasses.replace(workload.recipe, clip_norm=0.0)
+        workload.step()
+        named = workload.module.named_parameters()
+        gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None and p.numel()})
+        peaks.append(peak(workload.step, device="cpu", live=workload.live("training")).bytes)
+    plain, other = gradients
+    assert plain.keys() == other.keys()
+    for name, gradient in plain.items():
+        assert (other[name] - gradient).abs().max() <= 1e-4 * max(gradient.abs().max(), 1e-3), name
+    if option == "checkpoint":
+        assert peaks[1] < peaks[0]
+
+
+def test_a_step_is_forward_backward_and_optimizer():
+    workload = build(config())
+    effort = Effort(min_repeats=3, min_seconds=0.0)
+    found = phase_latencies(workload, effort)
+    assert list(found) == ["forward", "backward", "optimizer"]
+    assert all(0 < one["q1"] <= one["median"] <= one["q3"] for one in found.values())
