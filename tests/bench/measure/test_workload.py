@@ -88,19 +88,28 @@ def test_a_step_in_half_precision_is_repeated_until_it_updates():
 def test_options_of_how_a_model_runs_change_no_result(option):
     gradients, peaks = [], []
     for value in (False, True):
-        workload = build(config(model={option: value}, profile={"batch_size": 4}))
+        workload = build(config(model={option: value}))
         workload.module.train()
         workload.recipe = dataclasses.replace(workload.recipe, clip_norm=0.0)
         workload.step()
         named = workload.module.named_parameters()
         gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None and p.numel()})
-        peaks.append(peak(workload.step, device="cpu", live=workload.live("training")).bytes)
+        (large,) = profile_configs(
+            ["ViL"],
+            backbone="quick",
+            image_size=(256, 320),
+            values={"model": {option: value}},
+            overrides=["device=cpu"],
+        )
+        backbone = build(large, "backbone")
+        step = backbone.call("training")
+        peaks.append(peak(step, device="cpu", live=backbone.live("training")).bytes)
     plain, other = gradients
     assert plain.keys() == other.keys()
     for name, gradient in plain.items():
         assert (other[name] - gradient).abs().max() <= 1e-4 * max(gradient.abs().max(), 1e-3), name
     if option == "checkpoint":
-        assert peaks[1] < peaks[0]
+        assert peaks[1] < 0.7 * peaks[0]
 
 
 def test_a_step_is_forward_backward_and_optimizer():
