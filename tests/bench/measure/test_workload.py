@@ -109,7 +109,7 @@ def test_options_of_how_a_model_runs_change_no_result(option):
     for name, gradient in plain.items():
         assert (other[name] - gradient).abs().max() <= 1e-4 * max(gradient.abs().max(), 1e-3), name
     if option == "checkpoint":
-        assert peaks[1] < 0.7 * peaks[0]
+        assert peaks[1] < 0.8 * peaks[0]
 
 
 def test_a_step_is_forward_backward_and_optimizer():
