@@ -9,9 +9,8 @@ of the values on the grid, is added. Multiplying keys with values first makes th
 `K x K` kernel and `4 N C²` for projections.
 
 Of the linear attentions this one is here because it takes the place of softmax attention with
-nothing else changed, and was published so, with Mask R-CNN on COCO. EfficientViT's ReLU linear
-attention (https://arxiv.org/abs/2205.14756) without its multi-scale convolutions is `power=1,
-kernel=0`; the whole of it comes with the batch norms and convolutions of its network.
+nothing else changed, and was published so, with Mask R-CNN on COCO. Its plainest form, `power=1,
+kernel=0`, is lite_mla without aggregates.
 
 Deviations from the authors' code: no learned scale of each channel and no learned positions of the
 keys, which the paper does not have or which fix the image size; lengths are those of a head, not of

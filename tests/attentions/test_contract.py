@@ -94,6 +94,7 @@ BAD_OPTIONS = [
     ("focused_linear", {"kernel": 4}, "kernel 4 must be odd"),
     ("focused_linear", {"kernel": -1}, "kernel -1"),
     ("pvt_v2", {"size": 0}, "size 0"),
+    ("lite_mla", {"kernel": 4}, "kernel 4 must be odd"),
     ("pooling", {"size": 2}, "size 2 must be odd"),
     ("linformer", {"num_features": 0}, "num_features 0"),
     ("linformer", {"seq_len": 0}, "seq_len 0"),
