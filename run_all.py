@@ -279,7 +279,8 @@ def _started(suite: Suite, init: str, partial: bool) -> Suite:
         partial: let rows of several mechanisms take what fits of one file.
     """
     pattern = str(Path(init) / "{row}.pth") if Path(init).is_dir() else init
-    several = len({(run.model.attention, run.model.arch) for run in suite.runs}) > 1
+    models = (run.model for run in suite.runs)
+    several = len({(model.attention, model.arch, str(model.dense)) for model in models}) > 1
     if "{row}" not in pattern and several and not partial:
         raise InputError(
             f"--init {init} is one file for rows of several mechanisms, each of which would take"

@@ -3,7 +3,7 @@
 `l1,h3,d96,n1,s1,g1,p4,f7,a0_l2,…`: one stage between underscores; see `StageSpec` for the letters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 LETTERS = {
@@ -38,6 +38,7 @@ class StageSpec:
         patch: side of the patches of the stage's input.
         feature: the mechanism's parameter (window, features, reduction).
         absolute: absolute positions, else relative ones.
+        dense: blocks, from 0, that have full attention instead.
     """
 
     number: int
@@ -49,6 +50,16 @@ class StageSpec:
     patch: int
     feature: int
     absolute: bool
+    dense: tuple[int, ...] = ()
+
+    def mechanism(self, block: int) -> str:
+        """The mechanism of a block, from 0."""
+        return DENSE if block in self.dense else self.attention
+
+    @property
+    def mechanisms(self) -> tuple[str, ...]:
+        """The mechanisms of all blocks, each once."""
+        return tuple(dict.fromkeys(map(self.mechanism, range(self.blocks))))
 
     @property
     def position(self) -> str:
@@ -61,22 +72,35 @@ def _error(arch: str, start: int, end: int, message: str) -> ValueError:
     return ValueError(f"ARCH, character {start + 1}: {message}, at {shown!r}")
 
 
-def parse(arch: str, attention: str | Sequence[str] = "longformer") -> tuple[StageSpec, ...]:
+def parse(
+    arch: str,
+    attention: str | Sequence[str] = "longformer",
+    dense: Mapping[int, Sequence[int]] | None = None,
+) -> tuple[StageSpec, ...]:
     """Read an ARCH string.
 
     Args:
         arch: the string, of three or four stages.
-        attention: the mechanism of the stages with `s1`; or one for each stage.
+        attention: the mechanism of the stages with `s1`; or one for each stage, in a list or
+            comma-separated.
+        dense: blocks that have full attention instead, counted from 0, by stage, counted from 1.
 
     Raises:
-        ValueError: pointing at the character that is wrong, between `>>>` and `<<<`.
+        ValueError: pointing at the character that is wrong, between `>>>` and `<<<`; or for a stage
+            or block in `dense` that is not there.
     """
     texts = arch.split("_")
     if len(texts) not in _STAGES:
         raise _error(arch, 0, len(arch), f"{len(texts)} stages, where 3 or 4 are allowed")
-    mixes = [attention] * len(texts) if isinstance(attention, str) else list(attention)
+    mixes = attention.split(",") if isinstance(attention, str) else list(attention)
+    if len(mixes) == 1:
+        mixes *= len(texts)
     if len(mixes) != len(texts):
         raise ValueError(f"{len(mixes)} mechanisms ({', '.join(mixes)}) for {len(texts)} stages")
+    dense = dense or {}
+    for number in dense:
+        if not 1 <= number <= len(texts):
+            raise ValueError(f"dense: stage {number} is not one of the stages 1 to {len(texts)}")
     stages, at = [], 0
     for expected, (text, mechanism) in enumerate(zip(texts, mixes, strict=True), start=1):
         values = _parse_stage(arch, at, text, expected)
@@ -91,8 +115,15 @@ def parse(arch: str, attention: str | Sequence[str] = "longformer") -> tuple[Sta
                 patch=values["p"],
                 feature=values["f"],
                 absolute=bool(values["a"]),
+                dense=tuple(sorted({*dense.get(expected, ())})),
             )
         )
+        for block in stages[-1].dense:
+            if not 0 <= block < values["n"]:
+                raise ValueError(
+                    f"dense: block {block} of stage {expected} is not one of its blocks 0 to"
+                    f" {values['n'] - 1}"
+                )
         at += len(text) + 1
     return tuple(stages)
 

@@ -34,13 +34,21 @@ Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 PositiveNumber = Annotated[Number, Field(gt=0)]
 Fraction = Annotated[Number, Field(lt=1)]
 Size = tuple[Positive, Positive]
+# Keys are texts in a record.
+Stage = Annotated[int, Field(gt=0)]
+Blocks = Annotated[tuple[Whole, ...], Field(min_length=1)]
 Sizes = Annotated[tuple[Positive, ...], Field(min_length=1)]
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
 _RULES = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 _Config = TypeVar("_Config")
 # Of pydantic's messages.
-_PLAIN = {"Input should": "must", "Tuple should": "must", " after validation": ""}
+_PLAIN = {
+    "Input should": "must",
+    "Tuple should": "must",
+    " after validation": "",
+    "a valid dictionary": "a group of values",
+}
 
 
 def _one_of(allowed: tuple[str, ...]) -> AfterValidator:
@@ -84,6 +92,7 @@ class ModelConfig:
         backbone: its label, for the tables.
         arch: ARCH string.
         attention: mechanism of the stages with `s1`, or one for each stage, comma-separated.
+        dense: blocks that have full attention instead, counted from 0, by stage, counted from 1.
         options: options of the mechanisms.
         compile: run the backbone through torch.compile.
         channels_last: weights of convolutions, and so what they give, in that memory format.
@@ -96,6 +105,7 @@ class ModelConfig:
     backbone: str = ""
     arch: str = ""
     attention: str = "longformer"
+    dense: dict[Stage, Blocks] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     compile: bool = False
     channels_last: bool = False

@@ -328,7 +328,7 @@ def _suite_row(
 
 def _row_layer(spec: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[str, Any]:
     """Return the model settings of a row in a backbone."""
-    dense = spec.get("dense", [])
+    dense, blocks = _dense(spec.get("dense", []), backbone["stages"])
     count = len(backbone["stages"])
     feature, least = _needs(spec["attention"])
     features = spec.get("feature", [feature] * count)
@@ -355,9 +355,23 @@ def _row_layer(spec: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[str
         # `s` tells the chosen mechanism from full attention; here they are the same.
         arch = arch.replace(",s0,", ",s1,")
     model = {"backbone": backbone["label"], "arch": arch, "attention": spec["attention"]}
+    model |= {"dense": blocks} if blocks else {}
     if "options" in spec:
         model["options"] = spec["options"]
     return {"model": model}
+
+
+def _dense(
+    dense: Sequence[int] | Mapping[Any, Any], stages: Sequence[Mapping[str, Any]]
+) -> tuple[Sequence[int], Mapping[int, Sequence[int]]]:
+    """Return the stages with full attention, and single blocks of other stages, by stage."""
+    if not isinstance(dense, Mapping):
+        return dense, {}
+    if "every" not in dense:
+        return (), dense
+    blocks = [(n, i) for n, stage in enumerate(stages, start=1) for i in range(stage["blocks"])]
+    chosen = blocks[dense["every"] - 1 :: dense["every"]]
+    return (), {number: [i for n, i in chosen if n == number] for number, _ in chosen}
 
 
 def _needs(mechanism: str) -> tuple[int, int]:
@@ -382,13 +396,14 @@ def _overrides(given: Sequence[str]) -> dict[str, Any]:
 
 def _stages(config: RunConfig) -> tuple[StageSpec, ...]:
     """Return the stages of a model whose mechanisms know each of its options."""
-    names = config.model.attention.split(",")
+    model = config.model
     try:
-        stages = parse(config.model.arch, names[0] if len(names) == 1 else names)
-        known = {option for stage in stages for option in attentions.options(stage.attention)}
+        stages = parse(model.arch, model.attention, model.dense)
+        names = {name for stage in stages for name in stage.mechanisms}
+        known = {option for name in names for option in attentions.options(name)}
     except ValueError as error:
         raise InputError(f"model: {error}") from error
-    for option in config.model.options:
+    for option in model.options:
         if option not in known:
             raise InputError(
                 f"model.options.{option}: no attention of row {config.row!r} has such an option"

@@ -80,10 +80,10 @@ def vil_fpn(
         ValueError: for an unknown name or option, or a value that is not allowed.
     """
     (config,) = profile_configs([attention], backbone=backbone, position=position)
-    names = config.model.attention.split(",")
     vil = ViL(
         config.model.arch,
-        attention=names[0] if len(names) == 1 else names,
+        attention=config.model.attention,
+        dense=config.model.dense,
         image_size=image_size if isinstance(image_size, int) else (image_size[0], image_size[-1]),
         drop_path=drop_path,
         **(config.model.options | dict(options or {})),

@@ -82,12 +82,12 @@ class TimmViL(ViL):
         **attention_options: Any,
     ) -> None:
         (config,) = profile_configs([attention], backbone=backbone, position=position)
-        names = config.model.attention.split(",")
         size = img_size if isinstance(img_size, int) else (img_size[0], img_size[-1])
         with nullcontext() if device is None else torch.device(device):
             super().__init__(
                 config.model.arch,
-                attention=names[0] if len(names) == 1 else names,
+                attention=config.model.attention,
+                dense=config.model.dense,
                 image_size=size,
                 drop_path=drop_path_rate,
                 num_classes=num_classes,

@@ -113,7 +113,7 @@ def differences(vil: ViL, image_size: tuple[int, int]) -> tuple[Difference, ...]
         )
         if published is None or actual is None:
             return None
-        name = place.stage.attention
+        name = place.attention
         one = found.get(name, Difference(name, 0, 0, getattr(module, "published_note", "")))
         found[name] = dataclasses.replace(
             one, published=one.published + published, actual=one.actual + actual

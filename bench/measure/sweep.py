@@ -363,8 +363,7 @@ def _count(task: Task) -> None:
 
 def _fixed_size(config: RunConfig) -> str:
     """The mechanism of a row that works for one image size only, if there is one."""
-    names = config.model.attention.split(",")
-    stages = parse(config.model.arch, names[0] if len(names) == 1 else names)
+    stages = parse(config.model.arch, config.model.attention)
     return next(
         (s.attention for s in stages if getattr(attentions.find(s.attention), "fixed_size", False)),
         "",

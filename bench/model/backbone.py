@@ -31,6 +31,7 @@ class AttentionPlace:
     """An attention module of a backbone and where it stands."""
 
     name: str
+    attention: str
     module: nn.Module
     stage: StageSpec
     stride: int
@@ -130,6 +131,8 @@ class ViL(nn.Module):
         arch: ARCH string of three or four stages.
         attention: mechanism of the stages with `s1`, or one name for each stage. Stages with `s0`
             have full attention.
+        dense: blocks that have full attention instead, counted from 0, by stage, counted from 1:
+            `{3: [3, 7]}`.
         image_size: largest side, or largest (height, width), of the images to come, in pixels;
             rounded up to the total stride. It sets the length of position tables.
         drop_path: probability of the last block's residuals to be dropped; it rises linearly
@@ -143,8 +146,8 @@ class ViL(nn.Module):
             takes less memory and more time.
 
     Raises:
-        ValueError: for a malformed ARCH string, an unknown mechanism, or an option that no stage
-            knows.
+        ValueError: for a malformed ARCH string, an unknown mechanism, a block in `dense` that is
+            not there, or an option that no stage knows.
     """
 
     calls_since_last_redraw: Tensor
@@ -157,6 +160,7 @@ class ViL(nn.Module):
         arch: str,
         *,
         attention: str | Sequence[str] = "longformer",
+        dense: Mapping[int, Sequence[int]] | None = None,
         image_size: int | tuple[int, int] = 1333,
         drop_path: float = 0.0,
         num_classes: int = 1000,
@@ -168,7 +172,7 @@ class ViL(nn.Module):
             raise ValueError(f"drop_path {drop_path} is outside [0, 1)")
         self.arch = arch
         self.image_size = image_size
-        self.stages = parse(arch, attention)
+        self.stages = parse(arch, attention, dense)
         self.stride = math.prod(stage.patch for stage in self.stages)
         sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if len(sides) != 2 or min(sides) < 1:
@@ -207,7 +211,8 @@ class ViL(nn.Module):
             self.register_buffer("calls_since_last_redraw", torch.tensor(0))
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
-        known = {stage.attention: attentions.options(stage.attention) for stage in self.stages}
+        names = (name for stage in self.stages for name in stage.mechanisms)
+        known = {name: attentions.options(name) for name in names}
         for option in options:
             if not any(option in own for own in known.values()):
                 every = {name for own in known.values() for name in own}
@@ -234,11 +239,20 @@ class ViL(nn.Module):
         """Every attention module with its stage, from the image on."""
         for stage in self.stages:
             name = f"layer{stage.number}"
-            for i, block in enumerate(self.get_submodule(name).children()):
-                if isinstance(block, AttentionBlock):
-                    yield AttentionPlace(
-                        f"{name}.{i}.attn", block.attn, stage, self.strides[name], self.stride
-                    )
+            blocks = (
+                (i, block)
+                for i, block in enumerate(self.get_submodule(name).children())
+                if isinstance(block, AttentionBlock)
+            )
+            for index, (i, block) in enumerate(blocks):
+                yield AttentionPlace(
+                    f"{name}.{i}.attn",
+                    stage.mechanism(index),
+                    block.attn,
+                    stage,
+                    self.strides[name],
+                    self.stride,
+                )
 
     def start_training_step(self, step: int) -> None:
         """Say which step, from 0, the next training calls belong to, and redraw what is due.
@@ -308,8 +322,9 @@ class ViL(nn.Module):
 def _build_attention(
     stage: StageSpec, grid: Grid, block_index: int, options: dict[str, Any]
 ) -> nn.Module:
-    factory = attentions.find(stage.attention)
-    accepted = attentions.options(stage.attention)
+    name = stage.mechanism(block_index)
+    factory = attentions.find(name)
+    accepted = attentions.options(name)
     own = {key: value for key, value in options.items() if key in accepted}
     parameter = getattr(factory, "arch_option", None)
     if parameter is not None:
@@ -317,13 +332,13 @@ def _build_attention(
     position = stage.position
     if position not in getattr(factory, "positions", (position,)):
         warnings.warn(
-            f"stage {stage.number}: {stage.attention} has no {position} positions, so that a0"
+            f"stage {stage.number}: {name} has no {position} positions, so that a0"
             " leaves the stage without any; use a1",
             stacklevel=2,
         )
         position = "absolute"
     return attentions.build_for(
-        stage.attention,
+        name,
         grid=grid,
         position=position,
         block_index=block_index,

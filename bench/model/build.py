@@ -27,12 +27,12 @@ def build_backbone(config: RunConfig, num_classes: int = 1000) -> ViL:
         InputError: for a model that cannot be built, naming the row.
     """
     data, model = config.data, config.model
-    names = model.attention.split(",")
     torch.manual_seed(config.seed)
     try:
         vil = ViL(
             model.arch,
-            attention=names[0] if len(names) == 1 else names,
+            attention=model.attention,
+            dense=model.dense,
             image_size=data.fixed_size or data.max_size,
             drop_path=model.drop_path,
             num_classes=num_classes,
@@ -136,10 +136,10 @@ def model_section(config: RunConfig) -> dict[str, Any]:
 
 
 def _attention_label(config: RunConfig) -> str:
-    """Name the mechanism, and "/ full" where the last stages have full attention instead."""
-    names = config.model.attention.split(",")
+    """Name the mechanism, and "/ full" where stages or blocks have full attention instead."""
+    model = config.model
     try:
-        stages = parse(config.model.arch, names[0] if len(names) == 1 else names)
+        stages = parse(model.arch, model.attention, model.dense)
     except ValueError:
-        return config.model.attention
-    return " / ".join(dict.fromkeys(stage.attention for stage in stages))
+        return model.attention
+    return " / ".join(dict.fromkeys(name for stage in stages for name in stage.mechanisms))

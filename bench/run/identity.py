@@ -45,7 +45,7 @@ _AFTER_TRAINING = (
 )
 _SINCE_E514C85 = (
     *("data.train_file", "data.val_file", "data.images", "data.deep_white"),
-    *("model.compile", "model.channels_last", "model.checkpoint"),
+    *("model.dense", "model.compile", "model.channels_last", "model.checkpoint"),
 )
 # What `build.initialise` notes.
 _INIT_NOTE = re.compile(r"^initialised from .* \(sha256 ([0-9a-f]+)\)")
@@ -148,6 +148,7 @@ def identify(
     with suppress(InputError):
         values["model.library"] = detectors.resolve_library(config.model.library)
     unused = [] if config.data.path is None else ["data.generated."]
+    unused += [] if config.model.dense else ["model.dense"]
     unused += [] if config.model.method == CLASSIFIER else ["classify."]
     values = {k: v for k, v in values.items() if not k.startswith(tuple(unused))}
     made = {k: values.pop(k) for k in list(values) if k.startswith(_AFTER_TRAINING)}

@@ -171,6 +171,42 @@ def test_every_row_of_the_table_has_a_family():
     assert [row for row in whole("quick") if row not in rows] == ["full"]
 
 
+@pytest.mark.parametrize(
+    ("backbone", "dense"),
+    [
+        ("quick", {3: (1,)}),
+        ("small", {3: (0, 4), 4: (0,)}),
+        ("base", {2: (2, 6), 3: (2, 6, 10, 14, 18, 22)}),
+    ],
+)
+def test_every_fourth_block_of_mixed_rows_is_dense(backbone, dense):
+    mixed, plain = profile_configs(["Mixed ViL", "ViL"], backbone=backbone)
+    assert mixed.model.dense == dense
+    assert (mixed.model.arch, plain.model.dense) == (plain.model.arch, {})
+
+
+def test_dense_blocks_by_stage(monkeypatch):
+    table = {"mine": {"attention": "swin", "dense": {3: [3, 7]}}}
+    monkeypatch.setattr("bench.config.suites._rows", lambda: table)
+    (config,) = profile_configs(["mine"], backbone="small")
+    assert config.model.dense == {3: (3, 7)}
+    with pytest.raises(InputError, match="block 3 of stage 3 is not one of its blocks 0 to 1"):
+        profile_configs(["mine"], backbone="quick")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("{3: [99]}", "dense: block 99 of stage 3 is not one of its blocks 0 to 1"),
+        ("{5: [0]}", "dense: stage 5 is not one of the stages 1 to 4"),
+        ("{3: 1}", "model.dense.3=1 must be a list, such as [1]"),
+        ("[3]", "model.dense=[3] must be a group of values"),
+    ],
+)
+def test_wrong_dense_blocks_are_named(given, message):
+    assert message in refuse(f"model.dense={given}", rows=["ViL"])
+
+
 def test_schedule_and_method_change_a_suite_of_all_rows():
     (run,) = load(suite="ablation", rows=["Partial performer"], schedule="3x", method="retinanet")
     assert (run.train.steps, run.train.schedule, run.model.method) == (270000, "3x", "retinanet")

@@ -10,6 +10,9 @@ import pytest
 import torch
 from torchvision.ops import StochasticDepth
 
+import attentions
+from bench.measure.flops import count_flops
+from bench.measure.predict import predict
 from bench.model.backbone import AttentionBlock, MlpBlock, ViL
 
 TESTS = Path(__file__).parents[2]
@@ -172,6 +175,45 @@ def test_stages_may_name_different_mechanisms():
     assert vil(images(96, 96))["layer4"].shape == (2, 32, 3, 3)
     with pytest.raises(ValueError, match=r"3 mechanisms .* for 4 stages"):
         ViL(ABSOLUTE, attention=mix[:3], image_size=96)
+
+
+@pytest.mark.parametrize("arch", [ABSOLUTE, RELATIVE], ids=["a1", "a0"])
+@pytest.mark.parametrize("name", ["longformer", "swin"])
+def test_single_blocks_of_a_stage_are_dense(name, arch):
+    mixed = ViL(arch, attention=name, dense={3: [1]}, image_size=96)
+    by_hand = ViL(arch, attention=name, image_size=96)
+    by_hand.layer3[3].attn = attentions.build_for(
+        "full",
+        grid=(6, 6),
+        position=mixed.stages[2].position,
+        dim=16,
+        num_heads=2,
+        num_global=1,
+    )
+    by_hand.load_state_dict(mixed.state_dict())
+    assert [place.attention for place in mixed.attention_places()] == [*[name] * 3, "full", name]
+    results = []
+    for vil in (mixed, by_hand):
+        maps = vil(images(90, 47))
+        sum(value.square().sum() for value in maps.values()).backward()
+        results.append((maps, {key: p.grad for key, p in vil.named_parameters()}))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    size = (64, 96)
+    assert count_flops(mixed, image_size=size).total == count_flops(by_hand, image_size=size).total
+    costs = [predict(vil, image_size=size, mode="training").total for vil in (mixed, by_hand)]
+    assert costs[0] == costs[1] != predict(ViL(arch, attention=name), image_size=size).total
+
+
+@pytest.mark.parametrize(
+    ("dense", "message"),
+    [
+        ({3: [2]}, "block 2 of stage 3 is not one of its blocks 0 to 1"),
+        ({0: [0]}, "stage 0 is not one of the stages 1 to 4"),
+    ],
+)
+def test_a_dense_block_that_is_not_there(dense, message):
+    with pytest.raises(ValueError, match=message):
+        ViL(ABSOLUTE, dense=dense, image_size=96)
 
 
 @pytest.mark.parametrize(

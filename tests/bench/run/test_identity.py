@@ -24,6 +24,7 @@ TRAINED: dict[str, Any] = {
     "seed": 1,
     "device": "cuda",
     "model.arch": "l1,h1,d32,n1,s1,g1,p4,f7,a0_l2,h2,d64,n2,s1,g1,p2,f7,a0",
+    "model.dense": {3: (1,)},
     "model.attention": "full",
     "model.options": {"window": 5},
     "model.drop_path": 0.3,
