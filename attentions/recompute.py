@@ -9,20 +9,20 @@ from torch.autograd.function import once_differentiable
 
 Gradients = tuple[Tensor | None, ...]
 
-_SCHEMA = "(Tensor q, Tensor kv, Tensor? c, Tensor? d, Tensor? seed, int[] plan, float dropout)"
+_SCHEMA = "(Tensor q, Tensor? kv, Tensor? c, Tensor? d, Tensor? seed, int[] plan, float dropout)"
 
 
 class Call(Protocol):
     """One call: made of four tensors, a seed, numbers and the probability of dropout.
 
-    The result is like the first tensor, and there is a gradient for each of the four that is given.
-    Masks of dropout follow from the seed, so that both passes have the same.
+    There is a gradient for each of the four that is given. Masks of dropout follow from the seed,
+    so that both passes have the same.
     """
 
     def __init__(
         self,
         q: Tensor,
-        keys_values: Tensor,
+        keys_values: Tensor | None,
         c: Tensor | None,
         d: Tensor | None,
         seed: Tensor | None,
@@ -50,17 +50,20 @@ class _Recomputed(torch.autograd.Function):
         return None, *make(*ctx.saved_tensors, plan, dropout).backward(grad), None, None, None
 
 
-def recomputed(name: str, make: type[Call]) -> Callable[..., Tensor]:
+def recomputed(
+    name: str, make: type[Call], result: Callable[[Tensor], Tensor] | None = None
+) -> Callable[..., Tensor]:
     """Return a differentiable function of a call's tensors, numbers and dropout.
 
+    `result` makes a tensor like the function's result from the first tensor; by default, like it.
     Gradients of gradients are an error. Compiled, it is one operator, `attentions::name`: a graph
     of all its blocks would be thousands of nodes long.
     """
-    operator = _operator(name, make)
+    operator = _operator(name, make, result or _like)
 
     def function(
         q: Tensor,
-        keys_values: Tensor,
+        keys_values: Tensor | None,
         c: Tensor | None,
         d: Tensor | None,
         plan: Sequence[int],
@@ -80,7 +83,13 @@ def recomputed(name: str, make: type[Call]) -> Callable[..., Tensor]:
     return function
 
 
-def _operator(name: str, make: type[Call]) -> Callable[..., Tensor]:
+def _like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _operator(
+    name: str, make: type[Call], result: Callable[[Tensor], Tensor]
+) -> Callable[..., Tensor]:
     def forward(*inputs: Any) -> Tensor:
         return make(*inputs).forward()
 
@@ -108,7 +117,7 @@ def _operator(name: str, make: type[Call]) -> Callable[..., Tensor]:
         mutates_args=(),
         schema=f"(Tensor grad, {_SCHEMA[1:]} -> Tensor[]",
     )
-    operator.register_fake(lambda q, *_: q.new_empty(q.shape))
+    operator.register_fake(lambda q, *_: result(q))
     backward_operator.register_fake(
         lambda grad, *inputs: [
             grad.new_empty(0 if one is None else one.shape) for one in inputs[:4]

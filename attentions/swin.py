@@ -31,9 +31,8 @@ from attentions.parts import (
     split_heads,
     with_global_keys,
 )
-from attentions.pieces import apply
 from attentions.registry import register
-from attentions.windows import WindowAttention
+from attentions.windows import SHIFTED, Plan, attend_in_windows
 
 
 @register("swin")
@@ -101,6 +100,10 @@ class ShiftedWindowAttention(Attention):
         rows, columns = (self.shift if side > self.window else 0 for side in grid)
         return rows, columns
 
+    def _plan(self, grid: Grid) -> Plan:
+        shifts = self._shifts(grid)
+        return Plan(grid, self.num_heads, self.num_global, SHIFTED, self.window, shifts)
+
     def _biases(self, cells: int) -> tuple[Tensor | None, Tensor | None]:
         """Additive biases of relative positions in a window, and of what global tokens see.
 
@@ -115,16 +118,13 @@ class ShiftedWindowAttention(Attention):
         return with_global_keys(local, g2l), global_bias(g2g, g2l, cells)
 
     def attend(self, x: Tensor, grid: Grid) -> Tensor:
-        out = apply(
-            WindowAttention,
+        local, whole = self._biases(grid[0] * grid[1])
+        out = attend_in_windows(
             self.qkv(x),
-            *self._biases(grid[0] * grid[1]),
-            grid,
-            self.num_heads,
-            self.num_global,
-            self.window,
-            self._shifts(grid),
-            self.dropout_p,
+            self._plan(grid),
+            local_bias=local,
+            whole_bias=whole,
+            dropout=self.dropout_p,
         )
         return self.proj(out)
 
@@ -158,6 +158,5 @@ class ShiftedWindowAttention(Attention):
 
     def multiply_adds(self, grid: Grid) -> int:
         """Of what runs: whole windows, the padded rows and columns included."""
-        g, w, tokens = self.num_global, self.window, self.num_global + grid[0] * grid[1]
-        padded = -(-grid[0] // w) * -(-grid[1] // w) * w * w
-        return 2 * (padded * (w * w + g) + g * tokens) * self.dim + 4 * tokens * self.dim**2
+        g, tokens = self.num_global, self.num_global + grid[0] * grid[1]
+        return 2 * (self._plan(grid).pairs() + g * tokens) * self.dim + 4 * tokens * self.dim**2

@@ -1,93 +1,167 @@
 """Attention in windows of a grid, strip by strip: never all windows at once, nor kept for backward.
 
-A window that padding or the shift cuts has a mask of its own; all others share one, so that no mask
-is as large as the batch or the grid.
+A side of the grid is cut into spans of windows that see alike: side by side and perhaps shifted, at
+equal distances (a lattice), or around each query (neighbourhoods, where windows overlap). A strip
+is all windows in a span of rows and one of columns, of some images. Windows that padding or the
+shift cuts have a mask of their own; all others share one, so that no mask is as large as the batch
+or the grid.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import product
-from typing import Any
+from collections.abc import Iterator, Sequence
+from itertools import groupby, product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from attentions.cache import cached
+from attentions.cache import cached, has_data
 from attentions.contract import Grid
-from attentions.parts import LARGEST_BATCH, merge_heads, split_heads
+from attentions.parts import (
+    LARGEST_BATCH,
+    dropout_factors,
+    full_precision,
+    merge_heads,
+    split_heads,
+)
 from attentions.pieces import budget, qkv_heads
+from attentions.recompute import Gradients, recomputed
 
 # Keys of a mask are aligned as these kernels want them, which would copy it otherwise.
 ALIGNMENT = 8
-_SEEN, _WRAPPED, _PADDING = range(3)
+SHIFTED, LATTICE, AROUND = range(3)
+_SEEN, _PADDING, _WRAPPED = range(3)
+_SHORTEST = 1e-12
+
+Interval = tuple[int, int]
 
 
-@dataclass(frozen=True)
-class Span:
-    """Adjacent windows along one side of the grid.
+class Run(NamedTuple):
+    """Where tokens of windows stand along a side; slots in no run are padding.
 
-    Attributes:
-        count: of windows.
-        places: slices of the windows' tokens, and of the grid where these come from; what is in no
-            slice is padding.
-        kinds: of the tokens of each window.
+    Slot `slots.start + i` of window `n` is at `start + n * between + i * step`.
     """
 
-    count: int
-    places: tuple[tuple[slice, slice], ...]
-    kinds: tuple[int, ...]
-
-    @property
-    def whole(self) -> bool:
-        """Whether the windows are a part of the grid as it lies there."""
-        return len(self.places) == 1 and not any(self.kinds)
+    slots: slice
+    start: int
+    between: int = 1
+    step: int = 1
 
 
-def spans(side: int, window: int, shift: int, most: int) -> Iterator[Span]:
-    """Spans of at most `most` windows that cover a side, shifted; those in a span are alike."""
+class Span(NamedTuple):
+    """Windows along one side of the grid that see alike.
+
+    Attributes:
+        number: of windows.
+        queries, keys: where they stand.
+        seen: for each slot of a query, the first key that it sees and the one behind the last.
+        width: slots of keys.
+        offset: place of the first key, from the first query.
+        apart: keys that no two windows share, in a row.
+    """
+
+    number: int
+    queries: tuple[Run, ...]
+    keys: tuple[Run, ...]
+    seen: tuple[Interval, ...]
+    width: int
+    offset: int = 0
+    apart: int = 0
+
+
+def shifted(side: int, window: int, shift: int, most: int) -> Iterator[Span]:
+    """Windows side by side that cover a side, shifted, padded to whole ones."""
     count = -(-side // window)
     length, whole = count * window, (side - shift) // window
     starts = [*range(0, whole, most), *range(whole, count)]
     for first, last in zip(starts, [*starts[1:], count], strict=True):
         begin, end = first * window, last * window
-        places = []
+        runs = []
         for low, high, moved in (
             (0, side - shift, shift),
             (length - shift, length, shift - length),
         ):
             low, high = max(begin, low), min(end, high)
             if low < high:
-                places.append((slice(low - begin, high - begin), slice(low + moved, high + moved)))
+                # Where a run is a part of a window, this is the only one.
+                slots = slice(low - begin, min(high - begin, window))
+                runs.append(Run(slots, low + moved, window))
         at = [begin + shift + i for i in range(window)]
         kinds = [_PADDING if i % length >= side else _WRAPPED * (i >= length) for i in at]
-        yield Span(last - first, tuple(places), tuple(kinds))
+        # Only padding sees padding, so that every query sees a key.
+        seen = tuple((kinds.index(kind), window - kinds[::-1].index(kind)) for kind in kinds)
+        yield Span(last - first, tuple(runs), tuple(runs), seen, window, 0, window)
+
+
+def lattice(side: int, window: int, most: int) -> Iterator[Span]:
+    """Windows of at most `window` tokens at equal distances that cover a side."""
+    step = -(-side // window)
+    for tokens, group in groupby(range(step), lambda first: -(-(side - first) // step)):
+        alike = list(group)
+        for i in range(0, len(alike), most):
+            runs = (Run(slice(0, tokens), alike[i], 1, step),)
+            count = len(alike[i : i + most])
+            yield Span(count, runs, runs, ((0, tokens),) * tokens, tokens, 0, tokens)
+
+
+def around(
+    side: int, tile: int, kernel: int, dilation: int, stride: int, most: int
+) -> Iterator[Span]:
+    """Windows of `tile` queries, a multiple of `stride`, and of all keys around these."""
+    for first in range(min(dilation, side)):
+        length = -(-(side - first) // dilation)
+
+        def window(begin: int, length: int = length) -> tuple[int, int, tuple[Interval, ...]]:
+            queries = range(begin, min(begin + tile, length))
+            starts = [first_key(i, length, kernel, stride) for i in queries]
+            keys = min(kernel, length)
+            seen = tuple((one - starts[0], one - starts[0] + keys) for one in starts)
+            return len(queries), starts[0] - begin, seen
+
+        for (queries, offset, seen), group in groupby(range(0, length, tile), window):
+            begins = list(group)
+            width = seen[-1][1]
+            for i in range(0, len(begins), most):
+                count, start = len(begins[i : i + most]), first + begins[i] * dilation
+                between = tile * dilation
+                query = Run(slice(0, queries), start, between, dilation)
+                key = Run(slice(0, width), start + offset * dilation, between, dilation)
+                yield Span(count, (query,), (key,), seen, width, offset, tile)
+
+
+def first_key(query: int, length: int, kernel: int, stride: int) -> int:
+    """The first key of a query's window: centred on the leader of its stride, kept inside."""
+    leader = min(query // stride * stride + stride // 2, length - 1)
+    return max(0, min(leader - kernel // 2, length - kernel))
 
 
 def hidden(rows: Span, columns: Span, num_global: int, like: Tensor) -> Tensor | None:
-    """What is added to scores in windows of two spans: (1, w², g + w²), or None for nothing."""
-    if not any(rows.kinds) and not any(columns.kinds):
+    """What is added to scores in windows of two spans: (1, Q, g + K), or None for nothing."""
+    if all(every == (0, span.width) for span in (rows, columns) for every in span.seen):
         return None
-    return cached(hidden_keys, rows.kinds, columns.kinds, num_global, like=like)
+    sides = ((span.seen, span.width) for span in (rows, columns))
+    return cached(hidden_keys, *sides, num_global, like=like)
 
 
 def hidden_keys(
-    rows: tuple[int, ...],
-    columns: tuple[int, ...],
+    rows: tuple[tuple[Interval, ...], int],
+    columns: tuple[tuple[Interval, ...], int],
     num_global: int,
     *,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Minus infinity for keys that a query does not see: those of another kind than its own.
-
-    Only padding sees padding, so that every query sees a key.
-    """
-    row, column = (torch.tensor(kinds, device=device) for kinds in (rows, columns))
-    kind = (3 * row[:, None] + column).flatten()
-    mask = torch.zeros(len(kind), len(kind), device=device, dtype=dtype)
-    mask = mask.masked_fill(kind[:, None] != kind, float("-inf"))
+    """Minus infinity for keys outside of the intervals of rows and columns that a query sees."""
+    row, column = (_within(*side, device) for side in (rows, columns))
+    seen = (row[:, None, :, None] & column[:, None, :]).flatten(2).flatten(0, 1)
+    mask = torch.zeros(seen.shape, device=device, dtype=dtype).masked_fill(~seen, float("-inf"))
     return aligned(nn.functional.pad(mask, (num_global, 0))[None])
+
+
+def _within(seen: tuple[Interval, ...], width: int, device: torch.device) -> Tensor:
+    """(queries, keys)."""
+    low, high = torch.tensor(seen, device=device).T[..., None]
+    key = torch.arange(width, device=device)
+    return (key >= low) & (key < high)
 
 
 def aligned(mask: Tensor) -> Tensor:
@@ -96,109 +170,7 @@ def aligned(mask: Tensor) -> Tensor:
     return nn.functional.pad(mask, (0, -keys % ALIGNMENT))[..., :keys]
 
 
-class WindowAttention(torch.autograd.Function):
-    """Attention of grid tokens to their window and the global tokens, and of these to all tokens.
-
-    Saved for the backward pass are queries, keys and values, and what dropout kept.
-
-    Shapes: qkv (B, N, 3 C), local_bias (H, w², g + w²), whole_bias (H, g, N) -> (B, N, C).
-
-    Args:
-        shifts: rows and columns by which the windows are moved.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        qkv: Tensor,
-        local_bias: Tensor | None,
-        whole_bias: Tensor | None,
-        grid: Grid,
-        num_heads: int,
-        num_global: int,
-        window: int,
-        shifts: Grid,
-        dropout: float,
-    ) -> Tensor:
-        ctx.place = _Place(grid, num_heads, num_global, window, shifts)
-        ctx.dropout = dropout
-        out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
-        kept = []
-        for strip in ctx.place.strips(qkv):
-            q, k, v = qkv_heads(ctx.place.read(qkv, strip), num_heads)
-            mask = ctx.place.mask(strip, local_bias, qkv)
-            found, keep = _attend(q[:, :, num_global:], k, v, mask, dropout)
-            ctx.place.write(out, strip, merge_heads(found))
-            kept += keep
-        if num_global:
-            q, k, v = qkv_heads(qkv, num_heads)
-            mask = None if whole_bias is None else aligned(whole_bias.to(qkv.dtype))
-            found, keep = _attend(q[:, :, :num_global], k, v, mask, dropout)
-            out[:, :num_global] = merge_heads(found)
-            kept += keep
-        ctx.save_for_backward(qkv, local_bias, whole_bias, *kept)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, local_bias, whole_bias, *kept = ctx.saved_tensors
-        place, g, heads = ctx.place, ctx.place.num_global, ctx.place.num_heads
-        grads = torch.empty_like(qkv)
-        wide = torch.promote_types(qkv.dtype, torch.float32)
-        firsts = qkv.new_zeros(len(qkv), g, qkv.shape[2], dtype=wide)
-        grad_local = None if local_bias is None else torch.zeros_like(local_bias)
-        grad_whole = None if whole_bias is None else torch.zeros_like(whole_bias)
-        keep = iter(kept)
-        for strip in place.strips(qkv):
-            windows = place.read(qkv, strip)
-            q, k, v = qkv_heads(windows, heads)
-            found = torch.zeros_like(windows)
-            grad_q, grad_k, grad_v = qkv_heads(found, heads)
-            above = split_heads(place.read(grad, strip, with_globals=False), heads)
-            grad_q[:, :, g:], grad_k[:], grad_v[:], grad_scores = _attend_backward(
-                above,
-                q[:, :, g:],
-                k,
-                v,
-                place.mask(strip, local_bias, qkv),
-                next(keep, None),
-                ctx.dropout,
-            )
-            if grad_local is not None:
-                grad_local += grad_scores.sum(dim=0, dtype=wide)
-            place.write(grads, strip, found[:, g:])
-            images = firsts[strip.images]
-            images += found[:, :g].unflatten(0, (len(images), -1)).sum(dim=1, dtype=wide)
-        grads[:, :g] = firsts
-        if g:
-            q, k, v = qkv_heads(qkv, heads)
-            mask = None if whole_bias is None else whole_bias.to(qkv.dtype)
-            above = split_heads(grad[:, :g], heads)
-            keeps = next(keep, None)
-            grad_q, grad_k, grad_v = qkv_heads(grads, heads)
-            # Image by image, since the gradients of keys and values are as large as these.
-            for i in range(len(qkv)):
-                image = slice(i, i + 1)
-                found_q, found_k, found_v, grad_scores = _attend_backward(
-                    above[image],
-                    q[image, :, :g],
-                    k[image],
-                    v[image],
-                    mask,
-                    None if keeps is None else keeps[image],
-                    ctx.dropout,
-                )
-                grad_q[image, :, :g] += found_q
-                grad_k[image] += found_k
-                grad_v[image] += found_v
-                if grad_whole is not None:
-                    grad_whole += grad_scores[0]
-        return grads, grad_local, grad_whole, *[None] * 6
-
-
-@dataclass(frozen=True)
-class Strip:
+class Strip(NamedTuple):
     """Windows of some images that see alike."""
 
     images: slice
@@ -206,83 +178,331 @@ class Strip:
     columns: Span
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where the windows of a grid are."""
+class Plan(NamedTuple):
+    """Where the windows of a grid are.
+
+    Attributes:
+        grid: rows and columns.
+        heads: attention heads.
+        num_global: global tokens.
+        kind: SHIFTED, LATTICE or AROUND.
+        window: tokens of a window along a side; for AROUND, queries.
+        how: of SHIFTED, rows and columns by which the windows are moved; of AROUND, kernel,
+            dilation and stride.
+    """
 
     grid: Grid
-    num_heads: int
+    heads: int
     num_global: int
+    kind: int
     window: int
-    shifts: Grid
+    how: tuple[int, ...] = ()
 
-    def strips(self, qkv: Tensor) -> Iterator[Strip]:
+    def flat(self) -> list[int]:
+        """As numbers, for an operator."""
+        return [*self.grid, *self[1:5], *self.how]
+
+    @classmethod
+    def of(cls, flat: Sequence[int]) -> "Plan":
+        """The inverse of `flat`."""
+        rows, columns, heads, num_global, kind, window, *how = flat
+        return cls((rows, columns), heads, num_global, kind, window, tuple(how))
+
+    def spans(self, axis: int, most: int) -> Iterator[Span]:
+        """Spans of at most `most` windows that cover a side."""
+        side = self.grid[axis]
+        if self.kind == SHIFTED:
+            return shifted(side, self.window, self.how[axis], most)
+        if self.kind == LATTICE:
+            return lattice(side, self.window, most)
+        kernel, dilation, stride = self.how
+        return around(side, self.window, kernel, dilation, stride, most)
+
+    @property
+    def frame(self) -> int:
+        """Keys along a side that a bias has, for all windows."""
+        return self.window + 2 * self.margin
+
+    @property
+    def margin(self) -> int:
+        """Keys that a window has before its first query, at most."""
+        return self.how[0] - 1 if self.kind == AROUND else 0
+
+    def pairs(self) -> int:
+        """Pairs of queries and keys that are multiplied, global keys included."""
+        local, queries = 1, 1
+        for axis in (0, 1):
+            spans = list(self.spans(axis, max(self.grid)))
+            local *= sum(span.number * len(span.seen) * span.width for span in spans)
+            queries *= sum(span.number * len(span.seen) for span in spans)
+        return local + queries * self.num_global
+
+
+def attend_in_windows(
+    qkv: Tensor,
+    plan: Plan,
+    *,
+    local_bias: Tensor | None = None,
+    whole_bias: Tensor | None = None,
+    temperature: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attend from grid tokens to their window and the global tokens, and from these to all tokens.
+
+    Kept for the backward pass are the inputs alone. Gradients of gradients are an error.
+
+    Shapes: qkv (B, N, 3 C), local_bias (H, w², g + frame²), whole_bias (H, g, N), temperature
+    (H, 1, 1) -> (B, N, C).
+
+    Args:
+        qkv: queries, keys and values of all tokens.
+        plan: where the windows are.
+        local_bias: added to scores in windows; the frame begins `plan.margin` rows and columns
+            before the first query.
+        whole_bias: added to scores of the global tokens as queries.
+        temperature: what scores of normalised queries and keys are multiplied with, instead of
+            scores of queries and keys with `M ** -0.5`.
+        dropout: probability.
+    """
+    return _attend(qkv, local_bias, whole_bias, temperature, plan.flat(), dropout)
+
+
+class _Call:
+    """One call. Below, a strip is `n` windows of `Q` queries and `K` keys in the grid."""
+
+    def __init__(
+        self,
+        qkv: Tensor,
+        local_bias: Tensor | None,
+        whole_bias: Tensor | None,
+        temperature: Tensor | None,
+        seed: Tensor | None,
+        numbers: Sequence[int],
+        dropout: float,
+    ) -> None:
+        self.plan, self.qkv, self.dropout = Plan.of(numbers), qkv, dropout
+        self.local_bias, self.whole_bias = local_bias, whole_bias
+        self.temperature = temperature
+        self.masked: object = None
+        self.mask: Tensor | None = None
+        self.seed = int(seed) if seed is not None and has_data(qkv) else 0
+        self.channels = qkv.shape[2] // 3
+
+    def forward(self) -> Tensor:
+        qkv, g = self.qkv, self.plan.num_global
+        out = qkv.new_empty(*qkv.shape[:2], self.channels)
+        with full_precision(qkv):
+            for number, strip in enumerate(self._strips()):
+                found = self._fused(self._read(strip), self._mask(strip), number)
+                self._write(out, strip, merge_heads(found))
+            for number, images, parts, mask in self._whole(at_once=not self.dropout):
+                out[images, :g] = merge_heads(self._fused(parts, mask, number))
+        return out
+
+    def backward(self, grad: Tensor) -> Gradients:
+        qkv, g, heads, width = self.qkv, self.plan.num_global, self.plan.heads, self.channels
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        grads, firsts = torch.zeros_like(qkv), qkv.new_zeros(len(qkv), g, 2 * width, dtype=wide)
+        local, whole, self.warmer = (
+            None if one is None else torch.zeros_like(one, dtype=wide)
+            for one in (self.local_bias, self.whole_bias, self.temperature)
+        )
+        with full_precision(qkv):
+            for number, strip in enumerate(self._strips()):
+                above = split_heads(self._windows(grad, strip, keys=False), heads)
+                mask = self._mask(strip)
+                q, k, v, scores = self._gradients(above, self._read(strip), mask, number)
+                if local is not None:
+                    self._add_bias(local, strip, scores.sum(dim=0, dtype=wide))
+                self._write(grads[..., :width], strip, merge_heads(q))
+                keys_values = torch.cat([merge_heads(k), merge_heads(v)], dim=-1)
+                self._add_keys(grads[..., width:], strip, keys_values[:, g:])
+                of_global = firsts[strip.images]
+                by_image = keys_values[:, :g].unflatten(0, (len(of_global), -1))
+                of_global += by_image.sum(dim=1, dtype=wide)
+            grads[:, :g, width:] = firsts
+            # Image by image, since the gradients of keys and values are as large as these.
+            for number, images, parts, mask in self._whole(at_once=False):
+                above = split_heads(grad[images, :g], heads)
+                q, k, v, scores = self._gradients(above, parts, mask, number)
+                grad_q, grad_k, grad_v = qkv_heads(grads[images], heads)
+                grad_q[:, :, :g] += q
+                grad_k += k
+                grad_v += v
+                if whole is not None:
+                    whole += scores[0]
+        like = (self.local_bias, self.whole_bias, self.temperature)
+        biases = zip((local, whole, self.warmer), like, strict=True)
+        return grads, *(None if a is None or b is None else a.to(b.dtype) for a, b in biases)
+
+    def _strips(self) -> Iterator[Strip]:
         """Strips that cover all windows of all images."""
-        queries = self.window**2
-        keys = self.num_global + queries
-        widest = keys * max(qkv.shape[2], self.num_heads * queries) * qkv.element_size()
+        plan, qkv = self.plan, self.qkv
+        queries, keys = plan.window**2, plan.num_global + (plan.window + plan.margin) ** 2
+        widest = keys * max(qkv.shape[2], plan.heads * queries) * qkv.element_size()
         most = min(LARGEST_BATCH, max(1, budget(qkv) // widest))
-        for columns in spans(self.grid[1], self.window, self.shifts[1], most):
-            left = max(1, most // columns.count)
-            for rows in spans(self.grid[0], self.window, self.shifts[0], left):
-                images = max(1, left // rows.count)
+        for columns in plan.spans(1, most):
+            left = max(1, most // columns.number)
+            for rows in plan.spans(0, left):
+                images = max(1, left // rows.number)
                 for first in range(0, len(qkv), images):
                     yield Strip(slice(first, first + images), rows, columns)
 
-    def mask(self, strip: Strip, bias: Tensor | None, like: Tensor) -> Tensor | None:
-        """What is added to the scores of a strip: (H or 1, w², g + w²)."""
-        mask = hidden(strip.rows, strip.columns, self.num_global, like)
-        if bias is None:
-            return mask
-        bias = bias.to(like.dtype)
-        return aligned(bias if mask is None else bias + mask)
-
-    def read(self, x: Tensor, strip: Strip, *, with_globals: bool = True) -> Tensor:
-        """Global tokens and a strip's windows: x (B, N, D) -> (windows, g + w², D), a copy."""
-        g, rows, columns = self.num_global, strip.rows, strip.columns
-        image = x[strip.images, g:].unflatten(1, self.grid)
-        if rows.whole and columns.whole:
-            block = image[:, rows.places[0][1], columns.places[0][1]]
-        else:
-            sides = (rows.count * self.window, columns.count * self.window)
-            block = image.new_zeros(len(image), *sides, image.shape[-1])
-            for (to_row, row), (to_column, column) in product(rows.places, columns.places):
-                block[:, to_row, to_column] = image[:, row, column]
-        windows = self._in_windows(block)
-        if not (g and with_globals):
-            return windows.flatten(3, 4).flatten(0, 2)
-        firsts = x[strip.images, None, None, :g].expand(-1, *windows.shape[1:3], -1, -1)
-        return torch.cat([firsts, windows.flatten(3, 4)], dim=3).flatten(0, 2)
-
-    def write(self, x: Tensor, strip: Strip, windows: Tensor) -> None:
-        """Put a strip's windows (windows, w², D) where they belong in x (B, N, D)."""
-        rows, columns, w = strip.rows, strip.columns, self.window
-        image = x[strip.images, self.num_global :].unflatten(1, self.grid)
-        windows = windows.unflatten(1, (w, w)).unflatten(0, (-1, rows.count, columns.count))
-        if rows.whole and columns.whole:
-            target = image[:, rows.places[0][1], columns.places[0][1]]
-            self._in_windows(target).copy_(windows)
+    def _whole(
+        self, *, at_once: bool
+    ) -> Iterator[tuple[int, slice, tuple[Tensor, ...], Tensor | None]]:
+        """Of global tokens as queries: a number, images, queries, keys and values, and a mask."""
+        g, count = self.plan.num_global, len(self.qkv)
+        if not g:
             return
-        block = windows.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        for (from_row, row), (from_column, column) in product(rows.places, columns.places):
-            image[:, row, column] = block[:, from_row, from_column]
+        mask = self.whole_bias
+        mask = None if mask is None else aligned(mask.to(self.qkv.dtype))
+        for first in range(0, count, count if at_once else 1):
+            images = slice(first, count if at_once else first + 1)
+            q, k, v = qkv_heads(self.qkv[images], self.plan.heads)
+            yield -1 - first, images, (q[:, :, :g], k, v), mask
 
-    def _in_windows(self, block: Tensor) -> Tensor:
-        """(B, rows, columns, D) -> (B, R, S, w, w, D), a view."""
-        w = self.window
-        return block.unflatten(2, (-1, w)).unflatten(1, (-1, w)).transpose(2, 3)
+    def _mask(self, strip: Strip) -> Tensor | None:
+        """What is added to the scores of a strip: (H or 1, Q, g + K)."""
+        if self.masked == strip[1:]:
+            return self.mask
+        mask = hidden(strip.rows, strip.columns, self.plan.num_global, self.qkv)
+        if self.local_bias is not None:
+            of_global, local = self._framed(self.local_bias, strip)
+            parts = [of_global.flatten(1, 2), local.flatten(3).flatten(1, 2)]
+            bias = torch.cat(parts, dim=-1).to(self.qkv.dtype)
+            mask = aligned(bias if mask is None else bias + mask)
+        self.masked, self.mask = strip[1:], mask
+        return mask
+
+    def _framed(self, bias: Tensor, strip: Strip) -> tuple[Tensor, Tensor]:
+        """The biases of a strip as views: (H, t, u, g), and (H, t, u, keys' rows, columns)."""
+        g, plan, (rows, columns) = self.plan.num_global, self.plan, strip[1:]
+        own = bias.unflatten(1, (plan.window, plan.window))[
+            :, : len(rows.seen), : len(columns.seen)
+        ]
+        row, column = (plan.margin + span.offset for span in (rows, columns))
+        local = own[..., g:].unflatten(-1, (plan.frame, plan.frame))
+        local = local[..., row : row + rows.width, column : column + columns.width]
+        return own[..., :g], local
+
+    def _add_bias(self, target: Tensor, strip: Strip, scores: Tensor) -> None:
+        """Add the gradient of a strip's scores (H, Q, g + K) to that of the bias."""
+        of_global, local = self._framed(target, strip)
+        of_global += scores[..., : self.plan.num_global].view(of_global.shape)
+        local += scores[..., self.plan.num_global :].reshape(local.shape)
+
+    def _read(self, strip: Strip) -> tuple[Tensor, ...]:
+        """Queries (n, H, Q, M), keys and values (n, H, g + K, M) of a strip."""
+        heads, width = self.plan.heads, self.channels
+        q = split_heads(self._windows(self.qkv[..., :width], strip, keys=False), heads)
+        both = self._windows(self.qkv[..., width:], strip, keys=True)
+        k, v = both.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def _windows(self, x: Tensor, strip: Strip, *, keys: bool) -> Tensor:
+        """A strip's queries (n, Q, D), or keys (n, g + K, D), of x (B, N, D); a copy."""
+        g, (rows, columns) = self.plan.num_global, strip[1:]
+        image = x[strip.images, g:].unflatten(1, self.plan.grid)
+        sides = [span.width if keys else len(span.seen) for span in (rows, columns)]
+        row, *others = rows.keys if keys else rows.queries
+        column, *more = columns.keys if keys else columns.queries
+        if not others and not more and [_length(row), _length(column)] == sides:
+            windows = _look(image, strip, row, column)
+        else:
+            counts = (len(image), rows.number, columns.number)
+            windows = image.new_zeros(*counts, *sides, image.shape[-1])
+            for one, other in product((row, *others), (column, *more)):
+                windows[..., one.slots, other.slots, :] = _look(image, strip, one, other)
+        windows = windows.flatten(3, 4)
+        if keys and g:
+            firsts = x[strip.images, None, None, :g].expand(-1, *windows.shape[1:3], -1, -1)
+            windows = torch.cat([firsts, windows], dim=3)
+        return windows.flatten(0, 2)
+
+    def _write(self, x: Tensor, strip: Strip, windows: Tensor) -> None:
+        """Put a strip's queries (n, Q, D) where they belong in x (B, N, D)."""
+        for view, part in self._places(x, strip, windows, keys=False):
+            view.copy_(part)
+
+    def _add_keys(self, x: Tensor, strip: Strip, windows: Tensor) -> None:
+        """Add a strip's keys (n, K, D) to where they belong in x (B, N, D)."""
+        for view, part in self._places(x, strip, windows, keys=True):
+            view.add_(part)
+
+    def _places(
+        self, x: Tensor, strip: Strip, windows: Tensor, *, keys: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parts of windows that have tokens, each with these in x; those of a part are disjoint."""
+        image = x[strip.images, self.plan.num_global :].unflatten(1, self.plan.grid)
+        (rows, columns), parts = strip[1:], []
+        for span in (rows, columns):
+            runs = span.keys if keys else span.queries
+            most = span.apart if keys else len(span.seen)
+            parts.append([one for run in runs for one in _cut(run, most)])
+        sides = [span.width if keys else len(span.seen) for span in (rows, columns)]
+        windows = windows.unflatten(1, sides).unflatten(0, (-1, rows.number, columns.number))
+        for row, column in product(*parts):
+            yield _look(image, strip, row, column), windows[..., row.slots, column.slots, :]
+
+    def _fused(self, parts: tuple[Tensor, ...], mask: Tensor | None, number: int) -> Tensor:
+        """Attention by a fused kernel; with dropout in the open."""
+        (q, k, v), scale = parts, None
+        if self.temperature is not None:
+            q, k, scale = _normal(q)[0] * self.temperature.to(q.dtype), _normal(k)[0], 1.0
+        if not self.dropout:
+            mask = None if mask is None else mask[None]
+            return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        weights = _weights(q * (scale or q.shape[-1] ** -0.5), k, mask)
+        return (weights * dropout_factors(weights, self.dropout, self.seed + number)) @ v
+
+    def _gradients(
+        self, grad: Tensor, parts: tuple[Tensor, ...], mask: Tensor | None, number: int
+    ) -> tuple[Tensor, ...]:
+        """The gradients of q, k, v and the scores, the weights computed again."""
+        (q, k, v), grad = (x.contiguous() for x in parts), grad.contiguous()
+        scale: Tensor | float = q.shape[-1] ** -0.5
+        if self.temperature is not None:
+            (q, q_lengths), (k, k_lengths) = _normal(q), _normal(k)
+            scale = self.temperature.to(q.dtype)
+        weights = _weights(q * scale, k, mask)
+        grad_weights, used = grad @ v.transpose(-2, -1), weights
+        if self.dropout:
+            factors = dropout_factors(weights, self.dropout, self.seed + number)
+            used, grad_weights = weights * factors, grad_weights * factors
+        grad_v = used.transpose(-2, -1) @ grad
+        scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        grad_q, grad_k = scores @ k, scores.transpose(-2, -1) @ (q * scale)
+        if self.temperature is not None:
+            assert self.warmer is not None
+            dtype = self.warmer.dtype
+            self.warmer += (grad_q * q).sum(dim=(0, 2, 3), dtype=dtype).view(-1, 1, 1)
+            grad_k = _normal_gradient(grad_k, k, k_lengths)
+        grad_q = grad_q * scale
+        if self.temperature is not None:
+            grad_q = _normal_gradient(grad_q, q, q_lengths)
+        return grad_q, grad_k, grad_v, scores
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
-) -> tuple[Tensor, list[Tensor]]:
-    """Fused attention; with dropout in the open, and what it kept."""
-    if not dropout:
-        mask = None if mask is None else mask[None]
-        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask), []
-    weights = _weights(q * q.shape[-1] ** -0.5, k, mask)
-    keep = torch.rand(weights.shape, device=weights.device) >= dropout
-    return (weights * keep / (1 - dropout)) @ v, [keep]
+def _length(run: Run) -> int:
+    return int(run.slots.stop - run.slots.start)
+
+
+def _cut(run: Run, most: int) -> Iterator[Run]:
+    """The same tokens in runs of at most `most` slots."""
+    for i in range(0, _length(run), most):
+        first = run.slots.start + i
+        slots = slice(first, min(first + most, run.slots.stop))
+        yield run._replace(slots=slots, start=run.start + i * run.step)
+
+
+def _look(image: Tensor, strip: Strip, row: Run, column: Run) -> Tensor:
+    """Tokens of a strip's windows: (B, rows, columns, D) -> (B, R, S, t, u, D), a view."""
+    for axis, run, span in ((1, row, strip.rows), (2, column, strip.columns)):
+        reach = (_length(run) - 1) * run.step + 1
+        image = image.narrow(axis, run.start, (span.number - 1) * run.between + reach)
+        image = image.unfold(axis, reach, run.between)[..., :: run.step]
+    return image.movedim(3, -1)
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
@@ -290,25 +510,21 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     return (scores if mask is None else scores.add_(mask)).softmax(dim=-1)
 
 
-def _attend_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    keep: Tensor | None,
-    dropout: float,
-) -> tuple[Tensor, ...]:
-    """The gradients of q, k, v and the scores, the weights computed again."""
-    scale = q.shape[-1] ** -0.5
-    q, k, v, grad = (x.contiguous() for x in (q * scale, k, v, grad))
-    weights = _weights(q, k, mask)
-    grad_weights = grad @ v.transpose(-2, -1)
-    used = weights
-    if keep is not None:
-        used = weights * keep / (1 - dropout)
-        grad_weights = grad_weights * keep / (1 - dropout)
-    grad_v = used.transpose(-2, -1) @ grad
-    grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-    grad_q = (grad_scores @ k).mul_(scale)
-    return grad_q, grad_scores.transpose(-2, -1) @ q, grad_v, grad_scores
+def _normal(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors (..., M) of length 1, in the dtype of x, and their lengths before (..., 1)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    lengths = wide.norm(dim=-1, keepdim=True).clamp_min(_SHORTEST)
+    return (wide / lengths).to(x.dtype), lengths
+
+
+def _normal_gradient(grad: Tensor, normal: Tensor, lengths: Tensor) -> Tensor:
+    """The gradient of what was normalised."""
+    along = (grad * normal).sum(dim=-1, keepdim=True)
+    return ((grad - normal * along) / lengths).to(grad.dtype)
+
+
+def _result(qkv: Tensor) -> Tensor:
+    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+
+
+_attend = recomputed("attend_in_windows", _Call, _result)
