@@ -13,6 +13,7 @@ under one softmax, and they attend to all tokens; all share one projection. A st
 block never shifts, such as stages 1 and 4 of every published ViL.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -59,7 +60,7 @@ class ShiftedWindowAttention(Attention):
 
     arch_option: ClassVar = "window"
     positions: ClassVar = POSITIONS
-    examples: ClassVar = (
+    examples: ClassVar[Sequence[Mapping[str, Any]]] = (
         {"window": 4, "position": "relative", "shift": 2},
         {"window": 3, "position": "relative", "shift": 0},
         {"window": 3, "position": "absolute", "shift": 1},
@@ -104,6 +105,14 @@ class ShiftedWindowAttention(Attention):
         shifts = self._shifts(grid)
         return Plan(grid, self.num_heads, self.num_global, SHIFTED, self.window, shifts)
 
+    def _projected(self, x: Tensor) -> Tensor:
+        """Queries, keys and values: (B, N, 3 C)."""
+        return self.qkv(x)
+
+    def _temperature(self) -> Tensor | None:
+        """What scores of normalised queries and keys are multiplied with, where these are."""
+        return None
+
     def _biases(self, cells: int) -> tuple[Tensor | None, Tensor | None]:
         """Additive biases of relative positions in a window, and of what global tokens see.
 
@@ -120,10 +129,11 @@ class ShiftedWindowAttention(Attention):
     def attend(self, x: Tensor, grid: Grid) -> Tensor:
         local, whole = self._biases(grid[0] * grid[1])
         out = attend_in_windows(
-            self.qkv(x),
+            self._projected(x),
             self._plan(grid),
             local_bias=local,
             whole_bias=whole,
+            temperature=self._temperature(),
             dropout=self.dropout_p,
         )
         return self.proj(out)
@@ -131,11 +141,10 @@ class ShiftedWindowAttention(Attention):
     def reference(self, x: Tensor, grid: Grid) -> Tensor:
         """Full attention under a mask: shifting the windows is tiling the grid from elsewhere."""
         g, w = self.num_global, self.window
-        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
-        scores = self.scale * (q @ k.transpose(-2, -1))
+        qkv = self._projected(x).chunk(3, dim=-1)
+        q, k, v = (split_heads(part, self.num_heads) for part in qkv)
         places = grid_positions(grid, x.device)
-        if self.position == "relative":
-            scores = scores + self._plain_bias(places)
+        scores = self._plain_scores(q, k, places)
         tile = (places - torch.tensor(self._shifts(grid), device=x.device)).div(
             w, rounding_mode="floor"
         )
@@ -143,6 +152,11 @@ class ShiftedWindowAttention(Attention):
         visible[g:, g:] = (tile[:, None] == tile).all(dim=-1)
         weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
         return self.proj(merge_heads(nn.functional.dropout(weights, self.dropout_p) @ v))
+
+    def _plain_scores(self, q: Tensor, k: Tensor, places: Tensor) -> Tensor:
+        """Scores of all pairs: q, k (B, H, N, M) -> (B, H, N, N)."""
+        scores = self.scale * (q @ k.transpose(-2, -1))
+        return scores if self.position == "absolute" else scores + self._plain_bias(places)
 
     def _plain_bias(self, places: Tensor) -> Tensor:
         """The table as an image of differences, read for every pair of `places`: (H, N, N)."""

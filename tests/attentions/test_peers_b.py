@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import nn
+from torchvision.models.swin_transformer import ShiftedWindowAttentionV2
 
 import attentions
 
@@ -60,6 +61,28 @@ def neighbourhoods(ours):
     return attend, dict(ours.named_parameters())
 
 
+def swin_v2(ours):
+    w, s = ours.window, ours.shift
+    theirs = ShiftedWindowAttentionV2(DIM, [w, w], [s, s], num_heads=HEADS)
+    load(theirs, ours)
+    # Its offsets on the logarithmic scale, without the rounding to single precision.
+    table = 8 * torch.arange(1 - w, w, dtype=torch.float64) / (w - 1)
+    table = table.sign() * (table.abs() + 1).log2() / 3
+    table = torch.stack(torch.meshgrid(table, table, indexing="ij"), dim=-1)[None]
+    torch.testing.assert_close(theirs.relative_coords_table.double(), table)
+    theirs.relative_coords_table = table.to(ours.logit_scale.dtype)
+    return theirs, dict(theirs.named_parameters())
+
+
+def load(theirs, ours, names=None):
+    """Give a peer the weights of ours, and its dtype; `names` are its names for ours."""
+    state = {(names or {}).get(name, name): p for name, p in ours.named_parameters()}
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert not {*missing} & {name for name, _ in theirs.named_parameters()}
+    theirs.to(next(ours.parameters()).dtype).eval()
+
+
 PEERS = [
     Peer("neighborhood", (7, 9), {"kernel": 3, "position": "relative"}, neighbourhoods),
     Peer("neighborhood", (5, 13), {"kernel": 5, "dilation": 2, "stride": 2}, neighbourhoods),
@@ -70,6 +93,8 @@ PEERS = [
         {"kernel": 5, "dilation": 2, "stride": 3, "position": "relative"},
         neighbourhoods,
     ),
+    Peer("swin_v2", (8, 12), {"window": 4, "shift": 0}, swin_v2),
+    Peer("swin_v2", (9, 6), {"window": 3, "shift": 1}, swin_v2),
 ]
 
 
@@ -90,17 +115,18 @@ def test_equal_to_its_peer_in_output_and_all_gradients(peer, dtype, near):
     theirs, tensors = peer.make(ours)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, *peer.grid, DIM, generator=generator, dtype=torch.float64).to(dtype)
-    results = []
+    results, own = [], dict(ours.named_parameters())
     for call, inputs in (
-        (lambda y: ours(y.flatten(1, 2), peer.grid).unflatten(1, peer.grid), ours.parameters()),
-        (theirs, tensors.values()),
+        (lambda y: ours(y.flatten(1, 2), peer.grid).unflatten(1, peer.grid), own),
+        (theirs, tensors),
     ):
         y = x.clone().requires_grad_()
         out = call(y)
         # Of the mean, so that gradients are about as large as outputs.
         loss = (out * out.detach().cos()).sum() / x[0].numel()
-        results.append([out, *torch.autograd.grad(loss, [y, *inputs])])
-    names = ["output", "input", *(name for name, _ in ours.named_parameters())]
-    assert names[2:] == list(tensors)
-    for name, mine, other in zip(names, *results, strict=True):
-        torch.testing.assert_close(mine, other.view(mine.shape), rtol=near, atol=near, msg=name)
+        gradients = torch.autograd.grad(loss, [y, *inputs.values()])
+        results.append(dict(zip(["output", "input", *inputs], [out, *gradients], strict=True)))
+    for name, value in results[1].items():
+        found = results[0].pop(name)
+        torch.testing.assert_close(found, value.view(found.shape), rtol=near, atol=near)
+    assert not results[0]

@@ -1,0 +1,113 @@
+"""Attention in shifted windows by cosines, with positions from a small network (Swin v2).
+
+Liu et al., "Swin Transformer V2: Scaling Up Capacity and Resolution",
+https://arxiv.org/abs/2111.09883, sections 3.2 and 3.3: windows and shifts are those of Swin; scores
+are `cos(q, k) / τ + bias` with a learned temperature `τ >= 0.01` for each head, and the bias of a
+difference of positions is `16 sigmoid(MLP(sign(Δ) log2(1 + |8 Δ / (w - 1)|) / 3))`, with 512 hidden
+units. Keys have no bias in their projection. Cost: as swin, and `(2w - 1)² 512 (2 + H)` for the
+network.
+
+Deviations: those of swin. The bias of global tokens, which have no position, is zero.
+"""
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from attentions.cache import cached
+from attentions.full import POSITIONS
+from attentions.parts import full_precision, gather_bias, grid_positions, relative_index
+from attentions.registry import register
+from attentions.swin import ShiftedWindowAttention
+
+HIDDEN = 512
+LARGEST_BIAS = 16
+LEAST_TEMPERATURE = 0.01
+
+
+@register("swin_v2")
+class CosineWindowAttention(ShiftedWindowAttention):
+    """Attention by cosines in windows, shifted or not, and to global tokens.
+
+    Along a side of the grid that one window covers nothing is shifted.
+
+    Args:
+        window: side of a window.
+        shift: rows and columns by which the windows are moved; None alternates between 0 in even
+            blocks of a stage and half a window in odd ones.
+        block_index: the block of its stage, from 0.
+        position: "absolute" or "relative", which change nothing here: the network's bias is a part
+            of the mechanism, with positions in x and without.
+
+    Raises:
+        ValueError: for a shift outside the window.
+    """
+
+    examples: ClassVar = ({"window": 4, "shift": 2}, {"window": 3, "shift": 0})
+
+    def __init__(self, *, position: str = "absolute", **options: Any) -> None:
+        super().__init__(**options)
+        if position not in POSITIONS:
+            raise ValueError(f"unknown position {position!r}; allowed: {', '.join(POSITIONS)}")
+        self.cpb_mlp = nn.Sequential(
+            nn.Linear(2, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, self.num_heads, bias=False)
+        )
+        # The logarithm of 1 / τ.
+        self.logit_scale = nn.Parameter(torch.full((self.num_heads, 1, 1), math.log(10)))
+        with torch.no_grad():
+            self.qkv.bias[self.dim : 2 * self.dim] = 0
+
+    def _projected(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv.bias.chunk(3)
+        return nn.functional.linear(x, self.qkv.weight, torch.cat([q, torch.zeros_like(k), v]))
+
+    def _temperature(self) -> Tensor:
+        return self.logit_scale.clamp(max=-math.log(LEAST_TEMPERATURE)).exp()
+
+    def _table(self) -> Tensor:
+        """The bias of every difference of positions in a window: ((2w - 1)², H)."""
+        offsets = cached(log_offsets, self.window, like=self.logit_scale)
+        with full_precision(offsets):
+            return LARGEST_BIAS * self.cpb_mlp(offsets).sigmoid()
+
+    def _biases(self, cells: int) -> tuple[Tensor, None]:
+        del cells
+        index = cached(window_index, self.window, like=self.logit_scale)
+        local = gather_bias(self._table(), index)
+        return nn.functional.pad(local, (self.num_global, 0)), None
+
+    def _plain_scores(self, q: Tensor, k: Tensor, places: Tensor) -> Tensor:
+        q, k = (nn.functional.normalize(x, dim=-1) for x in (q, k))
+        scores = self._temperature() * (q @ k.transpose(-2, -1))
+        local = nn.functional.pad(self._plain_local(places), (self.num_global, 0) * 2)
+        return scores + local
+
+    def _plain_local(self, places: Tensor) -> Tensor:
+        w = self.window
+        # Pairs further apart see each other in no window.
+        difference = (places[:, None] - places).clamp(1 - w, w - 1).to(self.logit_scale.dtype)
+        offsets = 8 * difference / max(w - 1, 1)
+        offsets = offsets.sign() * (1 + offsets.abs()).log2() / 3
+        with full_precision(offsets):
+            return LARGEST_BIAS * self.cpb_mlp(offsets).sigmoid().permute(2, 0, 1)
+
+    def multiply_adds(self, grid: tuple[int, int]) -> int:
+        """Of what runs: whole windows, the padded rows and columns included."""
+        network = (2 * self.window - 1) ** 2 * HIDDEN * (2 + self.num_heads)
+        return super().multiply_adds(grid) + network
+
+
+def log_offsets(window: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Differences of positions in a window on a logarithmic scale, -1 to 1: ((2w - 1)², 2)."""
+    side = torch.arange(1 - window, window, device=device, dtype=dtype)
+    side = side.sign() * torch.log2(1 + 8 * side.abs() / max(window - 1, 1)) / 3
+    return torch.cartesian_prod(side, side)
+
+
+def window_index(window: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Row of the table for every pair of positions in a window: (w², w²), integers."""
+    del dtype
+    places = grid_positions((window, window), device)
+    return relative_index(places, places, (window, window))
