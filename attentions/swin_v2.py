@@ -17,10 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from attentions.cache import cached
+from attentions.contract import Grid
 from attentions.full import POSITIONS
-from attentions.parts import full_precision, gather_bias, grid_positions, relative_index
+from attentions.parts import full_precision, gather_bias
 from attentions.registry import register
 from attentions.swin import ShiftedWindowAttention
+from attentions.windowed import bias_rows
+from attentions.windows import Plan
 
 HIDDEN = 512
 LARGEST_BIAS = 16
@@ -59,11 +62,11 @@ class CosineWindowAttention(ShiftedWindowAttention):
         with torch.no_grad():
             self.qkv.bias[self.dim : 2 * self.dim] = 0
 
-    def _projected(self, x: Tensor) -> Tensor:
+    def projected(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv.bias.chunk(3)
         return nn.functional.linear(x, self.qkv.weight, torch.cat([q, torch.zeros_like(k), v]))
 
-    def _temperature(self) -> Tensor:
+    def temperature(self) -> Tensor:
         return self.logit_scale.clamp(max=-math.log(LEAST_TEMPERATURE)).exp()
 
     def _table(self) -> Tensor:
@@ -72,28 +75,22 @@ class CosineWindowAttention(ShiftedWindowAttention):
         with full_precision(offsets):
             return LARGEST_BIAS * self.cpb_mlp(offsets).sigmoid()
 
-    def _biases(self, cells: int) -> tuple[Tensor, None]:
-        del cells
-        index = cached(window_index, self.window, like=self.logit_scale)
-        local = gather_bias(self._table(), index)
-        return nn.functional.pad(local, (self.num_global, 0)), None
+    def biases(self, plan: Plan) -> tuple[Tensor, None]:
+        index = cached(bias_rows, *self._frame(plan), like=self.logit_scale)
+        return nn.functional.pad(gather_bias(self._table(), index), (self.num_global, 0)), None
 
-    def _plain_scores(self, q: Tensor, k: Tensor, places: Tensor) -> Tensor:
+    def plain_scores(self, q: Tensor, k: Tensor, difference: Tensor) -> Tensor:
         q, k = (nn.functional.normalize(x, dim=-1) for x in (q, k))
-        scores = self._temperature() * (q @ k.transpose(-2, -1))
-        local = nn.functional.pad(self._plain_local(places), (self.num_global, 0) * 2)
-        return scores + local
-
-    def _plain_local(self, places: Tensor) -> Tensor:
         w = self.window
         # Pairs further apart see each other in no window.
-        difference = (places[:, None] - places).clamp(1 - w, w - 1).to(self.logit_scale.dtype)
-        offsets = 8 * difference / max(w - 1, 1)
+        offsets = 8 * difference.clamp(1 - w, w - 1).to(self.logit_scale.dtype) / max(w - 1, 1)
         offsets = offsets.sign() * (1 + offsets.abs()).log2() / 3
         with full_precision(offsets):
-            return LARGEST_BIAS * self.cpb_mlp(offsets).sigmoid().permute(2, 0, 1)
+            local = LARGEST_BIAS * self.cpb_mlp(offsets).sigmoid().permute(2, 0, 1)
+        local = nn.functional.pad(local, (self.num_global, 0) * 2)
+        return self.temperature() * (q @ k.transpose(-2, -1)) + local
 
-    def multiply_adds(self, grid: tuple[int, int]) -> int:
+    def multiply_adds(self, grid: Grid) -> int:
         """Of what runs: whole windows, the padded rows and columns included."""
         network = (2 * self.window - 1) ** 2 * HIDDEN * (2 + self.num_heads)
         return super().multiply_adds(grid) + network
@@ -104,10 +101,3 @@ def log_offsets(window: int, *, device: torch.device, dtype: torch.dtype) -> Ten
     side = torch.arange(1 - window, window, device=device, dtype=dtype)
     side = side.sign() * torch.log2(1 + 8 * side.abs() / max(window - 1, 1)) / 3
     return torch.cartesian_prod(side, side)
-
-
-def window_index(window: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Row of the table for every pair of positions in a window: (w², w²), integers."""
-    del dtype
-    places = grid_positions((window, window), device)
-    return relative_index(places, places, (window, window))
