@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from timm.models.maxxvit import MaxxVitTransformerCfg, PartitionAttentionCl
 from torch import nn
+from torchvision.models.maxvit import PartitionAttentionLayer
 from torchvision.models.swin_transformer import ShiftedWindowAttentionV2
 
 import attentions
@@ -74,6 +76,74 @@ def swin_v2(ours):
     return theirs, dict(theirs.named_parameters())
 
 
+def maxvit_of_torchvision(ours):
+    heads = {"in_channels": DIM, "head_dim": DIM // HEADS}
+    theirs = PartitionAttentionLayer(
+        **heads,
+        partition_size=ours.window,
+        partition_type=ours.partition,
+        grid_size=(8, 8) if ours.partition == "grid" else (8, 12),
+        mlp_ratio=1,
+        activation_layer=nn.GELU,
+        norm_layer=nn.Identity,
+        attention_dropout=0.0,
+        mlp_dropout=0.0,
+        p_stochastic_dropout=0.0,
+    )
+    theirs.mlp_layer = Zero()
+    theirs.to(ours.qkv.weight.dtype)
+    own = dict(ours.named_parameters())
+    # Its scale is C ** -0.5 instead of M ** -0.5.
+    larger = torch.ones(3 * DIM, dtype=ours.qkv.weight.dtype)
+    larger[:DIM] = HEADS**0.5
+    layer = "attn_layer.1."
+
+    def attend(x):
+        state = {
+            f"{layer}to_qkv.weight": own["qkv.weight"] * larger[:, None],
+            f"{layer}to_qkv.bias": own["qkv.bias"] * larger,
+            f"{layer}merge.weight": own["proj.weight"],
+            f"{layer}merge.bias": own["proj.bias"],
+            f"{layer}relative_position_bias_table": own["local_relative_position_bias_table"],
+        }
+        image = x.permute(0, 3, 1, 2)
+        # Without the sum that it is a part of there.
+        out = torch.func.functional_call(theirs, state, (image,)) - image
+        return out.permute(0, 2, 3, 1)
+
+    return attend, own
+
+
+def maxvit_of_timm(ours):
+    config = MaxxVitTransformerCfg(
+        dim_head=DIM // HEADS,
+        head_first=False,
+        window_size=(ours.window,) * 2,
+        grid_size=(ours.window,) * 2,
+        rel_pos_type="bias",
+    )
+    kind = "block" if ours.partition == "window" else "grid"
+    theirs = PartitionAttentionCl(DIM, kind, config)
+    theirs.norm1, theirs.norm2, theirs.mlp = nn.Identity(), nn.Identity(), Zero()
+    table = "local_relative_position_bias_table"
+    names = {table: "attn.rel_pos.relative_position_bias_table"}
+    names |= {
+        f"{layer}.{part}": f"attn.{layer}.{part}"
+        for layer in ("qkv", "proj")
+        for part in ("weight", "bias")
+    }
+    load(theirs, ours, names)
+    found = dict(theirs.named_parameters())
+    return lambda x: theirs(x) - x, {own: found[name] for own, name in names.items()}
+
+
+class Zero(nn.Module):
+    """In the place of what is no part of the attention."""
+
+    def forward(self, x):
+        return torch.zeros_like(x)
+
+
 def load(theirs, ours, names=None):
     """Give a peer the weights of ours, and its dtype; `names` are its names for ours."""
     state = {(names or {}).get(name, name): p for name, p in ours.named_parameters()}
@@ -95,6 +165,15 @@ PEERS = [
     ),
     Peer("swin_v2", (8, 12), {"window": 4, "shift": 0}, swin_v2),
     Peer("swin_v2", (9, 6), {"window": 3, "shift": 1}, swin_v2),
+    *(
+        Peer("maxvit", grid, {"window": 4, "partition": kind, "position": "relative"}, make)
+        for grid, kind, make in (
+            ((8, 12), "window", maxvit_of_torchvision),
+            ((8, 8), "grid", maxvit_of_torchvision),
+            ((8, 12), "window", maxvit_of_timm),
+            ((12, 8), "grid", maxvit_of_timm),
+        )
+    ),
 ]
 
 
