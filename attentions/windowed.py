@@ -35,12 +35,12 @@ class WindowedAttention(Attention):
     g2l_relative_position_bias: Tensor
     g2g_relative_position_bias: Tensor
 
-    positions: ClassVar = POSITIONS
+    positions: ClassVar[tuple[str, ...]] = POSITIONS
 
     def __init__(self, *, position: str = "absolute", **common: Any) -> None:
         super().__init__(**common)
-        if position not in POSITIONS:
-            raise ValueError(f"unknown position {position!r}; allowed: {', '.join(POSITIONS)}")
+        if position not in self.positions:
+            raise ValueError(f"unknown position {position!r}; allowed: {', '.join(self.positions)}")
         self.position = position
         self.qkv = nn.Linear(self.dim, 3 * self.dim)
         self.proj = nn.Linear(self.dim, self.dim)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from timm.models.maxxvit import MaxxVitTransformerCfg, PartitionAttentionCl
+from timm.models.twins import GlobalSubSampleAttn, LocallyGroupedAttn
 from torch import nn
 from torchvision.models.maxvit import PartitionAttentionLayer
 from torchvision.models.swin_transformer import ShiftedWindowAttentionV2
@@ -137,6 +138,27 @@ def maxvit_of_timm(ours):
     return lambda x: theirs(x) - x, {own: found[name] for own, name in names.items()}
 
 
+def twins(ours):
+    own = dict(ours.named_parameters())
+    if ours.scope == "local":
+        theirs = LocallyGroupedAttn(DIM, HEADS, ws=ours.window)
+    else:
+        theirs = GlobalSubSampleAttn(DIM, HEADS, sr_ratio=ours.reduction)
+    theirs.to(ours.qkv.weight.dtype)
+    state = dict(own)
+
+    def attend(x):
+        if ours.scope == "global":
+            for part in ("weight", "bias"):
+                both = own[f"qkv.{part}"].split((DIM, 2 * DIM))
+                state[f"q.{part}"], state[f"kv.{part}"] = both
+                state.pop(f"qkv.{part}", None)
+        arguments = (x.flatten(1, 2), x.shape[1:3])
+        return torch.func.functional_call(theirs, state, arguments, strict=True).view_as(x)
+
+    return attend, own
+
+
 class Zero(nn.Module):
     """In the place of what is no part of the attention."""
 
@@ -174,6 +196,9 @@ PEERS = [
             ((12, 8), "grid", maxvit_of_timm),
         )
     ),
+    Peer("twins", (6, 9), {"window": 3, "scope": "local"}, twins),
+    Peer("twins", (7, 9), {"reduction": 2, "scope": "global"}, twins),
+    Peer("twins", (4, 5), {"reduction": 1, "scope": "global"}, twins),
 ]
 
 
