@@ -11,7 +11,9 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 FILES = sorted(
     path for path in GOLDENS.glob("*.npz") if not path.name.startswith(("backbone_", "convert_"))
 )
-TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4}
+DTYPES = {torch.float64: 1e-5, torch.float32: 1e-4}
+# Those of the authors' code of other mechanisms are kept in float64.
+AUTHORS = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 def read(path, dtype):
@@ -42,28 +44,30 @@ def build(meta, parameters, dtype, **options):
     return module.to(dtype).eval()
 
 
-def assert_equal(actual, golden, dtype, what):
+def assert_equal(actual, golden, tolerance, what):
     error = (actual - golden).abs().max() / golden.abs().max()
-    assert error < TOLERANCES[dtype], f"{what}: {error:.1e} of the largest value"
+    assert error < tolerance, f"{what}: {error:.1e} of the largest value"
 
 
-def test_every_mechanism_of_the_paper_has_a_golden():
+def test_every_mechanism_without_a_library_has_a_golden():
     covered = {read(path, torch.float32)[0]["attention"] for path in FILES}
-    assert covered == {"full", "global", "linformer", "longformer", "performer", "srformer"}
+    published = {"full", "global", "linformer", "longformer", "performer", "srformer"}
+    assert covered == published | {"rala"}
 
 
 @pytest.mark.parametrize("implementation", ["fast", "reference"])
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=["float64", "float32"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float64", "float32"])
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_golden(path, dtype, implementation):
     meta, arrays, parameters, gradients = read(path, dtype)
+    tolerance = (AUTHORS if path.name.startswith("authors_") else DTYPES)[dtype]
     module = build(meta, parameters, dtype, implementation=implementation)
     x = arrays["x"].requires_grad_()
     y = module(x, (meta["nx"], meta["ny"]))
     y.backward(arrays["grad_y"])
     own = dict(module.named_parameters())
     assert own.keys() == gradients.keys()
-    assert_equal(y, arrays["y"], dtype, "y")
-    assert_equal(x.grad, arrays["grad_x"], dtype, "grad_x")
+    assert_equal(y, arrays["y"], tolerance, "y")
+    assert_equal(x.grad, arrays["grad_x"], tolerance, "grad_x")
     for name, golden in gradients.items():
-        assert_equal(own[name].grad, golden, dtype, f"gradient of {name}")
+        assert_equal(own[name].grad, golden, tolerance, f"gradient of {name}")
