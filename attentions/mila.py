@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from attentions.contract import Attention, Grid
+from attentions.depthwise import plain_local
 from attentions.parts import full_precision, merge_heads, split_heads
 from attentions.pieces import apply, lowered
 from attentions.registry import register
@@ -26,7 +27,6 @@ from attentions.rotary import (
     BASE,
     WEIGHT_EPS,
     RotaryLinearAttention,
-    plain_local,
     plain_rotate,
 )
 

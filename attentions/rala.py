@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from attentions.contract import Attention, Grid
+from attentions.depthwise import plain_local
 from attentions.parts import full_precision, merge_heads, split_heads
 from attentions.pieces import apply
 from attentions.registry import register
-from attentions.rotary import BASE, WEIGHT_EPS, RotaryLinearAttention, plain_local, plain_rotate
+from attentions.rotary import BASE, WEIGHT_EPS, RotaryLinearAttention, plain_rotate
 
 
 @register("rala")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from attentions.contract import Grid
+from attentions.depthwise import convolve, convolve_backward
 from attentions.parts import full_precision, grid_positions, merge_heads, split_heads
 from attentions.pieces import piece, pieces
 
@@ -74,20 +75,6 @@ def plain_rotate(x: Tensor, grid: Grid, frequencies: Tensor) -> Tensor:
     return torch.stack(turned, dim=-1).flatten(-2)
 
 
-def plain_local(x: Tensor, convolution: nn.Conv2d, grid: Grid) -> Tensor:
-    """The oracle of a depthwise convolution of the grid: x (B, N, C) -> (B, N, C), globals zero."""
-    weight, bias = (value.to(x.dtype) for value in convolution.parameters())
-    (rows, columns), side = grid, weight.shape[-1]
-    image = x[:, x.shape[1] - rows * columns :].unflatten(1, grid)
-    padded = nn.functional.pad(image, (0, 0, *[side // 2] * 4))
-    local = bias + sum(
-        weight[:, 0, a, b] * padded[:, a : a + rows, b : b + columns]
-        for a in range(side)
-        for b in range(side)
-    )
-    return nn.functional.pad(local.flatten(1, 2), (0, 0, x.shape[1] - rows * columns, 0))
-
-
 class RotaryLinearAttention(torch.autograd.Function):
     """The attention and a depthwise convolution of the values, with features of a piece at a time.
 
@@ -142,7 +129,7 @@ class RotaryLinearAttention(torch.autograd.Function):
             context /= tokens
             total /= tokens
             out = packed.new_zeros(batch, tokens, heads * width)
-            out[:, num_global:] = _local(v, weight, bias, grid, num_global)
+            out[:, num_global:] = convolve(v, weight, bias, grid, num_global)
             for part in pieces(packed, size):
                 query = positive(piece(q, part, wide))
                 below = (query @ total[part[0]]).add_(WEIGHT_EPS)
@@ -165,7 +152,7 @@ class RotaryLinearAttention(torch.autograd.Function):
             wide = total.dtype
             rotations = Rotations(frequencies, grid, num_global, total)
             size = heads * width * total.element_size()
-            grad_weight, grad_bias = _local_backward(grad, v, grad_v, weight, grid, num_global)
+            grad_weight, grad_bias = convolve_backward(grad, v, grad_v, weight, grid, num_global)
             grad = split_heads(grad, heads)
             grad_context, grad_total = _sums(q, wide)
             for part in pieces(packed, size):
@@ -223,44 +210,3 @@ def _heads(packed: Tensor, values: Tensor | None, num_heads: int) -> list[Tensor
     """Queries, keys and values as views (B, H, N, M)."""
     parts = packed.chunk(3 if values is None else 2, dim=-1)
     return [split_heads(part, num_heads) for part in (*parts, values) if part is not None]
-
-
-def _image(v: Tensor, grid: Grid, num_global: int) -> Tensor:
-    """The values of the grid, a view: (B, H, N, M) -> (B, H, M, rows, columns)."""
-    return v[:, :, num_global:].transpose(-2, -1).unflatten(-1, grid)
-
-
-def _local(v: Tensor, weight: Tensor, bias: Tensor, grid: Grid, num_global: int) -> Tensor:
-    """The depthwise convolution of the grid: v (B, H, N, M) -> (B, rows * columns, C)."""
-    image = _image(v, grid, num_global).flatten(1, 2)
-    local = nn.functional.conv2d(
-        image,
-        weight.to(v.dtype),
-        bias.to(v.dtype),
-        padding=weight.shape[-1] // 2,
-        groups=len(weight),
-    )
-    return local.flatten(2).transpose(1, 2)
-
-
-def _local_backward(
-    grad: Tensor, v: Tensor, grad_v: Tensor, weight: Tensor, grid: Grid, num_global: int
-) -> tuple[Tensor, Tensor]:
-    """Write the convolution's gradient of the values, and return that of its parameters."""
-    found, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad[:, num_global:].transpose(1, 2).unflatten(2, grid),
-        _image(v, grid, num_global).flatten(1, 2),
-        weight.to(v.dtype),
-        [len(weight)],
-        [1, 1],
-        [weight.shape[-1] // 2] * 2,
-        [1, 1],
-        False,
-        [0, 0],
-        len(weight),
-        [True, True, True],
-    )
-    grad_v[:, :, :num_global] = 0
-    target = _image(grad_v, grid, num_global)
-    target.copy_(found.unflatten(1, target.shape[1:3]))
-    return grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)

@@ -97,6 +97,10 @@ BAD_OPTIONS = [
     ("lite_mla", {"kernel": 4}, "kernel 4 must be odd"),
     ("pooling", {"size": 2}, "size 2 must be odd"),
     ("linformer", {"num_features": 0}, "num_features 0"),
+    ("agent", {"agents": 0}, "agents 0"),
+    ("mila", {"num_heads": 4}, "dim 12 .* dim / num_heads = 3 even"),
+    ("rala", {"num_heads": 2}, "dim 12 / num_heads 2 = 6 .* multiple of 4"),
+    ("rala", {"kernel": 4}, "kernel 4 must be odd"),
     ("linformer", {"seq_len": 0}, "seq_len 0"),
 ]
 USERS = """
@@ -170,7 +174,7 @@ def test_global_attention_needs_a_global_token():
 def test_wrong_option_values_are_named_with_the_allowed(name, options, message):
     place = {"seq_len": 50} if name == "linformer" else {}
     with pytest.raises(ValueError, match=message):
-        attentions.build(name, dim=12, num_heads=3, num_global=2, **place | options)
+        attentions.build(name, **{"dim": 12, "num_heads": 3, "num_global": 2, **place, **options})
 
 
 def test_unknown_names_suggest_the_nearest():

@@ -9,6 +9,9 @@ from tests.attentions.test_oracles import assert_near, pair, run, tokens
 
 GRID = (9, 7)
 RECOMPUTING = [
+    ("agent", {"agents": 3}),
+    ("mila", {"gate": True}),
+    ("rala", {"kernel": 3}),
     ("performer", {"num_features": 7}),
     ("focused_linear", {"power": 2.5, "kernel": 3}),
     ("focused_linear", {"power": 3.0, "kernel": 0}),
@@ -40,6 +43,8 @@ def test_differentiating_twice_is_refused(name, options):
 
 
 SAVING = [
+    ("agent", {"agents": 2}),
+    ("mila", {"gate": False}),
     ("performer", {"num_features": 256}),
     ("focused_linear", {}),
     ("global", {}),
