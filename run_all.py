@@ -13,7 +13,7 @@ import sys
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,7 +54,7 @@ suites: {", ".join(suites())}
 
 examples:
   python run_all.py
-  python run_all.py --rows ViL,performer --seed 1
+  python run_all.py --rows ViL,performer --seeds 3
   python run_all.py --rows published,linear
   python run_all.py --data my_data --rows ViL train.steps=200 model.method=retinanet
   python run_all.py --train export/train.json --val export/val.json --images export/images
@@ -97,6 +97,14 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
         help="auto, cpu, cuda or cuda:N (default: auto, a GPU where there is one)",
     )
     add(result, "seed", default=None, help="seed of everything random (default: 0)")
+    add(
+        result,
+        "seeds",
+        metavar="N",
+        type=positive,
+        help="run each row with N seeds, --seed and those after it, all rows of one seed before the"
+        " next; the report then has their means (of other seeds: --search seed=3,5,8)",
+    )
     add(
         result,
         "rows",
@@ -221,15 +229,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         first = world.is_first
         if options.tensorboard:
             logs.check_tensorboard()
-        searched = search.parse(options.search) if options.search else None
         plain = _load(options, world)
-        suite = plain if searched is None else search.expand(plain, searched)
+        suite, bases = _expanded(plain, options)
         output = options.output or Path("results") / suite.name
         if options.dry_run:
             return _dry_run(suite, output, options.retry_failed, options.measure_steps or 0)
         _check_needs(suite)
         if options.launcher != "none":
-            return _launch(suite, plain, searched, output, options, command)
+            return _launch(suite, bases, output, options, command)
         if suite.runs[0].train.devices > 1 and world.size == 1:
             return processes.spawn(processes.this_command(given), suite.runs[0].train.devices)
         return run_suite(
@@ -269,6 +276,28 @@ def _load(options: argparse.Namespace, world: processes.World) -> Suite:
         overrides=overrides,
     )
     return suite if options.init is None else _started(suite, options.init, options.init_partial)
+
+
+def _expanded(plain: Suite, options: argparse.Namespace) -> tuple[Suite, dict[str, str]]:
+    """Return the suite with the values of --search and the seeds, and which row each row is of."""
+    searched = search.parse(options.search) if options.search else None
+    of_seeds = searched is not None and searched.path == search.SEED
+    for option in ("seed", "seeds"):
+        if of_seeds and getattr(options, option) is not None:
+            raise InputError(
+                f"--search {options.search} and --{option} {getattr(options, option)} both say"
+                " which seeds are run; leave one of them out"
+            )
+    suite, bases = plain, {config.row: config.row for config in plain.runs}
+    if searched is not None:
+        suite = search.expand(plain, searched)
+        bases = {searched.row(row, value): row for row in bases for value in searched.values}
+    if options.seeds is not None:
+        first = plain.runs[0].seed
+        suite = search.expand(
+            suite, search.Search(search.SEED, tuple(range(first, first + options.seeds)))
+        )
+    return suite, bases
 
 
 def _started(suite: Suite, init: str, partial: bool) -> Suite:
@@ -317,7 +346,7 @@ def _dry_run(suite: Suite, output: Path, retry_failed: bool, measure_steps: int)
     standings = settled.survey(suite.runs, output, retry_failed=retry_failed)
     for standing in standings:
         if standing.record is not None or standing.note:
-            print(standing.note or f"{standing.config.row} has its record")
+            print(standing.note or f"{suite.name_of(standing.config)} has its record")
     missing = tuple(standing.config for standing in standings if standing.record is None)
     if not missing:
         return 0
@@ -337,20 +366,16 @@ def _dry_run(suite: Suite, output: Path, retry_failed: bool, measure_steps: int)
 
 def _launch(
     suite: Suite,
-    plain: Suite,
-    searched: search.Search | None,
+    bases: Mapping[str, str],
     output: Path,
     options: argparse.Namespace,
     command: Sequence[str],
 ) -> int:
-    """Run the missing rows as processes of their own."""
-    bases = {config.row: config.row for config in plain.runs}
-    if searched is not None:
-        bases = {
-            searched.row(config.row, value): config.row
-            for config in plain.runs
-            for value in searched.values
-        }
+    """Run the missing rows as processes of their own.
+
+    Args:
+        bases: the name of each row without the value of a search.
+    """
     devices, local = suite.runs[0].train.devices, options.launcher == "local"
     console = Console()
     # The machine that submits jobs need not have their devices and data.
@@ -360,10 +385,10 @@ def _launch(
     jobs = []
     for standing in standings:
         if standing.record is None:
-            row = standing.config.row
-            arguments = _row_arguments(standing.config, bases[row], output, options)
-            log = output / "logs" / f"{record.slug(row)}.out"
-            jobs.append(processes.Job(row, tuple(processes.this_command(arguments)), log))
+            base, name = bases[standing.config.row], suite.name_of(standing.config)
+            arguments = _row_arguments(standing.config, base, output, options)
+            log = output / "logs" / f"{record.slug(name)}.out"
+            jobs.append(processes.Job(name, tuple(processes.this_command(arguments)), log))
     if not local:
         gpus = 0 if suite.runs[0].device == "cpu" else devices
         folder, parameters = output / "slurm", slurm.read_options(options.slurm)
@@ -388,7 +413,8 @@ def _row_arguments(
 ) -> list[str]:
     """The command line of one row of a suite, as a person would type it."""
     arguments = ["--suite", options.suite, "--rows", base, "--output", str(output), "--no-report"]
-    for name in ("schedule", "method", "data", "device", "seed", "devices", "init"):
+    arguments += ["--seed", str(config.seed)]
+    for name in ("schedule", "method", "data", "device", "devices", "init"):
         value = getattr(options, name)
         if value is not None:
             arguments += [f"--{name}", str(value)]
@@ -399,7 +425,7 @@ def _row_arguments(
     for name in ("retry_failed", "tensorboard", "no_weights", "init_partial"):
         if getattr(options, name):
             arguments.append(f"--{name.replace('_', '-')}")
-    return [*arguments, *options.overrides]
+    return [*arguments, *(word for word in options.overrides if not word.startswith("seed="))]
 
 
 def run_suite(
@@ -433,7 +459,7 @@ def run_suite(
     with SuiteProgress(len(missing), console=console) as progress:
         how = dataclasses.replace(how, progress=progress.update)
         for standing in missing:
-            row = standing.config.row
+            row = suite.name_of(standing.config)
             progress.row(row)
             try:
                 result = runner.run(
@@ -481,10 +507,12 @@ def _survey(
     _check_output(output)
     standings = settled.survey(suite.runs, output, retry_failed=retry_failed)
     missing = [standing for standing in standings if standing.record is None]
-    have = len(standings) - len(missing)
+    have, rows = len(standings) - len(missing), len({run.row for run in suite.runs})
+    seeds = f" ({rows} rows, seeds {', '.join(map(str, suite.seeds))})"
     console.print(
         f"suite {suite.name}: {len(missing)} of {len(standings)} rows to run"
-        + (f", {have} have their record" if have else ""),
+        + (f", {have} have their record" if have else "")
+        + (seeds if len(suite.seeds) > 1 else ""),
         highlight=False,
     )
     if suite.more:
@@ -495,7 +523,7 @@ def _survey(
             soft_wrap=True,
         )
     _check_free(missing, output)
-    notes = [standing.note for standing in missing if standing.note]
+    notes = list(dict.fromkeys(standing.note for standing in missing if standing.note))
     if missing and check:
         configs = [standing.config for standing in missing]
         notes += inputs.check_data(configs, output, processes=processes)
@@ -546,8 +574,9 @@ def _report(suite: Suite, output: Path, identities: Sequence["Identity"]) -> int
     for table in [*tables.comparison(records), *tables.searches(records)]:
         print(tables.to_text(table.shown, _WIDTH))
     failed = [entry for entry in records if entry.status == "failed"]
-    for entry in failed:
-        print(f"{entry.row}: failed, {(entry.error or {}).get('message')}")
+    for label, entry in zip(load.labels(records), records, strict=True):
+        if entry in failed:
+            print(f"{label}: failed, {(entry.error or {}).get('message')}")
     if failed:
         print("Failed rows are run again with --retry-failed.")
     print(f"report: {path} and {path.with_suffix('.html')}")

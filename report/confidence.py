@@ -1,8 +1,9 @@
 """How sure an average precision is, and whether two rows can be told apart.
 
-The records hold the average precision of many draws of images (see `bootstrap.py`). Rows on
-the same images have the same draws, so that a difference is worked out draw by draw, which leaves
-out what makes an image easy or hard for both.
+The records hold the average precision of many draws of images (see `bootstrap.py`), and rows of
+several seeds that of draws of seeds and images (`seeds.py`). Rows on the same images have the same
+draws, so that a difference is worked out draw by draw, which leaves out what makes an image easy or
+hard for both.
 """
 
 from collections.abc import Sequence
@@ -10,50 +11,62 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from bench.record import Record
+from report import seeds
 from report.columns import Column, Table, Unit, decimals, joined, number, table
 from report.load import KINDS, Library, at, per_library
 
-LEVEL = 0.95
 # What the other rows are compared with: the first of these that is there.
 REFERENCES = ("ViL", "full")
 SAME = "indistinguishable"
 
 _ABOUT_INTERVALS = (
     "An interval says how far mAP moves with the choice of test images, by bootstrap over images"
-    " ({draws} draws). It knows nothing of the training's seed, which moves mAP too, and with few"
-    " images of many classes it is somewhat too narrow."
+    " ({draws} draws). It knows nothing of the training's seed, which moves mAP too (--seeds 3"
+    " measures by how much), and with few images of many classes it is somewhat too narrow."
+)
+_ABOUT_SEEDS = (
+    "mAP is the mean over seeds, ± its standard deviation over them. An interval says how far it"
+    " moves with the training's seed and the choice of test images: seeds are drawn, then images"
+    " ({draws} draws, the same for all rows), and the part of the seeds is widened by Student's t,"
+    " as a few scatter less than many would."
+)
+_ABOUT_RANKS = (
+    "A rank is one more than the number of rows that are told apart as better by box mAP, so that"
+    " rows that cannot be told apart share it."
 )
 _ABOUT_DIFFERENCES = (
-    f"Differences are taken on the same draws of images for both rows. {SAME.capitalize()} means"
-    f" that the {LEVEL:.0%} interval of the difference holds 0; of rows that are equal in truth,"
-    f" about one in {1 / (1 - LEVEL):.0f} is told apart by chance."
+    f"Differences are taken on the same draws for both rows. {SAME.capitalize()} means"
+    f" that the {seeds.LEVEL:.0%} interval of the difference holds 0; of rows that are equal in"
+    f" truth, about one in {1 / (1 - seeds.LEVEL):.0f} is told apart by chance."
 )
 
 
 @per_library
 def intervals(library: Library) -> Table | None:
     """Return the intervals of mAP for each library; none where no record has any."""
-    lines = library.data[["label"]].copy()
-    for kind in KINDS:
-        limits = [at(one, f"evaluation.{kind}_interval.AP") for one in library.records]
-        lines[f"{kind}_AP"] = library.data[f"{kind}_AP"]
-        lines[f"{kind}_low"] = [limit[0] if limit else None for limit in limits]
-        lines[f"{kind}_high"] = [limit[1] if limit else None for limit in limits]
+    lines = library.data.assign(rank=pd.Series(ranks(library), dtype="Int64"))
     if lines["box_low"].isna().all():
         return None
-    columns = [Column("row", "row", "label")]
+    varied = any(map(seeds.of, library.records))
+    columns = [
+        Column("row", "row", "label"),
+        Column("seeds", "seeds"),
+        Column("rank", "rank", unit=Unit.ONE, format=decimals(0), optional=True),
+    ]
     for kind in KINDS:
         columns += [
             Column(f"{kind}_AP", f"{kind} mAP {{}}", "", Unit.PERCENT, optional=True),
+            Column(f"{kind}_sd", "± {}", "", Unit.PERCENT, optional=True),
             *_interval_columns(kind),
         ]
     draws = dict.fromkeys(
         str(draws["resamples"]) for draws in map(_bootstrap, library.records) if draws
     )
-    note = _ABOUT_INTERVALS.format(draws=", ".join(draws))
-    return table("intervals", "Intervals of mAP", lines, columns, [note])
+    about = (_ABOUT_SEEDS if varied else _ABOUT_INTERVALS).format(draws=", ".join(draws))
+    return table("intervals", "Intervals of mAP", lines, columns, [about, _ABOUT_RANKS])
 
 
 @per_library
@@ -85,18 +98,60 @@ def differences(library: Library) -> Table | None:
     return table("differences", title, lines, columns, [_ABOUT_DIFFERENCES])
 
 
+def apart(library: Library) -> NDArray[np.float64]:
+    """Return for each pair of rows whether their box mAP is told apart.
+
+    (N, N): 1 where that of the first row is higher, -1 where it is lower, 0 where the two cannot be
+    told apart, NaN where they have no draws in common.
+    """
+    rows = library.records
+    found = np.full((len(rows), len(rows)), np.nan)
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for place, record in enumerate(rows):
+        if at(record, "evaluation.bootstrap.box_AP"):
+            groups.setdefault(_drawn_from(record), []).append(place)
+    for places in groups.values():
+        drawn = np.array(
+            [at(rows[place], "evaluation.bootstrap.box_AP") for place in places], dtype=np.float64
+        )
+        values = np.array([at(rows[place], "evaluation.box.AP") for place in places])
+        # Draws without an object of any class have no mAP, for all rows alike.
+        drawn = drawn[:, ~np.isnan(drawn).any(axis=0)]
+        for own, place in enumerate(places):
+            if drawn.shape[1]:
+                found[place, places] = _signs(values[own] - values, drawn[own] - drawn)
+    return found
+
+
+def ranks(library: Library) -> list[int | None]:
+    """Return the rank of each row by box mAP, from 1; rows that cannot be told apart share one.
+
+    It is None for rows that were not evaluated as most were.
+    """
+    pairs = apart(library)
+    compared = (~np.isnan(pairs)).sum(axis=1)
+    return [
+        1 + int((pairs[place] == -1).sum()) if 1 < count == compared.max() else None
+        for place, count in enumerate(compared)
+    ]
+
+
+def _signs(differences: NDArray[np.float64], drawn: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The signs of differences, (N,), that their draws, (N, R), tell from nought; else 0."""
+    tail = 50 * (1 - seeds.LEVEL)
+    limits = np.percentile(drawn, [tail, 100 - tail], axis=1) - drawn.mean(axis=1) + differences
+    signs: NDArray[np.float64] = (limits[0] > 0).astype(float) - (limits[1] < 0)
+    return signs
+
+
 def difference_interval(
-    difference: float,
-    ours: Sequence[float | None],
-    theirs: Sequence[float | None],
-    *,
-    level: float = LEVEL,
+    difference: float, ours: Sequence[float | None], theirs: Sequence[float | None]
 ) -> tuple[float, float] | None:
     """Return the interval of the difference of two rows, in percent.
 
     It is the percentile interval of the differences draw by draw, moved so that their mean is the
-    difference itself, as the interval of one row is (`bench.bootstrap.interval`): draws raise
-    average precision, and that of a good row more than that of a bad one.
+    difference itself, as the interval of one row is: draws raise average precision, and that of a
+    good row more than that of a bad one.
 
     Args:
         difference: of the two rows on all images, in percent.
@@ -107,18 +162,16 @@ def difference_interval(
         ValueError: for another number of draws.
     """
     drawn = [a - b for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
-    if not drawn:
-        return None
-    tail = 50 * (1 - level)
-    limits = np.percentile(drawn, [tail, 100 - tail]) - np.mean(drawn) + difference
-    low, high = np.clip(limits, -100, 100).tolist()
-    return low, high
+    return seeds.interval(difference, drawn, least=-100)
 
 
 def _interval_columns(kind: str, *, sign: bool = False) -> list[Column]:
     limits = f"{kind}_low", f"{kind}_high"
     values = joined(" to ", limits, Unit.PERCENT, number(1, sign=sign))
-    return [*map(Column, limits), Column("", f"{kind} {LEVEL:.0%} interval", values, optional=True)]
+    return [
+        *map(Column, limits),
+        Column("", f"{kind} {seeds.LEVEL:.0%} interval", values, optional=True),
+    ]
 
 
 def _difference(label: str, record: Record, reference: Record) -> dict[str, Any]:
@@ -145,15 +198,19 @@ def _why_not(record: Record, reference: Record) -> str | None:
     """Why a record has no draws in common with the reference; None if it has."""
     if record.evaluation is None:
         return "not evaluated"
-    ours, theirs = _bootstrap(record), _bootstrap(reference)
-    if not ours:
+    if not _bootstrap(record):
         return "no draws recorded"
-    if any(ours.get(name) != theirs.get(name) for name in ("seed", "resamples")):
+    ours, theirs = _drawn_from(record), _drawn_from(reference)
+    if ours[:2] != theirs[:2]:
         return "other draws"
-    same = [f"evaluation.{name}" for name in ("split", "images", "annotations_sha256")]
-    if any(at(record, path) != at(reference, path) for path in same):
-        return "other images"
-    return None
+    return None if ours == theirs else "other images"
+
+
+def _drawn_from(record: Record) -> tuple[Any, ...]:
+    """What rows have in common whose draws are the same: how they were drawn, and the images."""
+    draws = [f"bootstrap.{name}" for name in ("seed", "resamples")]
+    names = (*draws, "split", "images", "annotations_sha256")
+    return tuple(at(record, f"evaluation.{name}") for name in names)
 
 
 def _verdict(low: float | None, high: float | None) -> str | None:

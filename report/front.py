@@ -1,20 +1,24 @@
-"""Rows that no other row beats: none has at least their box AP, to a tenth, for no more cost."""
+"""Rows that no other row beats: none has a higher box AP, told apart, for no more cost."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
-from report.columns import Table, Unit, aligned, memory_unit
+from report import confidence
+from report.columns import MISSING, Table, Unit, aligned, memory_unit
 from report.load import Library, per_library
 from report.tables import memory_column
 
-_COLUMNS = ["cost", "row", "box_map_percent", "value", "beaten_by"]
 _LEAST_ROWS = 2
 _ABOUT = (
-    "A row is beaten where another has at least its box mAP, to a tenth, for no more of that cost."
-    " Differences within chance count too; see How sure mAP is. The table's CSV file says which row"
-    " beats each of the others."
+    "A row is on the front where its box mAP is told apart as higher than that of every row that"
+    " costs no more, and beaten where that of a row that costs no more is told apart as higher; of"
+    " the others the data cannot say. The table's CSV file says which row beats each of the others."
+)
+_ABOUT_ROUNDED = (
+    "Rows without draws of images are compared by box mAP to a tenth, differences within chance"
+    " too."
 )
 
 
@@ -59,35 +63,58 @@ class Place:
 
     Attributes:
         row: its place in the frame.
-        beaten_by: the place of the cheapest row that beats it, or None if it is on the front.
+        beaten_by: the place of the cheapest row that surely beats it, or None.
+        on_front: whether it is told apart as better than every row that costs no more. A row that
+            is neither beaten nor this could be on the front.
     """
 
     row: int
     beaten_by: int | None
+    on_front: bool
+
+    @property
+    def could_be(self) -> bool:
+        """Whether the data cannot say if the row is on the front."""
+        return self.beaten_by is None and not self.on_front
 
 
-def places(data: pd.DataFrame, cost: str) -> list[Place]:
-    """Return where each row of `report.load.frame` that can be compared stands, cheapest first.
+def places(library: Library, cost: str) -> list[Place]:
+    """Return where each row that can be compared stands, cheapest first.
 
     Compared are the rows with both numbers that were measured and evaluated as most of them were;
-    of a search the best row alone.
+    of a search the best row alone. Without draws of images a row is told apart by its box AP to a
+    tenth, as tables show it: a difference that no reader sees should decide nothing.
 
     Args:
-        data: rows of one detector library, numbered from 0.
+        library: the rows.
         cost: "flops", "latency" or "memory_training", for example; less is better.
     """
-    # As tables show it: a difference that no reader sees should decide nothing.
-    shown = data.assign(box_AP=data["box_AP"].astype("Float64").round(1))
+    shown = library.data.assign(box_AP=library.data["box_AP"].astype("Float64").round(1))
     known = shown[_comparable(shown, cost)].sort_values([cost, "box_AP"], ascending=[True, False])
     ranked = [(int(i), ap, float(x)) for i, ap, x in known[["box_AP", cost]].itertuples()]
-    return [Place(row, _beaten_by(ap, x, ranked)) for row, ap, x in ranked]
+    pairs = confidence.apart(library)
+    found = []
+    for row, ap, x in ranked:
+        beaten_by, on_front = None, True
+        for other, its_ap, its_x in ranked:
+            if other == row or its_x > x:
+                continue
+            told = pairs[row, other]
+            if np.isnan(told):
+                worse = its_ap >= ap and (its_ap, its_x) != (ap, x)
+                told = -1 if worse else 1
+            on_front &= bool(told == 1)
+            if told == -1 and beaten_by is None:
+                beaten_by = other
+        found.append(Place(row, beaten_by, on_front))
+    return found
 
 
 @per_library
 def tables(library: Library) -> Table | None:
     """Return the rows that no other beats in each cost, for each library with two such rows."""
     data = library.data
-    every = {cost: places(data, cost.column) for cost in costs(data).values()}
+    every = {cost: places(library, cost.column) for cost in costs(data).values()}
     found = {cost: rows if len(rows) >= _LEAST_ROWS else [] for cost, rows in every.items()}
     if not any(found.values()):
         return None
@@ -98,6 +125,7 @@ def tables(library: Library) -> Table | None:
             "box_map_percent": data.loc[place.row, "box_AP"],
             "value": data.loc[place.row, cost.column],
             "beaten_by": None if place.beaten_by is None else data.loc[place.beaten_by, "label"],
+            "on_front": place.on_front,
         }
         for cost, rows in found.items()
         for place in rows
@@ -105,25 +133,30 @@ def tables(library: Library) -> Table | None:
     shown = pd.DataFrame(
         {
             "cost": cost.title,
-            "not beaten, cheapest first (box mAP % at cost)": _front(
-                raw[raw["cost"] == cost.column], cost.unit
-            ),
+            "on the front, cheapest first (box mAP % at cost)": _named(part, cost.unit, sure=True),
+            "could be on it": _named(part, cost.unit, sure=False),
         }
         for cost, rows in found.items()
         if rows
+        for part in [raw[raw["cost"] == cost.column]]
     )
-    notes = (_ABOUT, *_left_out(data, found))
+    compared = [place.row for rows in found.values() for place in rows]
+    rounded = [_ABOUT_ROUNDED] * bool(data.loc[compared, "box_low"].isna().any())
+    notes = (_ABOUT, *rounded, *_left_out(data, found))
     return Table("fronts", "Rows that no other beats", raw, shown, notes)
 
 
-def _front(part: pd.DataFrame, unit: Unit) -> str:
+def _named(part: pd.DataFrame, unit: Unit, *, sure: bool) -> str:
+    """The rows on the front, or those that could be, in words."""
     values = aligned(part["value"].astype("Float64") / unit.size)
-    return ", ".join(
-        f"{row} ({ap:.1f} at {value})"
-        for row, ap, value, other in zip(
-            part["row"], part["box_map_percent"], values, part["beaten_by"], strict=True
+    chosen = part["on_front"] if sure else part["beaten_by"].isna() & ~part["on_front"]
+    named = part.assign(value=values)[chosen]
+    return (
+        ", ".join(
+            f"{row} ({ap:.1f} at {value})"
+            for row, ap, value in named[["row", "box_map_percent", "value"]].itertuples(index=False)
         )
-        if pd.isna(other)
+        or MISSING
     )
 
 
@@ -149,12 +182,3 @@ def _comparable(data: pd.DataFrame, cost: str) -> pd.Series:
     conditions = data["evaluated_as"].str.cat(data[f"{cost.partition('_')[0]}_as"], sep="; ")
     usual = conditions[known].mode()
     return known & conditions.isin(usual.head(1))
-
-
-def _beaten_by(ap: float, cost: float, ranked: Sequence[tuple[int, float, float]]) -> int | None:
-    better = (
-        row
-        for row, its_ap, its_cost in ranked
-        if its_ap >= ap and its_cost <= cost and (its_ap, its_cost) != (ap, cost)
-    )
-    return next(better, None)

@@ -11,7 +11,7 @@ import pandas as pd
 
 from bench.errors import InputError
 from bench.record import LATENCIES, Record, read, read_latencies
-from report import searches
+from report import searches, seeds
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -59,7 +59,9 @@ _REAL = {
     "train_seconds": "training.seconds",
     "images_per_second": "training.images_per_second",
     **{f"{kind}_{figure}": f"evaluation.{kind}.{figure}" for kind in KINDS for figure in FIGURES},
+    **{f"{kind}_sd": f"evaluation.seeds.{kind}_sd" for kind in KINDS},
 }
+_LIMITS = tuple(f"{kind}_{end}" for kind in KINDS for end in ("low", "high"))
 # What rows have to share for a number of theirs to be compared.
 _CONDITIONS = ("device", "batch_size", "image_size", "precision")
 _PLACE = ("environment.cpu", "environment.device")
@@ -69,7 +71,7 @@ _COMPARED = {
     "latency_as": [*(f"latency.{name}" for name in (*_CONDITIONS, "threads")), *_PLACE],
     "evaluated_as": [f"evaluation.{name}" for name in ("split", "images", "annotations_sha256")],
 }
-_DERIVED = ("base", "family", "notes", "flops_uncounted", *_COMPARED)
+_DERIVED = ("base", "family", "seeds", "notes", "flops_uncounted", *_COMPARED)
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Named:
 
 @dataclass(frozen=True)
 class Library:
-    """The records of one detector library, and their frame."""
+    """The records of one detector library, one a row, and their frame."""
 
     records: list[Record]
     data: pd.DataFrame
@@ -99,13 +101,15 @@ Exhibit = TypeVar("Exhibit", bound=Named)
 def per_library(
     build: Callable[[Library], Exhibit | None],
 ) -> Callable[[Sequence[Record]], list[Exhibit]]:
-    """Make a function of one library's records one of all: a table or plot for each library.
+    """Make a function of one library's rows one of all records: a table or plot for each library.
 
+    The seeds of a row are merged, see `report/seeds.py`.
     Two libraries never share a column or an axis; their names are in those of the results.
     """
 
     @functools.wraps(build)
     def every(records: Sequence[Record]) -> list[Exhibit]:
+        records = seeds.merged(records)
         data = frame(records)
         names = data["library"].unique()
         found = []
@@ -184,28 +188,34 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
 
     Parameters and FLOPs (multiply-adds) are counts, memory is in bytes, times are in seconds,
     average precision in percent. What a record lacks is missing. `base` is the row's name without
-    the value of a search; `label` is the whole, with the first letters of the key where several
-    records have that name. `family` is the mechanism of the first stage, by which plots choose
-    colours. `best` marks the best of a search. `flops_uncounted` names the operators that FLOPs
-    lack. `*_as` say how a number was made: rows are compared where they are the same.
+    the value of a search; `label` is the whole, with the seed or the first letters of the key where
+    several records have that name. `seeds` are those that a row is the mean of, `box_sd` is the
+    standard deviation over them, `box_low` and `box_high` are the ends of the interval. `family` is
+    the mechanism of the first stage, by which plots choose colours. `best` marks the best of a
+    search. `flops_uncounted` names the operators that FLOPs lack. `*_as` say how a number was made:
+    rows are compared where they are the same.
     """
     paths = _TEXT | _WHOLE | _REAL
-    lines = [
-        {name: at(record, path) for name, path in paths.items()} | _derived(record)
+    lines: list[dict[str, Any]] = [
+        {name: at(record, path) for name, path in paths.items()}
+        | _derived(record)
+        | _limits(record)
         for record in records
     ]
     types = (
         dict.fromkeys((*_TEXT, *_DERIVED), "string")
         | dict.fromkeys(_WHOLE, "Int64")
-        | dict.fromkeys(_REAL, "Float64")
+        | dict.fromkeys((*_REAL, *_LIMITS), "Float64")
     )
     data = pd.DataFrame(lines, columns=list(types)).astype(types)
     for latency in ("latency", "latency_training"):
         data[f"{latency}_iqr"] = data[f"{latency}_q3"] - data[f"{latency}_q1"]
     data["steps_per_second"] = data["steps"] / data["train_seconds"].replace(0, pd.NA)
     data["best"] = pd.Series(_best(records), dtype="boolean")
-    twice = data["row"].duplicated(keep=False)
-    data["label"] = data["row"].mask(twice, data["row"] + " #" + data["key"].str[:6])
+    data["label"] = data["row"]
+    for more in (" (seed " + data["seed"].astype("string") + ")", " #" + data["key"].str[:6]):
+        differ = more.groupby(data["label"]).transform("nunique") > 1
+        data["label"] = data["label"].mask(differ, data["label"] + more)
     return data
 
 
@@ -237,6 +247,7 @@ def _derived(record: Record) -> dict[str, Any]:
     return {
         "base": searches.base(record),
         "family": family(record),
+        "seeds": seeds.listed(record),
         "notes": "; ".join(record.notes) or None,
         "flops_uncounted": uncounted(record),
         **{
@@ -244,6 +255,12 @@ def _derived(record: Record) -> dict[str, Any]:
             for name, paths in _COMPARED.items()
         },
     }
+
+
+def _limits(record: Record) -> dict[str, float | None]:
+    """The ends of the intervals of mAP."""
+    ends = [at(record, f"evaluation.{kind}_interval.AP") or (None, None) for kind in KINDS]
+    return dict(zip(_LIMITS, (end for pair in ends for end in pair), strict=True))
 
 
 def _best(records: Sequence[Record]) -> list[bool | None]:

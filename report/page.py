@@ -13,7 +13,7 @@ import pandas as pd
 
 from bench.errors import InputError
 from bench.record import Record
-from report import confidence, counts, front, plots, provenance, tables
+from report import confidence, counts, front, plots, provenance, seeds, tables
 from report.columns import MISSING, Table, reason
 from report.load import labels
 from report.plots import Plot
@@ -146,12 +146,14 @@ def _replace(path: Path, content: str | bytes) -> None:
 
 def _sections(records: Sequence[Record]) -> list[Section]:
     failures = [record for record in records if record.status == "failed"]
-    how_many = f"{len(records)} rows, of which {len(failures)} failed."
-    how_many += " The rows that failed stay in the table; see Failures." if failures else ""
-    further, different = tables.further_splits(records), provenance.differences(records)
-    drawn = [*plots.draw(records), *counts.conventions_plots(records)]
+    rows = seeds.merged(records)
+    failed = sum(row.status == "failed" for row in rows)
+    how_many = f"{len(rows)} rows, of which {failed} failed."
+    how_many += " The rows that failed stay in the table; see Failures." if failed else ""
+    further, different = tables.further_splits(rows), provenance.differences(records)
+    drawn = [*plots.draw(rows), *counts.conventions_plots(rows)]
     return [
-        Section("Comparison", [how_many, *tables.comparison(records)]),
+        Section("Comparison", [how_many, seeds.sentence(records), *tables.comparison(rows)]),
         Section("Rows that no other beats", front.tables(records)),
         Section("Searched settings", tables.searches(records)),
         Section("Plots", [_LEGEND, *drawn]),
@@ -161,8 +163,8 @@ def _sections(records: Sequence[Record]) -> list[Section]:
         ),
         Section("Further splits, %", [further] if further else []),
         Section("Details", tables.details(records)),
-        Section("Published numbers", _published(records)),
-        Section("How the numbers were counted", _counting(records)),
+        Section("Published numbers", _published(rows)),
+        Section("How the numbers were counted", _counting(rows)),
         Section("Differences in configuration", [_DIFFERENT, different] if different else [_SAME]),
         Section("Environment", [provenance.environment(records)]),
         Section("Failures", [block for record in failures for block in _failure(record)]),
@@ -172,8 +174,9 @@ def _sections(records: Sequence[Record]) -> list[Section]:
 
 _LEGEND = (
     "Colour and marker say the mechanism; hollow marks and bars are rows with full attention in"
-    " their later stages. Latencies are medians, with their quartiles. Losses are drawn raw (light)"
-    " and as a moving average (dark)."
+    " their later stages. mAP is drawn with its interval, see How sure mAP is. Latencies are"
+    " medians, with their quartiles. Losses are drawn raw (light), of every seed, and as a moving"
+    " average of their mean (dark)."
 )
 _SAME = "The configurations of all rows are the same."
 _DIFFERENT = "Settings that are not listed are the same in all rows; each record has all of them."
@@ -251,7 +254,7 @@ def _failure(record: Record) -> Iterable[Block]:
     error = record.error or {}
     message = str(error.get("message"))
     kind = reason(str(error.get("kind")))
-    yield f"{record.row} failed, {kind}: {' '.join(message.split())}"
+    yield f"{record.row} (seed {record.seed}) failed, {kind}: {' '.join(message.split())}"
     text = str(error.get("traceback") or "").rstrip()
     yield Code(text if message in text else f"{message}\n{text}".rstrip())
 

@@ -20,7 +20,7 @@ from matplotlib.transforms import Bbox
 from bench.record import Record
 from report import front
 from report.columns import Unit, aligned
-from report.front import Cost
+from report.front import Cost, Place
 from report.load import PARTIAL, Library, Named, at, family, per_library, published
 from report.tables import marked
 
@@ -119,20 +119,23 @@ def _draw_accuracy(name: str, style: Looks, library: Library) -> Plot:
     data, cost = library.data, front.costs(library.data)[name]
     missing = data[["box_AP", cost.column]].isna().any(axis="columns")
     rows = [row for row, out in zip(marked(data), missing, strict=True) if out]
-    note = f"Not drawn, as a number is missing: {', '.join(rows)}." if rows else ""
+    could = [data["label"][p.row] for p in front.places(library, cost.column) if p.could_be]
+    notes = [f"Could be on the front or not (ringed): {', '.join(could)}."] * bool(could)
+    notes += [f"Not drawn, as a number is missing: {', '.join(rows)}."] * bool(rows)
     title = f"Box AP against {cost.name}"
-    plot = render(f"accuracy_{name}", title, lambda: accuracy(data, style, cost))
-    return replace(plot, note=note)
+    plot = render(f"accuracy_{name}", title, lambda: accuracy(library, style, cost))
+    return replace(plot, note=" ".join(notes))
 
 
-def accuracy(data: pd.DataFrame, style: Looks, cost: Cost) -> Figure | str:
-    """Draw box AP against a cost, one point a row, and the line of rows that no other beats.
+def accuracy(library: Library, style: Looks, cost: Cost) -> Figure | str:
+    """Draw box AP with its interval against a cost, and the front of rows that are told apart.
 
     Args:
-        data: rows of one library, numbered from 0.
+        library: the rows.
         style: see `looks`.
         cost: one of `report.front.costs`; a latency has its quartiles.
     """
+    data, places = library.data, front.places(library, cost.column)
     ends = [f"{cost.column}{end}" for end in ("_q1", "_q3")]
     ends = ends if ends[0] in data.columns else [cost.column] * 2
     scaled = dict(zip(("x", "left", "right"), (cost.column, *ends), strict=True))
@@ -146,20 +149,22 @@ def accuracy(data: pd.DataFrame, style: Looks, cost: Cost) -> Figure | str:
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     ax = figure.subplots()
     ax.margins(0.12)
-    steps = _draw_front(ax, data, cost.column)
+    steps = _draw_front(ax, data, places)
     for row in data.to_dict("records"):
         look = style[row["family"]]
         ax.plot(row["x"], row["box_AP"], **look.mark(row["row"]), markersize=8, zorder=3)
     colours = [style[family].colour for family in data["family"]]
     ax.hlines(data["box_AP"], data["left"], data["right"], colors=colours, linewidth=1.2, zorder=2)
+    low, high = data["box_low"].astype(float), data["box_high"].astype(float)
+    ax.vlines(data["x"], low, high, colors=colours, linewidth=1.2, alpha=0.45, zorder=2)
     if data["x"].max() > 20 * data["x"].min():
         ax.set_xscale("log")
     ax.set_xlabel(cost.label)
     ax.set_ylabel("Box AP (%)")
-    low, high = ax.get_ylim()
-    if high - low < LEAST_AP:
+    bottom, top = ax.get_ylim()
+    if top - bottom < LEAST_AP:
         # Drawn over the whole height, a difference within chance would look large.
-        ax.set_ylim((low + high - LEAST_AP) / 2, (low + high + LEAST_AP) / 2)
+        ax.set_ylim((bottom + top - LEAST_AP) / 2, (bottom + top + LEAST_AP) / 2)
     _label(figure, ax, data, steps)
     return figure
 
@@ -198,7 +203,9 @@ def costs(data: pd.DataFrame, style: Looks) -> Figure | str:
 def losses(library: Library, style: Looks) -> Figure | str:
     """Draw the training loss of every row, raw and smoothed, one panel a row with shared axes."""
     rows = zip(marked(library.data), library.records, strict=True)
-    drawn = [(name, one, found) for name, one in rows if (found := _losses(one)).notna().any()]
+    drawn = [
+        (name, one, found) for name, one in rows if (found := _losses(one)).notna().any(axis=None)
+    ]
     if not drawn:
         return "No row has been trained, so there is no plot of losses."
     columns = min(4, len(drawn))
@@ -209,7 +216,7 @@ def losses(library: Library, style: Looks) -> Figure | str:
         colour = style[family(record)].colour
         ax.plot(series.index, series, color=colour, alpha=0.3, linewidth=0.9)
         window = max(SMOOTHING, len(series) // 20)
-        smooth = series.rolling(window, center=True, min_periods=1).mean()
+        smooth = series.mean(axis=1).rolling(window, center=True, min_periods=1).mean()
         ax.plot(series.index, smooth, color=colour, linewidth=1.6)
         ax.set_title(name, fontsize=9, loc="left")
     for ax in axes.flat[len(drawn) :]:
@@ -224,16 +231,19 @@ def losses(library: Library, style: Looks) -> Figure | str:
     return figure
 
 
-def _draw_front(ax: Axes, data: pd.DataFrame, cost: str) -> list[tuple[float, float]]:
-    """Draw the highest box AP that each cost buys, as a line of steps, and return its corners."""
-    rows = [place.row for place in front.places(data, cost) if place.beaten_by is None]
+def _draw_front(ax: Axes, data: pd.DataFrame, places: Sequence[Place]) -> list[tuple[float, float]]:
+    """Draw the front as a line of steps, ring the rows that could be on it, return its corners."""
+    rows = [place.row for place in places if place.on_front]
+    could = data.loc[[place.row for place in places if place.could_be]]
+    ax.scatter(could["x"], could["box_AP"], s=220, facecolors="none", edgecolors=FRONT, zorder=1)
     points = [(float(x), float(y)) for x, y in data.loc[rows, ["x", "box_AP"]].to_numpy()]
     corners = [(after[0], before[1]) for before, after in itertools.pairwise(points)]
     steps = [point for pair in itertools.zip_longest(points, corners) for point in pair if point]
-    ax.plot(*zip(*steps, strict=True), color=FRONT, linewidth=1.4, zorder=1)
-    if len(points) > 1:
-        about = "Grey line: rows that no other beats"
-        ax.set_title(about, fontsize=8, loc="right", color="#777777")
+    if steps:
+        ax.plot(*zip(*steps, strict=True), color=FRONT, linewidth=1.4, zorder=1)
+    about = ["Grey line: rows told apart from all that cost no more"] * (len(points) > 1)
+    about += ["ringed: could be on it"] * (len(could) > 0)
+    ax.set_title("; ".join(about), fontsize=8, loc="right", color="#777777")
     return steps
 
 
@@ -277,10 +287,18 @@ def _around(ax: Axes, corners: Sequence[tuple[float, float]], points: float) -> 
     return Bbox(ax.transData.inverted().transform(box.get_points()))
 
 
-def _losses(record: Record) -> pd.Series:
-    """The total loss by step; numbers that were not finite are missing."""
-    entries = at(record, "training.losses") or []
-    return pd.Series({entry["step"]: entry.get("total") for entry in entries}, dtype=float)
+def _losses(record: Record) -> pd.DataFrame:
+    """The total loss by step, a column a seed; numbers that were not finite are missing."""
+    trainings = at(record, "training.by_seed") or [record.training or {}]
+    return pd.DataFrame(
+        {
+            place: pd.Series(
+                {entry["step"]: entry.get("total") for entry in training.get("losses", [])},
+                dtype=float,
+            )
+            for place, training in enumerate(trainings)
+        }
+    )
 
 
 def _draw_quartiles(ax: Axes, data: pd.DataFrame) -> pd.Series:

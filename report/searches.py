@@ -39,7 +39,7 @@ def find(records: Sequence[Record]) -> list[Search]:
     found: dict[str, tuple[str, str, list[tuple[str, Record]]]] = {}
     for record in records:
         name = split(record)
-        if name is not None:
+        if name is not None and name[1] != "seed":
             row, setting, value = name
             alike = json.dumps([row, setting, _others(record, setting)], sort_keys=True)
             found.setdefault(alike, (row, setting, []))[2].append((value, record))

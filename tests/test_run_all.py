@@ -28,7 +28,7 @@ from bench.run.evaluate import CocoEvaluator
 from bench.run.identity import identify
 from bench.run.train import _Training
 from bench.system.progress import SuiteProgress
-from report import load
+from report import load, tables
 
 ROOT = Path(__file__).parents[1]
 # As many threads as the tests' own process has: with another number, sums round differently.
@@ -727,6 +727,46 @@ def test_a_search_runs_side_by_side_and_says_which_value_is_best(
     # The launcher changes nothing of what a run is.
     assert run_all.main(arguments) == 0
     assert "0 of 2 rows to run" in capsys.readouterr().out
+
+
+def test_seeds_of_a_row_are_runs_of_their_own_and_one_row_of_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = ["--rows", "ViL", "--seed", "3", "--seeds", "2", "--output", str(tmp_path), *TIMED]
+    assert run_all.main([*arguments, "--launcher", "local", "--jobs", "2"]) == 0
+    found = [record.read(path) for path in (tmp_path / "records").glob("*.json")]
+    assert {(entry.row, entry.seed) for entry in found} == {("ViL", 3), ("ViL", 4)}
+    assert len({entry.training["weights"]["sha256"] for entry in found}) == 2
+    (table,) = tables.comparison(load.load(tmp_path))
+    assert table.raw["row"].tolist() == ["ViL"]
+    assert "mean of the trainings with seeds 3, 4" in (tmp_path / "index.md").read_text()
+    # Seeds of one model are equally fast: one is timed, and stands for all.
+    (timed,) = (tmp_path / record.LATENCIES).glob("*.json")
+    assert len(json.loads(timed.read_text())["rows"]) == 1
+    assert table.raw["latency_median_s"].notna().all()
+    capsys.readouterr()
+    # The launcher changes nothing of what a run is, nor does the way that seeds are given.
+    search = ["--search", "seed=3,4", *arguments[:2], *arguments[6:], "--dry-run"]
+    assert run_all.main(search) == 0
+    assert "ViL (seed 4) has its record" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--seeds", "0"], "not a whole number of 1 or more"),
+        (["--seeds", "2", "--search", "seed=0,1"], "--seeds 2 both say which seeds"),
+        (["--seed", "2", "--search", "seed=0,1"], "--seed 2 both say which seeds"),
+    ],
+)
+def test_seeds_given_twice_or_wrong_are_one_line(
+    given: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_all.main([*given, "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
 
 
 def test_a_run_starts_from_a_classifier(tmp_path: Path) -> None:

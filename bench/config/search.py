@@ -1,4 +1,7 @@
-"""The same rows with several values of one setting; `report/searches.py` says which is best."""
+"""The same rows with several values of one setting; `report/searches.py` says which is best.
+
+The seed is not searched for: rows keep their names, and `report/seeds.py` takes their mean.
+"""
 
 import functools
 from dataclasses import dataclass, replace
@@ -8,6 +11,8 @@ from bench.config.schema import RunConfig, leaves
 from bench.config.suites import CHOSEN, Suite, build_config, check_sizes
 from bench.config.values import read
 from bench.errors import InputError, nearest
+
+SEED = "seed"
 
 
 @dataclass(frozen=True)
@@ -28,8 +33,8 @@ class Search:
         return self.path.rpartition(".")[2]
 
     def row(self, row: str, value: Any) -> str:
-        """Return the name of a row with a value."""
-        return f"{row} ({self.name}={value})"
+        """Return the name of a row with a value; seeds share it."""
+        return row if self.path == SEED else f"{row} ({self.name}={value})"
 
 
 def parse(text: str) -> Search:
@@ -62,11 +67,16 @@ def parse(text: str) -> Search:
 def expand(suite: Suite, search: Search) -> Suite:
     """Return the suite with each of its rows once for each value.
 
+    All rows of a seed come before those of the next, so that a suite that is stopped has whole
+    seeds.
+
     Raises:
         InputError: for a value that the setting cannot have.
     """
-    runs = [_with(config, search, value) for config in suite.runs for value in search.values]
-    return replace(suite, runs=tuple(runs))
+    pairs = [(config, value) for config in suite.runs for value in search.values]
+    if search.path == SEED:
+        pairs = [(config, value) for value in search.values for config in suite.runs]
+    return replace(suite, runs=tuple(_with(config, search, value) for config, value in pairs))
 
 
 def _values(listed: str) -> list[Any]:

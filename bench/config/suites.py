@@ -42,6 +42,15 @@ class Suite:
     needs: str | None = None
     more: tuple[str, ...] = ()
 
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Return the seeds of its runs."""
+        return tuple(dict.fromkeys(run.seed for run in self.runs))
+
+    def name_of(self, run: RunConfig) -> str:
+        """Return what a run is called: its row, and its seed where there are several."""
+        return f"{run.row} (seed {run.seed})" if len(self.seeds) > 1 else run.row
+
 
 def suites() -> tuple[str, ...]:
     """Return the names of the suites in `configs/suites`."""

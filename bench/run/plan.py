@@ -39,6 +39,7 @@ class Planned:
         memory: predicted peak of a training step on one device, in bytes; None if it cannot be.
         on_gpu: whether memory is that of a GPU.
         seconds: of its training steps, or None if none was timed.
+        seeds: that it would be run with.
     """
 
     config: RunConfig
@@ -49,6 +50,7 @@ class Planned:
     memory: float | None
     on_gpu: bool
     seconds: float | None
+    seeds: tuple[int, ...]
 
     @property
     def images_of_a_part(self) -> int:
@@ -63,7 +65,7 @@ def plan(
     measure_steps: int,
     tell: Callable[[str], object],
 ) -> list[Planned]:
-    """Return what every run would be; a suite that needs COCO is planned for it, there or not.
+    """Return what every row would be; a suite that needs COCO is planned for it, there or not.
 
     Args:
         suite: with the runs.
@@ -74,8 +76,10 @@ def plan(
     """
     # Runs share their data, and reading COCO's annotations takes long.
     opened: dict[str, CocoDataset | None] = {}
-    planned = []
+    planned: list[Planned] = []
     for config in suite.runs:
+        if any(run.config.row == config.row for run in planned):
+            continue
         tell(config.row)
         name = repr((config.data.path, config.data.generated, config.data.train_split))
         if name not in opened:
@@ -85,10 +89,12 @@ def plan(
 
 
 def table(planned: Sequence[Planned]) -> pd.DataFrame:
-    """Return one row of text a run."""
+    """Return one row of text a planned row."""
+    several = len({seed for run in planned for seed in run.seeds}) > 1
     return pd.DataFrame(
         {
             "row": run.config.row,
+            **({"seeds": ", ".join(map(str, run.seeds))} if several else {}),
             "method": run.config.model.method,
             "schedule": run.recipe.schedule,
             "drop path": f"{run.config.model.drop_path:g}",
@@ -117,7 +123,7 @@ def lines(planned: Sequence[Planned], measure_steps: int) -> list[str]:
     if not measure_steps:
         return [*found, "time: --measure-steps N times training steps and predicts it"]
     found += _each(planned, lambda run: _about_time(run, measure_steps))
-    total = sum(run.seconds or 0.0 for run in planned)
+    total = sum((run.seconds or 0.0) * len(run.seeds) for run in planned)
     return [*found, f"time of all rows, one after the other: {duration(total)}"]
 
 
@@ -206,6 +212,7 @@ def _plan(
         memory=_memory(config, part, classes, "cuda" if on_gpu else "cpu"),
         on_gpu=on_gpu,
         seconds=seconds,
+        seeds=tuple(run.seed for run in suite.runs if run.row == config.row),
     )
 
 

@@ -24,13 +24,17 @@ from bench.record import Record
 
 
 def untimed(records: Sequence[Record], output: Path) -> list[Record]:
-    """Return the records of runs that were to be measured and have no latency, nor tried to."""
+    """Return the records of runs that were to be measured and have no latency, nor tried to.
+
+    Of several seeds of a row one is measured, which stands for all.
+    """
     timed = record.read_latencies(output / record.LATENCIES)
-    return [
-        entry
+    rows = {
+        entry.row
         for entry in records
-        if _wanted(entry) and entry.latency is None and (entry.row, entry.key) not in timed
-    ]
+        if entry.latency is not None or (entry.row, entry.key) in timed
+    }
+    return [entry for entry in _wanted(records) if entry.row not in rows]
 
 
 def measure(
@@ -39,7 +43,8 @@ def measure(
     """Measure the rows of `records` in rounds, write what was found and return the file.
 
     Args:
-        records: of runs that succeeded; those that were not to be measured are left out.
+        records: of runs that succeeded; those that were not to be measured are left out, and of
+            each row all but the first.
         output: the folder of the suite.
         command: the command line, for the file.
         progress: receives the share that is done, and what is being done.
@@ -47,7 +52,7 @@ def measure(
     Raises:
         InputError: where the file cannot be written, or the device is not there.
     """
-    wanted = [entry for entry in records if _wanted(entry)]
+    wanted = _wanted(records)
     configs = [_config(entry) for entry in wanted]
     found = profile.measure_latency(
         configs,
@@ -70,8 +75,14 @@ def measure(
     return path
 
 
-def _wanted(entry: Record) -> bool:
-    return entry.status == "done" and bool((entry.config.get("profile") or {}).get("enabled"))
+def _wanted(records: Sequence[Record]) -> list[Record]:
+    """The first record of each row that was to be measured."""
+    wanted = {
+        entry.row: entry
+        for entry in reversed(records)
+        if entry.status == "done" and (entry.config.get("profile") or {}).get("enabled")
+    }
+    return [entry for entry in records if wanted.get(entry.row) is entry]
 
 
 def _config(entry: Record) -> RunConfig:

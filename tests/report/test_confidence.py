@@ -47,7 +47,7 @@ def common(shift: float = 0.0, noise: float = 0.0, seed: int = 1) -> list[float 
 def test_a_row_without_draws_has_no_interval() -> None:
     records = [evaluated("ViL", common()), failed("full")]
     (table,) = confidence.intervals(records)
-    assert table.shown.iloc[1].tolist() == ["full", *[MISSING] * 4]
+    assert table.shown.iloc[1].tolist() == ["full", "0", *[MISSING] * 4]
     assert "200 draws" in table.notes[0]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from bench.record import Record
 from report import front, load, plots
+from report.columns import MISSING
 from tests.report.test_report import drawn, failed, make
 from tests.report.test_searches import tried
 
@@ -26,7 +27,7 @@ def names(records: list[Record], cost: str = "flops") -> list[tuple[str, str | N
     data = load.frame(records)
     return [
         (data["row"][place.row], None if place.beaten_by is None else data["row"][place.beaten_by])
-        for place in front.places(data, cost)
+        for place in front.places(load.Library(records, data), cost)
     ]
 
 
@@ -94,7 +95,7 @@ def test_the_table_lists_the_front_and_its_raw_form_what_beats_the_others() -> N
     ]
     (table,) = front.tables(records)
     line = table.shown.iloc[0].tolist()
-    assert line == ["FLOPs G", "cheap (10.0 at 1.00), good (20.0 at 2.00)"]
+    assert line == ["FLOPs G", "cheap (10.0 at 1.00), good (20.0 at 2.00)", MISSING]
     raw = table.raw[table.raw["cost"] == "flops"]
     assert raw["beaten_by"].isna().tolist() == [True, True, False]
     assert raw["beaten_by"].tolist()[2] == "good"

@@ -364,9 +364,9 @@ def test_plots_are_pictures(records: list[Record]) -> None:
 
 def drawn(records: list[Record], cost: str = "flops") -> Axes:
     """The axes of box AP against a cost."""
-    data = load.frame(records)
-    style = plots.looks(list(data["family"]))
-    figure = plots.accuracy(data, style, front.costs(data)[cost])
+    library = load.Library(records, load.frame(records))
+    style = plots.looks(list(library.data["family"]))
+    figure = plots.accuracy(library, style, front.costs(library.data)[cost])
     assert not isinstance(figure, str)
     return figure.axes[0]
 
@@ -535,5 +535,6 @@ def test_flops_that_lack_operators_are_marked_and_named_and_decide_nothing() -> 
     assert not shown["ViL"].startswith("≥")
     assert "performer: aten._fft_r2c (3)" in " ".join(table.notes)
     assert table.raw["flops_uncounted"].fillna("").tolist() == ["", "aten._fft_r2c (3)"]
-    data = load.frame([make("ViL"), lacking])
-    assert [place.row for place in front.places(data, "flops")] == [0]
+    rows = [make("ViL"), lacking]
+    library = load.Library(rows, load.frame(rows))
+    assert [place.row for place in front.places(library, "flops")] == [0]

@@ -38,6 +38,15 @@ def test_rows_are_called_by_their_value_and_have_it():
     ]
 
 
+def test_seeds_are_whole_one_after_the_other_and_rows_keep_their_names():
+    suite = load_suite("quick", rows=["ViL", "full"])
+    seeds = search.expand(suite, search.parse("seed=3,5"))
+    runs = [("ViL", 3), ("full", 3), ("ViL", 5), ("full", 5)]
+    assert [(run.row, run.seed) for run in seeds.runs] == runs
+    assert seeds.name_of(seeds.runs[2]) == "ViL (seed 5)"
+    assert suite.name_of(suite.runs[0]) == "ViL"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -1,0 +1,124 @@
+"""Rows of several seeds: what is merged, and how sure it then is."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench import record as store
+from bench.record import Record
+from report import confidence, load, page, plots, seeds, tables
+from tests.report.test_confidence import common, evaluated
+from tests.report.test_report import drawn, failed, make
+
+
+def seeded(row: str, seed: int, shift: float = 0.0, **changes: Any) -> Record:
+    """A record of `row` with a seed, whose draws are those of all rows moved by `shift`."""
+    return with_seed(evaluated(row, common(shift)), seed, **changes)
+
+
+def with_seed(one: Record, seed: int, **changes: Any) -> Record:
+    config = {**one.config, "seed": seed}
+    return replace(one, seed=seed, config=config, key=store.key(config), **changes)
+
+
+def test_a_row_is_the_mean_of_its_seeds() -> None:
+    trained = [seeded("ViL", 0, -1), seeded("ViL", 1, 0.5), seeded("ViL", 2, 2)]
+    (row,) = seeds.merged([trained[2], *trained[:2]])
+    values = [load.at(one, "evaluation.box.AP") for one in trained]
+    assert load.at(row, "evaluation.box.AP") == pytest.approx(np.mean(values))
+    assert load.at(row, "evaluation.seeds.box_sd") == pytest.approx(np.std(values, ddof=1))
+    assert load.at(row, "evaluation.seeds.box_AP") == values
+    data = load.frame([row])
+    assert data["seeds"].tolist() == ["0, 1, 2"]
+    assert data["box_low"][0] < min(values) < max(values) < data["box_high"][0]
+    (table,) = tables.comparison(trained)
+    assert table.raw["row"].tolist() == ["ViL"]
+    assert seeds.merged([row]) == [row]
+
+
+def test_what_is_no_seed_of_the_same_row_stays_apart() -> None:
+    one = make("ViL")
+    longer = with_seed(replace(one, config={**one.config, "train": {"steps": 9}}), 1)
+    inputs = {**one.environment, "inputs": {"mechanism": {"mine.py": "abc"}}}
+    edited = with_seed(replace(one, environment=inputs), 1)
+    assert len(seeds.merged([one, longer, edited])) == 3
+    # Two machines, two seeds each, are two rows.
+    there = {**one.environment, "cpu": "Another processor"}
+    both = [with_seed(replace(one, environment=where), seed)
+            for where in (one.environment, there) for seed in (0, 1)]  # fmt: skip
+    assert [load.at(row, "environment.cpu") for row in seeds.merged(both)] == [
+        one.environment["cpu"],
+        "Another processor",
+    ]
+
+
+def test_seeds_that_were_searched_before_are_merged_too() -> None:
+    old = [replace(with_seed(make("ViL"), seed), row=f"ViL (seed={seed})") for seed in (0, 1)]
+    assert [row.row for row in seeds.merged(old)] == ["ViL"]
+    assert tables.searches(old) == []
+
+
+def test_a_seed_that_failed_is_said_and_left_out(tmp_path: Path) -> None:
+    records = [seeded("ViL", 0), seeded("ViL", 1, 1), with_seed(failed("ViL"), 2)]
+    (row,) = seeds.merged(records)
+    assert row.status == "done"
+    assert seeds.listed(row) == "0, 1"
+    text = page.write(records, tmp_path, title="Suite").read_text()
+    assert "1 rows, of which 0 failed" in text
+    assert "Seed 2 of ViL failed and is not in its mean" in text
+    assert "ViL (seed 2) failed, out of memory" in text
+
+
+def test_the_page_says_that_seeds_were_not_varied(tmp_path: Path) -> None:
+    text = page.write([seeded("ViL", 0), seeded("full", 0)], tmp_path, title="Suite").read_text()
+    assert "what another seed would change was not measured" in text
+    assert "It knows nothing of the training's seed" in text
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_an_interval_of_seeds_and_images_holds_the_truth_as_often_as_it_says(count: int) -> None:
+    """Two rows that are equal in truth, whose trainings differ by more than images do."""
+    random, trials = np.random.default_rng(count), 400
+    images = random.multinomial(60, np.full(60, 1 / 60), size=300) / 60
+    held = 0
+    for _ in range(trials):
+        of_images = random.normal(0, 2, 60) + random.normal(0, 2, (count, 60))
+        difference = random.normal(0, 1, (count, 1)) + of_images
+        drawn_means = seeds.draws(difference @ images.T, range(count)).tolist()
+        limits = seeds.interval(float(difference.mean()), drawn_means, least=-100)
+        assert limits is not None
+        held += limits[0] <= 0 <= limits[1]
+    assert 0.92 <= held / trials <= 0.985
+
+
+def test_rows_share_a_rank_where_seeds_cannot_tell_them_apart() -> None:
+    shifts = {"ViL": (5, 5.2, 5.1), "full": (5.4, 4.9, 5.3), "performer": (0, 0.2, 0.1)}
+    records = [
+        seeded(row, seed, shift)
+        for row, of_row in shifts.items()
+        for seed, shift in enumerate(of_row)
+    ]
+    (table,) = confidence.intervals(records)
+    ranks = dict(zip(table.shown["row"], table.shown["rank"], strict=True))
+    assert ranks == {"ViL": "1", "full": "1", "performer": "3"}
+    # One seed alone would have told them apart.
+    (alone,) = confidence.intervals([record for record in records if record.seed == 0])
+    assert alone.shown["rank"].tolist() == ["2", "1", "3"]
+    assert "± %" in table.shown
+    assert "± %" not in alone.shown
+
+
+def test_accuracy_has_error_bars_and_losses_a_line_a_seed() -> None:
+    rows = seeds.merged([seeded("ViL", seed, seed) for seed in range(3)])
+    lines = [
+        one.get_segments()[0] for one in drawn(rows).collections if hasattr(one, "get_segments")
+    ]
+    limits = load.at(rows[0], "evaluation.box_interval.AP")
+    assert any(line[:, 1].tolist() == pytest.approx(limits) for line in lines)
+    style = plots.looks(["longformer"])
+    figure = plots.losses(load.Library(rows, load.frame(rows)), style)
+    assert not isinstance(figure, str)
+    assert len(figure.axes[0].lines) == 4
