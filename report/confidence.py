@@ -206,6 +206,11 @@ def _why_not(record: Record, reference: Record) -> str | None:
     return None if ours == theirs else "other images"
 
 
+def same_draws(one: Record, other: Record) -> bool:
+    """Whether two records have draws of the same images, made alike."""
+    return _drawn_from(one) == _drawn_from(other)
+
+
 def _drawn_from(record: Record) -> tuple[Any, ...]:
     """What rows have in common whose draws are the same: how they were drawn, and the images."""
     draws = [f"bootstrap.{name}" for name in ("seed", "resamples")]

@@ -126,6 +126,17 @@ def per_library(
     return every
 
 
+def load_one(path: Path) -> Record:
+    """Read one record, with the latency that was measured for it beside `records/`.
+
+    Raises:
+        InputError: naming the file, if it cannot be read or holds no record.
+    """
+    record = read(path)
+    timed = read_latencies(path.resolve().parent.parent / LATENCIES)
+    return replace(record, latency=timed.get((record.row, record.key), record.latency))
+
+
 def load(directory: Path) -> list[Record]:
     """Read the records in `directory/records`, or in `directory` itself if it has no such folder.
 

@@ -43,7 +43,7 @@ def merged(records: Sequence[Record]) -> list[Record]:
     """
     groups: dict[str, list[Record]] = defaultdict(list)
     for place, record in enumerate(records):
-        groups[f"{place}" if of(record) else _alike(record)].append(record)
+        groups[f"{place}" if of(record) else alike(record)].append(record)
     parts = [part for group in groups.values() for part in _parts(group)]
     places = {id(record): number for number, record in enumerate(records)}
     return [_mean(part) for part in sorted(parts, key=lambda part: places[id(part[0])])]
@@ -129,7 +129,7 @@ def draws(values: Array, seeds: Sequence[int]) -> Array:
     return mean + widen * moved
 
 
-def _alike(record: Record) -> str:
+def alike(record: Record) -> str:
     """What the seeds of a row have in common, as text."""
     config = {
         name: value

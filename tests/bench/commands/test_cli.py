@@ -57,6 +57,7 @@ def test_options_show_their_defaults(prog, monkeypatch):
     text = parser.format_help()
     helps = {part.split()[0]: part for part in text.split("\n  --")[1:]}
     required = {"MECHANISM [": ["ViL"], "DIR [": ["."], "--source FILE --o": ["--source", "a"]}
+    required |= {" A B\n": ["a", "b"]}
     required |= {"--base COMMIT": ["--base", "a"], "--output FILE [": ["--output", "a"]}
     given = [word for sign, words in required.items() if sign in text for word in words]
     # What is parsed where nothing is given.

@@ -1,0 +1,132 @@
+"""Two sets of records against each other, and the command that prints it."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench import cli
+from bench import record as store
+from bench.record import Record
+from report import compare, confidence
+from tests.report.test_confidence import common, evaluated
+from tests.report.test_report import failed, make
+from tests.report.test_seeds import seeded
+
+
+def row(
+    name: str, shift: float = 0.0, noise: int = 1, slower: float = 1.0, **changes: Any
+) -> Record:
+    """A record with draws, whose latency is `slower` than that of others."""
+    one = evaluated(name, common(shift, 0.5, seed=noise))
+    latency = dict(one.latency or {})
+    for mode in ("inference", "training"):
+        samples = slower * np.random.default_rng(0).normal(0.1, 0.002, 20)
+        latency[mode] = {"samples": samples.tolist(), "median": float(np.median(samples))}
+    return replace(one, latency=latency, **changes)
+
+
+def verdicts(a: list[Record], b: list[Record]) -> dict[str, str | None]:
+    lines = compare.compare(a, b).lines
+    return {line["quantity"]: line["verdict"] for line in lines}
+
+
+def test_what_changed_is_told_apart_from_chance() -> None:
+    memory = {**(make("ViL").memory or {}), "training": 1}
+    found = verdicts([row("ViL")], [row("ViL", shift=-2, slower=1.1, memory=memory)])
+    assert found["box mAP"] == "worse"
+    assert found["latency, inference"] == found["latency, training"] == "worse"
+    assert found["memory, training"] == "better"
+    assert found["parameters"] == found["FLOPs"] == found["memory, inference"] == compare.SAME
+    slightly = verdicts([row("ViL")], [row("ViL", noise=2, slower=1.0001)])
+    assert slightly["box mAP"] == slightly["latency, inference"] == confidence.SAME
+
+
+def test_pairs_of_seeds_tell_apart_what_single_seeds_do_not() -> None:
+    before = [seeded("ViL", seed, shift) for seed, shift in enumerate((0, 2, 4))]
+    after = [seeded("ViL", seed, shift - 1) for seed, shift in enumerate((0, 2.1, 3.9))]
+    assert verdicts(before, after)["box mAP"] == "worse"
+    assert verdicts(before, after[::-1][:2])["box mAP"] == confidence.SAME
+
+
+@pytest.mark.parametrize(
+    ("change", "quantity", "why"),
+    [
+        ({"environment": {"cpu": "Another"}}, "latency, inference", "another machine"),
+        ({"environment": {"cpu": "Another"}}, "memory, training", "another machine"),
+        ({"latency": {"batch_size": 1}}, "latency, inference", "measured otherwise"),
+        ({"evaluation": {"annotations_sha256": "other"}}, "box mAP", "other images"),
+        ({"flops": {"convention": "published"}}, "FLOPs", "measured otherwise"),
+        ({"flops": {"uncounted": {"fft": 1}}}, "FLOPs", "operators without a formula"),
+    ],
+)
+def test_what_was_measured_otherwise_is_not_compared(
+    change: dict[str, Any], quantity: str, why: str
+) -> None:
+    one = row("ViL")
+    other = replace(one, **{k: {**getattr(one, k), **v} for k, v in change.items()})
+    found = compare.compare([one], [other])
+    (line,) = (line for line in found.lines if line["quantity"] == quantity)
+    assert (line["not_compared"], line["verdict"]) == (why, None)
+    assert any(f"Not compared, {why}: " in note for note in found.notes)
+    assert found.regressions(0.0) == []
+
+
+def write(records: list[Record], folder: Path) -> Path:
+    for one in records:
+        store.write(one, folder / "records")
+    return folder
+
+
+def test_the_command_fails_above_the_limit_and_says_by_what(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = write([row("ViL"), row("full")], tmp_path / "a")
+    b = write([row("ViL", slower=1.1), failed("full"), row("swin")], tmp_path / "b")
+    assert cli.main(["compare", str(a), str(b)]) == 0
+    assert cli.main(["compare", str(a), str(b), "--fail-over", "5%", "--format", "markdown"]) == 1
+    out = capsys.readouterr().out
+    assert "Regression: full failed in B: out of memory." in out
+    assert re.search(
+        r"Regression: ViL, latency, inference: [\d.]+ ms to [\d.]+ ms \(\+10\.0%\)", out
+    )
+    assert "Only in B: swin." in out
+    assert "| ViL   | latency, inference ms |" in out
+    arguments = ["compare", str(a), str(b), "--fail-over", "20%", "--format", "json"]
+    assert cli.main(arguments) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["regressions"] == ["full failed in B: out of memory"]
+    assert found["only_in_b"] == ["swin"]
+    assert {line["row"] for line in found["figures"]} == {"ViL", "full"}
+
+
+def test_two_records_are_compared_whatever_their_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [store.write(row(name), tmp_path) for name in ("ViL", "full")]
+    assert cli.main(["compare", *map(str, paths), "--format", "json"]) == 0
+    assert "ViL and full" in capsys.readouterr().out
+
+
+def test_what_cannot_be_compared_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = write([row("ViL")], tmp_path / "a"), write([row("full"), row("swin")], tmp_path / "b")
+    older = tmp_path / "older.json"
+    older.write_text(row("ViL").to_json().replace('"schema": 1', '"schema": 0'))
+    (tmp_path / "empty").mkdir()
+    for given, said in (
+        ([b], "no row is in both: A has ViL; B has full, swin"),
+        ([older], "schema 0; this version reads schema 1"),
+        ([tmp_path / "empty"], "no record in"),
+        ([tmp_path / "none"], "neither a folder nor a record"),
+        ([b, "--fail-over", "0.05"], "'0.05' is not a percentage"),
+    ):
+        assert cli.main(["compare", str(a), *map(str, given)]) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
