@@ -145,7 +145,8 @@ def _replace(path: Path, content: str | bytes) -> None:
 
 
 def _sections(records: Sequence[Record]) -> list[Section]:
-    failures = [record for record in records if record.status == "failed"]
+    named = zip(labels(records), records, strict=True)
+    failures = [(name, record) for name, record in named if record.status == "failed"]
     rows = seeds.merged(records)
     failed = sum(row.status == "failed" for row in rows)
     how_many = f"{len(rows)} rows, of which {failed} failed."
@@ -167,14 +168,14 @@ def _sections(records: Sequence[Record]) -> list[Section]:
         Section("How the numbers were counted", _counting(rows)),
         Section("Differences in configuration", [_DIFFERENT, different] if different else [_SAME]),
         Section("Environment", [provenance.environment(records)]),
-        Section("Failures", [block for record in failures for block in _failure(record)]),
+        Section("Failures", [block for name, one in failures for block in _failure(name, one)]),
         run_again(records, "The same command again runs only what has no record yet."),
     ]
 
 
 _LEGEND = (
     "Colour and marker say the mechanism; hollow marks and bars are rows with full attention in"
-    " their later stages. mAP is drawn with its interval, see How sure mAP is. Latencies are"
+    " their later stages. mAP is drawn with its interval, where it has one. Latencies are"
     " medians, with their quartiles. Losses are drawn raw (light), of every seed, and as a moving"
     " average of their mean (dark)."
 )
@@ -250,11 +251,11 @@ def _facts(parts: Sequence[Mapping[str, Any]], **names: str) -> str:
     return "; ".join(facts) or "not measured"
 
 
-def _failure(record: Record) -> Iterable[Block]:
+def _failure(name: str, record: Record) -> Iterable[Block]:
     error = record.error or {}
     message = str(error.get("message"))
     kind = reason(str(error.get("kind")))
-    yield f"{record.row} (seed {record.seed}) failed, {kind}: {' '.join(message.split())}"
+    yield f"{name} failed, {kind}: {' '.join(message.split())}"
     text = str(error.get("traceback") or "").rstrip()
     yield Code(text if message in text else f"{message}\n{text}".rstrip())
 
