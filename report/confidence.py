@@ -35,7 +35,8 @@ _ABOUT_SEEDS = (
 )
 _ABOUT_RANKS = (
     "A rank is one more than the number of rows that are told apart as better by box mAP, so that"
-    " rows that cannot be told apart share it."
+    " rows that cannot be told apart share it; of pairs that are equal in truth, about one in"
+    f" {1 / (1 - seeds.LEVEL):.0f} is told apart by chance."
 )
 _ABOUT_DIFFERENCES = (
     f"Differences are taken on the same draws for both rows. {SAME.capitalize()} means"

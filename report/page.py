@@ -151,7 +151,7 @@ def _sections(records: Sequence[Record]) -> list[Section]:
     failed = sum(row.status == "failed" for row in rows)
     how_many = f"{len(rows)} rows, of which {failed} failed."
     how_many += " The rows that failed stay in the table; see Failures." if failed else ""
-    further, different = tables.further_splits(rows), provenance.differences(records)
+    further, different = tables.further_splits(rows), provenance.differences(rows)
     drawn = [*plots.draw(rows), *counts.conventions_plots(rows)]
     return [
         Section("Comparison", [how_many, seeds.sentence(records), *tables.comparison(rows)]),

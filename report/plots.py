@@ -242,7 +242,7 @@ def _draw_front(ax: Axes, data: pd.DataFrame, places: Sequence[Place]) -> list[t
     if steps:
         ax.plot(*zip(*steps, strict=True), color=FRONT, linewidth=1.4, zorder=1)
     about = ["Grey line: rows told apart from all that cost no more"] * (len(points) > 1)
-    about += ["ringed: could be on it"] * (len(could) > 0)
+    about += ["ringed: could be on the front"] * (len(could) > 0)
     ax.set_title("; ".join(about), fontsize=8, loc="right", color="#777777")
     return steps
 

@@ -66,7 +66,7 @@ def comparison(library: Library) -> Table:
         ),
         Column("search_best", values="best"),
         Column("init"),
-        *map(Column, ("library", "library_version", "device", "precision", "seed", "commit")),
+        *map(Column, ("library", "library_version", "device", "precision", "seeds", "commit")),
         *map(Column, ("created", "status")),
         Column("error", values="error_kind"),
         Column("key"),
@@ -179,7 +179,7 @@ def details(library: Library) -> Table:
     unit = memory_unit(data["memory_inference"], data["memory_training"])
     columns = [
         Column("row", "row", "label"),
-        Column("seed"),
+        Column("seeds"),
         Column("steps", "steps", unit=Unit.ONE, format=decimals(0)),
         Column("batch_size"),
         Column("train_seconds", "training {}", unit=Unit.MINUTES, format=decimals(1)),

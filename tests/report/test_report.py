@@ -455,7 +455,7 @@ def test_each_file_of_a_table_says_where_its_numbers_come_from(
     assert all(fact in text.splitlines()[2] for fact in facts)
     line = pd.read_csv(tmp_path / "tables" / "comparison.csv").iloc[0]
     assert line["commit"].startswith("0123456789")
-    assert (line["seed"], line["device"], line["precision"]) == (0, "cpu", "32-true")
+    assert (line["seeds"], line["device"], line["precision"]) == (0, "cpu", "32-true")
 
 
 def test_provenance_lists_what_differs() -> None:

@@ -61,6 +61,18 @@ def test_seeds_that_were_searched_before_are_merged_too() -> None:
     assert tables.searches(old) == []
 
 
+def test_the_best_value_of_a_search_is_that_of_the_mean_over_seeds() -> None:
+    shifts = {0.1: (0, 3), 0.2: (2, 2)}
+    tried = []
+    for value, of_seeds in shifts.items():
+        for seed, shift in enumerate(of_seeds):
+            one = seeded(f"ViL (drop_path={value})", seed, shift)
+            config = {**one.config, "model": {"drop_path": value}}
+            tried.append(with_seed(replace(one, config=config), seed))
+    (table,) = tables.searches(tried)
+    assert table.raw[table.raw["best"]]["value"].tolist() == ["0.2"]
+
+
 def test_a_seed_that_failed_is_said_and_left_out(tmp_path: Path) -> None:
     records = [seeded("ViL", 0), seeded("ViL", 1, 1), with_seed(failed("ViL"), 2)]
     (row,) = seeds.merged(records)
