@@ -175,7 +175,8 @@ def _sections(records: Sequence[Record]) -> list[Section]:
 
 _LEGEND = (
     "Colour and marker say the mechanism; hollow marks and bars are rows with full attention in"
-    " their later stages. mAP is drawn with its interval, where it has one. Latencies are"
+    " their later stages. mAP is drawn with its interval, where it has one, and of several"
+    " seeds with a stroke for each; rows share a rank that cannot be told apart. Latencies are"
     " medians, with their quartiles. Losses are drawn raw (light), of every seed, and as a moving"
     " average of their mean (dark)."
 )

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from bench.record import Record
-from report import front
+from report import confidence, front, seeds
 from report.columns import Unit, aligned
 from report.front import Cost, Place
 from report.load import PARTIAL, Library, Named, at, family, per_library, published
@@ -108,11 +108,49 @@ def draw(records: Sequence[Record]) -> list[Plot]:
     """Return all plots of `records`; those of different detector libraries are drawn apart."""
     style = looks([family(record) for record in records])
     makers: list[Callable[[Library], Plot]] = [
+        lambda library: render(
+            "ranks", "Box AP and rank of each row", lambda: ranks(library, style)
+        ),
         *(partial(_draw_accuracy, name, style) for name in ("flops", "memory", "latency")),
         lambda library: render("cost", "Cost per row", lambda: costs(library.data, style)),
         lambda library: render("loss", "Training loss over steps", lambda: losses(library, style)),
     ]
     return [plot for make in makers for plot in per_library(make)(records)]
+
+
+def ranks(library: Library, style: Looks) -> Figure | str:
+    """Draw box AP of every row, the highest first, with its interval, its seeds and its rank."""
+    data = library.data.assign(rank=pd.Series(confidence.ranks(library), dtype="Int64"))
+    data = data.dropna(subset=["box_AP"]).sort_values("box_AP", ascending=False, kind="stable")
+    if data.empty:
+        return "No row has a box AP, so there is no plot of them."
+    figure = Figure(figsize=(7.5, 0.9 + 0.26 * len(data)), layout="constrained")
+    ax = figure.subplots()
+    for place, (index, row) in enumerate(data.iterrows()):
+        look = style[row["family"]]
+        if pd.notna(row["box_low"]):
+            ax.hlines(place, row["box_low"], row["box_high"], colors=look.colour, linewidth=1.4)
+        of_seeds = seeds.of(library.records[int(str(index))]).get("box_AP", [])
+        ax.plot(of_seeds, [place] * len(of_seeds), "|", color=look.colour, markersize=9)
+        ax.plot(row["box_AP"], place, **look.mark(row["row"]), markersize=7)
+        if pd.notna(row["rank"]):
+            ax.annotate(
+                f"{row['rank']}",
+                (1.01, place),
+                xycoords=ax.get_yaxis_transform(),
+                va="center",
+                fontsize=8,
+            )
+    ax.set_title("rank", fontsize=8, loc="right")
+    ax.set_yticks(range(len(data)), data["label"])
+    ax.set_ylim(len(data) - 0.5, -0.5)
+    ax.set_xlabel("Box AP (%)")
+    ax.grid(visible=False, axis="y")
+    ax.tick_params(axis="y", length=0)
+    left, right = ax.get_xlim()
+    if right - left < LEAST_AP:
+        ax.set_xlim((left + right - LEAST_AP) / 2, (left + right + LEAST_AP) / 2)
+    return figure
 
 
 def _draw_accuracy(name: str, style: Looks, library: Library) -> Plot:

@@ -279,7 +279,7 @@ def test_libraries_never_share_a_table_or_plot(records: list[Record]) -> None:
     assert len({table.name for table in built}) == 2
     assert all(table.raw["library"].nunique() == 1 for table in built)
     names = [plot.name for plot in plots.draw(mixed)]
-    assert len(names) == len(set(names)) == 10
+    assert len(names) == len(set(names)) == 12
 
 
 def test_published_rows_are_compared_only_where_they_are_the_same_model() -> None:
@@ -354,7 +354,7 @@ def test_every_mechanism_looks_different_and_published_ones_never_change() -> No
 
 def test_plots_are_pictures(records: list[Record]) -> None:
     drawn = plots.draw(records)
-    names = ["accuracy_flops", "accuracy_memory", "accuracy_latency", "cost", "loss"]
+    names = ["ranks", "accuracy_flops", "accuracy_memory", "accuracy_latency", "cost", "loss"]
     assert [plot.name for plot in drawn] == names
     for plot in drawn:
         assert plot.png.startswith(b"\x89PNG")
@@ -431,7 +431,7 @@ def test_a_row_that_is_not_drawn_is_named_under_the_plot(
     assert notes["cost"] == ""
     text = page.write(records, tmp_path, title="Suite").read_text()
     assert text.count(notes["accuracy_flops"]) == 3
-    assert not plots.draw(records[:9])[0].note
+    assert not plots.draw(records[:9])[1].note
 
 
 def test_a_small_difference_is_not_drawn_over_the_whole_height() -> None:

@@ -124,13 +124,19 @@ def test_rows_share_a_rank_where_seeds_cannot_tell_them_apart() -> None:
 
 
 def test_accuracy_has_error_bars_and_losses_a_line_a_seed() -> None:
-    rows = seeds.merged([seeded("ViL", seed, seed) for seed in range(3)])
+    records = [seeded(row, seed, seed) for row in ("ViL", "full") for seed in range(3)]
+    rows = seeds.merged(records)
     lines = [
         one.get_segments()[0] for one in drawn(rows).collections if hasattr(one, "get_segments")
     ]
     limits = load.at(rows[0], "evaluation.box_interval.AP")
     assert any(line[:, 1].tolist() == pytest.approx(limits) for line in lines)
-    style = plots.looks(["longformer"])
-    figure = plots.losses(load.Library(rows, load.frame(rows)), style)
-    assert not isinstance(figure, str)
-    assert len(figure.axes[0].lines) == 4
+    style = plots.looks(["longformer", "full"])
+    library = load.Library(rows, load.frame(rows))
+    for figure in (plots.losses(library, style), plots.ranks(library, style)):
+        assert not isinstance(figure, str)
+        lines = figure.axes[0].lines
+        # The losses of one row; the seeds of both rows.
+        assert len(lines) == 4
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1", "1"]
+    assert len(lines[0].get_xdata()) == 3
