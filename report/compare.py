@@ -319,7 +319,7 @@ def _texts(line: dict[str, Any]) -> dict[str, str]:
         "B - A": say("difference", sign=True),
         "interval": MISSING if MISSING in limits else " to ".join(limits),
         "change": MISSING if pd.isna(line["change"]) else f"{100 * line['change']:+.1f}%",
-        "verdict": line["verdict"] or "no interval",
+        "verdict": "no interval" if pd.isna(line["verdict"]) else line["verdict"],
     }
 
 

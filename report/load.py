@@ -15,7 +15,7 @@ from report import searches, seeds
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-KINDS = ("box", "mask")
+KINDS = seeds.KINDS
 MODES = ("inference", "training")
 PARTIAL = "Partial "
 

@@ -26,7 +26,7 @@ LEVEL = 0.95
 KINDS = ("box", "mask")
 
 # Settings that seeds of one row may differ in: they change no number.
-_FREE = ("row", "seed", "workers", "checkpoint_every", "log_every")
+_FREE = ("row", "seed", "data.workers", "train.checkpoint_every", "train.log_every")
 _SECTIONS = ("parameters", "flops", "memory", "latency")
 
 Draws = Sequence[float | None]
@@ -132,9 +132,7 @@ def draws(values: Array, seeds: Sequence[int]) -> Array:
 def alike(record: Record) -> str:
     """What the seeds of a row have in common, as text."""
     config = {
-        name: value
-        for name, value in searches.flat(record.config).items()
-        if name.rpartition(".")[2] not in _FREE
+        name: value for name, value in searches.flat(record.config).items() if name not in _FREE
     }
     inputs = record.environment.get("inputs")
     named = [_row(record), record.suite, record.model["library"], inputs, config]
@@ -153,26 +151,24 @@ def _parts(group: Sequence[Record]) -> list[list[Record]]:
     Those are records on other images, and, where a seed is there twice, those of other machines, or
     of one run that was done twice.
     """
-    images: dict[Any, list[Record]] = {}
-    for record in sorted(group, key=lambda one: one.evaluation is None):
-        evaluation = record.evaluation
-        sha = evaluation.get("annotations_sha256") if evaluation else next(iter(images), None)
-        images.setdefault(sha, []).append(record)
-    found: list[list[Record]] = []
-    for part in images.values():
-        machines: dict[Any, list[Record]] = defaultdict(list)
-        twice = max(Counter(record.seed for record in part).values()) > 1
-        for record in sorted(part, key=group.index):
-            where = [record.environment.get(name) for name in ("cpu", "device")]
-            machines[str(where) if twice else ""].append(record)
-        for of_one in machines.values():
-            times: Counter[int] = Counter()
-            runs: dict[int, list[Record]] = defaultdict(list)
-            for record in of_one:
-                times[record.seed] += 1
-                runs[times[record.seed]].append(record)
-            found += runs.values()
-    return found
+    known = [_images(record) for record in group if record.evaluation]
+    # A seed that failed has no images; it is of the first row.
+    images = [_images(record) if record.evaluation else (known or [None])[0] for record in group]
+    seen = Counter((of, record.seed) for of, record in zip(images, group, strict=True))
+    twice = {of for (of, _), times in seen.items() if times > 1}
+    times: Counter[tuple[Any, ...]] = Counter()
+    found: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
+    for of, record in zip(images, group, strict=True):
+        machine = [record.environment.get(name) for name in ("cpu", "device")]
+        part = of, str(machine) if of in twice else ""
+        times[*part, record.seed] += 1
+        found[*part, times[*part, record.seed]].append(record)
+    return list(found.values())
+
+
+def _images(record: Record) -> str | None:
+    """What tells the images of an evaluation from others."""
+    return (record.evaluation or {}).get("annotations_sha256")
 
 
 def _mean(group: Sequence[Record]) -> Record:

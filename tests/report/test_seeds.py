@@ -44,7 +44,13 @@ def test_what_is_no_seed_of_the_same_row_stays_apart() -> None:
     longer = with_seed(replace(one, config={**one.config, "train": {"steps": 9}}), 1)
     inputs = {**one.environment, "inputs": {"mechanism": {"mine.py": "abc"}}}
     edited = with_seed(replace(one, environment=inputs), 1)
-    assert len(seeds.merged([one, longer, edited])) == 3
+    generated = {**one.config, "data": {"path": None, "generated": {"seed": 1}}}
+    assert (
+        len(seeds.merged([one, longer, edited, with_seed(replace(one, config=generated), 1)])) == 4
+    )
+    elsewhere = {"annotations_sha256": "def"}
+    on_images = [evaluated("ViL", common()), with_seed(evaluated("ViL", common(), **elsewhere), 1)]
+    assert len(seeds.merged(on_images)) == 2
     # Two machines, two seeds each, are two rows.
     there = {**one.environment, "cpu": "Another processor"}
     both = [with_seed(replace(one, environment=where), seed)
