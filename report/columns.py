@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from report.load import Named
+from report.load import TEXT, Named
 
 MISSING = "\N{EN DASH}"
 AT_LEAST = "\N{GREATER-THAN OR EQUAL TO}"
@@ -84,7 +84,7 @@ def three_digits(value: Any) -> str:
 
 def words(values: pd.Series) -> pd.Series:
     """Return `values` as text."""
-    return values.astype("string").fillna(MISSING)
+    return values.astype(TEXT).fillna(MISSING)
 
 
 def joined(separator: str, names: Sequence[str], unit: Unit, say: Cell | None = None) -> Values:

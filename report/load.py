@@ -18,6 +18,8 @@ FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 KINDS = seeds.KINDS
 MODES = ("inference", "training")
 PARTIAL = "Partial "
+# Text of the same kind whether pyarrow is there or not, which has columns of nothing otherwise.
+TEXT = pd.StringDtype("python")
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ _WHOLE = {
     "seed": "seed",
     "parameters": "parameters.total",
     "flops": "flops.total",
+    "flops_published": "flops.published.total",
     **{f"memory_{mode}": f"memory.{mode}" for mode in MODES},
     **{f"predicted_{mode}": f"memory.predicted.{mode}.total" for mode in MODES},
     "memory_batch": "memory.batch_size",
@@ -56,6 +59,7 @@ _REAL = {
     "drop_path": "model.drop_path",
     **{f"latency{part}": f"latency.inference.{name}" for part, name in _QUARTILES.items()},
     **{f"latency_training{part}": f"latency.training.{name}" for part, name in _QUARTILES.items()},
+    **{f"layers{part}": f"latency.layers.{name}" for part, name in _QUARTILES.items()},
     "train_seconds": "training.seconds",
     "images_per_second": "training.images_per_second",
     **{f"{kind}_{figure}": f"evaluation.{kind}.{figure}" for kind in KINDS for figure in FIGURES},
@@ -71,7 +75,16 @@ _COMPARED = {
     "latency_as": [*(f"latency.{name}" for name in (*_CONDITIONS, "threads")), *_PLACE],
     "evaluated_as": [f"evaluation.{name}" for name in ("split", "images", "annotations_sha256")],
 }
-_DERIVED = ("base", "family", "seeds", "notes", "flops_uncounted", *_COMPARED)
+_SIZED = ("flops", "memory", "latency")
+_DERIVED = (
+    *(f"{name}_size" for name in _SIZED),
+    "base",
+    "family",
+    "seeds",
+    "notes",
+    "flops_uncounted",
+    *_COMPARED,
+)
 
 
 @dataclass(frozen=True)
@@ -147,21 +160,27 @@ def load(directory: Path) -> list[Record]:
     partial form, so that the order does not depend on which run ended first.
     """
     folder = directory / "records" if (directory / "records").is_dir() else directory
-    newest: dict[tuple[str, str], Record] = {}
+    found = newest(folder)
+    timed = read_latencies(folder.parent / LATENCIES)
+    return ordered(
+        replace(record, latency=timed[key]) if key in timed else record
+        for key, record in found.items()
+    )
+
+
+def newest(folder: Path) -> dict[tuple[str, str], Record]:
+    """Return the newest success of each run in a folder, or else its newest failure."""
+    found: dict[tuple[str, str], Record] = {}
     for path in sorted(folder.glob("*.json")):
         try:
             record = read(path)
         except InputError as error:
             log.warning("left out of the report: %s", error)
             continue
-        other = newest.get((record.row, record.key))
+        other = found.get((record.row, record.key))
         if other is None or _rank(record) > _rank(other):
-            newest[record.row, record.key] = record
-    timed = read_latencies(folder.parent / LATENCIES)
-    return ordered(
-        replace(record, latency=timed[key]) if key in timed else record
-        for key, record in newest.items()
-    )
+            found[record.row, record.key] = record
+    return found
 
 
 def _rank(record: Record) -> tuple[bool, str]:
@@ -203,8 +222,8 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
     several records have that name. `seeds` are those that a row is the mean of, `box_sd` is the
     standard deviation over them, `box_low` and `box_high` are the ends of the interval. `family` is
     the mechanism of the first stage, by which plots choose colours. `best` marks the best of a
-    search. `flops_uncounted` names the operators that FLOPs lack. `*_as` say how a number was made:
-    rows are compared where they are the same.
+    search. `flops_uncounted` names the operators that FLOPs lack. `*_size` are the images that
+    costs are of. `*_as` say how a number was made: rows are compared where they are the same.
     """
     paths = _TEXT | _WHOLE | _REAL
     lines: list[dict[str, Any]] = [
@@ -214,7 +233,7 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
         for record in records
     ]
     types = (
-        dict.fromkeys((*_TEXT, *_DERIVED), "string")
+        dict.fromkeys((*_TEXT, *_DERIVED), TEXT)
         | dict.fromkeys(_WHOLE, "Int64")
         | dict.fromkeys((*_REAL, *_LIMITS), "Float64")
     )
@@ -224,7 +243,7 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
     data["steps_per_second"] = data["steps"] / data["train_seconds"].replace(0, pd.NA)
     data["best"] = pd.Series(_best(records), dtype="boolean")
     data["label"] = data["row"]
-    for more in (" (seed " + data["seed"].astype("string") + ")", " #" + data["key"].str[:6]):
+    for more in (" (seed " + data["seed"].astype(TEXT) + ")", " #" + data["key"].str[:6]):
         differ = more.groupby(data["label"]).transform("nunique") > 1
         data["label"] = data["label"].mask(differ, data["label"] + more)
     return data
@@ -241,6 +260,11 @@ def at(record: Record, path: str) -> Any:
     for name in path.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
     return value
+
+
+def size(pair: Any) -> str | None:
+    """Return an image size (height, width) as a person would write it."""
+    return "\N{MULTIPLICATION SIGN}".join(map(str, pair)) if pair else None
 
 
 def family(record: Record) -> str:
@@ -261,6 +285,7 @@ def _derived(record: Record) -> dict[str, Any]:
         "seeds": seeds.listed(record),
         "notes": "; ".join(record.notes) or None,
         "flops_uncounted": uncounted(record),
+        **{f"{name}_size": size(at(record, f"{name}.image_size")) for name in _SIZED},
         **{
             name: ", ".join(f"{path} {at(record, path)}" for path in paths)
             for name, paths in _COMPARED.items()

@@ -26,7 +26,7 @@ from report.columns import (
     table,
     words,
 )
-from report.load import FIGURES, KINDS, MODES, Library, frame, per_library, published
+from report.load import FIGURES, KINDS, MODES, TEXT, Library, frame, per_library, published
 from report.searches import box_ap, find
 
 BEST = ", best"
@@ -287,9 +287,9 @@ def _training(both: pd.DataFrame) -> pd.Series:
     """How each row was trained, beside how the published one was; missing for untrained rows."""
     start = both["init"].fillna("no pretrained weights")
     return (
-        both["steps"].astype("string")
+        both["steps"].astype(TEXT)
         + " steps of "
-        + both["batch_size"].astype("string")
+        + both["batch_size"].astype(TEXT)
         + " images from "
         + start
         + "; the published row started from a classifier of "
