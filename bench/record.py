@@ -61,6 +61,8 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
 _MODEL = ("backbone", "method", "library", "attention", "arch", "drop_path", "schedule")
 LATENCIES = "latency"
 """The folder beside `records` whose files hold latencies of many rows measured together."""
+COSTS = "costs"
+"""The folder beside `records` that holds records of what rows cost at full size."""
 
 _CODE = ("attentions", "bench", "configs", "run_all.py")
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)

@@ -186,6 +186,61 @@ def profile_configs(
     return tuple(configs)
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What rows are counted at, whatever they were trained at: by default as published.
+
+    Attributes:
+        image_size: (height, width) of every image in pixels.
+        batch_size: images of a device.
+        precision: one of `bench.config.schema.PRECISIONS`.
+        device: "cuda" or "cpu"; it need not be here.
+    """
+
+    image_size: tuple[int, int] = (800, 1344)
+    batch_size: int = 2
+    precision: str = "16-mixed"
+    device: str = "cuda"
+
+
+def reference_config(run: RunConfig, row: str, reference: Reference) -> RunConfig:
+    """Return a run's model at the size of a reference, to be counted and not trained.
+
+    A backbone that another stands for (`reference` in backbones.yaml) keeps what its stages do, and
+    has the other's heads, widths and depths; the detector is the published one. What the run is
+    trained on and how does not matter.
+
+    Args:
+        run: of a suite.
+        row: what it is called, without the value of a search.
+        reference: the size.
+
+    Raises:
+        InputError: where the model cannot have that size.
+    """
+    known = {spec["label"]: spec for spec in _read("backbones.yaml").values()}
+    own, model = known.get(run.model.backbone, {}), replace(run.model, drop_path=0.0)
+    if "reference" in own:
+        full = _read("backbones.yaml")[own["reference"]]
+        stages = (
+            replace(stage, **{name: size[name] for name in ("heads", "dim", "blocks", "patch")})
+            for stage, size in zip(_stages(run), full["stages"], strict=False)
+        )
+        arch = _render(tuple(stages), model.attention)
+        model = replace(model, backbone=full["label"], arch=arch, detector=schema.DetectorConfig())
+    size = reference.image_size
+    config = RunConfig(
+        suite="costs",
+        row=row,
+        device=reference.device,
+        model=model,
+        data=schema.DataConfig(min_sizes=(min(size),), max_size=max(size)),
+        train=schema.TrainConfig(precision=reference.precision),
+        profile=schema.ProfileConfig(image_size=size, batch_size=reference.batch_size),
+    )
+    return _with_fixed_size(config, size)
+
+
 def mechanism(name: str) -> str:
     """Return the mechanism of a row of `configs/rows.yaml`, or `name`, which is one itself."""
     spec = _rows().get(name, {})
@@ -359,10 +414,7 @@ def _row_layer(spec: Mapping[str, Any], backbone: Mapping[str, Any]) -> dict[str
         )
         for number, stage in enumerate(backbone["stages"], start=1)
     ]
-    arch = render(stages)
-    if spec["attention"] == "full":
-        # `s` tells the chosen mechanism from full attention; here they are the same.
-        arch = arch.replace(",s0,", ",s1,")
+    arch = _render(stages, spec["attention"])
     model = {"backbone": backbone["label"], "arch": arch, "attention": spec["attention"]}
     model |= {"dense": blocks} if blocks else {}
     if "options" in spec:
@@ -381,6 +433,12 @@ def _dense(
     blocks = [(n, i) for n, stage in enumerate(stages, start=1) for i in range(stage["blocks"])]
     chosen = blocks[dense["every"] - 1 :: dense["every"]]
     return (), {number: [i for n, i in chosen if n == number] for number, _ in chosen}
+
+
+def _render(stages: Sequence[StageSpec], attention: str) -> str:
+    arch = render(stages)
+    # `s` tells the chosen mechanism from full attention; here they are the same.
+    return arch.replace(",s0,", ",s1,") if attention == "full" else arch
 
 
 def _needs(mechanism: str) -> tuple[int, int]:

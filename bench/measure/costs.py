@@ -8,18 +8,21 @@ import torch
 from lightning.fabric import Fabric
 from torch import nn
 
-from bench.config.schema import MODES, ProfileConfig, RunConfig
+from bench.config.schema import MODES, QUANTITIES, ProfileConfig, RunConfig
 from bench.data.coco import CocoDataset
 from bench.data.split import profile_batch
 from bench.measure import flops, latency, memory, published
 from bench.measure.latency import Effort, Latency
+from bench.measure.predict import predict
 from bench.measure.workload import (
     COCO_CLASSES,
     Workload,
-    first_attention,
+    attention_of,
+    conditions,
     image_size,
+    stated_rois,
 )
-from bench.model.build import build_backbone, build_detector
+from bench.model.build import build_backbone, build_detector, parameters_section
 from bench.model.detectors import Detector
 
 _META = torch.device("meta")
@@ -160,6 +163,57 @@ def build_on_meta(config: RunConfig) -> Detector:
         return build_detector(config, COCO_CLASSES)
 
 
+def counted(
+    config: RunConfig,
+    modes: Sequence[str] = MODES,
+    quantities: Sequence[str] = QUANTITIES,
+    *,
+    device: str,
+    objects: int | None = None,
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return what a row costs without running it: sections of its record, and notes on them.
+
+    The memory of what cannot be predicted is missing, and a note says why.
+
+    Args:
+        config: of the row, for a device that need not be here.
+        modes: those that memory is predicted for.
+        quantities: some of QUANTITIES; latency is none that can be counted.
+        device: the device, such as "cuda".
+        objects: objects an image in training.
+    """
+    sections: dict[str, Any] = {}
+    notes: list[str] = []
+    detector = build_on_meta(config)
+    if "parameters" in quantities:
+        sections["parameters"] = parameters_section(detector)
+    if "flops" in quantities:
+        sections["flops"], remarks = flops_section(detector, config)
+        notes += remarks
+    if "memory" in quantities:
+        section = memory_section(conditions(config, device)) | {"predicted": {}, "ran": {}}
+        sections["memory"] = section
+        stated: dict[str, Any] = stated_rois(config)
+        stated |= {} if objects is None else {"targets": objects}
+        try:
+            for mode in modes:
+                found = predict(
+                    detector,
+                    image_size=image_size(config),
+                    batch_size=config.profile.batch_size,
+                    mode=mode,
+                    precision=config.train.precision,
+                    device=device.partition(":")[0],
+                    **stated,
+                )
+                section["predicted"][mode] = dataclasses.asdict(found)
+        except Exception as error:
+            # A mechanism of others may fail in any way where tensors have no values.
+            message = " ".join(str(error).split())
+            notes.append(f"memory not predicted: {type(error).__name__}: {message}")
+    return sections, notes
+
+
 def flops_section(detector: Detector, config: RunConfig) -> tuple[dict[str, Any] | None, list[str]]:
     """Return the `flops` section of a record, and notes on it.
 
@@ -229,6 +283,6 @@ def _count_one(scope: str, config: RunConfig, mode: str) -> flops.FlopReport | f
     module: nn.Module = (vil := build_backbone(config))
     inputs: tuple[Any, ...] = (torch.empty(1, 3, *size, device=_META),)
     if scope == "attention":
-        module, inputs = first_attention(vil, config, device=_META)
+        module, inputs = attention_of(vil, config, device=_META)
         inputs[0].requires_grad_(training)
     return flops.count_call(module, inputs, training=training)

@@ -21,18 +21,12 @@ import torch
 from bench import record
 from bench.config.schema import MODES, QUANTITIES, RunConfig
 from bench.measure import latency, workload
-from bench.measure.costs import (
-    build_on_meta,
-    effort,
-    flops_section,
-    latency_section,
-    memory_section,
-)
+from bench.measure.costs import counted, effort, latency_section, memory_section
 from bench.measure.latency import Instruments, Latency
 from bench.measure.predict import predict
 from bench.measure.worker import Worker
-from bench.measure.workload import conditions, image_size, stated_rois
-from bench.model.build import model_section, parameters_section
+from bench.measure.workload import attention_of, conditions
+from bench.model.build import build_backbone, model_section
 from bench.record import Record, error_section
 from bench.system import machine
 from bench.system.devices import make_fabric, single_fabric
@@ -43,6 +37,8 @@ _LARGEST_SHARE = 0.85
 _PROCESS = 500_000_000
 # How often rows that do not fit into memory together take turns.
 _TURNS = 3
+# Seconds of warm-up of a layer, some of which take half a minute a call; those are warm after two.
+_SHORT_WARM_UP = 2.0
 
 Progress = Callable[[float, str], None]
 
@@ -54,6 +50,7 @@ class _Row:
     Attributes:
         config: of the row.
         root: the folder of its data, or None for what `config` says.
+        stage: that whose attention is measured alone, from 1; None for the whole detector.
         needs: what its peak is expected to be in bytes, by mode.
         modes: those that fit.
         conditions: of `Workload.conditions`, once it was built.
@@ -65,6 +62,7 @@ class _Row:
 
     config: RunConfig
     root: Path | None = None
+    stage: int | None = None
     needs: Mapping[str, int | None] = field(default_factory=dict)
     modes: Sequence[str] = ()
     sections: dict[str, Any] = field(default_factory=dict)
@@ -79,7 +77,8 @@ class _Row:
     def start(self) -> None:
         """Build it in a fresh process."""
         self.worker = Worker(threads=torch.get_num_threads())
-        self.conditions = self.worker.ask("build", self.config.as_dict(), "detector", self.root)
+        what = ("detector", self.root) if self.stage is None else ("attention", None, self.stage)
+        self.conditions = self.worker.ask("build", self.config.as_dict(), *what)
 
     def release(self) -> None:
         """End its process, if it has one."""
@@ -189,7 +188,7 @@ def measure_latency(
         progress: receives the share that is done and what is being done.
     """
     rows = [
-        _Row(config, root, need)
+        _Row(config, root, needs=need)
         for config, root, need in zip(
             configs, roots or [None] * len(configs), needs or [{}] * len(configs), strict=True
         )
@@ -199,46 +198,85 @@ def measure_latency(
     return [Interleaved(row.sections.get("latency"), row.error, row.notes) for row in rows]
 
 
+def measure_layers(
+    configs: Sequence[RunConfig], *, progress: Progress | None = None
+) -> list[tuple[dict[str, dict[str, Any]], list[str]]]:
+    """Measure one attention layer of each stage alone, in inference, in rounds over the rows.
+
+    Args:
+        configs: of rows, on one device that is here and in a precision that it has.
+        progress: told the share that is done and what is being done.
+
+    Returns:
+        For each row its `memory` and `latency` sections, which have the stages in `by_part`, and
+        what was not measured and why.
+    """
+    mode, told = MODES[0], progress or (lambda _share, _doing: None)
+    found: list[tuple[dict[str, Any], list[str]]] = []
+    for config in configs:
+        said = conditions(config, str(single_fabric(config).device)) | {"rois": {}}
+        latencies = latency_section(said, {}, threads=torch.get_num_threads())
+        sections = {"memory": memory_section(said), "latency": latencies | {"by_part": {mode: {}}}}
+        sections["memory"]["by_part"] = {mode: {}}
+        found.append((sections, []))
+    stages = max(config.model.arch.count("_") + 1 for config in configs)
+    for stage in range(1, stages + 1):
+        rows = [_Row(config, stage=stage) for config in configs]
+        for row, (sections, _) in zip(rows, found, strict=True):
+            row.sections = {"memory": memory_section(sections["memory"]) | {"ran": {}}}
+            with row.kept():
+                row.needs = {mode: _need_of_layer(row.config, stage, mode)}
+
+        def tell(share: float, doing: str, stage: int = stage) -> None:
+            told((stage - 1 + share) / stages, f"stage {stage}: {doing}")
+
+        alive = [row for row in rows if row.error is None]
+        quantities = ("memory", "latency")
+        _measure(alive, (mode,), quantities, by_part=False, progress=tell, warm_up=_SHORT_WARM_UP)
+        for row, (sections, notes) in zip(rows, found, strict=True):
+            _add_layer(row, stage, mode, sections)
+            notes += [f"attention of stage {stage}: {note}" for note in row.notes]
+            if row.error is not None:
+                notes.append(f"attention of stage {stage} not measured: {row.error['message']}")
+    return found
+
+
+def _need_of_layer(config: RunConfig, stage: int, mode: str) -> int:
+    """Predict the peak of one attention layer, in bytes."""
+    meta = torch.device("meta")
+    with meta:
+        module, (_, grid) = attention_of(build_backbone(config), config, device=meta, stage=stage)
+    device = single_fabric(config).device.type
+    precision, batch = config.train.precision, config.profile.batch_size
+    return predict(
+        module, grid=grid, batch_size=batch, mode=mode, precision=precision, device=device
+    ).total
+
+
+def _add_layer(row: _Row, stage: int, mode: str, sections: dict[str, Any]) -> None:
+    """Put what was measured of a layer with the other stages of its row."""
+    name = f"stage{stage}"
+    own = row.sections.get("latency") or {}
+    if own.get(mode):
+        blocks = int(row.config.model.arch.split("_")[stage - 1].split(",n")[1].split(",")[0])
+        times = {key: own[mode][key] for key in ("samples", "median", "q1", "q3")}
+        sections["latency"]["by_part"][mode][name] = {**times, "layers": blocks}
+        sections["latency"]["notes"] += [f"{name}: {note}" for note in own["notes"]]
+    if row.sections["memory"][mode] is not None:
+        sections["memory"]["by_part"][mode][name] = row.sections["memory"][mode]
+        sections["memory"]["kind"] = row.sections["memory"]["kind"]
+
+
 def _count(
     row: _Row, modes: Sequence[str], quantities: Sequence[str], objects: Callable[[RunConfig], int]
 ) -> None:
     """Count on the meta device; what cannot run there may well be measured."""
-    config = row.config
-    device = make_fabric(config).device
-    detector = build_on_meta(config)
-    if "parameters" in quantities:
-        row.sections["parameters"] = parameters_section(detector)
-    if "flops" in quantities:
-        row.sections["flops"], remarks = flops_section(detector, config)
-        row.notes += remarks
-    if "memory" in quantities:
-        section = memory_section(conditions(config, str(device))) | {"predicted": {}, "ran": {}}
-        row.sections["memory"] = section
-        targets = objects(config)
-        stated: dict[str, Any] = stated_rois(config)
-        with _noted(row, "memory not predicted"):
-            for mode in modes:
-                found = predict(
-                    detector,
-                    image_size=image_size(config),
-                    batch_size=config.profile.batch_size,
-                    mode=mode,
-                    precision=config.train.precision,
-                    device=device.type,
-                    targets=targets,
-                    **stated,
-                )
-                section["predicted"][mode] = dataclasses.asdict(found)
-        row.needs = {mode: found["total"] for mode, found in section["predicted"].items()}
-
-
-@contextmanager
-def _noted(row: _Row, what: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        message = " ".join(str(error).split())
-        row.notes.append(f"{what}: {type(error).__name__}: {message}")
+    device = str(make_fabric(row.config).device)
+    targets = objects(row.config) if "memory" in quantities else None
+    row.sections, notes = counted(row.config, modes, quantities, device=device, objects=targets)
+    row.notes += notes
+    predicted = row.sections.get("memory", {}).get("predicted", {})
+    row.needs = {mode: found["total"] for mode, found in predicted.items()}
 
 
 def _measure(
@@ -248,6 +286,7 @@ def _measure(
     *,
     by_part: bool,
     progress: Progress,
+    warm_up: float = math.inf,
 ) -> None:
     """Fill the `memory` and `latency` sections of rows."""
     done, timed = 0.0, "latency" in quantities
@@ -285,7 +324,7 @@ def _measure(
                 if timed:
                     turns = _TURNS if turn or waiting or groups > 1 else 1
                     tell(0.0, f"measuring latency of {len(group)} rows, in rounds")
-                    _time(group, turns=turns, by_part=by_part and turn == 0)
+                    _time(group, turns=turns, by_part=by_part and turn == 0, warm_up=warm_up)
                     tell(len(group) / turns, "measured")
         if not timed or (turn == 0 and groups < 2):
             break
@@ -340,8 +379,12 @@ def _measure_memory(row: _Row, *, by_part: bool) -> None:
         row.notes += [f"{mode}: {note}" for note in ran["notes"]]
 
 
-def _time(group: Sequence[_Row], *, turns: int, by_part: bool) -> None:
-    """Time the rows of a group in rounds, for one of so many turns."""
+def _time(group: Sequence[_Row], *, turns: int, by_part: bool, warm_up: float) -> None:
+    """Time the rows of a group in rounds, for one of so many turns.
+
+    Args:
+        warm_up: most seconds before the first sample of a row.
+    """
     workers = [row.worker for row in group if row.worker is not None]
 
     def others() -> float | None:
@@ -357,7 +400,7 @@ def _time(group: Sequence[_Row], *, turns: int, by_part: bool) -> None:
         if not members:
             continue
         first = next(iter(members.values()))
-        whole = effort(first.config)
+        whole = dataclasses.replace(effort(first.config), max_warm_up_seconds=warm_up)
         found = latency.rounds(
             {name: row.worker.timed(mode) for name, row in members.items() if row.worker},
             device=torch.device(first.conditions["device"]),

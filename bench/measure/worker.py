@@ -131,7 +131,15 @@ class Held:
     def ready(self) -> None:
         """Nothing but that the process has started."""
 
-    def build(self, values: Mapping[str, Any], scope: str, root: Path | None) -> dict[str, Any]:
+    def count(
+        self, values: Mapping[str, Any], device: str
+    ) -> tuple[dict[str, dict[str, Any]], list[str]]:
+        """What a configuration costs without running it; see `costs.counted`."""
+        return costs.counted(build_config(values), device=device)
+
+    def build(
+        self, values: Mapping[str, Any], scope: str, root: Path | None, stage: int = 1
+    ) -> dict[str, Any]:
         """Build the workload of a configuration, in the place of the one before.
 
         Returns:
@@ -139,7 +147,7 @@ class Held:
         """
         self._workload = self._call = None
         gc.collect()
-        self._workload = workload.build(build_config(values), scope, root=root)
+        self._workload = workload.build(build_config(values), scope, root=root, stage=stage)
         conditions: dict[str, Any] = self._workload.conditions
         return conditions
 

@@ -209,14 +209,17 @@ class _Stage(nn.Module):
         return self.vil.run_stage(self.number, image)
 
 
-def build(config: RunConfig, scope: str = "detector", *, root: Path | None = None) -> Workload:
+def build(
+    config: RunConfig, scope: str = "detector", *, root: Path | None = None, stage: int = 1
+) -> Workload:
     """Build what `config` says, untrained and on its device, with the batch of its profile.
 
     Args:
-        scope: one of `bench.config.schema.SCOPES`; "attention" is the first of the backbone, its
-            tokens with gradients as inside of it.
+        scope: one of `bench.config.schema.SCOPES`; "attention" is the first of a stage of the
+            backbone, its tokens with gradients as inside of it.
         root: of a detector, the folder of its data; by default that of `config`, and generated
             images where it names none.
+        stage: that of an attention, from 1.
 
     Raises:
         InputError: for a device or a precision that is not there, or data that cannot be read.
@@ -234,15 +237,15 @@ def build(config: RunConfig, scope: str = "detector", *, root: Path | None = Non
     if scope == "backbone":
         image = torch.randn(batch, 3, *image_size(config), device=fabric.device)
         return Workload(vil, (image,), fabric=fabric, config=config)
-    module, (tokens, grid) = first_attention(vil, config, device=fabric.device)
+    module, (tokens, grid) = attention_of(vil, config, device=fabric.device, stage=stage)
     return Workload(module, (tokens.requires_grad_(), grid), fabric=fabric, config=config)
 
 
-def first_attention(
-    vil: ViL, config: RunConfig, *, device: torch.device
+def attention_of(
+    vil: ViL, config: RunConfig, *, device: torch.device, stage: int = 1
 ) -> tuple[nn.Module, tuple[Tensor, tuple[int, int]]]:
-    """Return the first attention module of a backbone, with tokens and grid for it."""
-    place = next(vil.attention_places())
+    """Return the first attention module of a stage, with tokens and grid for it."""
+    place = next(place for place in vil.attention_places() if place.stage.number == stage)
     rows, columns = grid = place.grid(image_size(config))
     length = place.stage.num_global + rows * columns
     tokens = torch.randn(config.profile.batch_size, length, place.stage.dim, device=device)

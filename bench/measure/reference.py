@@ -1,0 +1,167 @@
+"""What rows cost at a reference size, whatever size they were trained at; see `Reference`.
+
+Counted and predicted, which needs neither training nor a GPU; of the attention layers alone latency
+and memory can be measured here besides. Records are kept in a folder beside those of runs: what has
+its record there is neither counted nor measured again.
+"""
+
+import dataclasses
+import datetime
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from bench import record
+from bench.config.schema import RunConfig
+from bench.config.sources import mechanism_sources
+from bench.errors import InputError
+from bench.files import cores
+from bench.measure import profile
+from bench.measure.worker import Worker
+from bench.model.build import model_section
+from bench.record import Record, error_section
+from bench.system import devices
+
+
+def count(
+    configs: Sequence[RunConfig],
+    folder: Path | None,
+    *,
+    command: Sequence[str],
+    progress: Callable[[str], object] = lambda _row: None,
+    into: str = ".",
+) -> list[Record]:
+    """Return the costs of each row, that of a failure too, counted on all cores.
+
+    Args:
+        configs: of `bench.config.suites.reference_config`.
+        folder: where records of costs are and new ones go; None to keep none.
+        command: the command line, for the records.
+        progress: told of each row that was counted.
+        into: the folder in it for new ones.
+
+    Raises:
+        InputError: if the folder cannot be written.
+    """
+    known = {} if folder is None else _known(folder)
+    todo = {key: config for config in configs if (key := _key(config)) not in known}
+    # A process for each core, of those only that have something to do.
+    idle: SimpleQueue[Worker] = SimpleQueue()
+    workers = [Worker(threads=1) for _ in range(min(cores(), len(todo)))]
+    for worker in workers:
+        idle.put(worker)
+
+    def one(key: str) -> Record:
+        worker = idle.get()
+        try:
+            return _count(worker, key, todo[key], command)
+        finally:
+            idle.put(worker)
+
+    try:
+        with ThreadPoolExecutor(max(1, len(workers))) as pool:
+            for found in pool.map(one, todo):
+                known[found.key] = found
+                progress(found.row)
+                if folder is not None:
+                    record.write(found, folder / into)
+    finally:
+        for worker in workers:
+            worker.close()
+    return [known[_key(config)] for config in configs]
+
+
+def measure_layers(
+    configs: Sequence[RunConfig],
+    folder: Path,
+    *,
+    command: Sequence[str],
+    progress: profile.Progress | None = None,
+) -> list[Record]:
+    """Return latency and memory of the attention layers of rows, measured on this machine.
+
+    One layer of each stage, in inference; on the CPU in full precision, as it has no other that is
+    worth timing. Arguments as for `count`.
+    """
+    known = _known(folder)
+    there = [_here(config) for config in configs]
+    device = devices.device_name(devices.single_fabric(there[0]).device)
+    on = {"name": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    keys = [_key(config, measured=on) for config in there]
+    todo = [pair for pair in zip(keys, there, strict=True) if pair[0] not in known]
+    measured = profile.measure_layers([config for _, config in todo], progress=progress)
+    for (key, config), (sections, notes) in zip(todo, measured, strict=True):
+        values = config.as_dict() | {"layers": on}
+        known[key] = _record(config, key, command, device, values=values, notes=notes, **sections)
+        record.write(known[key], folder)
+    return [known[key] for key in keys]
+
+
+def _here(config: RunConfig) -> RunConfig:
+    """The same on the device that is here."""
+    config = dataclasses.replace(config, device="auto")
+    on_gpu = devices.single_fabric(config).device.type == "cuda"
+    precision = config.train.precision if on_gpu else "32-true"
+    effort = dataclasses.replace(config.profile, repeats=3, seconds=0.0)
+    recipe = dataclasses.replace(config.train, precision=precision)
+    return dataclasses.replace(config, train=recipe, profile=effort)
+
+
+def _count(worker: Worker, key: str, config: RunConfig, command: Sequence[str]) -> Record:
+    sections: dict[str, Any] = {}
+    notes: list[str] = []
+    error = None
+    try:
+        sections, notes = worker.ask("count", config.as_dict(), config.device)
+    except Exception as failure:
+        # Whatever it is, it is the row's and goes into its record.
+        error = error_section(failure)
+    device = "none: counted and predicted"
+    return _record(config, key, command, device, notes=notes, error=error, **sections)
+
+
+def _record(
+    config: RunConfig,
+    key: str,
+    command: Sequence[str],
+    device: str,
+    *,
+    values: dict[str, Any] | None = None,
+    error: dict[str, Any] | None = None,
+    **rest: Any,
+) -> Record:
+    return Record(
+        suite=config.suite,
+        row=config.row,
+        key=key,
+        status="failed" if error else "done",
+        error=error,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        seed=config.seed,
+        config=values or config.as_dict(),
+        environment=record.environment(command=command, device=device),
+        model=model_section(config),
+        **rest,
+    )
+
+
+def _key(config: RunConfig, **on: Any) -> str:
+    """Of what the numbers depend on; a mechanism of the user that changed is counted again."""
+    sources = {source.name: source.sha256 for source in mechanism_sources(config.model.attention)}
+    return record.key({"config": config.as_dict(), "mechanism": sources, **on})
+
+
+def _known(folder: Path) -> dict[str, Record]:
+    found = {}
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            entry = record.read(path)
+        except InputError:
+            # The report says which files hold no record.
+            continue
+        found[entry.key] = entry
+    return found

@@ -1,0 +1,172 @@
+"""What rows cost at full size, beside what they were trained at; from records of costs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bench.record import COSTS, Record
+from report import searches
+from report.columns import METHODS, Column, Table, Unit, table
+from report.load import MODES, Library, at, newest, ordered, per_library, size
+
+KIND = "predicted"
+# What is held against one another: predictions closer than this say nothing of which is less.
+ALIKE = 0.05
+_TIMES = ("median", "q1", "q3")
+_LAYERS = dict(zip(_TIMES, ("layers", "layers_q1", "layers_q3"), strict=True))
+_PRECISIONS = {"16-mixed": "mixed precision (fp16)", "bf16-mixed": "mixed precision (bf16)"}
+
+
+def load(directory: Path) -> list[Record]:
+    """Read the costs in `directory/costs`, those of the size that came last."""
+    found = list(newest(directory / COSTS).values())
+    last = _size(max(found, key=lambda one: one.created)) if found else None
+    return ordered(record for record in found if _size(record) == last)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What costs at full size are of.
+
+    Attributes:
+        image_size: height and width, in words.
+        batch_size: images of a device.
+        sentence: all of it, in words.
+    """
+
+    image_size: str
+    batch_size: int
+    sentence: str
+
+
+def conditions(costs: Sequence[Record]) -> Conditions | None:
+    """Return what costs are of; None without any."""
+    counted = [record for record in costs if not _measured(record)]
+    if not counted:
+        return None
+    first = counted[0]
+    profile, train = first.config["profile"], first.config["train"]
+    names = {name: _several(counted, f"model.{name}") for name in ("backbone", "method", "library")}
+    image, batch = size(profile["image_size"]) or "", int(profile["batch_size"])
+    precision = _PRECISIONS.get(train["precision"], "full precision")
+    device = "GPU" if str(first.config["device"]).startswith("cuda") else "CPU"
+    return Conditions(
+        image,
+        batch,
+        f"{names['backbone']}, {METHODS.get(names['method'], names['method'])}"
+        f" ({names['library']}), images of {image}, batch {batch}, {precision} on one {device}",
+    )
+
+
+def at_reference(records: Sequence[Record], costs: Sequence[Record]) -> list[Record]:
+    """Return `records` with the costs of their rows at full size in the place of their own.
+
+    Memory is what was predicted. `latency` stays as it was; its `layers` has the times of all
+    attention layers of a backbone together, where they were measured. A row that has no such costs
+    has none, and its notes say why.
+    """
+    known: dict[tuple[Any, ...], Record] = {}
+    for cost in sorted(costs, key=lambda one: one.created):
+        known[cost.row, cost.model["method"], _measured(cost)] = cost
+
+    def find(record: Record, *, measured: bool) -> Record | None:
+        names = (record.row, searches.base(record))
+        keys = [(name, record.model["method"], measured) for name in names]
+        return next((known[key] for key in keys if key in known), None)
+
+    return [
+        _with(record, find(record, measured=False), find(record, measured=True))
+        for record in records
+    ]
+
+
+def _with(record: Record, counted: Record | None, layers: Record | None) -> Record:
+    if counted is None:
+        return replace(record, parameters=None, flops=None, memory=None, notes=["not counted"])
+    totals = {mode: at(counted, f"memory.predicted.{mode}.total") for mode in MODES}
+    why = [f"not counted: {counted.error['message']}"] if counted.error else []
+    latency: Mapping[str, Any] | None = record.latency
+    stages = at(layers, f"latency.by_part.{MODES[0]}") if layers else None
+    if stages and len(stages) == str(counted.model["arch"]).count("_") + 1:
+        every = {n: sum(one["layers"] * one[n] for one in stages.values()) for n in _TIMES}
+        latency = {**(latency or {"unit": "s", "inference": None}), "layers": every}
+    own = {name: at(record, f"flops.{name}") for name in ("total", "image_size")}
+    return replace(
+        record,
+        parameters=counted.parameters,
+        flops=counted.flops and {**counted.flops, "trained": own},
+        memory=counted.memory and {**counted.memory, **totals, "kind": KIND},
+        latency=latency,
+        notes=[*counted.notes, *why, *(layers.notes if layers else ())],
+    )
+
+
+def tables(records: Sequence[Record], costs: Sequence[Record]) -> list[Table]:
+    """Return what rows cost at full size, with their cost at the size of training beside it."""
+    about = conditions(costs)
+    if about is None:
+        return []
+    build = per_library(partial(_table, about=about))
+    return build(at_reference(records, costs))
+
+
+def _table(library: Library, about: Conditions) -> Table:
+    records = library.records
+    data = library.data.assign(
+        trained=pd.Series([at(one, "flops.trained.total") for one in records], dtype="Float64")
+    )
+    sizes = dict.fromkeys(size(at(one, "flops.trained.image_size")) for one in records)
+    trained = " or ".join(filter(None, sizes))
+    columns = [
+        Column("row", "row", "label"),
+        Column("parameters", "params {} (counted)", unit=Unit.MEGA),
+        Column("flops_published", "FLOPs {} as published ones are counted", unit=Unit.GIGA),
+        Column(
+            "flops_multiply_adds", "FLOPs {} (counted)", "flops", Unit.GIGA, lacks="flops_uncounted"
+        ),
+        Column("flops_uncounted"),
+        *(
+            Column(f"memory_{mode}_bytes", f"{mode} {{}} (predicted)", f"memory_{mode}", Unit.GB)
+            for mode in MODES
+        ),
+        *(Column(f"attention_layers_{end}_s", values=name) for end, name in _LAYERS.items()),
+        Column("", "attention layers {} (measured)", "layers", Unit.MS, optional=True),
+    ]
+    if trained and trained != about.image_size:
+        heading = f"FLOPs {{}} at {trained}, the size of training"
+        columns.append(Column("flops_as_trained", heading, "trained", Unit.GIGA))
+    notes = [
+        f"{about.sentence}. Parameters and FLOPs (multiply-adds of one image, without the mask"
+        " head) are counted, memory is predicted from shapes: nothing was trained or run at this"
+        " size.",
+        *(
+            f"{row}: {note}."
+            for row, note in zip(data["label"], data["notes"], strict=True)
+            if not pd.isna(note)
+        ),
+    ]
+    if data["layers"].notna().any():
+        notes.append("Attention layers: the median of one layer of each stage, times its layers.")
+    return table("reference_costs", f"Costs at {about.image_size}", data, columns, notes)
+
+
+def memory_decides(values: pd.Series) -> bool:
+    """Whether predictions of memory, in bytes, differ by more than they may be wrong."""
+    known = values.dropna()
+    return len(known) > 1 and float(known.max()) > (1 + ALIKE) * float(known.min())
+
+
+def _measured(record: Record) -> bool:
+    return "layers" in record.config
+
+
+def _size(record: Record) -> list[Any]:
+    return [at(record, f"config.profile.{name}") for name in ("image_size", "batch_size")]
+
+
+def _several(records: Sequence[Record], path: str) -> str:
+    return ", ".join(dict.fromkeys(str(at(record, path)) for record in records))
