@@ -226,6 +226,20 @@ def memory_budget(text: str) -> int:
     return size
 
 
+_POWERS = {"M": 1e6, "G": 1e9, "T": 1e12}
+
+
+def multiply_adds(text: str) -> int:
+    """`250G` -> 250,000,000,000 multiply-adds; `0.3T`, `900M` and plain numbers too."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT]?)", text.strip(), flags=re.IGNORECASE)
+    count = int(float(found[1]) * _POWERS.get(found[2].upper(), 1)) if found else 0
+    if count < 1:
+        raise ArgumentTypeError(
+            f"{text!r} is not a number of multiply-adds; allowed: 250G, 0.3T, 900M"
+        )
+    return count
+
+
 SHARED: Mapping[str, Mapping[str, Any]] = {
     "attention": {
         "type": names,

@@ -1,0 +1,267 @@
+"""What a reader would decide: three sentences and one table, from the records alone."""
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import pandas as pd
+
+from bench.record import Record
+from report import confidence, reference, tables
+from report.columns import (
+    MISSING,
+    Column,
+    Table,
+    Unit,
+    decimals,
+    number,
+    reason,
+    table,
+    three_digits,
+)
+from report.load import Library, Named, at, per_library
+from report.reference import Conditions
+from report.tables import marked, memory_column
+
+# More names than these are counted, not listed.
+_MOST_NAMES = 6
+
+
+@dataclass(frozen=True)
+class Answer(Named):
+    """The first screen of a page.
+
+    Attributes:
+        sentences: which rows are best at which cost, what cannot be told apart, and what was not
+            measured.
+        table: one line a row.
+    """
+
+    sentences: tuple[str, ...]
+    table: Table
+
+
+def first(
+    records: Sequence[Record], costs: Sequence[Record], sees: pd.DataFrame | None = None
+) -> list[Answer]:
+    """Return the answer of each library.
+
+    Args:
+        records: of runs.
+        costs: of their rows at full size; without any, what they cost as they were trained.
+        sees: what each row sees: a column of shares for each probe, by the row's name.
+    """
+    about = reference.conditions(costs)
+    build = per_library(partial(_answer, about=about, sees=sees))
+    found = build(reference.at_reference(records, costs) if about else records)
+    return [replace(one, table=replace(one.table, name=one.name)) for one in found]
+
+
+def to_text(answer: Answer, width: int) -> str:
+    """Return the answer for a terminal."""
+    said = (textwrap.fill(sentence, width) for sentence in answer.sentences)
+    return "\n".join([*said, "", tables.to_text(answer.table.shown, width)])
+
+
+def _answer(library: Library, about: Conditions | None, sees: pd.DataFrame | None) -> Answer:
+    standing = Standing(library, about)
+    sentences = (standing.best(), standing.alike(), standing.unknown(probed=sees is not None))
+    return Answer("answer", "Answer", sentences, rows(standing, sees))
+
+
+class Standing:
+    """Where the rows of a library stand against each other.
+
+    Args:
+        library: the rows, with their costs at full size where they are known.
+        about: what these costs are of; None for those of the size of training.
+        mode: "inference" or "training", for memory; None for training where that is known.
+
+    Attributes:
+        data: one line a row, with `rank`, and `half`, half of the interval of box mAP.
+        memory, mode: the column of memory, and of what.
+        leader: the place of the row with the highest box mAP among those that were evaluated alike,
+            or None.
+        ties: places of the rows that cannot be told apart from it, itself among them.
+    """
+
+    def __init__(self, library: Library, about: Conditions | None, mode: str | None = None) -> None:
+        self.library, self.about = library, about
+        self.pairs = confidence.apart(library)
+        data = library.data
+        half = (data["box_high"] - data["box_low"]) / 2
+        ranks = pd.Series(confidence.ranks(library), dtype="Int64")
+        self.data = data.assign(half=half, rank=ranks)
+        self.memory, self.mode = (f"memory_{mode}", mode) if mode else memory_column(data)
+        known = data["box_AP"][ranks.notna()] if ranks.notna().any() else data["box_AP"]
+        values = known.to_numpy(dtype=float, na_value=-np.inf)
+        place = known.index[int(values.argmax())] if known.notna().any() else None
+        self.leader: int | None = place
+        self.ties = [] if self.leader is None else self._alike(self.leader)
+
+    @property
+    def at_size(self) -> str:
+        """Where the costs are of, for sentences."""
+        return f" at {self.about.image_size}" if self.about else " at the size of training"
+
+    def _alike(self, row: int) -> list[int]:
+        same = [place for place in range(len(self.data)) if self.pairs[row, place] == 0]
+        return sorted({row, *same})
+
+    def name(self, place: int) -> str:
+        """The label of a row."""
+        return str(self.data["label"][place])
+
+    def accuracy(self, place: int) -> str:
+        """Box mAP of a row and half of its interval."""
+        value, half = self.data["box_AP"][place], self.data["half"][place]
+        spread = "" if pd.isna(half) else f" ± {number(1)(half)}"
+        return f"{number(1)(value)}{spread} %"
+
+    def best(self) -> str:
+        """Which rows are best at which cost."""
+        if self.leader is None:
+            cheapest = self.cheapest(range(len(self.data)))
+            return f"No row was evaluated, so none is best; {cheapest}."
+        leader = self.name(self.leader)
+        said = f"{leader} has the highest box mAP, {self.accuracy(self.leader)}"
+        others = len(self.ties) - 1
+        if not others:
+            return f"{said}; {self.cheapest(self.ties)}."
+        rows = "row" if others == 1 else f"{others} rows"
+        told = f"of it and the {rows} that cannot be told apart from it"
+        return f"{said}, which may be chance; {told}, {self.cheapest(self.ties)}."
+
+    def cheapest(self, places: Iterable[int]) -> str:
+        """Which of some rows cost least, in words."""
+        chosen = self.data.loc[list(places)]
+        full = chosen["flops"].mask(chosen["flops_uncounted"].notna())
+        predicted = ", predicted" if self.about else ""
+        least = [
+            (full, "fewest FLOPs", f"{self.at_size} ({{}} G)", Unit.GIGA, 0.0),
+            (
+                chosen[self.memory],
+                f"least memory for {self.mode}",
+                f" ({{}} GB{predicted})",
+                Unit.GB,
+                reference.ALIKE if self.about else 0.0,
+            ),
+            (
+                chosen["layers" if self.about else "latency"],
+                "least time in attention layers" if self.about else "least time for inference",
+                " ({} ms, median)",
+                Unit.MS,
+                0.0,
+            ),
+        ]
+        found, before = [], ""
+        for values, what, where, unit, alike in least:
+            known = values.dropna()
+            if not len(known):
+                continue
+            few = known.index[known <= (1 + alike) * known.min()]
+            who = f"{self.named(few)} need{'s' * (len(few) == 1)}"
+            digits = number(2) if unit is Unit.GB else three_digits
+            said = f"the {what}{where.format(digits(known.min() / unit.size))}"
+            found.append(said if who == before else f"{who} {said}")
+            before = who
+        return listed(found) or "what rows cost is not known"
+
+    def alike(self) -> str:
+        """What cannot be told apart."""
+        compared = ~np.isnan(self.pairs)
+        pairs = int(np.triu(compared, 1).sum())
+        if self.leader is None or not pairs:
+            return "Which rows could be told apart is not known: no two have draws of images."
+        apart = int(np.triu(compared & (self.pairs != 0), 1).sum())
+        worse = np.flatnonzero(self.pairs[self.leader] == 1)
+        others = [place for place in self.ties if place != self.leader]
+        parts = []
+        if others:
+            parts.append(f"not told apart from {self.name(self.leader)}: {self.named(others)}")
+        if len(worse):
+            parts.append(f"told apart as worse: {self.named(worse)}")
+        said = "; ".join(parts)
+        told = f"in all, {apart} of {pairs} pairs of rows are told apart"
+        return f"{said[:1].upper()}{said[1:]}; {told}."
+
+    def unknown(self, *, probed: bool) -> str:
+        """What was not measured here."""
+        records = self.library.records
+        found = []
+        if self.about is None:
+            found.append("costs at the size of large images (--costs counted)")
+        elif self.data["layers"].isna().all():
+            found.append(
+                f"latency{self.at_size} (--costs measured times the attention layers), nor anything"
+                " else on a GPU of that size"
+            )
+        done = [one for one in records if one.evaluation]
+        if done and all(at(one, "config.data.path") is None for one in done):
+            images = ", ".join(dict.fromkeys(str(at(one, "evaluation.images")) for one in done))
+            steps = ", ".join(dict.fromkeys(str(at(one, "training.steps")) for one in done))
+            found.append(
+                f"accuracy on photographs (mAP is of {images} generated images after {steps} steps)"
+            )
+        if done and all(at(one, "evaluation.seeds") is None for one in done):
+            found.append("what another seed changes (--seeds 3)")
+        if not probed:
+            found.append("what each row can see (--suite probes)")
+        for place, one in enumerate(records):
+            if one.error is not None:
+                found.append(f"{self.name(place)} ({reason(str(one.error['kind']))})")
+        return f"Not measured here: {'; '.join(found) or 'nothing that this page shows'}."
+
+    def named(self, places: Iterable[int]) -> str:
+        """The labels of rows, in words."""
+        names = [self.name(place) for place in places]
+        more = len(names) - _MOST_NAMES
+        return listed([*names[:_MOST_NAMES], f"{more} more"] if more > 1 else names)
+
+
+def listed(words: Sequence[str]) -> str:
+    """Return words with commas, and an "and" before the last."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
+
+
+def rows(standing: Standing, sees: pd.DataFrame | None = None) -> Table:
+    """Return the table of rows, the best first."""
+    about, mode = standing.about, standing.mode
+    shown = standing.data.sort_values(["rank", "flops"], kind="stable")
+    columns = [Column("row", values="label"), Column("", "row", marked)]
+    sees = pd.DataFrame() if sees is None else sees
+    for probe in sees.columns:
+        shown[probe] = shown["base"].map(sees[probe]).astype("Float64")
+        columns.append(Column(probe, probe, unit=Unit.ONE, format=decimals(2), optional=True))
+    predicted = ", predicted" if about else ""
+    columns += [
+        Column("box_map_percent", values="box_AP"),
+        Column("box_map_half_interval_percent", values="half"),
+        Column("", "box mAP %", _accuracies),
+        Column("rank", "rank", unit=Unit.ONE, format=decimals(0), optional=True),
+        Column("flops_multiply_adds", "FLOPs {}", "flops", Unit.GIGA, lacks="flops_uncounted"),
+        Column("flops_uncounted"),
+        Column(f"memory_{mode}_bytes", f"{mode} memory {{}}{predicted}", standing.memory, Unit.GB),
+    ]
+    if about is None:
+        columns.append(Column("latency_median_s", "latency {}", "latency", Unit.MS))
+        costs = "FLOPs, memory and latency are of the images that the rows were trained on."
+    else:
+        columns.append(
+            Column("layers_median_s", "attention layers {}", "layers", Unit.MS, optional=True)
+        )
+        costs = f"Costs are of {about.sentence}; of {MISSING} the table of costs says why."
+    notes = [
+        costs,
+        "± is half of the 95 % interval; a rank is one more than the number of rows that are told"
+        " apart as better.",
+    ]
+    return table("answer", "Answer", shown, columns, notes)
+
+
+def _accuracies(data: pd.DataFrame) -> Iterable[str | None]:
+    for value, half in data[["box_AP", "half"]].itertuples(index=False):
+        spread = "" if pd.isna(half) else f" ± {number(1)(half)}"
+        yield None if pd.isna(value) else f"{number(1)(value)}{spread}"

@@ -1,0 +1,143 @@
+"""The first screen and recommendations, over made-up records whose answer is known."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from bench import record as store
+from bench.errors import InputError
+from bench.record import Record
+from report import answer, export, page, recommend, reference
+from report.columns import MISSING, Unit
+from report.recommend import Limit
+from tests.report.test_confidence import common, evaluated
+from tests.report.test_report import failed
+
+GIGA = 10**9
+X = "\N{MULTIPLICATION SIGN}"
+
+
+def cost(row: str, flops: int | None, memory: int | None, note: str = "") -> Record:
+    """What a row costs at 800 by 1344, in units of 10^9."""
+    run = evaluated(row, common())
+    assert run.flops is not None
+    assert run.memory is not None
+    predicted = {mode: {"total": (memory or 0) * GIGA} for mode in ("inference", "training")}
+    return store.Record(
+        **vars(run)
+        | {
+            "suite": "costs",
+            "key": f"cost of {row}",
+            "config": {
+                "row": row,
+                "device": "cuda",
+                "profile": {"image_size": [800, 1344], "batch_size": 2},
+                "train": {"precision": "16-mixed"},
+            },
+            "flops": None if flops is None else {**run.flops, "total": flops * GIGA},
+            "memory": {**run.memory, "predicted": predicted if memory else {}},
+            "notes": [note] if note else [],
+        }
+    )
+
+
+@pytest.fixture
+def records() -> list[Record]:
+    """ViL and full are alike, performer is worse by five, srformer by ten."""
+    shifts = {"ViL": (0.0, 2), "full": (0.3, 3), "performer": (-5.0, 4), "srformer/32": (-10.0, 5)}
+    return [evaluated(row, common(s, noise=1.0, seed=n)) for row, (s, n) in shifts.items()]
+
+
+@pytest.fixture
+def costs() -> list[Record]:
+    return [
+        cost("ViL", 255, 4),
+        cost("full", 1410, 4),
+        cost("performer", 200, 3),
+        cost("srformer/32", 260, None, "memory not predicted: RuntimeError: no luck"),
+    ]
+
+
+def limits(**most: float) -> list[Limit]:
+    columns = {"memory": ("memory_training", Unit.GB), "flops": ("flops", Unit.GIGA)}
+    return [
+        Limit(f"--max-{name} {value:g}", columns[name][0], value * GIGA, columns[name][1])
+        for name, value in most.items()
+    ]
+
+
+def test_the_answer_says_what_is_best_what_ties_and_what_is_unknown(
+    records: list[Record], costs: list[Record]
+) -> None:
+    (found,) = answer.first(records, costs)
+    best, alike, unknown = found.sentences
+    assert best.startswith("full has the highest box mAP")
+    assert "may be chance; of it and the row that cannot be told apart" in best
+    assert f"ViL needs the fewest FLOPs at 800{X}1344 (255 G)" in best
+    assert "performer" not in best
+    assert alike.startswith("Not told apart from full: ViL; told apart as worse: performer and sr")
+    assert "5 of 6 pairs" in alike
+    assert f"latency at 800{X}1344" in unknown
+    assert found.table.raw["row"].tolist() == ["ViL", "full", "performer", "srformer/32"]
+    assert found.table.shown["rank"].tolist() == ["1", "1", "3", "4"]
+    # Of what was not counted the cell is empty, and the table of costs has the reason.
+    assert found.table.shown.iloc[3, -1] == MISSING
+    (table,) = reference.tables(records, costs)
+    assert "srformer/32: memory not predicted: RuntimeError: no luck." in table.notes
+
+
+def test_costs_at_the_size_of_training_stand_beside_under_their_name(
+    records: list[Record], costs: list[Record], tmp_path: Path
+) -> None:
+    (table,) = reference.tables(records, costs)
+    assert table.title == f"Costs at 800{X}1344"
+    assert table.raw["flops_multiply_adds"].tolist()[0] == 255 * GIGA
+    small = records[0].flops or {}
+    assert table.raw["flops_as_trained"].tolist()[0] == small["total"]
+    assert f"FLOPs G at 128{X}160, the size of training" in table.shown
+    text = page.write(records, tmp_path, title="T", costs=costs).read_text()
+    assert f"Comparison, costs at 128{X}160" in text
+    assert text.index("## Answer") < text.index("## Costs at 800") < text.index("## Comparison")
+
+
+def test_a_search_and_a_row_without_costs(records: list[Record], costs: list[Record]) -> None:
+    config: dict[str, Any] = {**records[0].config, "model": {"drop_path": 0.1}}
+    searched = store.Record(**vars(records[0]) | {"row": "ViL (drop_path=0.1)", "config": config})
+    own, none = reference.at_reference([searched, records[1]], costs[:1])
+    assert (own.flops or {})["total"] == 255 * GIGA
+    assert none.flops is None
+
+
+def test_limits_choose_rows_and_say_what_they_cost(
+    records: list[Record], costs: list[Record]
+) -> None:
+    (found,) = recommend.recommend(records, costs, limits(memory=16, flops=250), mode="training")
+    assert found.table.raw["row"].tolist() == ["performer"]
+    text = " ".join(found.sentences)
+    assert "--max-memory 16 costs nothing" in text
+    assert "--max-flops 250 keeps out ViL and full; it costs 5." in text
+    assert "told apart)" in text
+    assert "not considered, as its cost is not known: srformer/32" in text.lower()
+    (free,) = recommend.recommend(records, costs, [], mode="training")
+    assert any("To tell full from the rows that tie with it" in one for one in free.sentences)
+
+
+def test_limits_that_nothing_meets_name_the_nearest(
+    records: list[Record], costs: list[Record]
+) -> None:
+    with pytest.raises(InputError, match=r"nearest is performer \(3.00 GB memory, 200 G FLOPs"):
+        recommend.recommend(records, costs, limits(memory=2, flops=190), mode="training")
+
+
+def test_all_numbers_are_in_one_tidy_file(records: list[Record], tmp_path: Path) -> None:
+    page.write([*records, failed("linformer")], tmp_path, title="T")
+    data = pd.read_parquet(tmp_path / export.NAME)
+    one = data[(data["row"] == "ViL") & (data["figure"] == "box.AP")].iloc[0]
+    assert [one["section"], one["unit"]] == ["evaluation", "percent"]
+    assert one["value"] == (records[0].evaluation or {})["box"]["AP"]
+    flops = data[(data["section"] == "flops") & (data["figure"] == "total")]
+    assert flops["image_size"].tolist() == [f"128{X}160"] * 5
+    assert set(data["row"]) == {"ViL", "full", "performer", "srformer/32", "linformer"}
+    assert not data.duplicated(["row", "key", "section", "figure"]).any()
