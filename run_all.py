@@ -14,16 +14,26 @@ import tempfile
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from bench import record
-from bench.cli import Parser, add, add_files, add_overrides, file_values, names, positive
+from bench.cli import (
+    Parser,
+    add,
+    add_files,
+    add_overrides,
+    file_values,
+    image_size,
+    names,
+    positive,
+)
 from bench.config import search
 from bench.config.schema import RunConfig
-from bench.config.suites import Suite, families, load_suite, suites
+from bench.config.suites import Reference, Suite, families, load_suite, reference_config, suites
 from bench.data.generated import SPLITS
 from bench.errors import InputError
 from bench.record import Record
@@ -31,13 +41,14 @@ from bench.system import logs, processes, slurm
 from bench.system.interrupt import EXIT_CODE
 from bench.system.locks import LockedError
 from bench.system.progress import SuiteProgress
-from report import load, page, tables
+from report import answer, load, page, tables
 
 if TYPE_CHECKING:
     from bench.run.identity import Identity
     from bench.run.settled import Standing
 
 LAUNCHERS = ("none", "local", "slurm")
+COSTS = ("none", "counted", "measured")
 _WIDTH = 120
 
 
@@ -71,9 +82,10 @@ examples:
       --launcher slurm --slurm slurm_partition=gpu,timeout_min=4320
 
 The output folder then holds records/ (one JSON file a run), index.md and index.html (the report),
-tables/, plots/, logs/ (of each run a readable log, and a JSON line a step), weights/ (of each run
-what it trained, for `python -m bench eval --record RECORD`), checkpoints/ of unfinished runs and,
-for generated data, data/.
+costs/ (records of what rows cost at full size, which are not counted again), tables/, plots/, logs/
+(of each run a readable log, and a JSON line a step), weights/ (of each run what it trained, for
+`python -m bench eval --record RECORD`), checkpoints/ of unfinished runs and, for generated data,
+data/.
 
 Ctrl-C or SIGTERM ends a run after the step in hand, with a checkpoint; twice ends it at once. The
 same command continues. Two commands may share an output folder, but not a row at the same time.
@@ -178,6 +190,24 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
         metavar="KEY=VALUE,…",
         help="parameters of submitit's executor, such as slurm_partition=gpu,timeout_min=4320",
     )
+    costs = result.add_argument_group("costs at full size")
+    add(
+        costs,
+        "costs",
+        choices=COSTS,
+        default="counted",
+        help="counted: parameters, FLOPs and predicted memory of each row at --reference; measured:"
+        " besides, latency and memory of its attention layers on this machine, in minutes",
+    )
+    add(
+        costs,
+        "reference",
+        type=image_size,
+        default="800x1344",
+        metavar="HxW",
+        help="size of the images; batch of 2, mixed precision on a GPU, and the quick suite's rows"
+        " as ViL-Small with the published detector",
+    )
     look = result.add_argument_group("looking")
     add(
         look,
@@ -235,8 +265,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             return _dry_run(suite, output, options.retry_failed, options.measure_steps or 0)
         _check_needs(suite)
+        costs = _costs(suite, bases, options)
         if options.launcher != "none":
-            return _launch(suite, bases, output, options, command)
+            return _launch(suite, bases, output, options, command, costs)
         if suite.runs[0].train.devices > 1 and world.size == 1:
             return processes.spawn(processes.this_command(given), suite.runs[0].train.devices)
         return run_suite(
@@ -249,6 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tensorboard=options.tensorboard,
             keep_weights=not options.no_weights,
             latency=not options.no_latency,
+            costs=costs,
         )
     except InputError as error:
         if first:
@@ -298,6 +330,33 @@ def _expanded(plain: Suite, options: argparse.Namespace) -> tuple[Suite, dict[st
             suite, search.Search(search.SEED, tuple(range(first, first + options.seeds)))
         )
     return suite, bases
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What is to be known of the costs of rows at full size.
+
+    Attributes:
+        configs: of the rows, at that size.
+        measured: whether attention layers are measured besides.
+    """
+
+    configs: tuple[RunConfig, ...] = ()
+    measured: bool = False
+
+
+def _costs(suite: Suite, bases: Mapping[str, str], options: argparse.Namespace) -> Costs:
+    """What --costs and --reference ask for; the values of a search share theirs where they can."""
+    if options.costs == "none":
+        return Costs()
+    reference = Reference(image_size=options.reference)
+    found = []
+    for base in dict.fromkeys(bases.values()):
+        runs = [run for run in suite.runs if bases[run.row] == base]
+        same = [reference_config(run, base, reference) for run in runs]
+        own = {run.row: reference_config(run, run.row, reference) for run in runs}
+        found += same[:1] if all(one == same[0] for one in same) else own.values()
+    return Costs(tuple(found), options.costs == "measured")
 
 
 def _started(suite: Suite, init: str, partial: bool) -> Suite:
@@ -370,6 +429,7 @@ def _launch(
     output: Path,
     options: argparse.Namespace,
     command: Sequence[str],
+    costs: Costs,
 ) -> int:
     """Run the missing rows as processes of their own.
 
@@ -405,7 +465,8 @@ def _launch(
         return code
     identities = [standing.identity for standing in standings]
     _measure_latency(identities, output, console, command=command)
-    return _report(suite, output, identities)
+    found = _count_costs(costs, output, console, command=command)
+    return _report(suite, output, identities, found)
 
 
 def _row_arguments(
@@ -439,6 +500,7 @@ def run_suite(
     tensorboard: bool = False,
     keep_weights: bool = True,
     latency: bool = True,
+    costs: Costs = Costs(),
 ) -> int:
     """Run what is missing of a suite, write the report and print its table.
 
@@ -483,7 +545,10 @@ def run_suite(
     identities = [standing.identity for standing in standings]
     if latency:
         _measure_latency(identities, output, console, command=command)
-    return max(_report(suite, output, identities) if report else 0, int(failed))
+    if not report:
+        return int(failed)
+    found = _count_costs(costs, output, console, command=command)
+    return max(_report(suite, output, identities, found), int(failed))
 
 
 def _survey(
@@ -566,11 +631,40 @@ def _measure_latency(
         )
 
 
-def _report(suite: Suite, output: Path, identities: Sequence["Identity"]) -> int:
+def _count_costs(
+    costs: Costs, output: Path, console: Console, *, command: Sequence[str]
+) -> list[Record]:
+    """Count what rows cost at full size, where that has no record yet."""
+    if not costs.configs:
+        return []
+    from bench.measure import reference
+
+    folder, configs = output / record.COSTS, costs.configs
+    size = "x".join(map(str, configs[0].profile.image_size))
+    console.print(f"costs of {len(configs)} rows at {size}", highlight=False)
+    with console.status("") as status:
+        found = reference.count(
+            configs, folder, command=command, progress=lambda row: status.update(f"counted {row}")
+        )
+        if costs.measured:
+            found += reference.measure_layers(
+                configs,
+                folder,
+                command=command,
+                progress=lambda share, doing: status.update(f"{share:.0%} {doing}"),
+            )
+    return found
+
+
+def _report(
+    suite: Suite, output: Path, identities: Sequence["Identity"], costs: Sequence[Record]
+) -> int:
     from bench.run import settled
 
     records = settled.chosen(identities, load.load(output))
-    path = page.write(records, output, title=f"Suite {suite.name}")
+    path = page.write(records, output, title=f"Suite {suite.name}", costs=costs)
+    for found in answer.first(records, costs):
+        print(answer.to_text(found, _WIDTH))
     for table in [*tables.comparison(records), *tables.searches(records)]:
         print(tables.to_text(table.shown, _WIDTH))
     failed = [entry for entry in records if entry.status == "failed"]

@@ -42,18 +42,28 @@ class Cost:
 
 
 def costs(data: pd.DataFrame) -> dict[str, Cost]:
-    """Return FLOPs, memory and latency with the units that suit the rows of `data`."""
+    """Return FLOPs, memory and latency with the units that suit the rows of `data`.
+
+    Their titles say the size of the images where it is not the same for all three.
+    """
     memory, mode = memory_column(data)
     unit = memory_unit(data[memory])
     batch, batches = (
         f"batch of {', '.join(map(str, data[name].dropna().unique()))}"
         for name in ("memory_batch", "latency_batch")
     )
-    peak = f"Peak memory, {mode} ({unit.symbol}, {batch})"
+    sizes = [data[f"{name}_size"].dropna().unique() for name in ("flops", "memory", "latency")]
+    differ = len({name for found in sizes for name in found}) > 1
+    images, of, on = (f" at {', '.join(found)}" * (differ and len(found) > 0) for found in sizes)
+    kind = ", predicted" * bool((data["memory_kind"] == "predicted").any())
+    counted = f"FLOPs (G multiply-adds, one image{images})"
+    peak = f"Peak memory, {mode}{kind} ({unit.symbol}, {batch}{of})"
     return {
-        "flops": Cost("flops", "FLOPs G", "FLOPs", Unit.GIGA, "FLOPs (G multiply-adds, one image)"),
-        "memory": Cost(memory, f"memory {unit.symbol}, {mode}", "memory", unit, peak),
-        "latency": Cost("latency", "latency ms", "latency", Unit.MS, f"Latency (ms, {batches})"),
+        "flops": Cost("flops", f"FLOPs G{images}", "FLOPs", Unit.GIGA, counted),
+        "memory": Cost(memory, f"memory {unit.symbol}, {mode}{kind}{of}", "memory", unit, peak),
+        "latency": Cost(
+            "latency", f"latency ms{on}", "latency", Unit.MS, f"Latency (ms, {batches}{on})"
+        ),
     }
 
 

@@ -13,9 +13,20 @@ import pandas as pd
 
 from bench.errors import InputError
 from bench.record import Record
-from report import confidence, counts, front, plots, provenance, seeds, tables
+from report import (
+    answer,
+    confidence,
+    counts,
+    export,
+    front,
+    plots,
+    provenance,
+    reference,
+    seeds,
+    tables,
+)
 from report.columns import MISSING, Table, reason
-from report.load import labels
+from report.load import at, labels, size
 from report.plots import Plot
 from report.provenance import listed, said
 
@@ -41,11 +52,20 @@ class Section:
     blocks: Sequence[Block]
 
 
-def write(records: Sequence[Record], directory: Path, *, title: str) -> Path:
+def write(
+    records: Sequence[Record], directory: Path, *, title: str, costs: Sequence[Record] = ()
+) -> Path:
     """Write the page of `records` into `directory` and return its `index.md`.
 
-    Beside it come `index.html` (one file that needs no other), `tables/*.csv|md|tex` and
-    `plots/*.png|svg`. The same records give the same bytes. Each file is replaced as a whole.
+    Beside it come `index.html` (one file that needs no other), `tables/*.csv|md|tex`,
+    `plots/*.png|svg` and `results.parquet`, a line for each record and figure. The same records
+    give the same bytes. Each file is replaced as a whole.
+
+    Args:
+        records: of runs.
+        directory: made if it is missing.
+        title: of the page.
+        costs: of the rows at full size, see `report/reference.py`.
 
     Raises:
         InputError: without records, or if the folder cannot be written.
@@ -53,7 +73,13 @@ def write(records: Sequence[Record], directory: Path, *, title: str) -> Path:
     if not records:
         raise InputError(f"there are no records to report in {directory}")
     made = provenance.sentence(records)
-    return publish(_sections(records), directory, title=title, made=made)
+    try:
+        _replace(directory / export.NAME, export.parquet([*records, *costs]))
+    except OSError as error:
+        raise InputError(
+            f"cannot write the report to {directory}: {error.strerror or error}"
+        ) from error
+    return publish(_sections(records, costs), directory, title=title, made=made)
 
 
 def publish(sections: Sequence[Section], directory: Path, *, title: str, made: str = "") -> Path:
@@ -144,7 +170,7 @@ def _replace(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _sections(records: Sequence[Record]) -> list[Section]:
+def _sections(records: Sequence[Record], costs: Sequence[Record]) -> list[Section]:
     named = zip(labels(records), records, strict=True)
     failures = [(name, record) for name, record in named if record.status == "failed"]
     rows = seeds.merged(records)
@@ -152,10 +178,18 @@ def _sections(records: Sequence[Record]) -> list[Section]:
     how_many = f"{len(rows)} rows, of which {failed} failed."
     how_many += " The rows that failed stay in the table; see Failures." if failed else ""
     further, different = tables.further_splits(rows), provenance.differences(rows)
-    drawn = [*plots.draw(rows), *counts.conventions_plots(rows)]
+    about = reference.conditions(costs)
+    full = reference.at_reference(rows, costs) if about else rows
+    drawn = [*plots.draw(full), *counts.conventions_plots(rows)]
     return [
-        Section("Comparison", [how_many, seeds.sentence(records), *tables.comparison(rows)]),
-        Section("Rows that no other beats", front.tables(records)),
+        *(
+            Section(one.title, [*one.sentences, one.table])
+            for one in answer.first(rows, costs)
+            if any(record.evaluation for record in records)
+        ),
+        Section(f"Costs at {about.image_size}" if about else "", reference.tables(rows, costs)),
+        Section("Rows that no other beats", front.tables(full)),
+        Section(_as_trained(rows), [how_many, seeds.sentence(records), *tables.comparison(rows)]),
         Section("Searched settings", tables.searches(records)),
         Section("Plots", [_LEGEND, *drawn]),
         Section("All COCO figures, %", tables.figures(records)),
@@ -171,6 +205,12 @@ def _sections(records: Sequence[Record]) -> list[Section]:
         Section("Failures", [block for name, one in failures for block in _failure(name, one)]),
         run_again(records, "The same command again runs only what has no record yet."),
     ]
+
+
+def _as_trained(records: Sequence[Record]) -> str:
+    """The heading of the comparison, with the size of the images that its costs are of."""
+    sizes = dict.fromkeys(filter(None, (size(at(one, "flops.image_size")) for one in records)))
+    return f"Comparison, costs at {' or '.join(sizes)}" if sizes else "Comparison"
 
 
 _LEGEND = (

@@ -38,6 +38,7 @@ TINY = [
     "--device", "cpu", "train.steps=4", "train.batch_size=2", "train.checkpoint_every=1",
     "data.generated.train_images=4", "data.generated.val_images=2",
     "profile.repeats=2", "profile.seconds=0.01", "profile.batch_size=1", "--no-latency",
+    "--costs", "none",
 ]  # fmt: skip
 TIMED = [word for word in TINY if word != "--no-latency"]
 
@@ -263,6 +264,36 @@ def test_the_same_command_again_runs_nothing(
     assert run_all.main(["--rows", "ViL,linformer", "--output", str(finished), *TINY]) == 0
     assert "0 of 2 rows to run" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in (finished / "records").iterdir()}
+
+
+def test_costs_at_full_size_are_counted_once_and_lead_the_page(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    command = ["--rows", "ViL,linformer", "--output", str(output), *TINY]
+    command += ["--costs", "counted", "--reference", "256x320"]
+    assert run_all.main(command) == 0
+    kept = {path: path.stat().st_mtime_ns for path in (output / "costs").iterdir()}
+    assert len(kept) == 2
+    page = (output / "index.md").read_text()
+    assert page.index("## Answer") < page.index("## Costs at 256") < page.index("## Comparison")
+    assert "has the highest box mAP" in capsys.readouterr().out
+    assert run_all.main(command) == 0
+    assert kept == {path: path.stat().st_mtime_ns for path in (output / "costs").iterdir()}
+    # What is asked later about these records finds the same costs.
+    ask = ["recommend", str(output), "--image-size", "256x320"]
+    capsys.readouterr()
+    assert cli.main([*ask, "--max-memory", "1KB"]) == 2
+    assert "the nearest is" in capsys.readouterr().err
+    assert cli.main([*ask, "--max-flops", "900T", "--format", "csv"]) == 0
+    assert "ViL" in capsys.readouterr().out
+    (output / "records" / "old.json").write_text('{"schema": 0}')
+    assert cli.main(ask) == 2
+    error = capsys.readouterr().err
+    assert "old.json has schema 0" in error
+    assert len(error.splitlines()) == 1
+    assert cli.main(["recommend", str(tmp_path / "nothing")]) == 2
 
 
 def test_killed_in_the_second_row_it_continues_to_the_same_numbers(

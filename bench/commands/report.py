@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the report and print its table."""
-    from report import load, page, tables
+    from report import answer, load, page, reference, tables
 
     for folder in options.folders:
         if not folder.is_dir():
@@ -38,7 +38,11 @@ def run(options: argparse.Namespace) -> int:
     records = load.ordered(entry for folder in options.folders for entry in load.load(folder))
     if not records:
         raise InputError(f"no record in {', '.join(map(str, options.folders))}")
-    path = page.write(records, options.output or options.folders[0], title=options.title)
+    costs = [entry for folder in options.folders for entry in reference.load(folder)]
+    output = options.output or options.folders[0]
+    path = page.write(records, output, title=options.title, costs=costs)
+    for found in answer.first(records, costs):
+        print(answer.to_text(found, 120))
     for table in tables.comparison(records):
         print(tables.to_text(table.shown))
     print(f"report: {path} and {path.with_suffix('.html')}")
