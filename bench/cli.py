@@ -327,15 +327,18 @@ def add_row(parser: "argparse._ActionsContainer") -> None:
     )
 
 
-def add_what(parser: "argparse._ActionsContainer", quantities: Sequence[str]) -> None:
-    """Add --what, some of `quantities`, by default all."""
+def add_what(
+    parser: "argparse._ActionsContainer", quantities: Sequence[str], on_demand: Sequence[str] = ()
+) -> None:
+    """Add --what, some of `quantities`, by default all, and of those that have to be asked for."""
+    more = f"; on demand {','.join(on_demand)}" if on_demand else ""
     add(
         parser,
         "what",
-        type=some_of(quantities),
+        type=some_of((*quantities, *on_demand)),
         default=",".join(quantities),
         metavar="Q",
-        help=f"some of {','.join(quantities)} (default: all)",
+        help=f"some of {','.join(quantities)} (default: all){more}",
     )
 
 

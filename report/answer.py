@@ -67,7 +67,11 @@ def to_text(answer: Answer, width: int) -> str:
 
 def _answer(library: Library, about: Conditions | None, sees: pd.DataFrame | None) -> Answer:
     standing = Standing(library, about)
-    sentences = (standing.best(), standing.alike(), standing.unknown(probed=sees is not None))
+    sentences = (
+        standing.best(),
+        standing.alike(),
+        standing.unknown(probed=sees is not None and len(sees.columns) > 0),
+    )
     return Answer("answer", "Answer", sentences, rows(standing, sees))
 
 
@@ -162,6 +166,12 @@ class Standing:
             if not len(known):
                 continue
             few = known.index[known <= (1 + alike) * known.min()]
+            if alike and 1 < len(few) == len(known):
+                low, high = (number(2)(end / unit.size) for end in (known.min(), known.max()))
+                found.append(
+                    f"memory for {self.mode} does not decide ({low} to {high} GB{predicted})"
+                )
+                continue
             who = f"{self.named(few)} need{'s' * (len(few) == 1)}"
             digits = number(2) if unit is Unit.GB else three_digits
             said = f"the {what}{where.format(digits(known.min() / unit.size))}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pandas as pd
 
 from bench.errors import InputError
@@ -223,7 +224,8 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
     standard deviation over them, `box_low` and `box_high` are the ends of the interval. `family` is
     the mechanism of the first stage, by which plots choose colours. `best` marks the best of a
     search. `flops_uncounted` names the operators that FLOPs lack. `*_size` are the images that
-    costs are of. `*_as` say how a number was made: rows are compared where they are the same.
+    costs are of, `latency_rate` is images a second. `*_as` say how a number was made: rows
+    are compared where they are the same.
     """
     paths = _TEXT | _WHOLE | _REAL
     lines: list[dict[str, Any]] = [
@@ -240,6 +242,11 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
     data = pd.DataFrame(lines, columns=list(types)).astype(types)
     for latency in ("latency", "latency_training"):
         data[f"{latency}_iqr"] = data[f"{latency}_q3"] - data[f"{latency}_q1"]
+    samples = [at(record, "latency.inference.samples") for record in records]
+    for percent in (90, 95):
+        found = [np.quantile(times, percent / 100) if times else None for times in samples]
+        data[f"latency_p{percent}"] = pd.Series(found, dtype="Float64")
+    data["latency_rate"] = data["latency_batch"] / data["latency"]
     data["steps_per_second"] = data["steps"] / data["train_seconds"].replace(0, pd.NA)
     data["best"] = pd.Series(_best(records), dtype="boolean")
     data["label"] = data["row"]

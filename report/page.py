@@ -197,7 +197,7 @@ def _sections(records: Sequence[Record], costs: Sequence[Record]) -> list[Sectio
             "How sure mAP is", [*confidence.intervals(records), *confidence.differences(records)]
         ),
         Section("Further splits, %", [further] if further else []),
-        Section("Details", tables.details(records)),
+        Section("Details", tables.latencies(rows) + tables.details(records)),
         Section("Published numbers", _published(rows)),
         Section("How the numbers were counted", _counting(rows)),
         Section("Differences in configuration", [_DIFFERENT, different] if different else [_SAME]),

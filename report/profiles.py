@@ -14,6 +14,7 @@ from report.columns import (
     Table,
     Unit,
     aligned,
+    decimals,
     joined,
     memory_unit,
     table,
@@ -92,6 +93,50 @@ def parts(record: Record) -> Table | None:
         said = ", ".join(f"{name} {1e3 * of['median']:.1f} ms" for name, of in phases.items())
         notes.append(f"A training step by its phases: {said} (clipping is the optimizer's).")
     return table(f"parts-{record.row}", f"Parts of {record.row}", data, columns, notes)
+
+
+def throughput(records: Sequence[Record]) -> Table | None:
+    """Return images a second at batch 1 and at the best batch of each row; None without any."""
+    lines = [
+        {"row": record.row, "mode": mode, **one, "ended": found["ended"], **_energy(one)}
+        for record in records
+        for mode, found in (at(record, "latency.throughput") or {}).items()
+        for one in found["batches"]
+        if one["batch_size"] in (1, found["best"])
+    ]
+    if not lines:
+        return None
+    times = ("median", "q1", "q3", "p90", "p95")
+    columns = [
+        *(Column(name, name) for name in ("row", "mode")),
+        Column("batch_size", "batch", unit=Unit.ONE, format=decimals(0)),
+        Column("images_per_second", "images/s", unit=Unit.ONE),
+        *(Column(f"{name}_s", f"{name} {{}}", name, Unit.MS, decimals(1)) for name in times),
+        Column("joules_per_image", "J/image", unit=Unit.ONE, optional=True),
+        Column("idle_watts"),
+        Column("ended"),
+    ]
+    notes = [
+        "Of each row batch 1 and the batch with the most images/s; larger ones do not fit or gain"
+        " little. p90: nine of ten calls take no longer."
+    ]
+    why = {line["why"] for line in lines if line["why"]}
+    notes += [f"Energy is not available: {reason}." for reason in sorted(why)]
+    sources = {line["source"] for line in lines if line["source"]}
+    notes += [f"Energy: {source}, idle taken off." for source in sorted(sources)]
+    return table("throughput", "Images a second", pd.DataFrame(lines), columns, notes)
+
+
+def _energy(one: Mapping[str, Any]) -> dict[str, Any]:
+    """Energy of an image, or why there is none."""
+    spent = one["energy"]
+    joules = spent.get("joules")
+    return {
+        "joules_per_image": None if joules is None else joules / one["batch_size"],
+        "idle_watts": spent.get("idle_watts"),
+        "source": spent.get("source"),
+        "why": spent.get("not_available"),
+    }
 
 
 def fits(lines: Sequence[Mapping[str, Any]]) -> Table:

@@ -197,6 +197,27 @@ def details(library: Library) -> Table:
     return table("details", "Details", data, columns)
 
 
+@per_library
+def latencies(library: Library) -> Table | None:
+    """Return the percentiles of inference and its images a second, for each library."""
+    data = library.data
+    times = ("latency_q1", "latency", "latency_q3", "latency_p90", "latency_p95")
+    if data["latency_p90"].isna().all():
+        return None
+    names = ("q1", "median", "q3", "p90", "p95")
+    columns = [
+        Column("row", "row", "label"),
+        Column("batch_size", "batch", "latency_batch", Unit.ONE, decimals(0)),
+        *(
+            Column(f"{name}_s", f"{name} {{}}", time, Unit.MS, decimals(1))
+            for name, time in zip(names, times, strict=True)
+        ),
+        Column("images_per_second", "images/s", "latency_rate", Unit.ONE),
+    ]
+    note = "Of 10 calls 9 take no longer than p90; `profile --what throughput` tries other batches."
+    return table("latencies", "Latency of inference", data, columns, [note])
+
+
 def against_published(records: Sequence[Record]) -> Table | None:
     """Return measured numbers beside the published ones, or None if no row is a published one.
 

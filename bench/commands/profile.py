@@ -18,7 +18,7 @@ from bench.cli import (
     precision,
 )
 from bench.commands._output import FORMATS, check_writable, show, write
-from bench.config.schema import LIBRARIES, QUANTITIES
+from bench.config.schema import LIBRARIES, ON_DEMAND, QUANTITIES
 from bench.errors import InputError
 
 HELP = "measure parameters, FLOPs, memory and latency of one mechanism or many"
@@ -29,6 +29,7 @@ examples:
   python -m bench profile --attention ViL,performer,my_attention.py:Mine --image-size 512x512
   python -m bench profile --attention performer --amp --device cuda --batch-size 2
   python -m bench profile --attention ViL --memory-budget 24GB --fit batch-size
+  python -m bench profile --attention ViL --what throughput --image-size 256x320
   python -m bench profile --attention ViL --sizes val2017
   python -m bench profile --attention ViL,full --search checkpoint=false,true
 
@@ -44,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(parser, "batch-size")
     add_precision(parser)
     add(parser, "device", "mode")
-    add_what(parser, QUANTITIES)
+    add_what(parser, QUANTITIES, ON_DEMAND)
     add(parser, "repeats", default=10)
     add(parser, "seconds", default="1")
     add(parser, "seed")
@@ -148,7 +149,9 @@ def _profile(options: argparse.Namespace, configs: Sequence[Any]) -> int:
             record.write(entry, options.output / "records")
         page.write(load.load(options.output), options.output, title="Profile")
     parts = [table for table in map(profiles.parts, records) if table is not None]
-    tables_shown = [profiles.costs(records), *(parts if len(records) == 1 else [])]
+    rates = profiles.throughput(records)
+    tables_shown = [profiles.costs(records), *([rates] if rates else [])]
+    tables_shown += parts if len(records) == 1 else []
     lines = [json.loads(entry.to_json()) for entry in records]
     show(options.format, lines, tables_shown)
     if options.output is not None:

@@ -23,6 +23,8 @@ MODES = ("inference", "training")
 SCOPES = ("backbone", "attention", "detector")
 SWEPT = ("flops", "memory", "latency")
 QUANTITIES = ("parameters", *SWEPT)
+# What a profile measures besides when it is asked to.
+ON_DEMAND = ("throughput",)
 DECAYS = ("steps", "cosine")
 DEGENERATE_BOXES = ("error", "drop")
 

@@ -381,11 +381,11 @@ class Call:
 
     def sample(self) -> Sample:
         """Time one call."""
-        _synchronise(self.device)
+        synchronize(self.device)
         if self.device.type != "cuda":
             start = self.clock()
             self.fn()
-            _synchronise(self.device)
+            synchronize(self.device)
             return Sample(self.clock() - start, None)
         with torch.cuda.device(self.device):
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -393,7 +393,7 @@ class Call:
             before.record()
             self.fn()
             after.record()
-            _synchronise(self.device)
+            synchronize(self.device)
             return Sample(self.clock() - start, before.elapsed_time(after) / 1e3)
 
 
@@ -417,7 +417,7 @@ def phases(
 
     def after(phase: str) -> None:
         nonlocal last
-        _synchronise(device)
+        synchronize(device)
         now = time.perf_counter()
         taken.setdefault(phase, []).append(Sample(now - last, None))
         last = now
@@ -427,7 +427,7 @@ def phases(
     listen(after)
     whole: list[float] = []
     while effort.wants_more(whole):
-        _synchronise(device)
+        synchronize(device)
         last = begun = time.perf_counter()
         fn()
         whole.append(time.perf_counter() - begun)
@@ -438,7 +438,8 @@ def phases(
     }
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what a device has to do."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 

@@ -20,7 +20,7 @@ import torch
 
 from bench import record
 from bench.config.schema import MODES, QUANTITIES, RunConfig
-from bench.measure import latency, workload
+from bench.measure import latency, throughput, workload
 from bench.measure.costs import counted, effort, latency_section, memory_section
 from bench.measure.latency import Instruments, Latency
 from bench.measure.predict import predict
@@ -119,7 +119,7 @@ def profile(
     Args:
         configs: of `bench.config.suites.profile_configs`, on one device.
         modes: some of MODES.
-        quantities: some of QUANTITIES.
+        quantities: some of QUANTITIES and of ON_DEMAND.
         by_part: measure the parts of each detector too.
         progress: receives the share that is done and what is being done.
         command: the command line, for the records.
@@ -147,6 +147,9 @@ def profile(
     if measured:
         alive = [row for row in rows if row.error is None]
         _measure(alive, modes, measured, by_part=by_part, progress=measuring)
+    if "throughput" in quantities:
+        for row in rows:
+            _add_throughput(row, modes, lambda doing: progress(1.0, doing))
     progress(1.0, "done")
     return [_record(row, command) for row in rows]
 
@@ -265,6 +268,31 @@ def _add_layer(row: _Row, stage: int, mode: str, sections: dict[str, Any]) -> No
     if row.sections["memory"][mode] is not None:
         sections["memory"]["by_part"][mode][name] = row.sections["memory"][mode]
         sections["memory"]["kind"] = row.sections["memory"]["kind"]
+
+
+def _add_throughput(row: _Row, modes: Sequence[str], tell: Callable[[str], object]) -> None:
+    """Measure images a second of a row alone, into its `latency` section."""
+    if row.error is not None:
+        return
+    device = single_fabric(row.config).device
+
+    def fits(need: int | None) -> bool:
+        free = free_memory(device)
+        return need is None or free is None or need <= _LARGEST_SHARE * free
+
+    said = conditions(row.config, str(device))
+    empty = latency_section(said, {}, threads=torch.get_num_threads())
+    section = row.sections.setdefault("latency", empty)
+    section["throughput"] = {}
+    for mode in modes:
+        with row.kept():
+            section["throughput"][mode] = throughput.measure(
+                row.config,
+                mode,
+                fits=fits,
+                root=row.root,
+                tell=lambda doing: tell(f"{row.config.row}: {doing}"),
+            )
 
 
 def _count(

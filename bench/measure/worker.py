@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from bench.config.suites import build_config
-from bench.measure import costs, workload
+from bench.measure import costs, energy, workload
 from bench.measure.backends import what_ran
-from bench.measure.latency import Call, Effort, Sample, Timed, WarmUp
+from bench.measure.latency import Call, Effort, Sample, Timed, WarmUp, synchronize
 from bench.record import error_section
 
 _KILLED = -signal.SIGKILL
@@ -163,6 +163,17 @@ class Held:
     def latency(self, modes: Sequence[str], effort: Effort) -> dict[str, Any]:
         """The `latency` section of the workload alone."""
         return costs.measure_latency(self._workload, modes, effort)
+
+    def energy(self, mode: str) -> dict[str, Any]:
+        """Energy of a call, `bench.measure.energy.Energy` as plain values, or why there is none."""
+        device = self._workload.fabric.device
+        call = self._workload.call(mode)
+        try:
+            counter = energy.counter(device)
+            wait = functools.partial(synchronize, device)
+            return dataclasses.asdict(energy.measure(call, counter, synchronize=wait))
+        except energy.NotAvailableError as error:
+            return {"not_available": str(error)}
 
     def warm_up(self, mode: str, effort: Effort) -> WarmUp:
         """Make ready for samples of a mode."""
