@@ -55,6 +55,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "latency": ("unit", "inference"),
     "training": ("steps", "seconds", "losses"),
     "evaluation": ("split", "box"),
+    "probes": ("kind", "seeds", "chance", "tasks"),
 }
 """The parts of a record that may be null, with the fields that each has at least."""
 
@@ -89,6 +90,7 @@ class Record:
         latency: samples and quartiles in seconds.
         training: steps, seconds, losses over steps.
         evaluation: COCO's figures in percent.
+        probes: what small tasks came to, of the suite `probes` alone.
         notes: what a reader of the numbers should know.
         schema: version of this layout.
 
@@ -112,6 +114,7 @@ class Record:
     latency: Mapping[str, Any] | None = None
     training: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
+    probes: Mapping[str, Any] | None = None
     notes: Sequence[str] = field(default_factory=list)
     schema: int = SCHEMA
 
@@ -142,6 +145,8 @@ class Record:
     def to_json(self) -> str:
         """Return the record as JSON text. A number that is not finite becomes null."""
         values = {"schema": self.schema} | {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.probes is None:
+            del values["probes"]
         return json.dumps(_plain(values), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -169,7 +174,7 @@ class Record:
                 f"{source} has schema {values.get('schema')!r}; this version reads schema {SCHEMA}"
             )
         known = {f.name for f in fields(cls)}
-        missing, unknown = sorted(known - set(values)), sorted(set(values) - known)
+        missing, unknown = sorted(known - set(values) - {"probes"}), sorted(set(values) - known)
         if missing or unknown:
             raise InputError(
                 f"{source} is not a record: missing {', '.join(missing) or 'nothing'},"
