@@ -247,6 +247,11 @@ def mechanism(name: str) -> str:
     return str(name if name in attentions.names() else spec.get("attention", name))
 
 
+def row_stages() -> dict[str, Mapping[str, Any]]:
+    """Return what stands in the stages of each row, as `configs/rows.yaml` says it."""
+    return _rows()
+
+
 def families() -> dict[str, tuple[str, ...]]:
     """Return the rows of each family of `configs/rows.yaml`."""
     table = _rows()

@@ -1,0 +1,230 @@
+"""What the suite `probes` runs: mechanisms and rows, each with settings in proportion."""
+
+import importlib.resources
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import attentions
+from bench.config.suites import families, load_suite, row_stages
+from bench.config.values import assigned, read
+from bench.errors import InputError, nearest
+
+SUITE = "probes"
+MECHANISM, ROW = "mechanism", "row"
+DIM = 32
+# Rows have a stage like that of a mechanism, and one of the half side.
+_STAGES = ((DIM, 1), (2 * DIM, 2))
+_GLOBALS = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every model of a probe is trained and evaluated.
+
+    Attributes:
+        seeds: each trains a model of its own.
+        batch_size: images a step.
+        steps: share of the steps of each task; less is for trying out.
+        lr: peak rate of mechanisms; a tenth of the steps warms up, a cosine falls to `last_lr` of
+            it.
+        row_lr: the same of rows.
+        images: evaluation images of each level.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    batch_size: int = 8
+    steps: float = 1.0
+    lr: float = 6e-3
+    row_lr: float = 3e-3
+    last_lr: float = 0.05
+    warm_up: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    images: int = 64
+
+    def __post_init__(self) -> None:
+        whole = all(type(seed) is int and 0 <= seed < 2**63 for seed in self.seeds)
+        if not (self.seeds and whole and len(set(self.seeds)) == len(self.seeds)):
+            raise InputError(
+                f"seeds={list(self.seeds)} must be different whole numbers of 0 or more"
+            )
+        for name in ("batch_size", "images"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise InputError(f"{name}={value!r} must be a whole number of 1 or more")
+        if len(self.betas) != 2 or not all(
+            isinstance(value, float | int) and 0 <= value < 1 for value in self.betas
+        ):
+            raise InputError(f"betas={list(self.betas)} must be two numbers in [0, 1)")
+        for name in ("steps", "lr", "row_lr", "clip_norm"):
+            value = getattr(self, name)
+            if not isinstance(value, float | int) or not 0 < value < float("inf"):
+                raise InputError(f"{name}={value!r} must be a positive number")
+        for name in ("last_lr", "warm_up", "weight_decay"):
+            value = getattr(self, name)
+            if not isinstance(value, float | int) or not 0 <= value <= 1:
+                raise InputError(f"{name}={value!r} must be a number from 0 to 1")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of a probe's model.
+
+    Attributes:
+        attention: the mechanism of its blocks.
+        dim: channels.
+        blocks: pairs of an attention and an MLP.
+        num_global: learned global tokens.
+        options: of the mechanism.
+    """
+
+    attention: str
+    dim: int = DIM
+    blocks: int = 2
+    num_global: int = _GLOBALS
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is probed.
+
+    Attributes:
+        name: of the mechanism or row.
+        kind: MECHANISM or ROW.
+        stages: of its model.
+        tasks: names of `bench.data.symbols.TASKS`.
+        recipe: how it is trained.
+    """
+
+    name: str
+    kind: str
+    stages: tuple[StageConfig, ...]
+    tasks: tuple[str, ...]
+    recipe: Recipe
+
+    def values(self) -> dict[str, Any]:
+        """The whole configuration, for the record."""
+        return asdict(self)
+
+
+def build_recipe(overrides: Sequence[str]) -> Recipe:
+    """Return the recipe with `key=value` of the command line, such as `seeds=[0,1]`.
+
+    Raises:
+        InputError: for an unknown key or a value that is not allowed.
+    """
+    known = [one.name for one in fields(Recipe)]
+    values = assigned(overrides)
+    for name in values:
+        if name not in known:
+            raise InputError(
+                f"unknown setting {name!r} of suite {SUITE}{nearest(name, known)}; allowed:"
+                f" {', '.join(known)}"
+            )
+    lists = {
+        name: tuple(v) if isinstance(v, list) else (v,)
+        for name, v in values.items()
+        if name in ("seeds", "betas")
+    }
+    return replace(Recipe(), **(values | lists))
+
+
+def mechanisms() -> tuple[str, ...]:
+    """Return every mechanism, and every variant of `configs/probes.yaml`."""
+    return (*attentions.names(), *_declared()["variants"])
+
+
+def plan(
+    names: Sequence[str], tasks: Sequence[str], recipe: Recipe, *, rows: Sequence[str] = ()
+) -> tuple[Subject, ...]:
+    """Return what to probe.
+
+    Args:
+        names: mechanisms, variants of them, "all", or mechanisms of the user as
+            `package.module:Class` or `file.py:Class`.
+        tasks: of the mechanisms.
+        recipe: of all.
+        rows: rows of `configs/rows.yaml`, families of them, or "all".
+
+    Raises:
+        InputError: for an unknown name, or a mechanism that cannot be had.
+    """
+    found = [one for name in names for one in (mechanisms() if name == "all" else (name,))]
+    subjects = [_mechanism(name, tuple(tasks), recipe) for name in dict.fromkeys(found)]
+    of_rows = tuple(_declared()["tasks_of_rows"])
+    return (*subjects, *(_row(name, of_rows, recipe) for name in _rows(rows)))
+
+
+def suite_plan(names: Sequence[str], tasks: Sequence[str], recipe: Recipe) -> tuple[Subject, ...]:
+    """Return what the suite probes.
+
+    Args:
+        names: as --rows has them; what is the name of a mechanism and of a row is both. Without
+            any, all mechanisms and the rows that the quick suite runs.
+        tasks: of the mechanisms.
+        recipe: of all.
+
+    Raises:
+        InputError: as `plan`.
+    """
+    if not names:
+        rows = [run.row for run in load_suite("quick").runs]
+        return plan(["all"], tasks, recipe, rows=rows)
+    known = (*mechanisms(), "all")
+    of_rows = [name for name in names if ":" not in name and name not in mechanisms()]
+    both = [name for name in names if name in mechanisms() and name in row_stages()]
+    return plan(
+        [name for name in names if name in known or ":" in name],
+        tasks,
+        recipe,
+        rows=[name for name in names if name in (*of_rows, *both)],
+    )
+
+
+def _mechanism(name: str, tasks: tuple[str, ...], recipe: Recipe) -> Subject:
+    settings = dict(_declared()["variants"].get(name, {}))
+    attention = settings.pop("attention", name)
+    try:
+        attentions.find(attention)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return Subject(name, MECHANISM, (_stage(attention, settings),), tasks, recipe)
+
+
+def _rows(names: Sequence[str]) -> list[str]:
+    groups = {**families(), "all": tuple(row_stages())}
+    found = [row for name in names for row in groups.get(name) or (name,)]
+    for row in found:
+        if row not in groups["all"]:
+            raise InputError(
+                f"unknown row {row!r}{nearest(row, groups['all'])}; allowed:"
+                f" {', '.join([*groups['all'], *groups])}"
+            )
+    return list(dict.fromkeys(found))
+
+
+def _row(name: str, tasks: tuple[str, ...], recipe: Recipe) -> Subject:
+    spec = row_stages()[name]
+    own = _declared()["rows"].get(name, {})
+    second = "full" if 3 in spec.get("dense", ()) else spec["attention"]
+    stages = [
+        _stage(attention, own if attention == spec["attention"] else {}, dim, blocks)
+        for attention, (dim, blocks) in zip((spec["attention"], second), _STAGES, strict=True)
+    ]
+    return Subject(name, ROW, tuple(stages), tasks, recipe)
+
+
+def _stage(attention: str, own: Mapping[str, Any], dim: int = DIM, blocks: int = 2) -> StageConfig:
+    options = {**_declared()["mechanisms"].get(attention, {}), **own}
+    least = getattr(attentions.find(attention), "least_globals", 0)
+    num_global = options.pop("num_global", max(_GLOBALS, least))
+    return StageConfig(attention, dim, blocks, num_global, options)
+
+
+def _declared() -> dict[str, Any]:
+    text = (importlib.resources.files("configs") / "probes.yaml").read_text(encoding="utf-8")
+    content: dict[str, Any] = read(text)
+    return content

@@ -1,0 +1,112 @@
+import dataclasses
+
+import pytest
+
+from bench.config.probes import build_recipe, mechanisms, plan, suite_plan
+from bench.errors import InputError
+from bench.model.probe import ProbeModel
+from bench.record import read
+from bench.run import probe
+
+TINY = build_recipe(["steps=0.02", "images=4", "seeds=[0]"])
+
+MINE = """
+from torch import nn
+
+
+class Mine(nn.Module):
+    def __init__(self, *, dim, num_heads, num_global=1):
+        super().__init__()
+        self.linear = nn.Linear(dim, dim)
+
+    def forward(self, x, grid):
+        {}
+"""
+
+
+def one(name="srformer", **how):
+    return plan([name], ["bind"], dataclasses.replace(TINY, **how))[0]
+
+
+def test_a_seed_gives_one_result_and_another_seed_another():
+    first, again = (probe.train(one("performer"), "bind", 3) for _ in range(2))
+    other = probe.train(one("performer"), "bind", 4)
+    assert (first.right, first.losses) == (again.right, again.losses)
+    assert first.losses != other.losses
+
+
+@pytest.mark.parametrize("name", mechanisms())
+def test_an_untrained_model_is_at_chance(name):
+    subject = one(name)
+    task = probe.TASKS["regions"]
+    right = probe.evaluate(ProbeModel(subject.stages), task, 16)
+    asked = [(task.evaluation(level, 16).answers >= 0).sum() for level in task.levels]
+    assert float(sum(map(sum, right)) / sum(asked)) == pytest.approx(0.25, abs=0.04)
+
+
+def test_full_attention_learns_to_bind_small_numbers_of_keys():
+    outcome = probe.train(one("full", steps=0.5), "bind", 0)
+    assert outcome.losses[-1] < 0.7 * outcome.losses[0]
+
+
+def test_a_row_has_two_stages_and_a_partial_one_full_attention_in_its_second():
+    row, partial = plan([], [], TINY, rows=["srformer/64", "Partial srformer/32"])
+    assert [(s.attention, s.dim, s.blocks) for s in row.stages] == [
+        ("srformer", 32, 1),
+        ("srformer", 64, 2),
+    ]
+    assert row.stages[0].options == {"reduction": 4}
+    assert [stage.attention for stage in partial.stages] == ["srformer", "full"]
+    assert probe.train(partial, "bindup", 0).losses[0] < 3
+
+
+def test_records_are_kept_and_only_what_is_missing_is_done(tmp_path, monkeypatch):
+    path = tmp_path / "mine.py"
+    path.write_text(MINE.format("raise ValueError('does not fit')"))
+    monkeypatch.chdir(tmp_path)
+    said = []
+
+    def go(**how):
+        subjects = plan(["srformer", "mine.py:Mine"], ["bind", "majority"], TINY)
+        return probe.run(subjects, tmp_path, command=["x"], say=said.append, **how)
+
+    fine, broken = go()
+    assert (fine.status, broken.status) == ("done", "failed")
+    assert "does not fit" in broken.error["message"]
+    files = sorted((tmp_path / "probes").glob("*.json"))
+    assert {read(file).row for file in files} == {"srformer", "mine.py:Mine"}
+    tasks = fine.probes["tasks"]
+    assert [len(tasks["bind"][part]) for part in ("levels", "asked", "right")] == [6, 6, 1]
+    said.clear()
+    assert [one.key for one in go()] == [fine.key, broken.key]
+    assert said == ["2 of 2 have their record"]
+    # What a mechanism is made of belongs to what it is.
+    path.write_text(MINE.format("return self.linear(x)"))
+    again = go()
+    assert [one.status for one in again] == ["done", "done"]
+    assert again[1].key != broken.key
+    assert len(list((tmp_path / "probes").glob("*.json"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: build_recipe(["seedz=1"]), "did you mean 'seeds'"),
+        (lambda: build_recipe(["seeds=[]"]), "different whole numbers"),
+        (lambda: build_recipe(["lr=-1"]), "lr=-1 must be a positive number"),
+        (lambda: build_recipe(["images=x"]), "images='x' must be a whole number"),
+        (lambda: plan(["ful"], ["bind"], TINY), "did you mean 'full'"),
+        (lambda: suite_plan(["Vil"], ["bind"], TINY), "did you mean 'ViL'"),
+    ],
+)
+def test_wrong_input_is_said_in_one_line(make, says):
+    with pytest.raises(InputError, match=says):
+        make()
+
+
+def test_a_name_of_a_mechanism_and_of_a_row_is_both():
+    subjects = suite_plan(["full", "published", "srformer/4"], ["bind"], TINY)
+    kinds = [(one.kind, one.name) for one in subjects]
+    assert kinds[:2] == [("mechanism", "full"), ("mechanism", "srformer/4")]
+    assert ("row", "full") in kinds
+    assert ("row", "Partial ViL") in kinds
