@@ -32,16 +32,17 @@ from bench.cli import (
     positive,
 )
 from bench.config import search
+from bench.config.probes import SUITE, build_recipe, suite_plan
 from bench.config.schema import RunConfig
 from bench.config.suites import Reference, Suite, families, load_suite, reference_config, suites
 from bench.data.generated import SPLITS
-from bench.errors import InputError
+from bench.errors import InputError, choose
 from bench.record import Record
 from bench.system import logs, processes, slurm
 from bench.system.interrupt import EXIT_CODE
 from bench.system.locks import LockedError
 from bench.system.progress import SuiteProgress
-from report import answer, load, page, tables
+from report import answer, load, page, probes, tables
 
 if TYPE_CHECKING:
     from bench.run.identity import Identity
@@ -58,10 +59,12 @@ def parser() -> Parser:
         prog="run_all.py",
         description=__doc__,
         epilog=f"""\
-suites: {", ".join(suites())}
+suites: {", ".join((*suites(), SUITE))}
   quick     rows with a small backbone on generated images; minutes on a laptop
   ablation  the published ablation: ViL-Small, Mask R-CNN, 1x; needs --data with COCO and a GPU
   zoo       the published model zoo: ViL in four sizes, two methods, two schedules; needs the same
+  probes    small tasks that tell mechanisms apart, in minutes on a laptop; of --rows, mechanisms
+            are probed as such and other rows as models of two stages
 
 examples:
   python run_all.py
@@ -78,6 +81,7 @@ examples:
   python run_all.py --suite ablation --data /datasets/coco --devices 8 --dry-run
   python run_all.py --suite ablation --data /datasets/coco --search drop_path=0.05,0.1,0.2
   python run_all.py --launcher local --jobs 2
+  python run_all.py --suite probes
   python run_all.py --suite ablation --data /datasets/coco --devices 8 \\
       --launcher slurm --slurm slurm_partition=gpu,timeout_min=4320
 
@@ -249,6 +253,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parser().parse(given)
         files = file_values(options)
+        choose(options.suite, (*suites(), SUITE), "suite")
+        if options.suite == SUITE:
+            return _probe(options, command)
         if options.train or options.val:
             options.data = options.data or str(Path(options.train or options.val).parent)
         # As JSON, which YAML reads as it is; the rows of a launcher are given them so.
@@ -290,6 +297,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if first:
             print("interrupted; the same command continues", file=sys.stderr)
         return EXIT_CODE
+
+
+def _probe(options: argparse.Namespace, command: Sequence[str]) -> int:
+    """Run the suite of probes, whose tasks and models are its own."""
+    usual = vars(parser().parse([]))
+    for name in ("suite", "output", "rows", "overrides", "retry_failed", "no_report"):
+        del usual[name]
+    for name, value in usual.items():
+        if getattr(options, name) != value:
+            raise InputError(
+                f"--{name.replace('_', '-')} says nothing to suite {SUITE}, whose tasks and models"
+                " are its own; it takes --rows, --output, --retry-failed and settings such as"
+                " seeds=[0,1]"
+            )
+    recipe = build_recipe(options.overrides)
+    output = options.output or Path("results") / SUITE
+    _check_output(output)
+    # Imported here, as in `run_suite`.
+    from bench.run import probe
+
+    records = probe.run(
+        suite_plan(options.rows, probe.TASK_NAMES, recipe),
+        output,
+        command=command,
+        say=lambda line: print(line, flush=True),
+        retry_failed=options.retry_failed,
+    )
+    if not options.no_report:
+        title = f"Suite {SUITE}"
+        path = page.write(load.load(output), output, title=title, probes=probes.load(output))
+        for table in probes.tables(records):
+            print(tables.to_text(table.shown, _WIDTH))
+        print(f"report: {path} and {path.with_suffix('.html')}")
+    return int(any(one.status == "failed" for one in records))
 
 
 def _load(options: argparse.Namespace, world: processes.World) -> Suite:
@@ -662,7 +703,8 @@ def _report(
     from bench.run import settled
 
     records = settled.chosen(identities, load.load(output))
-    path = page.write(records, output, title=f"Suite {suite.name}", costs=costs)
+    title, probed = f"Suite {suite.name}", probes.load(output)
+    path = page.write(records, output, title=title, costs=costs, probes=probed)
     for found in answer.first(records, costs):
         print(answer.to_text(found, _WIDTH))
     for table in [*tables.comparison(records), *tables.searches(records)]:

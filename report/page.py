@@ -25,6 +25,7 @@ from report import (
     seeds,
     tables,
 )
+from report import probes as small_tasks
 from report.columns import MISSING, Table, reason
 from report.load import at, labels, size
 from report.plots import Plot
@@ -53,7 +54,12 @@ class Section:
 
 
 def write(
-    records: Sequence[Record], directory: Path, *, title: str, costs: Sequence[Record] = ()
+    records: Sequence[Record],
+    directory: Path,
+    *,
+    title: str,
+    costs: Sequence[Record] = (),
+    probes: Sequence[Record] = (),
 ) -> Path:
     """Write the page of `records` into `directory` and return its `index.md`.
 
@@ -66,20 +72,23 @@ def write(
         directory: made if it is missing.
         title: of the page.
         costs: of the rows at full size, see `report/reference.py`.
+        probes: records of the suite `probes`, which may be all there is.
 
     Raises:
         InputError: without records, or if the folder cannot be written.
     """
-    if not records:
+    if not records and not probes:
         raise InputError(f"there are no records to report in {directory}")
-    made = provenance.sentence(records)
+    made = provenance.sentence(records or probes)
     try:
-        _replace(directory / export.NAME, export.parquet([*records, *costs]))
+        _replace(directory / export.NAME, export.parquet([*records, *costs, *probes]))
     except OSError as error:
         raise InputError(
             f"cannot write the report to {directory}: {error.strerror or error}"
         ) from error
-    return publish(_sections(records, costs), directory, title=title, made=made)
+    shown = Section("Probes", small_tasks.blocks(probes))
+    sections = _sections(records, costs, shown) if records else [shown, *_origin(probes)]
+    return publish(sections, directory, title=title, made=made)
 
 
 def publish(sections: Sequence[Section], directory: Path, *, title: str, made: str = "") -> Path:
@@ -170,7 +179,7 @@ def _replace(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _sections(records: Sequence[Record], costs: Sequence[Record]) -> list[Section]:
+def _sections(records: Sequence[Record], costs: Sequence[Record], probes: Section) -> list[Section]:
     named = zip(labels(records), records, strict=True)
     failures = [(name, record) for name, record in named if record.status == "failed"]
     rows = seeds.merged(records)
@@ -190,6 +199,7 @@ def _sections(records: Sequence[Record], costs: Sequence[Record]) -> list[Sectio
         Section(f"Costs at {about.image_size}" if about else "", reference.tables(rows, costs)),
         Section("Rows that no other beats", front.tables(full)),
         Section(_as_trained(rows), [how_many, seeds.sentence(records), *tables.comparison(rows)]),
+        probes,
         Section("Searched settings", tables.searches(records)),
         Section("Plots", [_LEGEND, *drawn]),
         Section("All COCO figures, %", tables.figures(records)),
@@ -211,6 +221,14 @@ def _as_trained(records: Sequence[Record]) -> str:
     """The heading of the comparison, with the size of the images that its costs are of."""
     sizes = dict.fromkeys(filter(None, (size(at(one, "flops.image_size")) for one in records)))
     return f"Comparison, costs at {' or '.join(sizes)}" if sizes else "Comparison"
+
+
+def _origin(records: Sequence[Record]) -> list[Section]:
+    """Where the records of a page come from, and how they are made again."""
+    return [
+        Section("Environment", [provenance.environment(records, name_rows=False)]),
+        run_again(records, "The same command again runs only what has no record yet."),
+    ]
 
 
 _LEGEND = (

@@ -30,20 +30,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the report and print its table."""
-    from report import answer, load, page, reference, tables
+    from report import answer, load, page, probes, reference, tables
 
     for folder in options.folders:
         if not folder.is_dir():
             raise InputError(f"{folder} is not a folder; name the output folder of a run")
     records = load.ordered(entry for folder in options.folders for entry in load.load(folder))
-    if not records:
+    probed = [entry for folder in options.folders for entry in probes.load(folder)]
+    if not records and not probed:
         raise InputError(f"no record in {', '.join(map(str, options.folders))}")
     costs = [entry for folder in options.folders for entry in reference.load(folder)]
     output = options.output or options.folders[0]
-    path = page.write(records, output, title=options.title, costs=costs)
+    path = page.write(records, output, title=options.title, costs=costs, probes=probed)
     for found in answer.first(records, costs):
         print(answer.to_text(found, 120))
-    for table in tables.comparison(records):
+    for table in tables.comparison(records) if records else probes.tables(probed):
         print(tables.to_text(table.shown))
     print(f"report: {path} and {path.with_suffix('.html')}")
     return 0

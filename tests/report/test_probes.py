@@ -1,0 +1,125 @@
+import numpy as np
+import pytest
+
+from bench.record import Record
+from report import page, probes
+from report.load import published
+
+
+def accuracies(mean, *, seeds=3, images=64, spread=0.01, seed=0):
+    draw = np.random.default_rng(seed)
+    return np.clip(mean + spread * draw.standard_normal((seeds, images)), 0, 1)
+
+
+def entry(name, kind, scores, seeds=3):
+    draw = np.random.default_rng(len(name))
+    tasks = {
+        task: {
+            "asks": "capacity",
+            "about": "Keys.",
+            "level": "keys",
+            "levels": [1, 2],
+            "asked": [[100] * 8] * 2,
+            "right": np.clip(np.rint(100 * score + draw.normal(0, 1, (seeds, 2, 8))), 0, 100)
+            .astype(int)
+            .tolist(),
+            "losses": [[1.0]] * seeds,
+            "seconds": [1.0] * seeds,
+        }
+        for task, score in scores.items()
+    }
+    return Record(
+        suite="probes",
+        row=name,
+        key=name + kind,
+        status="done",
+        created="2026-01-01T00:00:00+00:00",
+        seed=0,
+        config={"kind": kind},
+        environment={"packages": {}},
+        model=dict.fromkeys(
+            ("backbone", "method", "library", "attention", "arch", "schedule"), "none"
+        )
+        | {"drop_path": 0.0},
+        probes={"kind": kind, "seeds": [0, 1, 2][:seeds], "chance": 0.25, "tasks": tasks},
+    )
+
+
+def test_what_differs_far_beyond_its_spread_has_other_letters():
+    found = probes.letters(
+        {
+            "low": accuracies(0.3, seed=1),
+            "best": accuracies(0.95, seed=2),
+            "as good": accuracies(0.951, seed=3),
+            "middle": accuracies(0.6, seed=4),
+        }
+    )
+    assert found == {"best": "a", "as good": "a", "middle": "b", "low": "c"}
+
+
+def test_what_lies_between_two_that_differ_shares_a_letter_with_both():
+    noise = np.array([-0.05, 0.0, 0.05])[:, None] * np.ones((3, 64))
+    found = probes.letters(
+        {name: mean + noise for name, mean in (("a", 0.9), ("between", 0.8), ("c", 0.7))}
+    )
+    assert found == {"a": "a", "between": "ab", "c": "b"}
+
+
+def test_a_mechanism_that_varies_much_over_seeds_is_not_told_apart_by_its_mean():
+    steady = {str(n): accuracies(0.5, spread=0.001, seed=n) for n in range(6)}
+    wild = np.array([0.3, 0.6, 0.9])[:, None] * np.ones((3, 64))
+    found = probes.letters({**steady, "wild": wild})
+    assert set(found["wild"]) & set(found["0"])
+
+
+def test_equal_mechanisms_are_seldom_told_apart():
+    wrong = 0
+    for trial in range(60):
+        draw = np.random.default_rng(trial)
+        ours = {
+            str(n): 0.5 + 0.02 * draw.standard_normal((3, 1)) + 0.02 * draw.standard_normal((3, 64))
+            for n in range(8)
+        }
+        wrong += len(set(probes.letters(ours).values())) > 1
+    assert wrong <= 7
+
+
+def rows(order):
+    ablation = published()[lambda data: data["table"] == "ablation"]
+    ranks = dict(zip(ablation["row"], ablation["box_map"].rank(), strict=True))
+    return [entry(row, "row", {"bindup": 0.3 + 0.05 * order(rank)}) for row, rank in ranks.items()]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_agreement_with_published_map_is_beside_that_of_the_rule(sign):
+    table = probes.agreement(rows(lambda rank: rank if sign > 0 else 10 - rank))[0].raw
+    found = table.set_index("score")
+    assert found.loc["bindup", "correlation"] == pytest.approx(sign, abs=0.05)
+    assert (found.loc["bindup", "p"] < 0.001) == (sign > 0)
+    assert found.loc["rule: Partial or ViL", "correlation"] == pytest.approx(0.87, abs=0.005)
+    assert probes.agreement(rows(lambda rank: rank)[:4]) == []
+
+
+def test_the_page_shows_probes_alone_and_says_that_they_predict_nothing(tmp_path):
+    records = [
+        entry("full", "mechanism", {"bind": 0.99, "majority": 0.99}),
+        entry("global", "mechanism", {"bind": 0.4, "majority": 0.99}),
+        *rows(lambda rank: rank),
+    ]
+    text = page.write([], tmp_path, title="Probes", probes=records).read_text()
+    assert "does not predict COCO" in " ".join(text.split())
+    assert (tmp_path / "plots" / "probes_mechanism.png").stat().st_size > 0
+    shown = probes.tables(records)[0].shown.set_index("mechanism")
+    assert shown.loc["full", "bind"].endswith(" a")
+    assert shown.loc["global", "bind"].endswith(" b")
+    assert shown.loc["global", "majority"].endswith(" a")
+    scores = probes.profile(records)
+    assert scores.loc["Partial ViL", "bindup"] == pytest.approx(0.75, abs=0.01)
+    assert probes.profile(records[:2]).empty
+
+
+def test_one_seed_is_reported_with_its_limits():
+    records = [entry(n, "mechanism", {"bind": s}, seeds=1) for n, s in (("a", 0.9), ("b", 0.5))]
+    table = probes.tables(records)[0]
+    assert "One seed" in table.notes[0] or "one seed" in table.notes[0]
+    assert "\N{PLUS-MINUS SIGN}" not in table.shown["bind"][0]
