@@ -371,6 +371,21 @@ def test_the_mechanism_of_the_readme_trains(tmp_path: Path) -> None:
     assert all(entry["total"] > 0 for entry in losses)
 
 
+def test_probes_are_a_suite_and_a_section_of_a_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = str(tmp_path / "out")
+    tiny = ["steps=0.02", "images=4", "seeds=[0]", "--output", output]
+    assert run_all.main(["--suite", "probes", "--rows", "identity", *tiny]) == 0
+    assert "Probes of mechanisms" in (tmp_path / "out" / "index.md").read_text()
+    assert "identity" in capsys.readouterr().out
+    assert cli.main(["probe", "--attention", "identity", "--format", "json", *tiny]) == 0
+    out, err = capsys.readouterr()
+    assert "1 of 1 have their record" in err
+    assert json.loads(out)[0]["probes"]["kind"] == "mechanism"
+    assert cli.main(["report", output]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -386,6 +401,8 @@ def test_the_mechanism_of_the_readme_trains(tmp_path: Path) -> None:
         (["--init", "nowhere.pth"], "nowhere.pth"),
         (["--method", "retinanett"], "did you mean 'retinanet'"),
         (["--search", "drop_path=2"], "model.drop_path=2"),
+        (["--suite", "probes", "--data", "nowhere"], "--data says nothing to suite probes"),
+        (["--suite", "probes", "seedz=1"], "did you mean 'seeds'"),
         (["train.no_decay=[norm]", "--rows", "ViL", *TINY], "did you mean 'norms'"),
     ],
 )

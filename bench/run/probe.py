@@ -9,8 +9,9 @@ import math
 import multiprocessing
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,8 +158,10 @@ class _Standing:
     key: str
     sources: dict[str, str]
     outcomes: dict[tuple[str, int], Outcome] = field(default_factory=dict)
-    error: BaseException | None = None
-    left: int = 0
+    error: dict[str, Any] | None = None
+
+
+_Job = tuple[_Standing, str, int]
 
 
 def run(
@@ -233,28 +236,37 @@ def _standing(subject: Subject) -> _Standing:
 
 def _work(standings: Sequence[_Standing]) -> Iterator[_Standing]:
     """Do the trainings of subjects side by side, and yield each subject that is done."""
-    if not standings:
+    jobs = [
+        (standing, task, seed)
+        for standing in standings
+        for seed in standing.subject.recipe.seeds
+        for task in standing.subject.tasks
+    ]
+    left = Counter(id(standing) for standing, _, _ in jobs)
+    for (standing, task, seed), outcome in _outcomes(jobs):
+        if isinstance(outcome, Outcome):
+            standing.outcomes[task, seed] = outcome
+        else:
+            standing.error = standing.error or outcome
+        left[id(standing)] -= 1
+        if not left[id(standing)]:
+            yield standing
+
+
+def _outcomes(jobs: Sequence[_Job]) -> Iterator[tuple[_Job, Outcome | dict[str, Any]]]:
+    """Do each job in one of as many processes as cores, of which one core needs none."""
+    count = min(cores(), len(jobs))
+    if count <= 1:
+        for job in jobs:
+            yield job, _attempt(job[0].subject, *job[1:])
         return
     context = multiprocessing.get_context("spawn")
-    jobs: dict[Future[Outcome], tuple[_Standing, tuple[str, int]]] = {}
-    pool = ProcessPoolExecutor(cores(), mp_context=context, initializer=_prepare)
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_prepare)
     try:
-        for standing in standings:
-            subject = standing.subject
-            for seed in subject.recipe.seeds:
-                for task in subject.tasks:
-                    jobs[pool.submit(train, subject, task, seed)] = standing, (task, seed)
-                    standing.left += 1
-        for future in as_completed(jobs):
-            standing, which = jobs.pop(future)
-            standing.left -= 1
-            try:
-                standing.outcomes[which] = future.result()
-            except Exception as error:
-                # Whatever it is, it is this subject's and goes into its record.
-                standing.error = standing.error or error
-            if not standing.left:
-                yield standing
+        waiting = {pool.submit(_attempt, job[0].subject, *job[1:]): job for job in jobs}
+        for future in as_completed(waiting):
+            broken = future.exception()
+            yield waiting[future], error_section(broken) if broken else future.result()
         pool.shutdown()
     except BaseException:
         workers = list((pool._processes or {}).values())
@@ -262,6 +274,14 @@ def _work(standings: Sequence[_Standing]) -> Iterator[_Standing]:
         for worker in workers:
             worker.terminate()
         raise
+
+
+def _attempt(subject: Subject, task: str, seed: int) -> Outcome | dict[str, Any]:
+    """Train, or return the `error` section of a record: what code of users raises may not travel."""
+    try:
+        return train(subject, task, seed)
+    except Exception as error:
+        return error_section(error)
 
 
 def _prepare() -> None:
@@ -279,7 +299,7 @@ def _record(standing: _Standing, command: Sequence[str]) -> Record:
         row=subject.name,
         key=standing.key,
         status="failed" if standing.error else "done",
-        error=error_section(standing.error) if standing.error else None,
+        error=standing.error,
         created=datetime.datetime.now(datetime.UTC).isoformat(),
         seed=subject.recipe.seeds[0],
         config=subject.values(),

@@ -44,9 +44,10 @@ def test_an_untrained_model_is_at_chance(name):
     assert float(sum(map(sum, right)) / sum(asked)) == pytest.approx(0.25, abs=0.04)
 
 
-def test_full_attention_learns_to_bind_small_numbers_of_keys():
-    outcome = probe.train(one("full", steps=0.5), "bind", 0)
-    assert outcome.losses[-1] < 0.7 * outcome.losses[0]
+def test_full_attention_learns_the_most_frequent_colour():
+    subject = plan(["full"], ["majority"], build_recipe(["seeds=[0]", "images=8"]))[0]
+    right = probe.train(subject, "majority", 0).right[0]
+    assert sum(right) / len(right) > 0.98 * 16 * 16
 
 
 def test_a_row_has_two_stages_and_a_partial_one_full_attention_in_its_second():
@@ -64,6 +65,8 @@ def test_records_are_kept_and_only_what_is_missing_is_done(tmp_path, monkeypatch
     path = tmp_path / "mine.py"
     path.write_text(MINE.format("raise ValueError('does not fit')"))
     monkeypatch.chdir(tmp_path)
+    # The suite's test has several processes.
+    monkeypatch.setattr(probe, "cores", lambda: 1)
     said = []
 
     def go(**how):
