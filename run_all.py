@@ -33,7 +33,7 @@ from bench.cli import (
 )
 from bench.config import search
 from bench.config.probes import SUITE, build_recipe, suite_plan
-from bench.config.schema import RunConfig
+from bench.config.schema import CLASSIFIER, RunConfig
 from bench.config.suites import Reference, Suite, families, load_suite, reference_config, suites
 from bench.data.generated import SPLITS
 from bench.errors import InputError, choose
@@ -42,7 +42,7 @@ from bench.system import logs, processes, slurm
 from bench.system.interrupt import EXIT_CODE
 from bench.system.locks import LockedError
 from bench.system.progress import SuiteProgress
-from report import answer, load, page, probes, tables
+from report import answer, classifiers, load, page, probes, tables
 
 if TYPE_CHECKING:
     from bench.run.identity import Identity
@@ -65,6 +65,8 @@ suites: {", ".join((*suites(), SUITE))}
   zoo       the published model zoo: ViL in four sizes, two methods, two schedules; needs the same
   probes    small tasks that tell mechanisms apart, in minutes on a laptop; of --rows, mechanisms
             are probed as such and other rows as models of two stages
+  pretrain  classifiers by the recipe of DeiT, as `python -m bench pretrain` runs it; pretrain-quick
+            on generated images
 
 examples:
   python run_all.py
@@ -76,6 +78,7 @@ examples:
   python run_all.py --suite ablation --data /datasets/coco --device cuda
   python run_all.py --suite ablation --data /datasets/coco --method retinanet --schedule 3x
   python run_all.py --suite zoo --rows "ViL-Small RetinaNet 3x" --data /datasets/coco --init vil.pth
+  python run_all.py --suite ablation --data /datasets/coco --pretrain /datasets/imagenet --devices 8
   python run_all.py --suite ablation --data /datasets/coco --devices 8
   torchrun --nproc-per-node 8 run_all.py --suite ablation --data /datasets/coco
   python run_all.py --suite ablation --data /datasets/coco --devices 8 --dry-run
@@ -130,6 +133,7 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
         help=f"rows of the suite, families of rows ({', '.join(families())}), all, or mechanisms of"
         " yours as package.module:Class or file.py:Class (default: the suite's default)",
     )
+    add(result, "backbone", default=None, help="a backbone (default: the suite's)")
     add(
         result,
         "schedule",
@@ -150,6 +154,13 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
         metavar="CHECKPOINT",
         help="start from the backbone of a classifier, or from a detector (default: from scratch);"
         " a folder of ROW.pth, or a pattern such as pretrained/{row}.pth, has one for each row",
+    )
+    add(
+        result,
+        "pretrain",
+        metavar="DATA",
+        help="first pretrain a classifier for each row that has none, on a folder of classes such"
+        " as ImageNet, or on 'generated' images, and start the row from it; in OUTPUT/pretrain",
     )
     add(
         result,
@@ -239,8 +250,8 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
     return result
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
+def main(arguments: Sequence[str] | None = None, prog: str = "run_all.py") -> int:
+    """Run the command line and return its exit code; `prog` is what an error says failed."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = ["python", "run_all.py", *given]
     processes.end_with_parent()
@@ -266,6 +277,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         first = world.is_first
         if options.tensorboard:
             logs.check_tensorboard()
+        if options.pretrain is not None:
+            code = _pretrain(options, world)
+            if code is not None:
+                return code
         plain = _load(options, world)
         suite, bases = _expanded(plain, options)
         output = options.output or Path("results") / suite.name
@@ -291,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except InputError as error:
         if first:
-            print(f"run_all.py: error: {error}", file=sys.stderr)
+            print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if first:
@@ -341,6 +356,7 @@ def _load(options: argparse.Namespace, world: processes.World) -> Suite:
     suite = load_suite(
         options.suite,
         rows=options.rows,
+        backbone=options.backbone,
         schedule=options.schedule,
         method=options.method,
         data=options.data,
@@ -388,16 +404,51 @@ class Costs:
 
 def _costs(suite: Suite, bases: Mapping[str, str], options: argparse.Namespace) -> Costs:
     """What --costs and --reference ask for; the values of a search share theirs where they can."""
-    if options.costs == "none":
+    if options.costs == "none" or suite.runs[0].model.method == CLASSIFIER:
         return Costs()
     reference = Reference(image_size=options.reference)
-    found = []
+    found: list[RunConfig] = []
     for base in dict.fromkeys(bases.values()):
         runs = [run for run in suite.runs if bases[run.row] == base]
         same = [reference_config(run, base, reference) for run in runs]
         own = {run.row: reference_config(run, run.row, reference) for run in runs}
         found += same[:1] if all(one == same[0] for one in same) else own.values()
     return Costs(tuple(found), options.costs == "measured")
+
+
+def _pretrain(options: argparse.Namespace, world: processes.World) -> int | None:
+    """Pretrain what the rows of a suite start from, and name it as their --init.
+
+    Returns:
+        The exit code where this is all that the command does, else None.
+    """
+    if options.init is not None:
+        raise InputError("--pretrain makes what rows start from, and --init names it; give one")
+    suite = load_suite(options.suite, rows=options.rows, backbone=options.backbone)
+    if suite.backbone is None:
+        raise InputError(f"--pretrain: the rows of suite {suite.name} have several backbones")
+    output = (options.output or Path("results") / suite.name) / "pretrain"
+    files = [output / f"{record.slug(run.row)}.pth" for run in suite.runs]
+    # Processes of one run find what the command that started them made.
+    if world.size == 1:
+        generated = options.pretrain == "generated"
+        arguments = ["--suite", "pretrain-quick" if generated else "pretrain"]
+        arguments += ["--rows", ",".join(run.row for run in suite.runs), "--output", str(output)]
+        arguments += ["--backbone", suite.backbone, "--jobs", str(options.jobs)]
+        arguments += [] if generated else ["--data", options.pretrain]
+        for name in ("device", "seed", "devices", "launcher", "slurm", "measure_steps"):
+            value = getattr(options, name)
+            if value is not None:
+                arguments += [f"--{name.replace('_', '-')}", str(value)]
+        for name in ("retry_failed", "tensorboard", "dry_run"):
+            if getattr(options, name):
+                arguments.append(f"--{name.replace('_', '-')}")
+        code = main(arguments)
+        if code or (options.launcher == "slurm" and not all(file.is_file() for file in files)):
+            return code
+    if all(file.is_file() for file in files) or not options.dry_run:
+        options.init = str(output / "{row}.pth")
+    return None
 
 
 def _started(suite: Suite, init: str, partial: bool) -> Suite:
@@ -516,7 +567,7 @@ def _row_arguments(
     """The command line of one row of a suite, as a person would type it."""
     arguments = ["--suite", options.suite, "--rows", base, "--output", str(output), "--no-report"]
     arguments += ["--seed", str(config.seed)]
-    for name in ("schedule", "method", "data", "device", "devices", "init"):
+    for name in ("backbone", "schedule", "method", "data", "device", "devices", "init"):
         value = getattr(options, name)
         if value is not None:
             arguments += [f"--{name}", str(value)]
@@ -703,20 +754,32 @@ def _report(
     from bench.run import settled
 
     records = settled.chosen(identities, load.load(output))
-    title, probed = f"Suite {suite.name}", probes.load(output)
-    path = page.write(records, output, title=title, costs=costs, probes=probed)
-    for found in answer.first(records, costs):
-        print(answer.to_text(found, _WIDTH))
-    for table in [*tables.comparison(records), *tables.searches(records)]:
-        print(tables.to_text(table.shown, _WIDTH))
+    if suite.runs[0].model.method == CLASSIFIER:
+        found, path = classifiers.comparison(records), output / "classifiers.md"
+        where = str(path)
+        path.write_text(f"# {found.title}\n\n{tables.to_markdown(found.shown)}", encoding="utf-8")
+        print(tables.to_text(found.shown, _WIDTH))
+    else:
+        where = _page(suite, records, output, costs)
     failed = [entry for entry in records if entry.status == "failed"]
     for label, entry in zip(load.labels(records), records, strict=True):
         if entry in failed:
             print(f"{label}: failed, {(entry.error or {}).get('message')}")
     if failed:
         print("Failed rows are run again with --retry-failed.")
-    print(f"report: {path} and {path.with_suffix('.html')}")
+    print(f"report: {where}")
     return 1 if failed else 0
+
+
+def _page(suite: Suite, records: Sequence[Record], output: Path, costs: Sequence[Record]) -> str:
+    """Write the page, print the main tables, and return where it is."""
+    title, probed = f"Suite {suite.name}", probes.load(output)
+    path = page.write(records, output, title=title, costs=costs, probes=probed)
+    for found in answer.first(records, costs):
+        print(answer.to_text(found, _WIDTH))
+    for table in [*tables.comparison(records), *tables.searches(records)]:
+        print(tables.to_text(table.shown, _WIDTH))
+    return f"{path} and {path.with_suffix('.html')}"
 
 
 def _check_output(output: Path) -> None:
@@ -734,7 +797,10 @@ def _check_output(output: Path) -> None:
 def _outcome(result: Record) -> str:
     if result.error is not None:
         return f"failed, {result.error['message']}"
-    box = (result.evaluation or {}).get("box") or {}
+    evaluation = result.evaluation or {}
+    if "top1" in evaluation:
+        return f"done, top-1 {evaluation['top1']:.1f} %"
+    box = evaluation.get("box") or {}
     return f"done, box AP {box['AP']:.1f}" if box.get("AP") is not None else "done"
 
 

@@ -33,6 +33,7 @@ _TEXT = {
         for name in ("backbone", "method", "library", "library_version", "attention", "arch")
     },
     "schedule": "model.schedule",
+    "pretrain": "model.pretrain",
     "error_kind": "error.kind",
     "flops_convention": "flops.convention",
     "memory_kind": "memory.kind",

@@ -66,6 +66,7 @@ def comparison(library: Library) -> Table:
         ),
         Column("search_best", values="best"),
         Column("init"),
+        Column("pretrain", "pretrained on", optional=True),
         *map(Column, ("library", "library_version", "device", "precision", "seeds", "commit")),
         *map(Column, ("created", "status")),
         Column("error", values="error_kind"),
@@ -306,7 +307,7 @@ def _published_notes(lines: pd.DataFrame, both: pd.DataFrame) -> list[str]:
 
 def _training(both: pd.DataFrame) -> pd.Series:
     """How each row was trained, beside how the published one was; missing for untrained rows."""
-    start = both["init"].fillna("no pretrained weights")
+    start = both["pretrain"].fillna(both["init"]).fillna("no pretrained weights")
     return (
         both["steps"].astype(TEXT)
         + " steps of "
@@ -314,7 +315,7 @@ def _training(both: pd.DataFrame) -> pd.Series:
         + " images from "
         + start
         + "; the published row started from a classifier of "
-        + both["pretrain"]
+        + both["pretrain_"]
     )
 
 

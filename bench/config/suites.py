@@ -35,12 +35,14 @@ class Suite:
     Attributes:
         needs: the data set that it cannot do without, or None where it generates its own.
         more: rows of the suite that run only where they are named.
+        backbone: of all rows; None where each has its own.
     """
 
     name: str
     runs: tuple[RunConfig, ...]
     needs: str | None = None
     more: tuple[str, ...] = ()
+    backbone: str | None = None
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -125,7 +127,7 @@ def load_suite(
         check_sizes(run)
         runs.append(run)
     more = () if rows else tuple(row for row in table if row not in chosen)
-    return Suite(name, tuple(runs), needs, more)
+    return Suite(name, tuple(runs), needs, more, suite.get("backbone"))
 
 
 def profile_configs(

@@ -25,6 +25,7 @@ from bench.errors import InputError
 TRAIN, VAL = CLASS_SPLITS
 # What folders of a split are called.
 _NAMES = {TRAIN: ("train", "training"), VAL: ("val", "validation", "valid", "test")}
+_SHOWN = 5
 LAYOUT = "train/CLASS/IMAGE and val/CLASS/IMAGE"
 
 
@@ -34,6 +35,7 @@ class ClassDataset:
     Args:
         root: folder of the splits.
         split: "train" or "val".
+        classes: names of those that labels count; by default those of the split.
 
     Attributes:
         samples: path and number of the class of each image.
@@ -44,16 +46,24 @@ class ClassDataset:
         InputError: for a folder that is missing or holds no images.
     """
 
-    def __init__(self, root: Path, split: str) -> None:
+    def __init__(self, root: Path, split: str, classes: tuple[str, ...] | None = None) -> None:
         self.split, self.folder = split, find(root, split)
         try:
             reader: Any = create_reader("", root=str(self.folder))
         except RuntimeError as error:
             raise InputError(f"{self.folder}: no images in folders of classes; {error}") from error
-        self.samples: list[tuple[str, int]] = list(reader.samples)
-        self.classes: tuple[str, ...] = tuple(reader.class_to_idx)
-        if "" in self.classes:
+        own = tuple(reader.class_to_idx)
+        if "" in own:
             raise InputError(f"{self.folder}: images must lie in a folder for each class")
+        self.classes: tuple[str, ...] = classes or own
+        unknown = [name for name in own if name not in self.classes]
+        if unknown:
+            raise InputError(
+                f"{self.folder}: no such class in {TRAIN}: {', '.join(unknown[:_SHOWN])}"
+                + (" and more" if len(unknown) > _SHOWN else "")
+            )
+        labels = [self.classes.index(name) for name in own]
+        self.samples = [(str(path), labels[label]) for path, label in reader.samples]
         self.fingerprint = fingerprint_images(self.folder)
 
     def __len__(self) -> int:
@@ -109,16 +119,10 @@ def open_splits(root: Path) -> tuple[ClassDataset, ClassDataset]:
     """Read the images to train on and those to evaluate on.
 
     Raises:
-        InputError: for data that cannot be used, or splits of different classes.
+        InputError: for data that cannot be used, or classes that only evaluation has.
     """
-    train, val = ClassDataset(root, TRAIN), ClassDataset(root, VAL)
-    apart = sorted(set(train.classes) ^ set(val.classes))
-    if apart:
-        raise InputError(
-            f"{root}: train and val must have the same classes; only one of them has"
-            f" {', '.join(apart[:5])}{' and more' if len(apart) > 5 else ''}"
-        )
-    return train, val
+    train = ClassDataset(root, TRAIN)
+    return train, ClassDataset(root, VAL, train.classes)
 
 
 def image_size(config: RunConfig) -> tuple[int, int]:

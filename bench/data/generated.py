@@ -223,7 +223,8 @@ def _write_classes(
         while not placed:
             area = _area(rng)
             # A turned outline needs room, above all a bar.
-            placed = _place(rng, [], min(area, min(image_size) ** 2 / 6), image_size)
+            most = min(image_size) ** 2 / 6
+            placed = _place(rng, [], min(area, most), image_size, index % len(SHAPES))
         pixels = _paint(rng, _background(rng, image_size), placed)
         name = f"{index + 1:012d}.jpg"
         Image.fromarray(pixels).save(root / split / SHAPES[placed[0].shape] / name, quality=92)
@@ -261,11 +262,15 @@ def _area(rng: np.random.Generator) -> float:
 
 
 def _place(
-    rng: np.random.Generator, placed: list[_Object], area: float, image_size: tuple[int, int]
+    rng: np.random.Generator,
+    placed: list[_Object],
+    area: float,
+    image_size: tuple[int, int],
+    given: int | None = None,
 ) -> list[_Object]:
-    """Put one more object on top where enough of those below stays visible."""
+    """Put one more object, of the shape `given` or any, on top; enough below stays visible."""
     for _ in range(_TRIES):
-        shape = int(rng.integers(len(SHAPES)))
+        shape = int(rng.integers(len(SHAPES))) if given is None else given
         outline = _outline(rng, SHAPES[shape], area)
         low, high = outline.min(axis=0), outline.max(axis=0)
         room = np.array(image_size[::-1]) - (high - low)

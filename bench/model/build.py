@@ -112,22 +112,30 @@ def parameters_section(detector: detectors.Detector | ViL) -> dict[str, Any]:
     return {"total": count(detector), "by_part": parts}
 
 
+def library_of(config: RunConfig) -> tuple[str, str]:
+    """Return the library of a run's model, the one that "auto" stands for here, and its version.
+
+    Raises:
+        InputError: for one that is not importable.
+    """
+    if config.model.method == CLASSIFIER:
+        return "timm", metadata.version("timm")
+    library = detectors.resolve_library(config.model.library)
+    return library, detectors.library_version(library)
+
+
 def model_section(config: RunConfig) -> dict[str, Any]:
     """Return the `model` section of a record."""
     model = config.model
-    library, version = model.library, None
-    if model.method == CLASSIFIER:
-        library, version = "timm", metadata.version("timm")
-    else:
-        # Where the library cannot be had, that is the error of the record.
-        with suppress(InputError):
-            library = detectors.resolve_library(library)
-            version = detectors.library_version(library)
+    library, version = model.library, ""
+    # Where the library cannot be had, that is the error of the record.
+    with suppress(InputError):
+        library, version = library_of(config)
     return {
         "backbone": model.backbone,
         "method": model.method,
         "library": library,
-        "library_version": version,
+        "library_version": version or None,
         "attention": _attention_label(config),
         "arch": model.arch,
         "drop_path": model.drop_path,

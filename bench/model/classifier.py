@@ -1,6 +1,6 @@
 """A classifier to pretrain: the backbone, the mixing of images, the loss, a moving average."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -104,16 +104,23 @@ def recipe(config: RunConfig, images: int) -> TrainConfig:
     return replace(train, steps=max(1, steps[0]), warmup_steps=steps[1])
 
 
-def schedule(optimizer: torch.optim.Optimizer, config: RunConfig, train: TrainConfig) -> Any:
-    """Return timm's schedule of the rate: linear warm-up, then a cosine."""
-    return CosineLRScheduler(
-        optimizer,
+def rates(config: RunConfig, train: TrainConfig) -> Callable[[int], float]:
+    """Return the rate of each step, counted from 0, by timm's schedule: warm-up, then a cosine."""
+    stub = torch.optim.SGD([torch.zeros(1)], lr=train.lr)
+    scheduler = CosineLRScheduler(
+        stub,
         t_initial=train.steps,
         lr_min=config.classify.min_lr,
         warmup_t=train.warmup_steps,
         warmup_lr_init=config.classify.warmup_lr,
         t_in_epochs=False,
     )
+
+    def rate(step: int) -> float:
+        scheduler.step_update(step)
+        return float(stub.param_groups[0]["lr"])
+
+    return rate
 
 
 def build_optimizer(classifier: Classifier, config: TrainConfig) -> torch.optim.Optimizer:

@@ -149,6 +149,29 @@ def load_published(vil: ViL, state_dict: Mapping[str, Tensor]) -> None:
     vil.load_state_dict(dict(state_dict))
 
 
+def load_classifier(vil: ViL, state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Load a classifier's state dict, all of it or nothing, with or without `module.` in names.
+
+    Args:
+        source: where it is from, for the error.
+
+    Raises:
+        InputError: listing the names that are missing, unexpected or of another shape.
+    """
+    own = vil.state_dict()
+    named = {name.removeprefix(_PARALLEL_PREFIX): tensor for name, tensor in state_dict.items()}
+    given = {n: t for n, t in named.items() if n in own or not n.endswith(_DERIVED)}
+    problems = misfits(own, given)
+    if problems:
+        parts = [f"{len(names)} {what}: {_some(names, _SHOWN)}" for what, names in problems.items()]
+        raise InputError(
+            f"{source} does not fit the classifier of {len(own['head.weight'])} classes and"
+            f" images of {vil.largest[0]}x{vil.largest[1]} that was built (backbone, row, positions"
+            f" and size of images say which); {'; '.join(parts)}"
+        )
+    vil.load_state_dict(given)
+
+
 def misfits(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """What keeps a state dict from being loaded whole: "missing", "unexpected" and "misshapen".
 

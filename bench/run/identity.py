@@ -23,7 +23,7 @@ from bench.data.fingerprint import fingerprint, fingerprint_images
 from bench.data.split import named_files
 from bench.errors import InputError
 from bench.files import sha256
-from bench.model import detectors
+from bench.model.build import library_of
 from bench.model.optimizer import effective
 from bench.record import Record
 
@@ -146,7 +146,7 @@ def identify(
     values["device"] = config.device.partition(":")[0]
     # Where it cannot be had, that is the error of the run.
     with suppress(InputError):
-        values["model.library"] = detectors.resolve_library(config.model.library)
+        values["model.library"] = library_of(config)[0]
     unused = [] if config.data.path is None else ["data.generated."]
     unused += [] if config.model.dense else ["model.dense"]
     unused += [] if config.model.method == CLASSIFIER else ["classify."]

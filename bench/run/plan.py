@@ -1,22 +1,27 @@
 """What a suite would do, without doing it: steps, rates, memory and time."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
+from torch import nn
 
-from bench.config.schema import RunConfig, TrainConfig
+from bench.config.schema import CLASSIFIER, RunConfig, TrainConfig
 from bench.config.suites import Suite
+from bench.data import classes
 from bench.data import split as inputs
+from bench.data.classes import ClassDataset
 from bench.data.coco import CocoDataset
 from bench.measure.predict import NotPredictedError, predict
 from bench.measure.workload import Workload
 from bench.model import build as models
-from bench.model import detectors
+from bench.model import classifier, detectors
 from bench.model.optimizer import effective, learning_rate, scaling_note
 from bench.system import devices
 
@@ -75,7 +80,7 @@ def plan(
         tell: called with each row before it is planned, which takes seconds.
     """
     # Runs share their data, and reading COCO's annotations takes long.
-    opened: dict[str, CocoDataset | None] = {}
+    opened: dict[str, CocoDataset | ClassDataset | None] = {}
     planned: list[Planned] = []
     for config in suite.runs:
         if any(run.config.row == config.row for run in planned):
@@ -113,12 +118,12 @@ def lines(planned: Sequence[Planned], measure_steps: int) -> list[str]:
     found = [
         *_each(planned, _step),
         *_each(planned, lambda run: f"data: {run.data}"),
-        *_each(planned, _start),
+        *_each([run for run in planned if not _classifies(run)], _start),
         *_each(planned, lambda run: f"library: {run.library}, precision {run.recipe.precision}"),
     ]
     for run in planned:
-        note = scaling_note(run.config.train)
-        found += [line for line in (note, _rates(run.recipe)) if line and line not in found]
+        note = None if _classifies(run) else scaling_note(run.config.train)
+        found += [line for line in (note, _rates(run)) if line and line not in found]
     found += _each(planned, _about_memory)
     if not measure_steps:
         return [*found, "time: --measure-steps N times training steps and predicts it"]
@@ -191,8 +196,15 @@ def _epochs(run: Planned) -> str:
 
 
 def _plan(
-    config: RunConfig, suite: Suite, dataset: CocoDataset | None, measure_steps: int
+    config: RunConfig,
+    suite: Suite,
+    dataset: CocoDataset | ClassDataset | None,
+    measure_steps: int,
 ) -> Planned:
+    if config.model.method == CLASSIFIER:
+        return _plan_classifier(config, dataset, measure_steps)
+    if isinstance(dataset, ClassDataset):
+        raise TypeError(f"{config.row} is a detector")
     recipe = effective(config.train, config.model.method)
     part = recipe.batch_size // (recipe.devices * recipe.accumulate)
     coco = suite.needs is not None and config.data.path is None
@@ -216,6 +228,43 @@ def _plan(
     )
 
 
+def _plan_classifier(config: RunConfig, dataset: Any, measure_steps: int) -> Planned:
+    made = config.data.generated.train_images
+    images = made if dataset is None else len(dataset)
+    recipe = classifier.recipe(config, images)
+    part = recipe.batch_size // (recipe.devices * recipe.accumulate)
+    on_gpu = _on_gpu(config)
+    size = classes.image_size(config)
+    vil = models.build_backbone(config)
+    seconds = None
+    if measure_steps:
+        call = _classifier_step(config, size, part)
+        seconds = _median(call, measure_steps, devices.single_fabric(config).device)
+        seconds *= recipe.accumulate * recipe.steps
+    where = "generated" if config.data.path is None else config.data.path
+    return Planned(
+        config=config,
+        recipe=recipe,
+        library="timm",
+        data=f"{where}, {images} images",
+        images=images,
+        memory=_predicted(vil, config, part, size, "cuda" if on_gpu else "cpu"),
+        on_gpu=on_gpu,
+        seconds=seconds,
+        seeds=(config.seed,),
+    )
+
+
+def _classifier_step(config: RunConfig, size: tuple[int, int], images: int) -> Callable[[], object]:
+    """Return a training step on random images of 1000 classes."""
+    fabric = devices.single_fabric(config)
+    batch = list(torch.randn(images, 3, *size))
+    targets = [{"label": torch.tensor(index % 1000)} for index in range(images)]
+    module = classifier.build_classifier(config, 1000)
+    workload = Workload(module, (batch,), fabric=fabric, config=config, targets=targets)
+    return workload.call("training")
+
+
 def _data(
     config: RunConfig, dataset: CocoDataset | None, needs: str | None
 ) -> tuple[str, int | None]:
@@ -234,12 +283,20 @@ def _data(
     return f"{config.data.path}, {split}, {len(dataset)} images{found}", images
 
 
-def _rates(recipe: TrainConfig) -> str:
+def _classifies(run: Planned) -> bool:
+    return run.config.model.method == CLASSIFIER
+
+
+def _rates(run: Planned) -> str:
+    recipe = run.recipe
+    rate: Callable[[int], float] = functools.partial(learning_rate, config=recipe)
+    if _classifies(run):
+        rate = classifier.rates(run.config, recipe)
     points = {0, min(recipe.warmup_steps, recipe.steps - 1), recipe.steps - 1}
     points |= {milestone for milestone in recipe.milestones if milestone < recipe.steps}
     if recipe.decay == "cosine":
         points |= {recipe.steps // 2}
-    listed = ", ".join(f"{learning_rate(step, recipe):.3g} at {step}" for step in sorted(points))
+    listed = ", ".join(f"{rate(step):.3g} at {step}" for step in sorted(points))
     shape = "a cosine" if recipe.decay == "cosine" else f"times {recipe.gamma:g} at milestones"
     return (
         f"schedule {recipe.schedule}: {recipe.steps} steps, warm-up over {recipe.warmup_steps},"
@@ -247,7 +304,7 @@ def _rates(recipe: TrainConfig) -> str:
     )
 
 
-def _dataset(config: RunConfig, output: Path, *, needed: bool) -> CocoDataset | None:
+def _dataset(config: RunConfig, output: Path, *, needed: bool) -> CocoDataset | ClassDataset | None:
     """The training images, if they are there or have to be; generated ones are made if needed.
 
     Raises:
@@ -256,6 +313,8 @@ def _dataset(config: RunConfig, output: Path, *, needed: bool) -> CocoDataset | 
     path = config.data.path
     if not needed and (path is None or not Path(path).is_dir()):
         return None
+    if config.model.method == CLASSIFIER:
+        return classes.open_splits(classes.data_root(config, output))[0]
     root = inputs.data_root(config, output)
     names = dict.fromkeys([config.data.train_split, *config.evaluate.splits])
     splits = [inputs.open_split(config, root, name) for name in names]
@@ -279,13 +338,17 @@ def _seconds(
         targets=targets,
     )
     # Run once before it is timed.
-    call = workload.call("training")
+    return _median(workload.call("training"), steps, fabric.device)
+
+
+def _median(call: Callable[[], object], count: int, device: torch.device) -> float:
+    """Return the median time of calls, in seconds."""
     times = []
-    for _ in range(steps):
+    for _ in range(count):
         start = time.perf_counter()
         call()
-        if fabric.device.type == "cuda":
-            torch.cuda.synchronize(fabric.device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
@@ -303,10 +366,16 @@ def _memory(config: RunConfig, images: int, num_classes: int, device: str) -> fl
     size = config.profile.image_size
     with torch.device("meta"):
         detector = models.build_detector(config, num_classes)
+    return _predicted(detector, config, images, (size[0], size[1]), device)
+
+
+def _predicted(
+    module: nn.Module, config: RunConfig, images: int, size: tuple[int, int], device: str
+) -> float | None:
     try:
         prediction = predict(
-            detector,
-            image_size=(size[0], size[1]),
+            module,
+            image_size=size,
             batch_size=images,
             mode="training",
             precision=config.train.precision,

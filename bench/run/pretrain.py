@@ -76,11 +76,12 @@ class Pretraining(Run):
         """Train the classifier; return it as Fabric wrapped it, and the log."""
         config, recipe, fabric = self.config, self.recipe, self.fabric
         optimizer = classifier.build_optimizer(self.classifier, recipe)
-        scheduler = classifier.schedule(optimizer, config, recipe)
+        rate = classifier.rates(config, recipe)
 
         def set_rate(step: int) -> float:
-            scheduler.step_update(step)
-            return float(optimizer.param_groups[0]["lr"])
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step)
+            return rate(step)
 
         task = Task(
             optimizer,

@@ -1,0 +1,150 @@
+"""`python -m bench pretrain`: classifiers to start detectors from, trained or evaluated."""
+
+import argparse
+import json
+from pathlib import Path
+
+from bench.cli import PROG, add, add_overrides, names, positive
+from bench.errors import InputError
+
+HELP = "pretrain the backbone of rows as classifiers, by the recipe of DeiT, or evaluate one"
+EPILOG = """\
+examples:
+  python -m bench pretrain
+  python -m bench pretrain --data /datasets/imagenet --attention performer --backbone small
+  python -m bench pretrain --data /datasets/imagenet --attention ViL,swin --devices 8 --dry-run
+  python -m bench pretrain --data /datasets/imagenet --attention all --devices 8 \\
+      --launcher slurm --slurm slurm_partition=gpu,timeout_min=4320
+  python -m bench pretrain --data my_images classify.epochs=30 data.fixed_size=[192,192]
+  python -m bench pretrain --eval --weights vil.pth --data /datasets/imagenet --position relative
+  python run_all.py --suite ablation --data /datasets/coco --init 'results/pretrain/{row}.pth'
+
+Data are folders of classes, train/CLASS/IMAGE and val/CLASS/IMAGE; without --data the quick
+backbone is pretrained on generated images. It is a suite as run_all.py runs it: rows that have a
+record are not run again, and the same command continues what was stopped. --init takes what it
+leaves, OUTPUT/ROW.pth.
+
+"""
+LAUNCHERS = ("none", "local", "slurm")
+_ROW = "ViL"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add(parser, "data", metavar="DIR", help="folder of classes (default: generated images)")
+    add(
+        parser,
+        "attention",
+        type=names,
+        default=_ROW,
+        help="rows of configs/rows.yaml, families, all, or mechanisms of yours",
+    )
+    add(
+        parser,
+        "backbone",
+        default=None,
+        help="a backbone (default: small, of generated images quick)",
+    )
+    add(parser, "schedule", metavar="NAME", help="recipe of configs/pretrain.yaml")
+    add(parser, "output", help="where everything goes (default: results/pretrain)")
+    add(parser, "device", default=None)
+    add(parser, "seed", default=None)
+    add(parser, "devices", metavar="N", type=positive, help="processes that share each run")
+    add(parser, "launcher", choices=LAUNCHERS, default="none", help="as of run_all.py")
+    add(parser, "jobs", metavar="N", type=positive, default=2, help="rows side by side")
+    add(parser, "slurm", metavar="KEY=VALUE,…", help="parameters of submitit's executor")
+    add(parser, "dry-run", action="store_true", help="print what would run, its memory and time")
+    add(parser, "measure-steps", metavar="N", type=positive, help="time N steps in a dry run")
+    add(parser, "retry-failed", action="store_true", help="run again the rows that failed")
+    add(parser, "tensorboard", action="store_true", help="write TensorBoard's events")
+    one = parser.add_argument_group("evaluation of a checkpoint")
+    add(one, "eval", action="store_true", help="evaluate --weights on val, and train nothing")
+    add(one, "weights", type=Path, metavar="FILE", help="a classifier of ours or a published one")
+    add(one, "position", help="positions of all stages (default: the row's)")
+    add(one, "image-size", help="of the images (default: the recipe's)")
+    add(one, "batch-size", default=64)
+    add_overrides(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Pretrain, or evaluate."""
+    if options.eval:
+        return _evaluate(options)
+    given = [f"--{n}" for n in ("weights", "position", "image-size") if _value(options, n)]
+    if given:
+        raise InputError(f"{given[0]} is for --eval")
+
+    import run_all
+
+    suite = "pretrain-quick" if options.data is None else "pretrain"
+    arguments = ["--suite", suite, "--rows", ",".join(options.attention)]
+    arguments += ["--output", str(options.output or Path("results") / "pretrain")]
+    for name in (
+        *("data", "backbone", "schedule", "device", "seed", "devices", "launcher", "jobs"),
+        *("slurm", "measure-steps"),
+    ):
+        value = _value(options, name)
+        if value is not None:
+            arguments += [f"--{name}", str(value)]
+    for name in ("dry-run", "retry-failed", "tensorboard"):
+        if _value(options, name):
+            arguments.append(f"--{name}")
+    return run_all.main([*arguments, *options.overrides], prog=f"{PROG} pretrain")
+
+
+def _value(options: argparse.Namespace, name: str) -> object:
+    found: object = getattr(options, name.replace("-", "_"))
+    return found
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    """Print top-1 and top-5 of a checkpoint."""
+    if options.weights is None:
+        raise InputError("--eval needs --weights, a checkpoint of a classifier")
+    if len(options.attention) != 1:
+        raise InputError(f"--attention {','.join(options.attention)}: a checkpoint is of one row")
+
+    from rich.console import Console
+
+    from bench.config.suites import load_suite, profile_configs
+    from bench.data import classes
+    from bench.model.classifier import build_classifier
+    from bench.model.weights import load_classifier, load_file
+    from bench.run.pretrain import evaluate
+    from bench.system.devices import make_fabric
+    from bench.system.progress import Bar
+
+    suite, backbone = ("pretrain", "small") if options.data else ("pretrain-quick", "quick")
+    backbone = options.backbone or backbone
+    overrides = [f"evaluate.batch_size={options.batch_size}", "train.precision=32-true"]
+    if options.image_size:
+        overrides.append(f"data.fixed_size={list(options.image_size)}")
+    if options.position:
+        (named,) = profile_configs(options.attention, backbone=backbone, position=options.position)
+        overrides.append(f"model.arch={named.model.arch}")
+    (config,) = load_suite(
+        suite,
+        rows=options.attention,
+        backbone=backbone,
+        schedule=options.schedule,
+        data=options.data,
+        device=options.device,
+        overrides=[*overrides, *options.overrides],
+    ).runs
+    root = classes.data_root(config, options.output or Path("results") / "pretrain")
+    _, split = classes.open_splits(root)
+    module = build_classifier(config, len(split.classes))
+    load_classifier(module.vil, load_file(options.weights), str(options.weights))
+    fabric = make_fabric(config)
+    console = Console(stderr=True)
+    with Bar("evaluating", len(split), console=console) as bar:
+        section = evaluate(
+            fabric.setup_module(module), split, config, fabric, lambda share, _: bar.update(share)
+        )
+    low, high = section["top1_interval"]["top1"]
+    print(
+        f"{section['images']} images of {len(split.classes)} classes: top-1 {section['top1']:.2f} %"
+        f" (95 % interval {low:.2f} to {high:.2f}), top-5 {section['top5']:.2f} %"
+    )
+    print(json.dumps({"weights": str(options.weights), "evaluation": section}))
+    return 0
