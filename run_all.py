@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 LAUNCHERS = ("none", "local", "slurm")
 COSTS = ("none", "counted", "measured")
 _WIDTH = 120
+# Settings of what --pretrain runs, such as pretrain.classify.epochs=100.
+_PRETRAIN = "pretrain."
 
 
 def parser() -> Parser:
@@ -160,7 +162,8 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
         "pretrain",
         metavar="DATA",
         help="first pretrain a classifier for each row that has none, on a folder of classes such"
-        " as ImageNet, or on 'generated' images, and start the row from it; in OUTPUT/pretrain",
+        " as ImageNet, or on 'generated' images, and start the row from it; in OUTPUT/pretrain,"
+        " with settings as pretrain.classify.epochs=100",
     )
     add(
         result,
@@ -424,6 +427,8 @@ def _pretrain(options: argparse.Namespace, world: processes.World) -> int | None
     """
     if options.init is not None:
         raise InputError("--pretrain makes what rows start from, and --init names it; give one")
+    own = [word for word in options.overrides if word.startswith(_PRETRAIN)]
+    options.overrides = [word for word in options.overrides if word not in own]
     suite = load_suite(options.suite, rows=options.rows, backbone=options.backbone)
     if suite.backbone is None:
         raise InputError(f"--pretrain: the rows of suite {suite.name} have several backbones")
@@ -443,7 +448,7 @@ def _pretrain(options: argparse.Namespace, world: processes.World) -> int | None
         for name in ("retry_failed", "tensorboard", "dry_run"):
             if getattr(options, name):
                 arguments.append(f"--{name.replace('_', '-')}")
-        code = main(arguments)
+        code = main([*arguments, *(word.removeprefix(_PRETRAIN) for word in own)])
         if code or (options.launcher == "slurm" and not all(file.is_file() for file in files)):
             return code
     if all(file.is_file() for file in files) or not options.dry_run:

@@ -92,7 +92,12 @@ def initialise(detector: detectors.Detector, path: Path) -> str:
         raise InputError(f"train.init={path}: none of its {len(given)} tensors fits the backbone")
     detector.load_state_dict({**own, **fitting})
     left = sorted(set(given) - set(fitting))
-    missing = sum(name.startswith(weights.DETECTOR_PREFIX) for name in set(own) - set(fitting))
+    # The head of a classifier is of no use to a detector.
+    head = f"{weights.DETECTOR_PREFIX}head."
+    missing = sum(
+        name.startswith(weights.DETECTOR_PREFIX) and not name.startswith(head)
+        for name in set(own) - set(fitting)
+    )
     digest = sha256(path)
     return (
         f"initialised from {path.name} (sha256 {digest[:16]}): {len(fitting)} tensors"

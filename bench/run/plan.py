@@ -181,7 +181,9 @@ def _about_time(run: Planned, measure_steps: int) -> str:
 
 
 def _batch(run: Planned) -> str:
-    size = "x".join(map(str, run.config.profile.image_size))
+    config = run.config
+    sides = classes.image_size(config) if _classifies(run) else config.profile.image_size
+    size = "x".join(map(str, sides))
     return f"{_many(run.images_of_a_part, 'image')} of {size}"
 
 

@@ -69,7 +69,7 @@ def whole(suite):
 
 
 def test_suites():
-    assert set(suites()) == {"ablation", "quick", "zoo"}
+    assert set(suites()) == {"ablation", "pretrain", "pretrain-quick", "quick", "zoo"}
     for suite in suites():
         assert load_suite(suite).name == suite
         for run in whole(suite).values():

@@ -1,0 +1,198 @@
+"""Classifiers: trained, resumed, shared among processes, evaluated, and taken by --init."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import run_all
+from bench.cli import main
+from bench.config.suites import load_suite
+from bench.data import classes
+from bench.data.generated import SHAPES, generate_classes
+from bench.errors import InputError
+from bench.model.classifier import build_classifier, build_optimizer, rates, recipe
+from bench.model.weights import load_file, load_origin
+from bench.run.runner import Options, run
+
+# Everything random that pretraining has, in four steps.
+TINY = [
+    "train.steps=4",
+    "train.batch_size=8",
+    "train.checkpoint_every=1",
+    "train.warmup_steps=1",
+    "model.drop_path=0.2",
+    "classify.augment=rand-m9-mstd0.5-inc1",
+    "classify.erasing=0.25",
+    "classify.mixup=0.8",
+    "classify.cutmix=1.0",
+    "classify.average=0.5",
+    "data.generated.train_images=24",
+    "data.generated.val_images=12",
+]
+
+
+def tiny(row="performer", *overrides):
+    suite = load_suite("pretrain-quick", rows=[row], device="cpu", overrides=[*TINY, *overrides])
+    return suite.runs[0]
+
+
+def pretrain(output, *words):
+    return main(["pretrain", "--device", "cpu", "--output", str(output), *words])
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A row that was pretrained without a break: its folder and its record."""
+    output = tmp_path_factory.mktemp("done")
+    return output, run(tiny(), output=output)
+
+
+def test_record_and_weights(done):
+    output, record = done
+    assert (record.status, record.model["method"]) == ("done", "classifier")
+    assert record.training["steps"] == 4
+    assert [name for _, name in record.training["classes"]] == sorted(SHAPES)
+    found = record.evaluation
+    low, high = found["top1_interval"]["top1"]
+    assert 0 <= low <= found["top1"] <= high <= 100
+    assert found["top1"] <= found["top5"]
+    assert found["images"] == 12
+    state = load_file(output / "performer.pth")
+    assert state["head.weight"].shape == (6, 128)
+    assert "24 images" in load_origin(output / "performer.pth")
+    # The moving average is kept, not the newest weights.
+    assert run(tiny(), output=output).created == record.created
+
+
+def test_resumed_run_is_the_same_bit_by_bit(done, tmp_path):
+    def stop(_share, doing):
+        if "step 2 of" in doing:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny(), output=tmp_path, options=Options(progress=stop))
+    record = run(tiny(), output=tmp_path)
+    assert record.training["resumed"] == 1
+    assert record.training["losses"] == done[1].training["losses"]
+    expected = load_file(done[0] / "performer.pth")
+    resumed = load_file(tmp_path / "performer.pth")
+    assert all(resumed[name].equal(tensor) for name, tensor in expected.items())
+    assert record.evaluation["top1"] == done[1].evaluation["top1"]
+
+
+def test_two_processes_do_what_one_does_in_two_parts(tmp_path):
+    words = ["--attention", "performer", *TINY]
+    assert pretrain(tmp_path / "parts", *words, "train.accumulate=2") == 0
+    assert pretrain(tmp_path / "processes", *words, "--devices", "2") == 0
+    one, two = (load_file(tmp_path / name / "performer.pth") for name in ("parts", "processes"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-6)
+    records = [
+        json.loads(next((tmp_path / name / "records").glob("*.json")).read_text())["evaluation"]
+        for name in ("parts", "processes")
+    ]
+    assert records[0]["top5"] == records[1]["top5"]
+
+
+def test_published_files_evaluate(done, tmp_path, capsys):
+    output, record = done
+    state = load_file(output / "performer.pth")
+    file = tmp_path / "published.pth"
+    torch.save({"net": {f"module.{name}": tensor for name, tensor in state.items()}}, file)
+    data = next((output / "data").glob("classes-*"))
+    words = ["--eval", "--weights", str(file), "--attention", "performer", "--backbone", "quick"]
+    words += ["--data", str(data), "--image-size", "64"]
+    assert pretrain(tmp_path, *words) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["evaluation"]
+    assert (found["top1"], found["top5"]) == (
+        record.evaluation["top1"],
+        record.evaluation["top5"],
+    )
+    assert pretrain(tmp_path, *words[:-1], "96") == 2
+    assert "does not fit the classifier of 6 classes" in capsys.readouterr().err
+
+
+def test_suite_starts_from_what_it_pretrained(tmp_path, capsys):
+    words = ["--rows", "performer", "--device", "cpu", "--output", str(tmp_path)]
+    words += ["data.generated.train_images=8", "data.generated.val_images=4", "train.steps=2"]
+    words += ["train.checkpoint_every=2", "profile.enabled=false", "evaluate.bootstrap=0"]
+    words += ["--pretrain", "generated", *(f"pretrain.{setting}" for setting in TINY)]
+    assert run_all.main([*words, "--dry-run"]) == 0
+    assert "classifier" in capsys.readouterr().out
+    assert run_all.main(words) == 0
+    (file,) = (tmp_path / "records").glob("*.json")
+    record = json.loads(file.read_text())
+    assert record["model"]["pretrain"].startswith("generated images, 6 classes")
+    (note,) = (note for note in record["notes"] if note.startswith("initialised from"))
+    assert "start anew" not in note
+    assert "generated images, 6 classes" in (tmp_path / "index.md").read_text()
+    capsys.readouterr()
+    assert run_all.main(words) == 0
+    assert capsys.readouterr().out.count("0 of 1 rows to run") == 2
+
+
+def test_recipe_is_that_of_deit():
+    (config,) = load_suite("pretrain", rows=["performer"], data="somewhere").runs
+    train = recipe(config, 1_281_167)
+    assert (train.batch_size, train.lr, train.weight_decay) == (1024, 1e-3, 0.05)
+    assert train.steps == round(300 * 1_281_167 / 1024)
+    rate = rates(config, train)
+    assert rate(0) == pytest.approx(1e-6)
+    assert rate(train.warmup_steps) == pytest.approx(1e-3, rel=1e-3)
+    assert rate(train.steps // 2) == pytest.approx((1e-3 + 1e-5) / 2, rel=1e-2)
+    how = config.classify
+    assert (how.mixup, how.cutmix, how.smoothing, how.erasing) == (0.8, 1.0, 0.1, 0.25)
+    assert (how.augment, config.model.drop_path) == ("rand-m9-mstd0.5-inc1", 0.1)
+    optimizer = build_optimizer(build_classifier(tiny(), 6), train)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.05}
+
+
+def test_batches_depend_on_seed_and_step_alone(tmp_path):
+    config = tiny()
+    root = generate_classes(tmp_path / "data", train_images=24, val_images=6, image_size=(64, 64))
+    train, val = classes.open_splits(root)
+    assert sorted(label for _, label in val.samples) == list(range(6))
+    whole = list(classes.training_batches(train, config, steps=3, start_step=0))
+    torch.manual_seed(9)
+    (images, targets), _ = classes.training_batches(train, config, steps=3, start_step=1)
+    assert all(a.equal(b) for a, b in zip(images, whole[1][0], strict=True))
+    assert [int(t["label"]) for t in targets] == [int(t["label"]) for t in whole[1][1]]
+    # Reading leaves the random state alone.
+    assert torch.rand(1).equal(torch.rand(1, generator=torch.Generator().manual_seed(9)))
+    file = sorted((root / "train").rglob("*.jpg"))[0]
+    file.write_bytes(b"none")
+    with pytest.raises(InputError, match=file.name):
+        list(classes.training_batches(train, config, steps=3, start_step=0))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data", "nowhere", "train.precision=32-true"], "--data nowhere: no folder"),
+        (["--eval"], "--weights"),
+        (["--weights", "a.pth"], "--eval"),
+        (["--eval", "--weights", "nowhere.pth", *TINY], "nowhere.pth: no such file"),
+        (["--schedule", "deitt", "--data", "."], "did you mean 'deit'"),
+        (["profile.enabled=true"], "profile.enabled"),
+        (["data.fixed_size=null"], "data.fixed_size"),
+        (["classify.mixup=-1"], "classify.mixup"),
+    ],
+)
+def test_wrong_input_is_one_line(words, said, tmp_path, capsys):
+    assert pretrain(tmp_path, *words) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error
+    assert "\n" not in error
+    assert error.startswith("python -m bench pretrain: error: ")
+
+
+def test_validation_of_other_classes_is_refused(tmp_path):
+    root = generate_classes(tmp_path / "data", train_images=6, val_images=6, image_size=(64, 64))
+    (root / "val" / "star").rename(root / "val" / "moon")
+    with pytest.raises(InputError, match="moon"):
+        classes.open_splits(root)
+    shutil.rmtree(root / "val")
+    with pytest.raises(InputError, match="val, validation"):
+        classes.open_splits(root)
