@@ -45,6 +45,7 @@ PACKAGES = (
     "faster-coco-eval",
     "fvcore",
     "performer-pytorch",
+    "timm",
     "detectron2",
 )
 

@@ -402,7 +402,7 @@ def test_sizes_count_where_something_is_measured():
 
 # What of a suite is asked for, and parts of the one line that refuses it.
 REFUSED = [
-    ({"suite": "quik"}, ["suite 'quik' (did you mean 'quick'?); allowed: ablation, quick, zoo"]),
+    ({"suite": "quik"}, ["suite 'quik' (did you mean 'quick'?); allowed: ablation, pretrain"]),
     (
         {"rows": ["partial vil"]},
         ["'partial vil' of suite quick (did you mean 'Partial ViL'"],
