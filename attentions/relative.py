@@ -50,6 +50,25 @@ def attend_relatively(
     return _attend(q, keys_values, table, of_global, [num_heads, *grid, *extent], dropout)
 
 
+def attend_decomposed(
+    q: Tensor,
+    keys_values: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    *,
+    num_heads: int,
+    grid: Grid,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Softmax attention over all tokens, with biases `q · rows[i, r] + q · columns[j, s]`.
+
+    The bias is that of a grid token at (i, j) as query and one at (r, s) as key.
+
+    Shapes: q (B, N, C), keys_values (B, N, 2 C), rows (R, R, M), columns (S, S, M) -> (B, N, C).
+    """
+    return _attend_decomposed(q, keys_values, rows, columns, [num_heads, *grid], dropout)
+
+
 class _Block(NamedTuple):
     """Images, heads and queries: rows and columns of the grid, or None for the global tokens."""
 
@@ -99,10 +118,7 @@ class _Call:
     def backward(self, grad: Tensor) -> Gradients:
         wide = torch.promote_types(grad.dtype, torch.float32)
         dq, dk, dv = self.q.new_empty(self.q.shape), *torch.zeros_like(self.keys_values)
-        dimage = torch.zeros_like(self.image, dtype=wide)
-        dglobal = None
-        if self.of_global is not None:
-            dglobal = torch.zeros_like(self.of_global, dtype=wide)
+        sums = self._sums(wide)
         with full_precision(self.q):
             for number, block in enumerate(self._blocks()):
                 q, do = self._take(self.q, block).mul_(self.scale), self._take(grad, block)
@@ -112,12 +128,24 @@ class _Call:
                 weights = weights if factors is None else weights.mul_(factors)
                 add_product_(self._of(dv, block), weights.transpose(1, 2), do)
                 add_product_(self._of(dk, block), ds.transpose(1, 2), q)
-                self._put(dq, torch.bmm(ds, self._of(self.k, block)).mul_(self.scale), block)
                 del weights, factors
-                self._add_bias(dimage, dglobal, ds, block)
+                dquery = torch.bmm(ds, self._of(self.k, block)).mul_(self.scale)
+                self._put(dq, self._add_bias(sums, ds, q, dquery, block), block)
         dkv = torch.stack([dk, dv]).permute(1, 3, 0, 2, 4).flatten(2)
-        dtable = dimage.flatten(1).T.flip(0).to(grad.dtype)
-        return dq, dkv, dtable, None if dglobal is None else dglobal.to(grad.dtype)
+        return dq, dkv, *self._bias_gradients(sums, grad.dtype)
+
+    def _sums(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Zeros for the gradients of the biases."""
+        of_global = self.of_global
+        dglobal = None if of_global is None else torch.zeros_like(of_global, dtype=dtype)
+        return torch.zeros_like(self.image, dtype=dtype), dglobal
+
+    def _bias_gradients(
+        self, sums: tuple[Tensor, Tensor | None], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        dimage, dglobal = sums
+        dtable = dimage.flatten(1).T.flip(0).to(dtype)
+        return dtable, None if dglobal is None else dglobal.to(dtype)
 
     def _blocks(self) -> Iterator[_Block]:
         (rows, columns), batch, tokens = self.grid, *self.q.shape[:2]
@@ -153,8 +181,19 @@ class _Call:
 
     def _weights(self, q: Tensor, block: _Block, number: int) -> tuple[Tensor, Tensor | None]:
         """Weights (b h, Q, N) before dropout, and what dropout multiplies them with."""
-        g, heads = self.num_global, block.heads.stop - block.heads.start
+        heads = block.heads.stop - block.heads.start
         scores = q.new_empty(len(q) // heads, heads, q.shape[1], self.k.shape[2])
+        self._fill(scores, q, block)
+        scores = scores.flatten(0, 1)
+        weights = softmax_(add_product_(scores, q, self._of(self.k, block).transpose(1, 2)))
+        if not self.dropout:
+            return weights, None
+        return weights, dropout_factors(weights, self.dropout, self.seed + number)
+
+    def _fill(self, scores: Tensor, q: Tensor, block: _Block) -> None:
+        """Write the biases of a block into its scores (b, h, Q, N)."""
+        del q
+        g = self.num_global
         if block.queries is None:
             assert self.of_global is not None
             # The last query first.
@@ -166,11 +205,6 @@ class _Call:
                 scores[..., :g] = self.of_global[block.heads, None, :, g + 1]
             local = self._local(block)
             scores[..., g:].unflatten(3, self.grid).unflatten(2, local.shape[1:3]).copy_(local)
-        scores = scores.flatten(0, 1)
-        weights = softmax_(add_product_(scores, q, self._of(self.k, block).transpose(1, 2)))
-        if not self.dropout:
-            return weights, None
-        return weights, dropout_factors(weights, self.dropout, self.seed + number)
 
     def _corner(self, queries: tuple[slice, slice]) -> Grid:
         """Where in the image the biases of the last query begin."""
@@ -188,8 +222,20 @@ class _Call:
             image.storage_offset() + row * across + column,
         )
 
-    def _add_bias(self, dimage: Tensor, dglobal: Tensor | None, ds: Tensor, block: _Block) -> None:
-        """Add the gradient of scores (b h, Q, N) to those of the biases they were made with."""
+    def _add_bias(
+        self,
+        sums: tuple[Tensor, Tensor | None],
+        ds: Tensor,
+        q: Tensor,
+        dq: Tensor,
+        block: _Block,
+    ) -> Tensor:
+        """Add the gradient of scores (b h, Q, N) to those of the biases they were made with.
+
+        Return the gradient of the queries (b h, Q, M), `dq` and what came through the biases.
+        """
+        del q
+        dimage, dglobal = sums
         g, heads, wide = self.num_global, block.heads.stop - block.heads.start, dimage.dtype
         ds = ds.unflatten(0, (-1, heads))
         ds = ds[0] if len(ds) == 1 else ds.sum(0, dtype=wide)
@@ -198,7 +244,7 @@ class _Call:
             from_global = dglobal[block.heads]
             from_global[..., :g] += ds[..., :g].flip(1)
             from_global[..., g] += ds[..., g:].sum(2, dtype=wide).flip(1)
-            return
+            return dq
         if dglobal is not None:
             dglobal[block.heads, :, g + 1] += ds[..., :g].sum(1, dtype=wide)
         rows, columns = (span.stop - span.start for span in block.queries)
@@ -216,6 +262,86 @@ class _Call:
         for i in range(rows):
             place = slice(row + i, row + i + down), slice(column, column + width - 1)
             dimage[block.heads, *place] += summed[:, i]
+        return dq
+
+
+class _Decomposed(_Call):
+    """One call with biases that are products of a query with tables of rows and of columns."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        keys_values: Tensor,
+        rows: Tensor | None,
+        columns: Tensor | None,
+        seed: Tensor | None,
+        plan: Sequence[int],
+        dropout: float,
+    ) -> None:
+        assert rows is not None
+        assert columns is not None
+        # Nothing is read from the table of differences.
+        extent = (1, 1)
+        super().__init__(
+            q, keys_values, q.new_zeros(1, plan[0]), None, seed, [*plan, *extent], dropout
+        )
+        # For queries that are multiplied with the scale already.
+        self.tables = [table.to(q.dtype) / self.scale for table in (rows, columns)]
+
+    def _sums(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        rows, columns = (torch.zeros_like(table, dtype=dtype) for table in self.tables)
+        return rows, columns
+
+    def _bias_gradients(
+        self, sums: tuple[Tensor, Tensor | None], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        rows, columns = sums
+        assert columns is not None
+        return (rows / self.scale).to(dtype), (columns / self.scale).to(dtype)
+
+    def _of_queries(self, block: _Block) -> list[Tensor]:
+        """The tables of a block's queries, the last one first: (rows, R, M), (columns, S, M)."""
+        assert block.queries is not None
+        pairs = zip(self.tables, block.queries, strict=True)
+        return [table[queries].flip(0) for table, queries in pairs]
+
+    def _fill(self, scores: Tensor, q: Tensor, block: _Block) -> None:
+        scores[..., : self.num_global] = 0
+        if block.queries is None:
+            scores.zero_()
+            return
+        rows, columns = self._of_queries(block)
+        q = q.view(*scores.shape[:2], len(rows), len(columns), -1)
+        row = torch.einsum("bhijm,irm->bhijr", q, rows)
+        column = torch.einsum("bhijm,jsm->bhijs", q, columns)
+        local = scores[..., self.num_global :].unflatten(3, self.grid).unflatten(2, q.shape[2:4])
+        local.copy_(row[..., None])
+        local += column[..., None, :]
+
+    def _add_bias(
+        self,
+        sums: tuple[Tensor, Tensor | None],
+        ds: Tensor,
+        q: Tensor,
+        dq: Tensor,
+        block: _Block,
+    ) -> Tensor:
+        if block.queries is None:
+            return dq
+        (rows, columns), heads = self._of_queries(block), block.heads.stop - block.heads.start
+        shape = (len(q) // heads, heads, len(rows), len(columns))
+        local = ds[..., self.num_global :].reshape(*shape, *self.grid)
+        row, column, q = local.sum(-1), local.sum(-2), q.view(*shape, -1)
+        assert sums[1] is not None
+        for target, queries, found in (
+            (sums[0], block.queries[0], torch.einsum("bhijr,bhijm->irm", row, q)),
+            (sums[1], block.queries[1], torch.einsum("bhijs,bhijm->jsm", column, q)),
+        ):
+            target[queries] += found.flip(0)
+        through = torch.einsum("bhijr,irm->bhijm", row, rows)
+        through += torch.einsum("bhijs,jsm->bhijm", column, columns)
+        return dq.add_(through.reshape(dq.shape), alpha=self.scale)
 
 
 _attend = recomputed("attend_relatively", _Call)
+_attend_decomposed = recomputed("attend_decomposed", _Decomposed)

@@ -251,14 +251,15 @@ def attend_in_windows(
 
     Kept for the backward pass are the inputs alone. Gradients of gradients are an error.
 
-    Shapes: qkv (B, N, 3 C), local_bias (H, w², g + frame²), whole_bias (H, g, N), temperature
-    (H, 1, 1) -> (B, N, C).
+    Shapes: qkv (B, N, 3 C), local_bias (H, w², g + frame²) or (2, w, w, M), whole_bias (H, g, N),
+    temperature (H, 1, 1) -> (B, N, C).
 
     Args:
         qkv: queries, keys and values of all tokens.
         plan: where the windows are.
         local_bias: added to scores in windows; the frame begins `plan.margin` rows and columns
-            before the first query.
+            before the first query. Of four dimensions: its products with the query are added, for
+            the rows of query and key, and for their columns.
         whole_bias: added to scores of the global tokens as queries.
         temperature: what scores of normalised queries and keys are multiplied with, instead of
             scores of queries and keys with `M ** -0.5`.
@@ -293,7 +294,8 @@ class _Call:
         out = qkv.new_empty(*qkv.shape[:2], self.channels)
         with full_precision(qkv):
             for number, strip in enumerate(self._strips()):
-                found = self._fused(self._read(strip), self._mask(strip), number)
+                parts = self._read(strip)
+                found = self._fused(parts, self._mask(strip, parts[0]), number)
                 self._write(out, strip, merge_heads(found))
             for number, images, parts, mask in self._whole(at_once=not self.dropout):
                 out[images, :g] = merge_heads(self._fused(parts, mask, number))
@@ -310,9 +312,12 @@ class _Call:
         with full_precision(qkv):
             for number, strip in enumerate(self._strips()):
                 above = split_heads(self._windows(grad, strip, keys=False), heads)
-                mask = self._mask(strip)
-                q, k, v, scores = self._gradients(above, self._read(strip), mask, number)
-                if local is not None:
+                parts = self._read(strip)
+                mask = self._mask(strip, parts[0])
+                q, k, v, scores = self._gradients(above, parts, mask, number)
+                if local is not None and self.by_query:
+                    q = q + self._add_products(local, parts[0], scores)
+                elif local is not None:
                     self._add_bias(local, strip, scores.sum(dim=0, dtype=wide))
                 self._write(grads[..., :width], strip, merge_heads(q))
                 keys_values = torch.cat([merge_heads(k), merge_heads(v)], dim=-1)
@@ -362,17 +367,50 @@ class _Call:
             q, k, v = qkv_heads(self.qkv[images], self.plan.heads)
             yield -1 - first, images, (q[:, :, :g], k, v), mask
 
-    def _mask(self, strip: Strip) -> Tensor | None:
-        """What is added to the scores of a strip: (H or 1, Q, g + K)."""
-        if self.masked == strip[1:]:
+    @property
+    def by_query(self) -> bool:
+        """Whether biases are products with queries."""
+        return self.local_bias is not None and self.local_bias.ndim == 4
+
+    def _mask(self, strip: Strip, q: Tensor) -> Tensor | None:
+        """What is added to the scores of a strip: (H or 1, Q, g + K), or with n before."""
+        if self.masked != strip[1:]:
+            self.masked, self.mask = strip[1:], self._mask_of_all(strip)
+        if not self.by_query:
             return self.mask
+        (row, column), side, g = self._products(q), self.plan.window, self.plan.num_global
+        out = aligned(q.new_zeros(*q.shape[:3], g + side**2))
+        local = out[..., g:].unflatten(-1, (side, side))
+        local.unflatten(2, (side, side)).copy_(row[..., None]).add_(column[..., None, :])
+        return out if self.mask is None else out.add_(self.mask)
+
+    def _products(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Biases of keys' rows and of their columns: q (n, H, w², M) -> (n, H, w, w, w) twice."""
+        assert self.local_bias is not None
+        rows, columns = self.local_bias.to(q.dtype)
+        q = q.unflatten(2, (self.plan.window, -1))
+        row = torch.einsum("nhijm,irm->nhijr", q, rows)
+        return row, torch.einsum("nhijm,jsm->nhijs", q, columns)
+
+    def _add_products(self, target: Tensor, q: Tensor, scores: Tensor) -> Tensor:
+        """Add the gradient of scores to that of the biases; return that of q through these."""
+        assert self.local_bias is not None
+        (rows, columns), sides = self.local_bias.to(q.dtype), (self.plan.window, self.plan.window)
+        local = scores[..., self.plan.num_global :].unflatten(-1, sides).unflatten(2, sides)
+        row, column, q = local.sum(-1), local.sum(-2), q.unflatten(2, sides)
+        target[0] += torch.einsum("nhijr,nhijm->irm", row, q)
+        target[1] += torch.einsum("nhijs,nhijm->jsm", column, q)
+        through = torch.einsum("nhijr,irm->nhijm", row, rows)
+        return (through + torch.einsum("nhijs,jsm->nhijm", column, columns)).flatten(2, 3)
+
+    def _mask_of_all(self, strip: Strip) -> Tensor | None:
+        """What is added to the scores of every window of a strip: (H or 1, Q, g + K)."""
         mask = hidden(strip.rows, strip.columns, self.plan.num_global, self.qkv)
-        if self.local_bias is not None:
+        if self.local_bias is not None and not self.by_query:
             of_global, local = self._framed(self.local_bias, strip)
             parts = [of_global.flatten(1, 2), local.flatten(3).flatten(1, 2)]
             bias = torch.cat(parts, dim=-1).to(self.qkv.dtype)
             mask = aligned(bias if mask is None else bias + mask)
-        self.masked, self.mask = strip[1:], mask
         return mask
 
     def _framed(self, bias: Tensor, strip: Strip) -> tuple[Tensor, Tensor]:
@@ -451,7 +489,7 @@ class _Call:
         if self.temperature is not None:
             q, k, scale = _normal(q)[0] * self.temperature.to(q.dtype), _normal(k)[0], 1.0
         if not self.dropout:
-            mask = None if mask is None else mask[None]
+            mask = mask[None] if mask is not None and mask.ndim == 3 else mask
             return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         weights = _weights(q * (scale or q.shape[-1] ** -0.5), k, mask)
         return (weights * dropout_factors(weights, self.dropout, self.seed + number)) @ v

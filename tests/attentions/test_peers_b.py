@@ -7,6 +7,7 @@ import pytest
 import torch
 from timm.models.maxxvit import MaxxVitTransformerCfg, PartitionAttentionCl
 from timm.models.twins import GlobalSubSampleAttn, LocallyGroupedAttn
+from timm.models.vision_transformer_sam import Attention, window_partition, window_unpartition
 from torch import nn
 from torchvision.models.maxvit import PartitionAttentionLayer
 from torchvision.models.swin_transformer import ShiftedWindowAttentionV2
@@ -159,6 +160,20 @@ def twins(ours):
     return attend, own
 
 
+def vitdet(ours):
+    sides = [(len(table) + 1) // 2 for table in (ours.rel_pos_h, ours.rel_pos_w)]
+    theirs = Attention(DIM, HEADS, use_rel_pos=True, input_size=sides)
+    load(theirs, ours)
+
+    def attend(x):
+        if ours.full:
+            return theirs(x)
+        windows, padded = window_partition(x, ours.window)
+        return window_unpartition(theirs(windows), ours.window, x.shape[1:3], padded)
+
+    return attend, dict(theirs.named_parameters())
+
+
 class Zero(nn.Module):
     """In the place of what is no part of the attention."""
 
@@ -199,13 +214,17 @@ PEERS = [
     Peer("twins", (6, 9), {"window": 3, "scope": "local"}, twins),
     Peer("twins", (7, 9), {"reduction": 2, "scope": "global"}, twins),
     Peer("twins", (4, 5), {"reduction": 1, "scope": "global"}, twins),
+    Peer("vitdet", (6, 9), {"window": 3, "full": False, "position": "relative"}, vitdet),
+    Peer("vitdet", (5, 6), {"full": True, "position": "relative"}, vitdet),
+    # Its tables, made for another grid, are resized.
+    Peer("vitdet", (7, 4), {"full": True, "position": "relative", "grid": (5, 6)}, vitdet),
 ]
 
 
 def build(peer, dtype):
     torch.manual_seed(0)
     module = attentions.build_for(
-        peer.name, grid=peer.grid, dim=DIM, num_heads=HEADS, num_global=0, **peer.options
+        peer.name, dim=DIM, num_heads=HEADS, num_global=0, **{"grid": peer.grid} | peer.options
     )
     for parameter in module.parameters():
         nn.init.uniform_(parameter, -0.5, 0.5)
