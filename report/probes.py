@@ -185,7 +185,7 @@ def heat_map(records: Sequence[Record]) -> Figure | str:
     for one in lines.to_dict("records"):
         place = tasks.index(one["task"]), names.index(one["name"])
         text = _said(one) + (f"  {one['letters']}" if one["letters"] else "")
-        dark = one["score"] > (1 + 2 * chance) / 3 + 0.1
+        dark = one["score"] > chance + 0.6 * (1 - chance)
         ax.text(
             *place, text, ha="center", va="center", fontsize=8, color="white" if dark else "black"
         )

@@ -277,7 +277,7 @@ def _outcomes(jobs: Sequence[_Job]) -> Iterator[tuple[_Job, Outcome | dict[str, 
 
 
 def _attempt(subject: Subject, task: str, seed: int) -> Outcome | dict[str, Any]:
-    """Train, or return the `error` section of a record: what users' code raises may not travel."""
+    """Train, or return the `error` section of a record; not every exception can be pickled."""
     try:
         return train(subject, task, seed)
     except Exception as error:
