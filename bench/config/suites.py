@@ -229,7 +229,16 @@ def reference_config(run: RunConfig, row: str, reference: Reference) -> RunConfi
             for stage, size in zip(_stages(run), full["stages"], strict=False)
         )
         arch = _render(tuple(stages), model.attention)
-        model = replace(model, backbone=full["label"], arch=arch, detector=schema.DetectorConfig())
+        # Blocks that the row counts through the whole depth are others in another depth.
+        of_row = _rows().get(run.row.partition(" (")[0], {}).get("dense", ())
+        _, dense = _dense(of_row, full["stages"]) if model.dense else ((), {})
+        model = replace(
+            model,
+            backbone=full["label"],
+            arch=arch,
+            dense={stage: tuple(blocks) for stage, blocks in dense.items()},
+            detector=schema.DetectorConfig(),
+        )
     size = reference.image_size
     config = RunConfig(
         suite="costs",

@@ -493,7 +493,7 @@ def test_html_needs_no_other_file_and_escapes_messages(
     assert "&lt;12 GB&gt;" in text
     assert '<td class="text">a|b &lt;i&gt; &amp; 5_%' in text
     assert '<th class="number">box mAP %</th>' in text
-    assert text.count('src="data:image/png;base64,') == text.count("<img ") == 5
+    assert text.count('src="data:image/png;base64,') == text.count("<img ") == 6
     assert "http" not in text
 
 

@@ -86,3 +86,9 @@ def test_layers_are_measured_at_every_stage(tmp_path: Path) -> None:
     assert [stages[f"stage{n}"]["layers"] for n in (1, 2, 3, 4)] == [1, 2, 8, 1]
     assert all(stage["median"] > 0 for stage in stages.values())
     assert set(found.memory["by_part"]["inference"]) == set(stages)
+
+
+def test_every_fourth_block_is_counted_through_the_depth_of_the_reference():
+    (run,) = load_suite("quick", rows=["Mixed ViL"]).runs
+    assert run.model.dense == {3: (1,)}
+    assert reference_config(run, run.row, SMALL).model.dense == {3: (0, 4), 4: (0,)}
