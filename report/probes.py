@@ -17,7 +17,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from scipy import stats
 
 from bench.record import Record
 from report import load as records_of
@@ -162,6 +161,9 @@ def agreement(records: Sequence[Record]) -> list[Table]:
 
 
 def _agreement(name: str, score: pd.Series, truth: pd.Series) -> Agreement:
+    # Imported here: it takes as long as the rest of a report, which few commands write.
+    from scipy import stats
+
     ranks = [stats.rankdata(values) for values in (score.round(6), truth)]
     ours, theirs = ((rank - rank.mean()) / max(float(rank.std()), 1e-12) for rank in ranks)
     found = float(ours @ theirs) / len(ours)
@@ -389,6 +391,8 @@ def _digits(number: int) -> list[int]:
 
 def _differences(scores: Mapping[str, NDArray[np.float64]]) -> list[set[str]]:
     """The pairs that are told apart."""
+    from scipy import stats
+
     pairs = list(itertools.combinations(scores, 2))
     if not pairs:
         return []

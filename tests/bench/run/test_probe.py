@@ -1,4 +1,5 @@
 import dataclasses
+import sys
 
 import pytest
 
@@ -85,6 +86,8 @@ def test_records_are_kept_and_only_what_is_missing_is_done(tmp_path, monkeypatch
     assert said == ["2 of 2 have their record"]
     # What a mechanism is made of belongs to what it is.
     path.write_text(MINE.format("return self.linear(x)"))
+    for name in [name for name in sys.modules if name.startswith("attentions_user_mine")]:
+        del sys.modules[name]
     again = go()
     assert [one.status for one in again] == ["done", "done"]
     assert again[1].key != broken.key
