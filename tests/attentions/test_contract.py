@@ -105,6 +105,7 @@ BAD_OPTIONS = [
     ("pooling", {"size": 2}, "size 2 must be odd"),
     ("linformer", {"num_features": 0}, "num_features 0"),
     ("agent", {"agents": 0}, "agents 0"),
+    ("biformer", {"topk": 0}, "topk 0"),
     ("mila", {"num_heads": 4}, "dim 12 .* dim / num_heads = 3 even"),
     ("rala", {"num_heads": 2}, "dim 12 / num_heads 2 = 6 .* multiple of 4"),
     ("rala", {"kernel": 4}, "kernel 4 must be odd"),

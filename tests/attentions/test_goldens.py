@@ -52,7 +52,7 @@ def assert_equal(actual, golden, tolerance, what):
 def test_every_mechanism_without_a_library_has_a_golden():
     covered = {read(path, torch.float32)[0]["attention"] for path in FILES}
     published = {"full", "global", "linformer", "longformer", "performer", "srformer"}
-    assert covered == published | {"agent", "mila", "rala"}
+    assert covered == published | {"agent", "biformer", "mila", "rala"}
 
 
 @pytest.mark.parametrize("implementation", ["fast", "reference"])

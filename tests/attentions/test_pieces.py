@@ -10,6 +10,7 @@ from tests.attentions.test_oracles import assert_near, pair, run, tokens
 GRID = (9, 7)
 RECOMPUTING = [
     ("agent", {"agents": 3}),
+    ("biformer", {"topk": 2, "regions": 3}),
     ("mila", {"gate": True}),
     ("rala", {"kernel": 3}),
     ("performer", {"num_features": 7}),
@@ -44,6 +45,7 @@ def test_differentiating_twice_is_refused(name, options):
 
 SAVING = [
     ("agent", {"agents": 2}),
+    ("biformer", {"topk": 2}),
     ("mila", {"gate": False}),
     ("performer", {"num_features": 256}),
     ("focused_linear", {}),
