@@ -4,6 +4,7 @@ Of a batch everything random is drawn from the seed and the place of an image in
 training, as for detection.
 """
 
+import functools
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +41,6 @@ class ClassDataset:
     Attributes:
         samples: path and number of the class of each image.
         classes: names, in the order of their numbers.
-        fingerprint: hash of the names and sizes of its files.
 
     Raises:
         InputError: for a folder that is missing or holds no images.
@@ -64,7 +64,11 @@ class ClassDataset:
             )
         labels = [self.classes.index(name) for name in own]
         self.samples = [(str(path), labels[label]) for path, label in reader.samples]
-        self.fingerprint = fingerprint_images(self.folder)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of the names and sizes of its files; of ImageNet, a walk over a million."""
+        return fingerprint_images(self.folder)
 
     def __len__(self) -> int:
         return len(self.samples)
