@@ -43,6 +43,7 @@ from bench.system.interrupt import EXIT_CODE
 from bench.system.locks import LockedError
 from bench.system.progress import SuiteProgress
 from report import answer, classifiers, load, page, probes, tables
+from report import pictures as drawings
 
 if TYPE_CHECKING:
     from bench.run.identity import Identity
@@ -179,6 +180,12 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
     )
     add(
         result,
+        "no-pictures",
+        action="store_true",
+        help="draw nothing of what rows find in a few images and what a query of them sees",
+    )
+    add(
+        result,
         "search",
         metavar="NAME=A,B",
         help="run each row with each value of a setting, such as drop_path=0.05,0.1,0.2, and say"
@@ -306,6 +313,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "run_all.py") -> in
             keep_weights=not options.no_weights,
             latency=not options.no_latency,
             costs=costs,
+            draw=not options.no_pictures,
         )
     except InputError as error:
         if first:
@@ -562,6 +570,8 @@ def _launch(
         return code
     identities = [standing.identity for standing in standings]
     _measure_latency(identities, output, console, command=command)
+    if not options.no_pictures:
+        _make_pictures(identities, output, console)
     found = _count_costs(costs, output, console, command=command)
     return _report(suite, output, identities, found)
 
@@ -598,6 +608,7 @@ def run_suite(
     keep_weights: bool = True,
     latency: bool = True,
     costs: Costs = Costs(),
+    draw: bool = True,
 ) -> int:
     """Run what is missing of a suite, write the report and print its table.
 
@@ -644,6 +655,8 @@ def run_suite(
         _measure_latency(identities, output, console, command=command)
     if not report:
         return int(failed)
+    if draw:
+        _make_pictures(identities, output, console)
     found = _count_costs(costs, output, console, command=command)
     return max(_report(suite, output, identities, found), int(failed))
 
@@ -728,6 +741,18 @@ def _measure_latency(
         )
 
 
+def _make_pictures(identities: Sequence["Identity"], output: Path, console: Console) -> None:
+    """Let rows find what is in a few images, those that have kept weights and did not yet."""
+    from bench.run import pictures, settled
+
+    records = settled.chosen(identities, load.load(output))
+    with console.status("") as status:
+        for line in pictures.make(
+            records, output, tell=lambda row: status.update(f"pictures of {row}")
+        ):
+            console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True)
+
+
 def _count_costs(
     costs: Costs, output: Path, console: Console, *, command: Sequence[str]
 ) -> list[Record]:
@@ -779,8 +804,9 @@ def _report(
 def _page(suite: Suite, records: Sequence[Record], output: Path, costs: Sequence[Record]) -> str:
     """Write the page, print the main tables, and return where it is."""
     title, probed = f"Suite {suite.name}", probes.load(output)
-    path = page.write(records, output, title=title, costs=costs, probes=probed)
-    for found in answer.first(records, costs):
+    drawn = drawings.load(records, output)
+    path = page.write(records, output, title=title, costs=costs, probes=probed, drawn=drawn)
+    for found in answer.first(records, costs, probes.profile(probed)):
         print(answer.to_text(found, _WIDTH))
     for table in [*tables.comparison(records), *tables.searches(records)]:
         print(tables.to_text(table.shown, _WIDTH))

@@ -63,6 +63,8 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
 _MODEL = ("backbone", "method", "library", "attention", "arch", "drop_path", "schedule")
 LATENCIES = "latency"
 """The folder beside `records` whose files hold latencies of many rows measured together."""
+PICTURES = "pictures"
+"""The folder beside `records` whose files hold what rows find in a few images."""
 COSTS = "costs"
 """The folder beside `records` that holds records of what rows cost at full size."""
 

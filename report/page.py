@@ -19,6 +19,7 @@ from report import (
     counts,
     export,
     front,
+    pictures,
     plots,
     provenance,
     reference,
@@ -60,6 +61,7 @@ def write(
     title: str,
     costs: Sequence[Record] = (),
     probes: Sequence[Record] = (),
+    drawn: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
     """Write the page of `records` into `directory` and return its `index.md`.
 
@@ -73,6 +75,7 @@ def write(
         title: of the page.
         costs: of the rows at full size, see `report/reference.py`.
         probes: records of the suite `probes`, which may be all there is.
+        drawn: what rows find and see, of `report.pictures.load`.
 
     Raises:
         InputError: without records, or if the folder cannot be written.
@@ -86,8 +89,13 @@ def write(
         raise InputError(
             f"cannot write the report to {directory}: {error.strerror or error}"
         ) from error
-    shown = Section("Probes", small_tasks.blocks(probes))
-    sections = _sections(records, costs, shown) if records else [shown, *_origin(probes)]
+    asked = Section("Probes", small_tasks.blocks(probes))
+    shown = Section("Pictures", pictures.blocks(drawn or {}))
+    if records:
+        sees = small_tasks.profile(probes)
+        sections = _sections(records, costs, sees=sees, probes=asked, shown=shown)
+    else:
+        sections = [asked, *_origin(probes)]
     return publish(sections, directory, title=title, made=made)
 
 
@@ -179,7 +187,14 @@ def _replace(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _sections(records: Sequence[Record], costs: Sequence[Record], probes: Section) -> list[Section]:
+def _sections(
+    records: Sequence[Record],
+    costs: Sequence[Record],
+    *,
+    sees: pd.DataFrame,
+    probes: Section,
+    shown: Section,
+) -> list[Section]:
     named = zip(labels(records), records, strict=True)
     failures = [(name, record) for name, record in named if record.status == "failed"]
     rows = seeds.merged(records)
@@ -193,7 +208,7 @@ def _sections(records: Sequence[Record], costs: Sequence[Record], probes: Sectio
     return [
         *(
             Section(one.title, [*one.sentences, one.table])
-            for one in answer.first(rows, costs)
+            for one in answer.first(rows, costs, sees)
             if any(record.evaluation for record in records)
         ),
         Section(f"Costs at {about.image_size}" if about else "", reference.tables(rows, costs)),
@@ -202,6 +217,7 @@ def _sections(records: Sequence[Record], costs: Sequence[Record], probes: Sectio
         probes,
         Section("Searched settings", tables.searches(records)),
         Section("Plots", [_LEGEND, *drawn]),
+        shown,
         Section("All COCO figures, %", tables.figures(records)),
         Section(
             "How sure mAP is", [*confidence.intervals(records), *confidence.differences(records)]

@@ -38,7 +38,7 @@ TINY = [
     "--device", "cpu", "train.steps=4", "train.batch_size=2", "train.checkpoint_every=1",
     "data.generated.train_images=4", "data.generated.val_images=2",
     "profile.repeats=2", "profile.seconds=0.01", "profile.batch_size=1", "--no-latency",
-    "--costs", "none",
+    "--costs", "none", "--no-pictures",
 ]  # fmt: skip
 TIMED = [word for word in TINY if word != "--no-latency"]
 
@@ -266,12 +266,15 @@ def test_the_same_command_again_runs_nothing(
     assert before == {path: path.stat().st_mtime_ns for path in (finished / "records").iterdir()}
 
 
+# A limit for hangs alone: processes start slowly on a busy machine.
+@pytest.mark.timeout(1800)
 def test_costs_at_full_size_are_counted_once_and_lead_the_page(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
     shutil.copytree(finished, output)
     command = ["--rows", "ViL,linformer", "--output", str(output), *TINY]
+    command.remove("--no-pictures")
     command += ["--costs", "counted", "--reference", "256x320"]
     assert run_all.main(command) == 0
     kept = {path: path.stat().st_mtime_ns for path in (output / "costs").iterdir()}
@@ -279,6 +282,8 @@ def test_costs_at_full_size_are_counted_once_and_lead_the_page(
     page = (output / "index.md").read_text()
     assert page.index("## Answer") < page.index("## Costs at 256") < page.index("## Comparison")
     assert "has the highest box mAP" in capsys.readouterr().out
+    assert "plots/sight.png" in page
+    assert len(list((output / "pictures").iterdir())) == 2
     assert run_all.main(command) == 0
     assert kept == {path: path.stat().st_mtime_ns for path in (output / "costs").iterdir()}
     # What is asked later about these records finds the same costs.

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from bench.cli import add
 from bench.errors import InputError
@@ -30,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the report and print its table."""
-    from report import answer, load, page, probes, reference, tables
+    from report import answer, load, page, pictures, probes, reference, tables
 
     for folder in options.folders:
         if not folder.is_dir():
@@ -41,8 +42,11 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"no record in {', '.join(map(str, options.folders))}")
     costs = [entry for folder in options.folders for entry in reference.load(folder)]
     output = options.output or options.folders[0]
-    path = page.write(records, output, title=options.title, costs=costs, probes=probed)
-    for found in answer.first(records, costs):
+    drawn: dict[str, dict[str, Any]] = {}
+    for folder in options.folders:
+        drawn |= pictures.load(records, folder)
+    path = page.write(records, output, title=options.title, costs=costs, probes=probed, drawn=drawn)
+    for found in answer.first(records, costs, probes.profile(probed)) if records else ():
         print(answer.to_text(found, 120))
     for table in tables.comparison(records) if records else probes.tables(probed):
         print(tables.to_text(table.shown))

@@ -102,6 +102,16 @@ def test_costs_at_the_size_of_training_stand_beside_under_their_name(
     assert text.index("## Answer") < text.index("## Costs at 800") < text.index("## Comparison")
 
 
+def test_what_rows_see_stands_before_their_accuracy(
+    records: list[Record], costs: list[Record]
+) -> None:
+    sees = pd.DataFrame({"bind": {"ViL": 0.91, "full": 1.0}})
+    (found,) = answer.first(records, costs, sees)
+    assert found.table.shown.columns[:3].tolist() == ["row", "bind", "box mAP %"]
+    assert found.table.shown["bind"].tolist() == ["0.91", "1.00", MISSING, MISSING]
+    assert "--suite probes" not in found.sentences[2]
+
+
 def test_a_search_and_a_row_without_costs(records: list[Record], costs: list[Record]) -> None:
     config: dict[str, Any] = {**records[0].config, "model": {"drop_path": 0.1}}
     searched = store.Record(**vars(records[0]) | {"row": "ViL (drop_path=0.1)", "config": config})

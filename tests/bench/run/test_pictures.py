@@ -1,0 +1,20 @@
+"""What one query sees, of mechanisms whose reach is known."""
+
+import pytest
+import torch
+
+from bench.model.backbone import ViL
+from bench.run import pictures
+
+ARCH = "_".join(f"l{n},h2,d16,n1,s1,g1,p{4 if n == 1 else 2},f2" for n in (1, 2, 3, 4))
+
+
+@pytest.mark.parametrize(("attention", "cells"), [("full", 16 * 16), ("longformer", 6 * 6)])
+def test_a_query_sees_as_far_as_its_mechanism_reaches(attention: str, cells: int) -> None:
+    torch.manual_seed(0)
+    vil = ViL(ARCH, attention=attention, image_size=64)
+    seen = pictures.saliency(vil, torch.rand(3, 64, 64), (7, 8))
+    assert seen.shape == (16, 16)
+    assert seen.max() == 1
+    assert int((seen > 0).sum()) == cells
+    assert seen[7, 8] > 0
