@@ -33,7 +33,7 @@ FREE = {
     "indexing": (
         "index index_put index_put_ index_select gather scatter scatter_ scatter_add scatter_add_"
         " embedding masked_fill masked_fill_ masked_scatter masked_select nonzero take"
-        " slice_scatter select_scatter triu tril where roll flip rot90"
+        " index_add_ slice_scatter select_scatter triu tril where roll flip rot90"
     ),
     "copies": (
         "cat stack _unsafe_view clone copy_ _to_copy contiguous constant_pad_nd reflection_pad1d"
