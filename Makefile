@@ -7,7 +7,7 @@ ARGS ?=
 DETECTRON2_TREE ?=
 STAMP := $(VENV)/.installed
 
-.PHONY: run test lint docs install clean
+.PHONY: run test lint readme docs install clean
 
 # Probes first, with one seed, into the folder of the quick suite, whose page shows them. Small models
 # are fastest on one core each, side by side.
@@ -22,6 +22,9 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+readme: $(STAMP)
+	$(VENV)/bin/python -m report.readme results/measured/cpu-2-cores/quick
 
 docs: $(STAMP)
 	$(VENV)/bin/mkdocs build --strict

@@ -262,7 +262,9 @@ def rows(standing: Standing, sees: pd.DataFrame | None = None) -> Table:
         columns.append(
             Column("layers_median_s", "attention layers {}", "layers", Unit.MS, optional=True)
         )
-        costs = f"Costs are of {about.sentence}; of {MISSING} the table of costs says why."
+        costs = f"Costs are of {about.sentence}."
+        if shown[["flops", standing.memory]].isna().any(axis=None):
+            costs += f" The table of costs says why there is {MISSING}."
     notes = [
         costs,
         "± is half of the 95 % interval; a rank is one more than the number of rows that are told"
