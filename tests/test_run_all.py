@@ -769,11 +769,12 @@ def test_a_search_runs_side_by_side_and_says_which_value_is_best(
     assert run_all.main([*arguments, "--launcher", "local", "--jobs", "2"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"ViL +drop_path +0\.0 ", out)
-    assert out.count(", best") == 1
+    # In the answer and in the comparison.
+    assert out.count(", best") == 2
     assert out.count("report:") == 1
     page = (tmp_path / "index.md").read_text()
     assert "## Searched settings" in page
-    assert page.count(", best |") == 1
+    assert page.count(", best |") == 2
     found = records(tmp_path)
     assert set(found) == {"ViL (drop_path=0.0)", "ViL (drop_path=0.1)"}
     assert found["ViL (drop_path=0.1)"]["model"]["drop_path"] == 0.1

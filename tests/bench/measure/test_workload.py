@@ -50,6 +50,7 @@ def test_the_peak_of_the_measured_step_is_that_of_training():
         fabric,
         trained.recipe,
         run.seed,
+        lambda _step: trained.recipe.lr,
     )
     images, (targets,) = trained.inputs[0], trained.targets
     detector.train()

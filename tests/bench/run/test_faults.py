@@ -125,6 +125,8 @@ def run(
         "steps": STEPS, "batch_size": 4, "accumulate": 2, "lr": 0.1, "warmup_steps": 0,
         "checkpoint_every": 1, "decay": "cosine", "clip_norm": 1.0,
     }  # fmt: skip
+    if fabric is not None:
+        values["precision"] = "16-mixed"
     _, log = train(
         detector,
         dataset,

@@ -125,7 +125,9 @@ def with_(config: RunConfig, **changes: Any) -> RunConfig:
 def test_every_setting_is_of_the_weights_of_what_is_made_of_them_or_of_neither(
     config: RunConfig,
 ) -> None:
-    assert sorted([*TRAINED, *MADE, *NEITHER]) == sorted(leaves())
+    # Those of classifiers do not belong to a detector; test_pretrain.py has them.
+    known = [name for name in leaves() if not name.startswith("classify.")]
+    assert sorted([*TRAINED, *MADE, *NEITHER]) == sorted(known)
     before = identify(config)
     for name, value in (TRAINED | MADE | NEITHER).items():
         after = identify(with_(config, **{name.replace(".", "__"): value}))
