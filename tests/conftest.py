@@ -21,7 +21,7 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     reasons = {}
     if not config.getoption("--run-slow"):
-        reasons["slow"] = "takes more than a minute; run with --run-slow"
+        reasons["slow"] = "slow, or in part tested faster elsewhere; run with --run-slow"
     if not torch.cuda.is_available():
         reasons["gpu"] = f"needs a CUDA device; torch {torch.__version__} sees none"
     if importlib.util.find_spec("detectron2") is None:

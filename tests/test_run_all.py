@@ -524,7 +524,13 @@ def steps_done(output: Path, row: str) -> int:
     return sum(len(path.read_text().splitlines()) for path in output.glob(f"logs/{row}-*.jsonl"))
 
 
-@pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, "1"), (signal.SIGINT, "2")])
+@pytest.mark.parametrize(
+    ("number", "processes"),
+    [
+        (signal.SIGTERM, "1"),
+        pytest.param(signal.SIGINT, "2", marks=pytest.mark.slow),
+    ],
+)
 def test_told_to_stop_it_finishes_the_record_and_the_same_command_continues(
     tmp_path: Path, number: signal.Signals, processes: str
 ) -> None:
@@ -690,6 +696,7 @@ def test_a_row_that_was_done_meanwhile_is_not_done_again(finished: Path, tmp_pat
     assert len(list((tmp_path / "records").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_records_of_one_that_takes_two_parts(tmp_path: Path) -> None:
     row = ["--rows", "ViL", *TINY]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -715,7 +722,9 @@ def test_two_processes_make_the_records_of_one_that_takes_two_parts(tmp_path: Pa
     assert steps_done(two, "vil") == 4
 
 
-@pytest.mark.parametrize("error", ["RuntimeError", "InputError"])
+@pytest.mark.parametrize(
+    "error", [pytest.param("RuntimeError", marks=pytest.mark.slow), "InputError"]
+)
 def test_a_row_that_fails_in_one_process_says_so_and_the_others_go_on(
     tmp_path: Path, error: str
 ) -> None:
@@ -870,6 +879,7 @@ def test_a_dry_run_prints_the_plan_for_eight_gpus_and_makes_nothing(
     assert "COCO 2017, train2017, 117266 images" in said
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_of_which_rows_what_differs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -170,6 +170,7 @@ def test_what_cannot_run_on_the_meta_device_is_measured_all_the_same(odd):
         assert record.latency[mode]["median"] > 0
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_fit_together_take_turns(monkeypatch):
     monkeypatch.setattr(profiler, "_has_room", lambda group, _row: not group)
     rows = configs("ViL", "global", repeats=4)

@@ -76,6 +76,7 @@ def test_costs_are_counted_once_and_again_for_a_mechanism_that_changed(
     assert last[1].key != found[1].key
 
 
+@pytest.mark.slow
 def test_layers_are_measured_at_every_stage(tmp_path: Path) -> None:
     config = dataclasses.replace(configs("ViL")[0])
     tiny = dataclasses.replace(

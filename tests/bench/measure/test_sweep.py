@@ -246,7 +246,7 @@ def test_a_mechanism_for_one_size_says_so():
         ("backbone", "training"),
         ("attention", "inference"),
         ("attention", "training"),
-        ("detector", "inference"),
+        pytest.param("detector", "inference", marks=pytest.mark.slow),
     ],
 )
 def test_a_point_of_each_scope(scope, mode):

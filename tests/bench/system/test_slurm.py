@@ -124,6 +124,7 @@ def steps_done(output: Path) -> int:
     return sum(len(path.read_text().splitlines()) for path in output.glob("logs/*.jsonl"))
 
 
+@pytest.mark.slow
 @pytest.mark.slurm
 @pytest.mark.timeout(900)
 def test_a_requeued_row_ends_in_the_weights_of_an_undisturbed_one(
