@@ -108,6 +108,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     from bench.config.suites import load_suite, profile_configs
     from bench.data import classes
+    from bench.data.generated import data_root
     from bench.model.classifier import build_classifier
     from bench.model.weights import load_classifier, load_file
     from bench.run.pretrain import evaluate
@@ -131,7 +132,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         device=options.device,
         overrides=[*overrides, *options.overrides],
     ).runs
-    root = classes.data_root(config, options.output or Path("results") / "pretrain")
+    root = data_root(config, options.output or Path("results") / "pretrain")
     _, split = classes.open_splits(root)
     module = build_classifier(config, len(split.classes))
     load_classifier(module.vil, load_file(options.weights), str(options.weights))

@@ -19,7 +19,7 @@ from timm.data.readers import create_reader
 
 from bench.config.schema import RunConfig
 from bench.data.fingerprint import fingerprint_images
-from bench.data.generated import CLASS_SPLITS, generate_classes
+from bench.data.generated import CLASS_SPLITS
 from bench.data.loader import Batch, Pace, Sample, Samples, load, ordered_batches
 from bench.errors import InputError
 
@@ -101,22 +101,6 @@ def find(root: Path, split: str) -> Path:
             f"--data {root}: no folder {names} in it; a data set of classes is {LAYOUT}"
         )
     return found
-
-
-def data_root(config: RunConfig, output: Path) -> Path:
-    """Return the folder of a run's data; generated data is made where it is missing."""
-    if config.data.path is not None:
-        return Path(config.data.path)
-    made = config.data.generated
-    size = (made.image_size[0], made.image_size[1])
-    name = f"classes-{made.seed}-{made.train_images}-{made.val_images}-{size[0]}x{size[1]}"
-    return generate_classes(
-        output / "data" / name,
-        seed=made.seed,
-        train_images=made.train_images,
-        val_images=made.val_images,
-        image_size=size,
-    )
 
 
 def open_splits(root: Path) -> tuple[ClassDataset, ClassDataset]:

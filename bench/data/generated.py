@@ -19,6 +19,7 @@ from faster_coco_eval.core import mask as mask_api
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from bench.config.schema import CLASSIFIER, RunConfig
 from bench.errors import InputError
 from bench.system import locks
 
@@ -90,6 +91,23 @@ def generate_classes(
     The folder then holds `train/SHAPE/*.jpg` and `val/SHAPE/*.jpg`.
     """
     return _generate(root, seed, train_images, val_images, image_size, classes=True)
+
+
+def data_root(config: RunConfig, output: Path) -> Path:
+    """Return the folder of a run's data; generated data is made where it is missing."""
+    if config.data.path is not None:
+        return Path(config.data.path)
+    made, classes = config.data.generated, config.model.method == CLASSIFIER
+    size = (made.image_size[0], made.image_size[1])
+    numbers = f"{made.seed}-{made.train_images}-{made.val_images}-{size[0]}x{size[1]}"
+    return _generate(
+        output / "data" / f"{'classes' if classes else 'generated'}-{numbers}",
+        made.seed,
+        made.train_images,
+        made.val_images,
+        size,
+        classes=classes,
+    )
 
 
 def _generate(

@@ -10,7 +10,7 @@ from torchvision.transforms.v2.functional import resize_image
 from bench.config.schema import CLASSIFIER, DataConfig, RunConfig
 from bench.data import check, classes
 from bench.data.coco import Categories, CocoDataset, Target
-from bench.data.generated import generate
+from bench.data.generated import data_root
 from bench.data.images import to_float
 from bench.errors import InputError
 from bench.system import processes as launch
@@ -18,22 +18,6 @@ from bench.system.devices import check_device
 
 _SHOWN = 5
 _said: dict[tuple[tuple[str, str, int], ...], list[str]] = {}
-
-
-def data_root(config: RunConfig, output: Path) -> Path:
-    """The folder of the run's data; generated data is made where it is missing."""
-    if config.data.path is not None:
-        return Path(config.data.path)
-    generated = config.data.generated
-    size = (generated.image_size[0], generated.image_size[1])
-    name = f"generated-{generated.seed}-{generated.train_images}-{generated.val_images}"
-    return generate(
-        output / "data" / f"{name}-{size[0]}x{size[1]}",
-        seed=generated.seed,
-        train_images=generated.train_images,
-        val_images=generated.val_images,
-        image_size=size,
-    )
 
 
 def named_files(data: DataConfig, split: str) -> tuple[Path | None, Path | None]:
@@ -109,7 +93,7 @@ def check_data(
         if config.train.init is not None and not Path(config.train.init).is_file():
             raise InputError(f"train.init={config.train.init}: no such file")
         if config.model.method == CLASSIFIER:
-            classes.open_splits(classes.data_root(config, output))
+            classes.open_splits(data_root(config, output))
             continue
         root = data_root(config, output)
         place = (root, str(config.data), *config.evaluate.splits)

@@ -22,7 +22,8 @@ from torch import Tensor
 from bench import record
 from bench.config.schema import METHODS
 from bench.config.suites import build_config
-from bench.data.split import data_root, open_split, profile_batch
+from bench.data.generated import data_root
+from bench.data.split import open_split, profile_batch
 from bench.errors import InputError
 from bench.files import write_whole
 from bench.measure.workload import image_size

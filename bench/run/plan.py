@@ -18,6 +18,7 @@ from bench.data import classes
 from bench.data import split as inputs
 from bench.data.classes import ClassDataset
 from bench.data.coco import CocoDataset
+from bench.data.generated import data_root
 from bench.measure.predict import NotPredictedError, predict
 from bench.measure.workload import Workload
 from bench.model import build as models
@@ -316,8 +317,8 @@ def _dataset(config: RunConfig, output: Path, *, needed: bool) -> CocoDataset | 
     if not needed and (path is None or not Path(path).is_dir()):
         return None
     if config.model.method == CLASSIFIER:
-        return classes.open_splits(classes.data_root(config, output))[0]
-    root = inputs.data_root(config, output)
+        return classes.open_splits(data_root(config, output))[0]
+    root = data_root(config, output)
     names = dict.fromkeys([config.data.train_split, *config.evaluate.splits])
     splits = [inputs.open_split(config, root, name) for name in names]
     inputs.check_categories({split.split: split.categories for split in splits}, root)

@@ -17,6 +17,7 @@ from bench import record
 from bench.config.schema import RunConfig
 from bench.data import classes
 from bench.data.classes import ClassDataset
+from bench.data.generated import data_root
 from bench.data.loader import clear_worker_errors
 from bench.measure.flops import NotCountedError, count_flops
 from bench.model import build as models
@@ -45,9 +46,9 @@ class Pretraining(Run):
         self.fabric = devices.make_fabric(config)
         # Generated data is made once, by the first process.
         if self.fabric.is_global_zero:
-            classes.data_root(config, self.output)
+            data_root(config, self.output)
         self.fabric.barrier()
-        root = classes.data_root(config, self.output)
+        root = data_root(config, self.output)
         self.images, val = classes.open_splits(root)
         self.splits: list[Any] = [val]
         self.recipe = classifier.recipe(config, len(self.images))

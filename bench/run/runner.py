@@ -17,6 +17,7 @@ from bench import record
 from bench.config.schema import CLASSIFIER, RunConfig, TrainConfig
 from bench.data import split as inputs
 from bench.data.coco import CocoDataset
+from bench.data.generated import data_root
 from bench.errors import InputError
 from bench.files import sha256
 from bench.measure.costs import flops_section, run_sections
@@ -312,9 +313,9 @@ class Run:
         self.fabric = devices.make_fabric(config)
         # Generated data is made once, by the first process.
         if self.fabric.is_global_zero:
-            inputs.data_root(config, self.output)
+            data_root(config, self.output)
         self.fabric.barrier()
-        opened = inputs.open_splits(config, inputs.data_root(config, self.output))
+        opened = inputs.open_splits(config, data_root(config, self.output))
         self.training, *self.splits = opened
         self.notes += _remarks(config, opened if self.fabric.is_global_zero else [])
 

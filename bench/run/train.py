@@ -179,7 +179,7 @@ class Task:
     Attributes:
         optimizer: of the model's parameters.
         set_rate: gives the optimizer the rate of a step, counted from 0, and returns it.
-        batches: of the steps from one on, this process's share; a pace is told of their time.
+        batches: of the steps from one on, this process's share; a pace receives their time.
         fingerprint: of the data, which a checkpoint must have been trained on.
     """
 

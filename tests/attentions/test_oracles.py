@@ -30,7 +30,7 @@ LINEAR = [
     {"power": power, "kernel": kernel} for power in (1.0, 3.0, 5.5) for kernel in (0, 1, 3, 7)
 ]
 # It divides by the weights' sum, which rounding alone makes of a small query: in half precision it
-# is compared with the library, in test_timm_a.
+# is compared with the library, in test_timm.
 ILL_CONDITIONED = ("lite_mla",)
 every_example = pytest.mark.parametrize(("name", "options"), EXAMPLES)
 sides = st.integers(1, 9)
