@@ -9,8 +9,8 @@ STAMP := $(VENV)/.installed
 
 .PHONY: run test lint readme docs install clean
 
-# Probes first, with one seed, into the folder of the quick suite, whose page shows them. Small models
-# are fastest on one core each, side by side.
+# Probes first, with one seed, into the folder of the quick suite, whose page shows them; then rows side
+# by side.
 run: $(STAMP)
 	$(if $(ARGS),,$(VENV)/bin/python run_all.py --suite probes --output results/quick --no-report seeds=[0])
 	$(VENV)/bin/python run_all.py --launcher local $(ARGS)
