@@ -5,53 +5,44 @@ A row that has its record is not run again, so the same command continues what w
 
 import argparse
 import dataclasses
+import functools
 import json
 import logging
 import os
 import signal
 import sys
-import tempfile
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from bench import record
 from bench.cli import (
     Parser,
     add,
     add_files,
     add_overrides,
+    as_arguments,
     file_values,
     image_size,
     names,
     positive,
 )
-from bench.config import search
+from bench.config import costs, init, search
 from bench.config.probes import SUITE, build_recipe, suite_plan
-from bench.config.schema import CLASSIFIER, RunConfig
-from bench.config.suites import Reference, Suite, families, load_suite, reference_config, suites
+from bench.config.schema import RunConfig
+from bench.config.suites import Reference, Suite, check_needs, families, load_suite, suites
 from bench.data.generated import SPLITS
 from bench.errors import InputError, choose
-from bench.record import Record
-from bench.system import logs, processes, slurm
+from bench.files import check_writable
+from bench.record import Record, slug
+from bench.system import logs, processes
 from bench.system.interrupt import EXIT_CODE
-from bench.system.locks import LockedError
-from bench.system.progress import SuiteProgress
-from report import answer, classifiers, load, page, probes, tables
-from report import pictures as drawings
-
-if TYPE_CHECKING:
-    from bench.run.identity import Identity
-    from bench.run.settled import Standing
+from report import load, tables
+from report import suite as report
 
 LAUNCHERS = ("none", "local", "slurm")
-COSTS = ("none", "counted", "measured")
-_WIDTH = 120
 # Settings of what --pretrain runs, such as pretrain.classify.epochs=100.
 _PRETRAIN = "pretrain."
 
@@ -215,17 +206,17 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
         metavar="KEY=VALUE,…",
         help="parameters of submitit's executor, such as slurm_partition=gpu,timeout_min=4320",
     )
-    costs = result.add_argument_group("costs at full size")
+    full_size = result.add_argument_group("costs at full size")
     add(
-        costs,
+        full_size,
         "costs",
-        choices=COSTS,
+        choices=costs.COSTS,
         default="counted",
         help="counted: parameters, FLOPs and predicted memory of each row at --reference; measured:"
         " besides, latency and memory of its attention layers on this machine, in minutes",
     )
     add(
-        costs,
+        full_size,
         "reference",
         type=image_size,
         default="800x1344",
@@ -263,7 +254,6 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
 def main(arguments: Sequence[str] | None = None, prog: str = "run_all.py") -> int:
     """Run the command line and return its exit code; `prog` is what an error says failed."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    command = ["python", "run_all.py", *given]
     processes.end_with_parent()
     logs.tolerate_encoding()
     _set_up_logging()
@@ -273,48 +263,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "run_all.py") -> in
     first = True
     try:
         options = parser().parse(given)
-        files = file_values(options)
         choose(options.suite, (*suites(), SUITE), "suite")
         if options.suite == SUITE:
-            return _probe(options, command)
-        if options.train or options.val:
-            options.data = options.data or str(Path(options.train or options.val).parent)
-        # As JSON, which YAML reads as it is; the rows of a launcher are given them so.
-        options.overrides += [
-            f"data.{name}={json.dumps(value, ensure_ascii=False)}" for name, value in files.items()
-        ]
+            return _probe(options, _command(given))
         world = processes.world()
         first = world.is_first
-        if options.tensorboard:
-            logs.check_tensorboard()
-        if options.pretrain is not None:
-            code = _pretrain(options, world)
-            if code is not None:
-                return code
-        plain = _load(options, world)
-        suite, bases = _expanded(plain, options)
-        output = options.output or Path("results") / suite.name
-        if options.dry_run:
-            return _dry_run(suite, output, options.retry_failed, options.measure_steps or 0)
-        _check_needs(suite)
-        costs = _costs(suite, bases, options)
-        if options.launcher != "none":
-            return _launch(suite, bases, output, options, command, costs)
-        if suite.runs[0].train.devices > 1 and world.size == 1:
-            return processes.spawn(processes.this_command(given), suite.runs[0].train.devices)
-        return run_suite(
-            suite,
-            output,
-            Console(quiet=not first),
-            command=command,
-            retry_failed=options.retry_failed,
-            report=not options.no_report and first,
-            tensorboard=options.tensorboard,
-            keep_weights=not options.no_weights,
-            latency=not options.no_latency,
-            costs=costs,
-            draw=not options.no_pictures,
-        )
+        return _run(options, given, world)
     except InputError as error:
         if first:
             print(f"{prog}: error: {error}", file=sys.stderr)
@@ -323,6 +277,78 @@ def main(arguments: Sequence[str] | None = None, prog: str = "run_all.py") -> in
         if first:
             print("interrupted; the same command continues", file=sys.stderr)
         return EXIT_CODE
+
+
+def _run(options: argparse.Namespace, given: Sequence[str], world: processes.World) -> int:
+    """Suite, runs, records, report."""
+    _read_files(options)
+    if options.tensorboard:
+        logs.check_tensorboard()
+    if options.pretrain is not None:
+        code = _pretrain(options, world)
+        if code is not None:
+            return code
+    suite, bases = search.expanded(
+        _load(options, world), text=options.search, seed=options.seed, seeds=options.seeds
+    )
+    output = options.output or Path("results") / suite.name
+    if options.dry_run:
+        return _dry_run(suite, output, options.retry_failed, options.measure_steps or 0)
+    check_needs(suite)
+    full_size = costs.of_suite(suite, bases, Reference(options.reference), options.costs)
+    if options.launcher == "none" and world.size == 1 and suite.runs[0].train.devices > 1:
+        return processes.spawn(processes.this_command(given), suite.runs[0].train.devices)
+
+    # Imported here: torch takes seconds, which `--help` and wrong input should not cost.
+    from bench.run import runner, settled
+    from bench.run import suite as rows
+
+    console = Console(quiet=not world.is_first)
+    where = suite, output, console
+    retry, command = options.retry_failed, _command(given)
+    row = functools.partial(_row_arguments, bases, output, options)
+    if options.launcher == "slurm":
+        rows.submit(*where, row, retry_failed=retry, options=options.slurm)
+        return 0
+    if options.launcher == "local":
+        standings, code = rows.run_side_by_side(*where, row, retry_failed=retry, count=options.jobs)
+    else:
+        how = runner.Options(
+            command=command,
+            tensorboard=options.tensorboard,
+            keep_weights=not options.no_weights,
+            latency=False,
+        )
+        standings, code = rows.run(*where, how, retry_failed=retry)
+    if code not in (0, 1) or not world.is_first:
+        return code
+
+    def records() -> list[Record]:
+        return settled.chosen([standing.identity for standing in standings], load.load(output))
+
+    if not options.no_latency:
+        rows.measure_latency(records(), output, console, command=command)
+    if options.no_report:
+        return code
+    if not options.no_pictures:
+        rows.make_pictures(records(), output, console)
+    found = rows.count_costs(full_size, output, console, command=command)
+    return max(code, report.write(records(), output, title=f"Suite {suite.name}", costs=found))
+
+
+def _command(given: Sequence[str]) -> list[str]:
+    return ["python", "run_all.py", *given]
+
+
+def _read_files(options: argparse.Namespace) -> None:
+    """Let --train, --val and --images be settings."""
+    if options.train or options.val:
+        options.data = options.data or str(Path(options.train or options.val).parent)
+    # As JSON, which YAML reads as it is; the rows of a launcher are given them so.
+    options.overrides += [
+        f"data.{name}={json.dumps(value, ensure_ascii=False)}"
+        for name, value in file_values(options).items()
+    ]
 
 
 def _probe(options: argparse.Namespace, command: Sequence[str]) -> int:
@@ -339,8 +365,8 @@ def _probe(options: argparse.Namespace, command: Sequence[str]) -> int:
             )
     recipe = build_recipe(options.overrides)
     output = options.output or Path("results") / SUITE
-    _check_output(output)
-    # Imported here, as in `run_suite`.
+    check_writable(output)
+    # Imported here, as in `_run`.
     from bench.run import probe
 
     records = probe.run(
@@ -351,11 +377,7 @@ def _probe(options: argparse.Namespace, command: Sequence[str]) -> int:
         retry_failed=options.retry_failed,
     )
     if not options.no_report:
-        title = f"Suite {SUITE}"
-        path = page.write(load.load(output), output, title=title, probes=probes.load(output))
-        for table in probes.tables(records):
-            print(tables.to_text(table.shown, _WIDTH))
-        print(f"report: {path} and {path.with_suffix('.html')}")
+        report.write_probes(records, output, title=f"Suite {SUITE}")
     return int(any(one.status == "failed" for one in records))
 
 
@@ -375,56 +397,9 @@ def _load(options: argparse.Namespace, world: processes.World) -> Suite:
         device=options.device,
         overrides=overrides,
     )
-    return suite if options.init is None else _started(suite, options.init, options.init_partial)
-
-
-def _expanded(plain: Suite, options: argparse.Namespace) -> tuple[Suite, dict[str, str]]:
-    """Return the suite with the values of --search and the seeds, and which row each row is of."""
-    searched = search.parse(options.search) if options.search else None
-    of_seeds = searched is not None and searched.path == search.SEED
-    for option in ("seed", "seeds"):
-        if of_seeds and getattr(options, option) is not None:
-            raise InputError(
-                f"--search {options.search} and --{option} {getattr(options, option)} both say"
-                " which seeds are run; leave one of them out"
-            )
-    suite, bases = plain, {config.row: config.row for config in plain.runs}
-    if searched is not None:
-        suite = search.expand(plain, searched)
-        bases = {searched.row(row, value): row for row in bases for value in searched.values}
-    if options.seeds is not None:
-        first = plain.runs[0].seed
-        suite = search.expand(
-            suite, search.Search(search.SEED, tuple(range(first, first + options.seeds)))
-        )
-    return suite, bases
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What is to be known of the costs of rows at full size.
-
-    Attributes:
-        configs: of the rows, at that size.
-        measured: whether attention layers are measured besides.
-    """
-
-    configs: tuple[RunConfig, ...] = ()
-    measured: bool = False
-
-
-def _costs(suite: Suite, bases: Mapping[str, str], options: argparse.Namespace) -> Costs:
-    """What --costs and --reference ask for; the values of a search share theirs where they can."""
-    if options.costs == "none" or suite.runs[0].model.method == CLASSIFIER:
-        return Costs()
-    reference = Reference(image_size=options.reference)
-    found: list[RunConfig] = []
-    for base in dict.fromkeys(bases.values()):
-        runs = [run for run in suite.runs if bases[run.row] == base]
-        same = [reference_config(run, base, reference) for run in runs]
-        own = {run.row: reference_config(run, run.row, reference) for run in runs}
-        found += same[:1] if all(one == same[0] for one in same) else own.values()
-    return Costs(tuple(found), options.costs == "measured")
+    if options.init is None:
+        return suite
+    return init.started(suite, options.init, options.init_partial)
 
 
 def _pretrain(options: argparse.Namespace, world: processes.World) -> int | None:
@@ -441,7 +416,7 @@ def _pretrain(options: argparse.Namespace, world: processes.World) -> int | None
     if suite.backbone is None:
         raise InputError(f"--pretrain: the rows of suite {suite.name} have several backbones")
     output = (options.output or Path("results") / suite.name) / "pretrain"
-    files = [output / f"{record.slug(run.row)}.pth" for run in suite.runs]
+    files = [output / f"{slug(run.row)}.pth" for run in suite.runs]
     # Processes of one run find what the command that started them made.
     if world.size == 1:
         generated = options.pretrain == "generated"
@@ -449,13 +424,11 @@ def _pretrain(options: argparse.Namespace, world: processes.World) -> int | None
         arguments += ["--rows", ",".join(run.row for run in suite.runs), "--output", str(output)]
         arguments += ["--backbone", suite.backbone, "--jobs", str(options.jobs)]
         arguments += [] if generated else ["--data", options.pretrain]
-        for name in ("device", "seed", "devices", "launcher", "slurm", "measure_steps"):
-            value = getattr(options, name)
-            if value is not None:
-                arguments += [f"--{name.replace('_', '-')}", str(value)]
-        for name in ("retry_failed", "tensorboard", "dry_run"):
-            if getattr(options, name):
-                arguments.append(f"--{name.replace('_', '-')}")
+        arguments += as_arguments(
+            options,
+            *("device", "seed", "devices", "launcher", "slurm", "measure-steps"),
+            *("retry-failed", "tensorboard", "dry-run"),
+        )
         code = main([*arguments, *(word.removeprefix(_PRETRAIN) for word in own)])
         if code or (options.launcher == "slurm" and not all(file.is_file() for file in files)):
             return code
@@ -464,48 +437,12 @@ def _pretrain(options: argparse.Namespace, world: processes.World) -> int | None
     return None
 
 
-def _started(suite: Suite, init: str, partial: bool) -> Suite:
-    """Give each row the checkpoint that it starts from.
-
-    Args:
-        init: a file for all rows, a folder of `ROW.pth`, or a pattern with `{row}`.
-        partial: let rows of several mechanisms take what fits of one file.
-    """
-    pattern = str(Path(init) / "{row}.pth") if Path(init).is_dir() else init
-    models = (run.model for run in suite.runs)
-    several = len({(model.attention, model.arch, str(model.dense)) for model in models}) > 1
-    if "{row}" not in pattern and several and not partial:
-        raise InputError(
-            f"--init {init} is one file for rows of several mechanisms, each of which would take"
-            " what fits of it: name a folder of ROW.pth, or a pattern such as"
-            " pretrained/{row}.pth, for one each; --init-partial allows it"
-        )
-    runs = []
-    for run in suite.runs:
-        names = dict.fromkeys((run.row, record.slug(run.row)))
-        places = list(dict.fromkeys(pattern.replace("{row}", name) for name in names))
-        found = next((place for place in places if Path(place).is_file()), None)
-        if found is None:
-            raise InputError(f"--init {init}: row {run.row}: no such file {' or '.join(places)}")
-        runs.append(dataclasses.replace(run, train=dataclasses.replace(run.train, init=found)))
-    return dataclasses.replace(suite, runs=tuple(runs))
-
-
-def _check_needs(suite: Suite) -> None:
-    if suite.needs is not None and any(config.data.path is None for config in suite.runs):
-        raise InputError(
-            f"suite {suite.name} needs {suite.needs}: name its folder with --data, or set"
-            " $DETECTRON2_DATASETS to the folder that holds coco/; `python -m bench data coco"
-            " --root DIR` downloads it"
-        )
-
-
 def _dry_run(suite: Suite, output: Path, retry_failed: bool, measure_steps: int) -> int:
-    # Imported here, as in `run_suite`.
+    # Imported here, as in `_run`.
     from bench.run import plan, settled
 
     if measure_steps:
-        _check_output(output)
+        check_writable(output)
     print(f"suite {suite.name}: what would run, to {output}", flush=True)
     standings = settled.survey(suite.runs, output, retry_failed=retry_failed)
     for standing in standings:
@@ -522,317 +459,33 @@ def _dry_run(suite: Suite, output: Path, retry_failed: bool, measure_steps: int)
             measure_steps=measure_steps,
             tell=lambda row: status.update(f"planning {row}"),
         )
-    print(tables.to_text(plan.table(planned), _WIDTH))
+    print(tables.to_text(plan.table(planned), report.WIDTH))
     for line in plan.lines(planned, measure_steps):
-        print(textwrap.fill(line, _WIDTH, subsequent_indent="  "))
+        print(textwrap.fill(line, report.WIDTH, subsequent_indent="  "))
     return 0
 
 
-def _launch(
-    suite: Suite,
-    bases: Mapping[str, str],
-    output: Path,
-    options: argparse.Namespace,
-    command: Sequence[str],
-    costs: Costs,
-) -> int:
-    """Run the missing rows as processes of their own.
+def _row_arguments(
+    bases: Mapping[str, str], output: Path, options: argparse.Namespace, config: RunConfig
+) -> list[str]:
+    """The command line of one run of a suite, as a person would type it.
 
     Args:
         bases: the name of each row without the value of a search.
     """
-    devices, local = suite.runs[0].train.devices, options.launcher == "local"
-    console = Console()
-    # The machine that submits jobs need not have their devices and data.
-    standings = _survey(
-        suite, output, console, options.retry_failed, processes=devices, check=local
-    )
-    jobs = []
-    for standing in standings:
-        if standing.record is None:
-            base, name = bases[standing.config.row], suite.name_of(standing.config)
-            arguments = _row_arguments(standing.config, base, output, options)
-            log = output / "logs" / f"{record.slug(name)}.out"
-            jobs.append(processes.Job(name, tuple(processes.this_command(arguments)), log))
-    if not local:
-        gpus = 0 if suite.runs[0].device == "cpu" else devices
-        folder, parameters = output / "slurm", slurm.read_options(options.slurm)
-        handles = slurm.submit(jobs, folder=folder, gpus=gpus, options=parameters)
-        for job, handle in zip(jobs, handles, strict=True):
-            print(f"{job.row}: submitted as job {handle.job_id}")
-        print(f"Their output is in {folder}; when they are done, the same command without")
-        print("--launcher writes the report.")
-        return 0
-    code = processes.run_local(
-        jobs, count=options.jobs, devices=devices, say=lambda line: print(line, flush=True)
-    )
-    if code not in (0, 1):
-        return code
-    identities = [standing.identity for standing in standings]
-    _measure_latency(identities, output, console, command=command)
-    if not options.no_pictures:
-        _make_pictures(identities, output, console)
-    found = _count_costs(costs, output, console, command=command)
-    return _report(suite, output, identities, found)
-
-
-def _row_arguments(
-    config: RunConfig, base: str, output: Path, options: argparse.Namespace
-) -> list[str]:
-    """The command line of one row of a suite, as a person would type it."""
+    base = bases[config.row]
     arguments = ["--suite", options.suite, "--rows", base, "--output", str(output), "--no-report"]
     arguments += ["--seed", str(config.seed)]
-    for name in ("backbone", "schedule", "method", "data", "device", "devices", "init"):
-        value = getattr(options, name)
-        if value is not None:
-            arguments += [f"--{name}", str(value)]
+    # Rows of this machine are timed together.
+    arguments += ["--no-latency"] if options.launcher == "local" else []
+    arguments += as_arguments(
+        options,
+        *("backbone", "schedule", "method", "data", "device", "devices", "init"),
+        *("retry-failed", "tensorboard", "no-weights", "init-partial"),
+    )
     if config.row != base:
         arguments += ["--search", config.row.removeprefix(f"{base} (").removesuffix(")")]
-    if options.launcher == "local":
-        arguments.append("--no-latency")
-    for name in ("retry_failed", "tensorboard", "no_weights", "init_partial"):
-        if getattr(options, name):
-            arguments.append(f"--{name.replace('_', '-')}")
     return [*arguments, *(word for word in options.overrides if not word.startswith("seed="))]
-
-
-def run_suite(
-    suite: Suite,
-    output: Path,
-    console: Console,
-    *,
-    command: Sequence[str],
-    retry_failed: bool = False,
-    report: bool = True,
-    tensorboard: bool = False,
-    keep_weights: bool = True,
-    latency: bool = True,
-    costs: Costs = Costs(),
-    draw: bool = True,
-) -> int:
-    """Run what is missing of a suite, write the report and print its table.
-
-    All processes that share the runs call this; the first decides what is missing.
-    """
-    # Imported here: torch takes seconds, which `--help` and wrong input should not cost.
-    from bench.run import runner
-    from bench.system import devices
-
-    how = runner.Options(
-        command=command, tensorboard=tensorboard, keep_weights=keep_weights, latency=False
-    )
-    standings = devices.decide_in_first(
-        suite.runs[0], lambda: _survey(suite, output, console, retry_failed)
-    )
-    missing = [standing for standing in standings if standing.record is None]
-    failed = any(s.record is not None and s.record.status == "failed" for s in standings)
-    with SuiteProgress(len(missing), console=console) as progress:
-        how = dataclasses.replace(how, progress=progress.update)
-        for standing in missing:
-            row = suite.name_of(standing.config)
-            progress.row(row)
-            try:
-                result = runner.run(
-                    standing.config, output=output, identity=standing.identity, options=how
-                )
-            except LockedError as error:
-                progress.finish_row(f"being run by {error.holder}; left to it")
-                failed = True
-                continue
-            except runner.AbandonedError as error:
-                if not error.recorded_before:
-                    print(f"{row}: failed in one process: {error}", file=sys.stderr, flush=True)
-                # The other processes hold what an orderly end would wait for.
-                os._exit(processes.ABANDONED)
-            progress.finish_row(_outcome(result))
-            failed |= result.status == "failed"
-    devices.close_group()
-    if not processes.world().is_first:
-        return int(failed)
-    processes.forget_world()
-    identities = [standing.identity for standing in standings]
-    if latency:
-        _measure_latency(identities, output, console, command=command)
-    if not report:
-        return int(failed)
-    if draw:
-        _make_pictures(identities, output, console)
-    found = _count_costs(costs, output, console, command=command)
-    return max(_report(suite, output, identities, found), int(failed))
-
-
-def _survey(
-    suite: Suite,
-    output: Path,
-    console: Console,
-    retry_failed: bool,
-    *,
-    processes: int | None = None,
-    check: bool = True,
-) -> list["Standing"]:
-    """Say which rows have their record, and check what the others need before they cost time.
-
-    Args:
-        processes: of each run, if they are not started yet.
-        check: read the data of the rows that are to be run.
-    """
-    from bench.data import split as inputs
-    from bench.run import settled
-
-    _check_output(output)
-    standings = settled.survey(suite.runs, output, retry_failed=retry_failed)
-    missing = [standing for standing in standings if standing.record is None]
-    have, rows = len(standings) - len(missing), len({run.row for run in suite.runs})
-    seeds = f" ({rows} rows, seeds {', '.join(map(str, suite.seeds))})"
-    console.print(
-        f"suite {suite.name}: {len(missing)} of {len(standings)} rows to run"
-        + (f", {have} have their record" if have else "")
-        + (seeds if len(suite.seeds) > 1 else ""),
-        highlight=False,
-    )
-    if suite.more:
-        console.print(
-            f"not among them: {len(suite.more)} more rows; --rows takes their names, all, or"
-            f" {', '.join(families())}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    _check_free(missing, output)
-    notes = list(dict.fromkeys(standing.note for standing in missing if standing.note))
-    if missing and check:
-        configs = [standing.config for standing in missing]
-        notes += inputs.check_data(configs, output, processes=processes)
-    for note in notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    return standings
-
-
-def _check_free(standings: Sequence["Standing"], output: Path) -> None:
-    """Stop before anything has cost time where another command does one of the runs."""
-    from bench.run import runner
-
-    for standing in standings:
-        try:
-            with runner.claimed(standing.identity, output):
-                pass
-        except LockedError as error:
-            raise InputError(
-                f"row {standing.config.row} is being run in {output} by {error.holder}; wait for"
-                " it, or name another --output"
-            ) from error
-
-
-def _measure_latency(
-    identities: Sequence["Identity"], output: Path, console: Console, *, command: Sequence[str]
-) -> None:
-    """Measure the latency of all rows together, where one has none yet."""
-    from bench.run import settled, timing
-
-    records = settled.chosen(identities, load.load(output))
-    if not timing.untimed(records, output):
-        return
-    console.print("measuring latency of all rows, in rounds", highlight=False)
-    with console.status("") as status:
-        timing.measure(
-            records,
-            output,
-            command=command,
-            progress=lambda share, doing: status.update(f"{share:.0%} {doing}"),
-        )
-
-
-def _make_pictures(identities: Sequence["Identity"], output: Path, console: Console) -> None:
-    """Let rows find what is in a few images, those that have kept weights and did not yet."""
-    from bench.run import pictures, settled
-
-    records = settled.chosen(identities, load.load(output))
-    with console.status("") as status:
-        for line in pictures.make(
-            records, output, tell=lambda row: status.update(f"pictures of {row}")
-        ):
-            console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _count_costs(
-    costs: Costs, output: Path, console: Console, *, command: Sequence[str]
-) -> list[Record]:
-    """Count what rows cost at full size, where that has no record yet."""
-    if not costs.configs:
-        return []
-    from bench.measure import reference
-
-    folder, configs = output / record.COSTS, costs.configs
-    size = "x".join(map(str, configs[0].profile.image_size))
-    console.print(f"costs of {len(configs)} rows at {size}", highlight=False)
-    with console.status("") as status:
-        found = reference.count(
-            configs, folder, command=command, progress=lambda row: status.update(f"counted {row}")
-        )
-        if costs.measured:
-            found += reference.measure_layers(
-                configs,
-                folder,
-                command=command,
-                progress=lambda share, doing: status.update(f"{share:.0%} {doing}"),
-            )
-    return found
-
-
-def _report(
-    suite: Suite, output: Path, identities: Sequence["Identity"], costs: Sequence[Record]
-) -> int:
-    from bench.run import settled
-
-    records = settled.chosen(identities, load.load(output))
-    if suite.runs[0].model.method == CLASSIFIER:
-        found, path = classifiers.comparison(records), output / "classifiers.md"
-        where = str(path)
-        path.write_text(f"# {found.title}\n\n{tables.to_markdown(found.shown)}", encoding="utf-8")
-        print(tables.to_text(found.shown, _WIDTH))
-    else:
-        where = _page(suite, records, output, costs)
-    failed = [entry for entry in records if entry.status == "failed"]
-    for label, entry in zip(load.labels(records), records, strict=True):
-        if entry in failed:
-            print(f"{label}: failed, {(entry.error or {}).get('message')}")
-    if failed:
-        print("Failed rows are run again with --retry-failed.")
-    print(f"report: {where}")
-    return 1 if failed else 0
-
-
-def _page(suite: Suite, records: Sequence[Record], output: Path, costs: Sequence[Record]) -> str:
-    """Write the page, print the main tables, and return where it is."""
-    title, probed = f"Suite {suite.name}", probes.load(output)
-    drawn = drawings.load(records, output)
-    path = page.write(records, output, title=title, costs=costs, probes=probed, drawn=drawn)
-    for found in answer.first(records, costs, probes.profile(probed)):
-        print(answer.to_text(found, _WIDTH))
-    for table in [*tables.comparison(records), *tables.searches(records)]:
-        print(tables.to_text(table.shown, _WIDTH))
-    return f"{path} and {path.with_suffix('.html')}"
-
-
-def _check_output(output: Path) -> None:
-    """Fail now, not after the first row, where the output cannot be written."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output) as probe:
-            probe.write(b"\0" * 4096)
-    except OSError as error:
-        raise InputError(
-            f"--output {output} cannot be written: {error.strerror}; name another folder"
-        ) from error
-
-
-def _outcome(result: Record) -> str:
-    if result.error is not None:
-        return f"failed, {result.error['message']}"
-    evaluation = result.evaluation or {}
-    if "top1" in evaluation:
-        return f"done, top-1 {evaluation['top1']:.1f} %"
-    box = evaluation.get("box") or {}
-    return f"done, box AP {box['AP']:.1f}" if box.get("AP") is not None else "done"
 
 
 def _set_up_logging() -> None:

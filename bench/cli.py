@@ -390,6 +390,16 @@ def file_values(options: Namespace) -> dict[str, str]:
     return {key: value for key, value in values.items() if value is not None}
 
 
+def as_arguments(options: Namespace, *names: str) -> list[str]:
+    """Return those of some options that were given, as a person would type them."""
+    words: list[str] = []
+    for name in names:
+        value = getattr(options, name.replace("-", "_"))
+        if value is not None and value is not False:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
 def precision(options: Namespace) -> str:
     """Return what --precision or --amp asks for."""
     if not options.amp:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -37,6 +38,22 @@ def write_whole(path: Path, content: bytes | str | Callable[[IO[bytes]], object]
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {reason(error)}") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder of --output, before anything is done that could then not be written.
+
+    Raises:
+        InputError: where that is not possible, or the disk is full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0" * 4096)
+    except OSError as error:
+        raise InputError(
+            f"--output {folder} cannot be written: {reason(error)}; name another folder"
+        ) from error
 
 
 def sync_folder(folder: Path) -> None:

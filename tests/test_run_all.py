@@ -17,13 +17,14 @@ import torch
 
 import run_all
 from bench import cli, record
+from bench.config.init import started
 from bench.config.suites import build_config, load_suite
 from bench.data.generated import generate
 from bench.errors import InputError
 from bench.measure import memory
 from bench.model import build as models
 from bench.model.weights import load_file
-from bench.run import runner
+from bench.run import runner, suite
 from bench.run.evaluate import CocoEvaluator
 from bench.run.identity import identify
 from bench.run.train import _Training
@@ -677,7 +678,7 @@ def test_a_row_that_another_command_runs_is_left_to_it(
     assert not (tmp_path / "records").exists()
     # One that begins when this command has begun: the other rows go on.
     with monkeypatch.context() as meddled:
-        meddled.setattr(run_all, "_check_free", lambda *_: None)
+        meddled.setattr(suite, "check_free", lambda *_: None)
         assert run_all.main(arguments) == 1
     assert f"ViL: being run by {who}" in capsys.readouterr().out
     assert set(records(tmp_path)) == {"linformer"}
@@ -916,7 +917,7 @@ def test_a_row_of_a_launcher_gets_the_schedule_and_method() -> None:
     given = ["--schedule", "3x", "--method", "retinanet", "--launcher", "local"]
     options = run_all.parser().parse_intermixed_args(given)
     config = load_suite("quick", rows=["ViL"]).runs[0]
-    arguments = run_all._row_arguments(config, "ViL", Path("out"), options)
+    arguments = run_all._row_arguments({"ViL": "ViL"}, Path("out"), options, config)
     assert arguments[arguments.index("--schedule") + 1] == "3x"
     assert arguments[arguments.index("--method") + 1] == "retinanet"
 
@@ -998,14 +999,14 @@ def test_records_of_e514c85_are_settled_and_reported(
 def test_each_row_starts_from_a_checkpoint_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    suite = load_suite("quick", rows=["ViL", "Partial ViL"])
+    plain = load_suite("quick", rows=["ViL", "Partial ViL"])
     for name in ("ViL", "partial-vil"):
         (tmp_path / f"{name}.pth").touch()
     for init in (tmp_path, tmp_path / "{row}.pth"):
-        found = run_all._started(suite, str(init), partial=False).runs
+        found = started(plain, str(init), partial=False).runs
         assert [Path(run.train.init or "").stem for run in found] == ["ViL", "partial-vil"]
     one = str(tmp_path / "ViL.pth")
-    assert all(run.train.init == one for run in run_all._started(suite, one, True).runs)
+    assert all(run.train.init == one for run in started(plain, one, True).runs)
     command = ["--rows", "ViL,Partial ViL", "--output", str(tmp_path / "out")]
     for init, said in ((one, "--init-partial"), (f"{tmp_path}/x-{{row}}", "x-partial-vil")):
         assert run_all.main([*command, "--init", init]) == 2

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import tempfile
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -60,20 +59,6 @@ def show(
             print("\n".join(text))
     if output is not None:
         write(output, shown, drawn)
-
-
-def check_writable(folder: Path) -> None:
-    """Make a folder, before anything is measured that could then not be written.
-
-    Raises:
-        InputError: where that is not possible.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"--output {folder}: {error.strerror or error}") from error
 
 
 def write(folder: Path, shown: "Sequence[Table]", drawn: "Sequence[Plot]" = ()) -> None:

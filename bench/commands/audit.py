@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from bench.cli import SHARED, add, positive
-from bench.commands._output import FORMATS, check_writable, progress, show
+from bench.commands._output import FORMATS, progress, show
 from bench.errors import InputError
+from bench.files import check_writable
 
 if TYPE_CHECKING:
     from bench.config.schema import RunConfig

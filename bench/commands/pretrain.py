@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from bench.cli import PROG, add, add_overrides, names, positive
+from bench.cli import PROG, add, add_overrides, as_arguments, names, positive
 from bench.errors import InputError
 
 HELP = "pretrain the backbone of rows as classifiers, by the recipe of DeiT, or evaluate one"
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     """Pretrain, or evaluate."""
     if options.eval:
         return _evaluate(options)
-    given = [f"--{n}" for n in ("weights", "position", "image-size") if _value(options, n)]
+    given = as_arguments(options, "weights", "position", "image-size")
     if given:
         raise InputError(f"{given[0]} is for --eval")
 
@@ -79,22 +79,12 @@ def run(options: argparse.Namespace) -> int:
     suite = "pretrain-quick" if options.data is None else "pretrain"
     arguments = ["--suite", suite, "--rows", ",".join(options.attention)]
     arguments += ["--output", str(options.output or Path("results") / "pretrain")]
-    for name in (
+    arguments += as_arguments(
+        options,
         *("data", "backbone", "schedule", "device", "seed", "devices", "launcher", "jobs"),
-        *("slurm", "measure-steps"),
-    ):
-        value = _value(options, name)
-        if value is not None:
-            arguments += [f"--{name}", str(value)]
-    for name in ("dry-run", "retry-failed", "tensorboard"):
-        if _value(options, name):
-            arguments.append(f"--{name}")
+        *("slurm", "measure-steps", "dry-run", "retry-failed", "tensorboard"),
+    )
     return run_all.main([*arguments, *options.overrides], prog=f"{PROG} pretrain")
-
-
-def _value(options: argparse.Namespace, name: str) -> object:
-    found: object = getattr(options, name.replace("-", "_"))
-    return found
 
 
 def _evaluate(options: argparse.Namespace) -> int:

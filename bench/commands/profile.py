@@ -17,9 +17,10 @@ from bench.cli import (
     on_gpu,
     precision,
 )
-from bench.commands._output import FORMATS, check_writable, show, write
+from bench.commands._output import FORMATS, show, write
 from bench.config.schema import LIBRARIES, ON_DEMAND, QUANTITIES
 from bench.errors import InputError
+from bench.files import check_writable
 
 HELP = "measure parameters, FLOPs, memory and latency of one mechanism or many"
 EPILOG = """\

@@ -6,9 +6,10 @@ import sys
 from typing import Any
 
 from bench.cli import add, positive, repeats, several, some_of
-from bench.commands._output import WIDTH, check_writable, progress
+from bench.commands._output import WIDTH, progress
 from bench.config.schema import MODES, POSITIONS
 from bench.errors import InputError
+from bench.files import check_writable
 
 HELP = "compare the speed and memory of mechanisms at two commits, in turns in one run"
 EPILOG = """\

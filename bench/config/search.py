@@ -79,6 +79,37 @@ def expand(suite: Suite, search: Search) -> Suite:
     return replace(suite, runs=tuple(_with(config, search, value) for config, value in pairs))
 
 
+def expanded(
+    plain: Suite, *, text: str | None, seed: int | None, seeds: int | None
+) -> tuple[Suite, dict[str, str]]:
+    """Return the suite with the values of a search and several seeds, and the row each row is of.
+
+    Args:
+        plain: the suite without them.
+        text: what --search says, as `parse` takes it.
+        seed: what --seed says.
+        seeds: how many are run, the suite's own and those after it.
+
+    Raises:
+        InputError: where --search names seeds and one of the others does too.
+    """
+    searched = parse(text) if text else None
+    for option, given in (("seed", seed), ("seeds", seeds)):
+        if searched is not None and searched.path == SEED and given is not None:
+            raise InputError(
+                f"--search {text} and --{option} {given} both say which seeds are run; leave one"
+                " of them out"
+            )
+    suite, bases = plain, {config.row: config.row for config in plain.runs}
+    if searched is not None:
+        suite = expand(plain, searched)
+        bases = {searched.row(row, value): row for row in bases for value in searched.values}
+    if seeds is not None:
+        first = plain.runs[0].seed
+        suite = expand(suite, Search(SEED, tuple(range(first, first + seeds))))
+    return suite, bases
+
+
 def _values(listed: str) -> list[Any]:
     """Read the values of a list as overrides are read; malformed text has none."""
     try:

@@ -130,6 +130,20 @@ def load_suite(
     return Suite(name, tuple(runs), needs, more, suite.get("backbone"))
 
 
+def check_needs(suite: Suite) -> None:
+    """Fail where a suite needs a data set that was not found.
+
+    Raises:
+        InputError: then.
+    """
+    if suite.needs is not None and any(config.data.path is None for config in suite.runs):
+        raise InputError(
+            f"suite {suite.name} needs {suite.needs}: name its folder with --data, or set"
+            " $DETECTRON2_DATASETS to the folder that holds coco/; `python -m bench data coco"
+            " --root DIR` downloads it"
+        )
+
+
 def profile_configs(
     names: Sequence[str],
     *,
