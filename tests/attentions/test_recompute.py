@@ -50,18 +50,14 @@ def outcome(module, x, grid=GRID):
     return [y.detach(), x.grad, *(p.grad.clone() for p in module.parameters())]
 
 
-@pytest.fixture(params=["one score a time", "few", "all"])
-def blocks(request, monkeypatch):
-    """Scores of one strip or query, of a few, or of everything at once."""
-    most = {"one score a time": 1, "few": 40_000, "all": 2**30}[request.param]
+# Scores of one strip or query, of a few, or of everything at once.
+@pytest.mark.parametrize(
+    ("grid", "most"), [(GRID, 1), (GRID, 40_000), (GRID, 2**30), ((2, 11), 40_000)]
+)
+@every_option
+def test_results_do_not_depend_on_the_blocks(name, options, grid, most, monkeypatch):
     for module in (local, relative):
         monkeypatch.setattr(module, "LARGEST_SCORES", {"cpu": most, "other": most})
-
-
-@pytest.mark.usefixtures("blocks")
-@pytest.mark.parametrize("grid", [GRID, (2, 11)], ids=str)
-@every_option
-def test_results_do_not_depend_on_the_blocks(name, options, grid):
     fast = build(name, options, grid=grid)
     oracle = build(name, options, grid=grid, implementation="reference")
     oracle.load_state_dict(fast.state_dict())
