@@ -41,19 +41,6 @@ AROUND = tuple((a, b) for a in (-1, 0, 1) for b in (-1, 0, 1))
 OWN = AROUND.index((0, 0))
 
 
-def to_chunks(x: Tensor, window: int) -> Tensor:
-    """(B, rows, columns, C) -> (B, R, S, w², C), zero-padded at the bottom and right."""
-    rows, columns = x.shape[1:3]
-    x = nn.functional.pad(x, (0, 0, 0, -columns % window, 0, -rows % window))
-    return x.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3).flatten(3, 4)
-
-
-def from_chunks(x: Tensor, window: int, grid: Grid) -> Tensor:
-    """(B, R, S, w², C) -> (B, rows, columns, C): the inverse of `to_chunks`."""
-    x = x.unflatten(3, (window, window)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    return x[:, : grid[0], : grid[1]]
-
-
 def _offsets(
     window: int, seen: tuple[Square, ...], device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -6,21 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attentions.cache import has_data
+from attentions.parts import at_once
 
 # Bytes of the widest tensor of a piece. On a CPU it should stay in the caches; an accelerator needs
 # enough work for each kernel.
-CPU_BYTES = 2**20
-ACCELERATOR_BYTES = 2**26
+LARGEST_PIECE = {"cpu": 2**20, "other": 2**26}
 
 
 def budget(x: Tensor) -> int:
-    """Bytes of the widest tensor of a piece, where x is.
-
-    Without data there are no caches to stay in, and each operator costs as much as with the largest
-    tensors: then pieces are as large as on an accelerator.
-    """
-    return CPU_BYTES if x.device.type == "cpu" and has_data(x) else ACCELERATOR_BYTES
+    """Bytes of the widest tensor of a piece, where x is."""
+    return at_once(x, LARGEST_PIECE)
 
 
 def pieces(x: Tensor, bytes_per_token: int) -> Iterator[tuple[slice, slice]]:

@@ -113,20 +113,10 @@ def publish(sections: Sequence[Section], directory: Path, *, title: str, made: s
     """
     try:
         found = [block for section in sections for block in section.blocks]
-        for table in (block for block in found if isinstance(block, Table)):
-            base = directory / "tables" / table.name
-            _replace(base.with_suffix(".csv"), tables.to_csv(table.raw))
-            notes = [*table.notes, *filter(None, [made])]
-            _replace(base.with_suffix(".md"), _standalone(table, notes))
-            caption = " ".join([f"{table.title}.", *notes])
-            _replace(
-                base.with_suffix(".tex"),
-                tables.to_latex(table.shown, caption=caption, label=table.name),
-            )
-        for plot in (block for block in found if isinstance(block, Plot) and not block.skipped):
-            base = directory / "plots" / plot.name
-            _replace(base.with_suffix(".png"), plot.png)
-            _replace(base.with_suffix(".svg"), plot.svg)
+        shown = [block for block in found if isinstance(block, Table)]
+        write_tables(shown, directory / "tables", made)
+        drawn = [block for block in found if isinstance(block, Plot)]
+        write_plots(drawn, directory / "plots")
         _replace(directory / "index.html", _render("page.html.jinja", title, sections, made))
         markdown = _render("page.md.jinja", title, sections, made)
         page = directory / "index.md"
@@ -138,9 +128,36 @@ def publish(sections: Sequence[Section], directory: Path, *, title: str, made: s
     return page
 
 
-def _standalone(table: Table, notes: Sequence[str]) -> str:
-    """A table as Markdown that says by itself what it is."""
-    return "\n\n".join([f"**{table.title}**", _markdown(table), *notes]) + "\n"
+def write_tables(found: Iterable[Table], folder: Path, made: str = "") -> None:
+    """Write tables as CSV, Markdown and LaTeX, which say by themselves what they are.
+
+    Args:
+        made: where the numbers come from.
+
+    Raises:
+        OSError: where they cannot be written.
+    """
+    for table in found:
+        base = folder / table.name
+        notes = [*table.notes, *filter(None, [made])]
+        _replace(base.with_suffix(".csv"), tables.to_csv(table.raw))
+        text = "\n\n".join([f"**{table.title}**", _markdown(table), *notes])
+        _replace(base.with_suffix(".md"), f"{text}\n")
+        caption = " ".join([f"{table.title}.", *notes])
+        latex = tables.to_latex(table.shown, caption=caption, label=table.name)
+        _replace(base.with_suffix(".tex"), latex)
+
+
+def write_plots(found: Iterable[Plot], folder: Path) -> None:
+    """Write plots as PNG and SVG, those that show something.
+
+    Raises:
+        OSError: where they cannot be written.
+    """
+    for plot in found:
+        if not plot.skipped:
+            _replace(folder / f"{plot.name}.png", plot.png)
+            _replace(folder / f"{plot.name}.svg", plot.svg)
 
 
 def _render(template: str, title: str, sections: Sequence[Section], made: str) -> str:

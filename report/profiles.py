@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from bench.record import Record
+from bench.record import Record, slug
 from report.columns import (
     METHODS,
     MISSING,
@@ -92,7 +92,7 @@ def parts(record: Record) -> Table | None:
     if phases := at(record, "latency.phases"):
         said = ", ".join(f"{name} {1e3 * of['median']:.1f} ms" for name, of in phases.items())
         notes.append(f"A training step by its phases: {said} (clipping is the optimizer's).")
-    return table(f"parts-{record.row}", f"Parts of {record.row}", data, columns, notes)
+    return table(f"parts-{slug(record.row)}", f"Parts of {record.row}", data, columns, notes)
 
 
 def throughput(records: Sequence[Record]) -> Table | None:

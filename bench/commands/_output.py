@@ -67,21 +67,11 @@ def write(folder: Path, shown: "Sequence[Table]", drawn: "Sequence[Plot]" = ()) 
     Raises:
         InputError: where the folder cannot be written.
     """
-    from bench.record import slug
-    from report import tables
+    from report import page
 
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for table in shown:
-            stem = folder / slug(table.name)
-            stem.with_suffix(".csv").write_text(tables.to_csv(table.raw), encoding="utf-8")
-            stem.with_suffix(".md").write_text(tables.to_markdown(table.shown), encoding="utf-8")
-            stem.with_suffix(".tex").write_text(tables.to_latex(table.shown), encoding="utf-8")
-        for plot in drawn:
-            if plot.skipped:
-                continue
-            (folder / f"{plot.name}.png").write_bytes(plot.png)
-            (folder / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
+        page.write_tables(shown, folder)
+        page.write_plots(drawn, folder)
     except OSError as error:
         raise InputError(f"--output {folder}: {error.strerror or error}") from error
     print(f"tables and plots: {folder}", file=sys.stderr)

@@ -62,6 +62,7 @@ def generate(
     train_images: int = 800,
     val_images: int = 100,
     image_size: tuple[int, int] = (128, 160),
+    classes: bool = False,
 ) -> Path:
     """Write the data set, unless it is there already, and return its folder.
 
@@ -71,54 +72,12 @@ def generate(
     Args:
         root: the folder to make.
         image_size: height and width of every image, in pixels.
+        classes: images of one object each instead, as `train/SHAPE/*.jpg` and `val/SHAPE/*.jpg`
+            for each of SHAPES.
 
     Raises:
         InputError: for values that cannot be, a folder that holds something else, or a full disk.
     """
-    return _generate(root, seed, train_images, val_images, image_size)
-
-
-def generate_classes(
-    root: str | Path,
-    *,
-    seed: int = 0,
-    train_images: int = 800,
-    val_images: int = 100,
-    image_size: tuple[int, int] = (128, 160),
-) -> Path:
-    """Write images of one object each, in a folder for each of SHAPES, as `generate` does.
-
-    The folder then holds `train/SHAPE/*.jpg` and `val/SHAPE/*.jpg`.
-    """
-    return _generate(root, seed, train_images, val_images, image_size, classes=True)
-
-
-def data_root(config: RunConfig, output: Path) -> Path:
-    """Return the folder of a run's data; generated data is made where it is missing."""
-    if config.data.path is not None:
-        return Path(config.data.path)
-    made, classes = config.data.generated, config.model.method == CLASSIFIER
-    size = (made.image_size[0], made.image_size[1])
-    numbers = f"{made.seed}-{made.train_images}-{made.val_images}-{size[0]}x{size[1]}"
-    return _generate(
-        output / "data" / f"{'classes' if classes else 'generated'}-{numbers}",
-        made.seed,
-        made.train_images,
-        made.val_images,
-        size,
-        classes=classes,
-    )
-
-
-def _generate(
-    root: str | Path,
-    seed: int,
-    train_images: int,
-    val_images: int,
-    image_size: tuple[int, int],
-    *,
-    classes: bool = False,
-) -> Path:
     root = Path(root)
     if min(train_images, val_images) < 1 or min(image_size) < SMALLEST_SIDE:
         raise InputError(
@@ -155,6 +114,23 @@ def _generate(
         reason = error.strerror or error
         raise InputError(f"cannot write generated data to {root}: {reason}") from error
     return root
+
+
+def data_root(config: RunConfig, output: Path) -> Path:
+    """Return the folder of a run's data; generated data is made where it is missing."""
+    if config.data.path is not None:
+        return Path(config.data.path)
+    made, classes = config.data.generated, config.model.method == CLASSIFIER
+    size = (made.image_size[0], made.image_size[1])
+    numbers = f"{made.seed}-{made.train_images}-{made.val_images}-{size[0]}x{size[1]}"
+    return generate(
+        output / "data" / f"{'classes' if classes else 'generated'}-{numbers}",
+        seed=made.seed,
+        train_images=made.train_images,
+        val_images=made.val_images,
+        image_size=size,
+        classes=classes,
+    )
 
 
 def _replace(place: Path, arguments: Mapping[str, Any]) -> None:

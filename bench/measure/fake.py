@@ -224,13 +224,7 @@ class AsOnCuda(TorchFunctionMode):
     some GPUs prefer, keeps as much as flash.
     """
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is nn.functional.scaled_dot_product_attention:
             return _cuda_attention(*args, **kwargs)

@@ -344,13 +344,7 @@ class _Counter(TorchDispatchMode):
         if multiply_adds:
             self.by_part[self.parts[-1]][str(operator)] += multiply_adds
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if isinstance(func, torch._ops.HigherOrderOperator):
             self.uncounted[str(func)] += 1

@@ -213,13 +213,7 @@ class LiveTensors(TorchDispatchMode):
         self.before += added
         self.peak += added
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func not in _JUST_MADE:
             for value in tree_leaves((args, kwargs)):

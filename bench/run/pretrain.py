@@ -17,7 +17,6 @@ from bench import record
 from bench.config.schema import RunConfig
 from bench.data import classes
 from bench.data.classes import ClassDataset
-from bench.data.generated import data_root
 from bench.data.loader import clear_worker_errors
 from bench.measure.flops import NotCountedError, count_flops
 from bench.model import build as models
@@ -26,7 +25,6 @@ from bench.model.weights import load_file, load_published, save_file
 from bench.run.evaluate import Progress
 from bench.run.runner import Run
 from bench.run.train import Task, TrainingLog, train_task
-from bench.system import devices
 from bench.system.logs import run_log, table
 
 LEVEL = 0.95
@@ -39,19 +37,11 @@ class Pretraining(Run):
         super().__init__(*given, **named)
         self.phases: list[Callable[[], None]] = [self.open, self.build, self.train, self.evaluate]
 
-    def open(self) -> None:
-        """Set up devices and read the data."""
-        config = self.config
-        self.options.progress(0.0, "reading data")
-        self.fabric = devices.make_fabric(config)
-        # Generated data is made once, by the first process.
-        if self.fabric.is_global_zero:
-            data_root(config, self.output)
-        self.fabric.barrier()
-        root = data_root(config, self.output)
+    def read(self, root: Path) -> None:
+        """Read the images to train on, and those to evaluate on."""
         self.images, val = classes.open_splits(root)
         self.splits: list[Any] = [val]
-        self.recipe = classifier.recipe(config, len(self.images))
+        self.recipe = classifier.recipe(self.config, len(self.images))
 
     def build(self) -> None:
         """Build the classifier and count it."""

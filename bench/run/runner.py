@@ -307,17 +307,20 @@ class Run:
         return result
 
     def open(self) -> None:
-        """Set up devices; read the split to train on, and those to evaluate on."""
-        config = self.config
+        """Set up devices and read the data."""
         self.options.progress(0.0, "reading data")
-        self.fabric = devices.make_fabric(config)
+        self.fabric = devices.make_fabric(self.config)
         # Generated data is made once, by the first process.
         if self.fabric.is_global_zero:
-            data_root(config, self.output)
+            data_root(self.config, self.output)
         self.fabric.barrier()
-        opened = inputs.open_splits(config, data_root(config, self.output))
+        self.read(data_root(self.config, self.output))
+
+    def read(self, root: Path) -> None:
+        """Read the split to train on, and those to evaluate on."""
+        opened = inputs.open_splits(self.config, root)
         self.training, *self.splits = opened
-        self.notes += _remarks(config, opened if self.fabric.is_global_zero else [])
+        self.notes += _remarks(self.config, opened if self.fabric.is_global_zero else [])
 
     def build(self) -> None:
         """Build the detector, count it, and load what it starts from."""

@@ -28,7 +28,7 @@ recomputing = pytest.mark.parametrize(("name", "options"), RECOMPUTING)
 @recomputing
 @pytest.mark.parametrize("limit", [1, 1500, 6000, 2**40])
 def test_pieces_of_any_size_give_the_same(monkeypatch, name, options, limit):
-    monkeypatch.setattr(pieces, "CPU_BYTES", limit)
+    monkeypatch.setitem(pieces.LARGEST_PIECE, "cpu", limit)
     fast, oracle = pair(name, options, grid=GRID, num_global=2)
     x = tokens(fast, GRID, 3, 0)
     assert_near(run(fast, x, GRID), run(oracle, x, GRID), 1e-9)

@@ -10,7 +10,7 @@ import run_all
 from bench.cli import main
 from bench.config.suites import load_suite
 from bench.data import classes
-from bench.data.generated import SHAPES, generate_classes
+from bench.data.generated import SHAPES, generate
 from bench.errors import InputError
 from bench.model.classifier import build_classifier, build_optimizer, rates, recipe
 from bench.model.weights import load_file, load_origin
@@ -151,7 +151,9 @@ def test_recipe_is_that_of_deit():
 
 def test_batches_depend_on_seed_and_step_alone(tmp_path):
     config = tiny()
-    root = generate_classes(tmp_path / "data", train_images=24, val_images=6, image_size=(64, 64))
+    root = generate(
+        tmp_path / "data", train_images=24, val_images=6, image_size=(64, 64), classes=True
+    )
     train, val = classes.open_splits(root)
     assert sorted(label for _, label in val.samples) == list(range(6))
     whole = list(classes.training_batches(train, config, steps=3, start_step=0))
@@ -189,7 +191,9 @@ def test_wrong_input_is_one_line(words, said, tmp_path, capsys):
 
 
 def test_validation_of_other_classes_is_refused(tmp_path):
-    root = generate_classes(tmp_path / "data", train_images=6, val_images=6, image_size=(64, 64))
+    root = generate(
+        tmp_path / "data", train_images=6, val_images=6, image_size=(64, 64), classes=True
+    )
     (root / "val" / "star").rename(root / "val" / "moon")
     with pytest.raises(InputError, match="moon"):
         classes.open_splits(root)
