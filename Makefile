@@ -16,7 +16,7 @@ run: $(STAMP)
 	$(VENV)/bin/python run_all.py --launcher local $(ARGS)
 
 test: $(STAMP)
-	$(if $(DETECTRON2_TREE),PYTHONPATH="$(DETECTRON2_TREE)$${PYTHONPATH:+:$$PYTHONPATH}" )$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(if $(DETECTRON2_TREE),PYTHONPATH="$(DETECTRON2_TREE)$${PYTHONPATH:+:$$PYTHONPATH}" )$(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -1,3 +1,4 @@
+import gc
 import importlib.util
 import os
 import shutil
@@ -39,3 +40,10 @@ def pytest_collection_modifyitems(config, items):
         for name, reason in reasons.items():
             if item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish():
+    # What is imported stays: each collection, and there is one before every measure of memory,
+    # would look through it again for a quarter of a second.
+    gc.collect()
+    gc.freeze()

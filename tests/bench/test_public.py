@@ -36,10 +36,8 @@ def test_a_backbone_a_detector_and_its_cost():
     assert report.total > bench.count_flops(vil, image_size=(64, 64)).total > 0
 
 
-@pytest.mark.parametrize("before", ["", "from bench.run import runner"])
-def test_run_is_a_function_and_a_package(before, tmp_path):
+def test_run_is_a_function_and_a_package(tmp_path):
     code = f"""
-{before}
 import pathlib, bench
 try:
     bench.run(bench.RunConfig(row="r", device="tpu"), output=pathlib.Path({str(tmp_path)!r}))

@@ -34,6 +34,7 @@ def test_all_published_rows_are_reproduced(rows):
         assert row.recounted == pytest.approx(
             row.published, rel=5e-3 if row.row == "srformer/64" else 2e-3
         )
+        # The published 45.1 is 45.16 cut off.
         limit = 0.07e6 if row.row == "Partial global" else 0.05e6
         assert row.parameters == pytest.approx(row.published_parameters, abs=limit)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import run_all
 from bench.model.weights import load_file
 
 ROOT = Path(__file__).parents[3]
@@ -115,7 +116,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
             process.wait()
 
 
-def run_all(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_apart(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "run_all.py"), *TINY, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -131,7 +132,7 @@ def test_a_requeued_row_ends_in_the_weights_of_an_undisturbed_one(
     cluster: dict[str, str], tmp_path: Path
 ) -> None:
     output, undisturbed = tmp_path / "slurm", tmp_path / "undisturbed"
-    done = run_all(cluster, "--output", str(output), "--launcher", "slurm")
+    done = run_apart(cluster, "--output", str(output), "--launcher", "slurm")
     assert done.returncode == 0, done.stderr
     job = next(line for line in done.stdout.splitlines() if "submitted as job" in line).split()[-1]
     wait_for(lambda: steps_done(output) > 2, "the first steps")
@@ -143,9 +144,9 @@ def test_a_requeued_row_ends_in_the_weights_of_an_undisturbed_one(
     entry = json.loads(path.read_text())
     assert entry["training"]["resumed"] == 1
     # The report comes with the command that submitted, without the launcher.
-    assert "0 of 1 rows to run" in run_all(cluster, "--output", str(output)).stdout
+    assert "0 of 1 rows to run" in run_apart(cluster, "--output", str(output)).stdout
 
-    assert run_all(cluster, "--output", str(undisturbed), "--no-report").returncode == 0
+    assert run_apart(cluster, "--output", str(undisturbed), "--no-report").returncode == 0
     (ours,), (theirs,) = (map(load_file, o.glob("weights/*.pth")) for o in (output, undisturbed))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
@@ -156,10 +157,15 @@ def test_a_requeued_row_ends_in_the_weights_of_an_undisturbed_one(
     "parameters", ["slurm_partition=nowhere", "gpus_per_node=1", "slurm_time=nonsense"]
 )
 def test_what_slurm_refuses_is_one_line(
-    cluster: dict[str, str], tmp_path: Path, parameters: str
+    cluster: dict[str, str],
+    tmp_path: Path,
+    parameters: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = run_all(cluster, "--output", str(tmp_path), "--launcher", "slurm", "--slurm", parameters)
-    assert done.returncode == 2, done.stderr
-    error = done.stderr.strip()
+    monkeypatch.setenv("SLURM_CONF", cluster["SLURM_CONF"])
+    launch = ["--launcher", "slurm", "--slurm", parameters]
+    assert run_all.main([*TINY, "--output", str(tmp_path), *launch]) == 2
+    error = capsys.readouterr().err.strip()
     assert error.startswith("run_all.py: error: --launcher slurm: sbatch: error:")
     assert "\n" not in error
