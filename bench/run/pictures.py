@@ -128,6 +128,9 @@ def saliency(vil: ViL, image: Tensor, query: tuple[int, int]) -> Tensor:
 
     Returns:
         (rows, columns), the largest 1: the norm of the gradient by the token of a cell.
+
+    Raises:
+        InputError: where the gradient is not finite.
     """
     place = next(vil.attention_places())
     seen: list[tuple[Tensor, tuple[int, int]]] = []
@@ -143,6 +146,8 @@ def saliency(vil: ViL, image: Tensor, query: tuple[int, int]) -> Tensor:
     signs = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).sign()
     (gradient,) = torch.autograd.grad((output * signs.to(output)).sum(), tokens)
     found = gradient[0, place.stage.num_global :].norm(dim=-1).unflatten(0, grid)
+    if not found.isfinite().all():
+        raise InputError("the gradient of its first attention layer is not finite")
     return (found / found.max().clamp_min(1e-30)).cpu()
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench.errors import InputError
 from bench.model.backbone import ViL
 from bench.run import pictures
 
@@ -18,3 +19,10 @@ def test_a_query_sees_as_far_as_its_mechanism_reaches(attention: str, cells: int
     assert seen.max() == 1
     assert int((seen > 0).sum()) == cells
     assert seen[7, 8] > 0
+
+
+def test_what_is_not_finite_is_said_and_not_drawn() -> None:
+    vil = ViL(ARCH, attention="full", image_size=64)
+    next(vil.attention_places()).module.proj.weight.data.fill_(float("nan"))
+    with pytest.raises(InputError, match="gradient of its first attention layer is not finite"):
+        pictures.saliency(vil, torch.rand(3, 64, 64), (7, 8))
