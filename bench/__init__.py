@@ -1,5 +1,6 @@
 """Attention mechanisms in one detector, trained, evaluated and measured; public names below."""
 
+import getpass
 import importlib
 import os
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,12 @@ from typing import TYPE_CHECKING, Any
 # it is so long that any other busy process makes a step take many times as long; CHANGELOG.md says
 # what was measured.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# torch calls a folder after the user, and its import fails where the user is a number without a
+# name, as in a container.
+try:
+    getpass.getuser()
+except (ImportError, KeyError, OSError):
+    os.environ["USER"] = "nameless"
 
 if TYPE_CHECKING:
     from bench.config.schema import RunConfig

@@ -498,12 +498,15 @@ def test_help_explains_the_options() -> None:
 
 
 def test_it_starts_in_a_notebooks_environment_and_without_unix_modules() -> None:
-    """With a backend of matplotlib that is not there, an ASCII terminal, no `resource`."""
+    """With a backend of matplotlib that is not there, an ASCII terminal, a user without a name."""
     code = (
-        "import sys; sys.modules['resource'] = sys.modules['fcntl'] = None; import run_all;"
-        "import bench.run.runner; run_all.main(['--help'])"
+        "import signal, sys; sys.modules |= dict.fromkeys(['resource', 'fcntl', 'pwd']);"
+        "del signal.SIGKILL; import run_all; import bench.run.runner, bench.run.timing;"
+        "run_all.main(['--help'])"
     )
     environment = ONE_THREAD | {"MPLBACKEND": "module://not_there", "PYTHONIOENCODING": "ascii"}
+    for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
+        environment.pop(name, None)
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,

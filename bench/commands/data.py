@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from bench.cli import add, count, names, several
 from bench.commands._output import WIDTH
 from bench.config.schema import DEGENERATE_BOXES
+from bench.config.suites import DATASETS_VARIABLE, named_root
 from bench.errors import InputError
 from bench.files import cores
 
@@ -31,7 +31,6 @@ annotations/instances_SPLIT.json and the images in SPLIT/, for example train2017
 SPLIT/_annotations.coco.json beside its images; or, to check it, any annotation file.
 
 """
-_VARIABLE = "DETECTRON2_DATASETS"
 _LIMIT = 20
 _SHOWN = ("kind", "text", "handled", "image", "annotation", "left_out")
 
@@ -160,12 +159,10 @@ def check(options: argparse.Namespace) -> int:
 
 
 def _root(path: Path | None) -> Path:
-    if path is not None:
-        return path
-    value = os.environ.get(_VARIABLE)
-    if not value:
-        raise InputError(f"no folder was named, and ${_VARIABLE} is not set")
-    return Path(value).expanduser() / "coco"
+    root = named_root() if path is None else path
+    if root is None:
+        raise InputError(f"no folder was named, and ${DATASETS_VARIABLE} is not set")
+    return root
 
 
 def _json(root: Path, reports: Sequence["SplitReport"]) -> str:
@@ -254,7 +251,8 @@ def coco(options: argparse.Namespace) -> int:
 
     root = _root(options.root)
     download(root, options.splits, base_url=options.base_url, keep_archives=options.keep_archives)
-    print(f"COCO is in {root}: --data {root}, or nothing where ${_VARIABLE}/coco is that folder")
+    default = f"${DATASETS_VARIABLE}/coco"
+    print(f"COCO is in {root}: --data {root}, or nothing where {default} is that folder")
     return 0
 
 

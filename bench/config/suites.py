@@ -292,13 +292,17 @@ def backbones() -> tuple[str, ...]:
     return tuple(_read("backbones.yaml"))
 
 
-def default_root() -> Path | None:
+def named_root() -> Path | None:
     """Return `$DETECTRON2_DATASETS/coco`, where detectron2 looks for COCO, or None."""
     value = os.environ.get(DATASETS_VARIABLE)
-    if not value:
-        return None
-    root = Path(value).expanduser() / "coco"
-    return root if root.is_dir() else None
+    # Path.expanduser raises where there is no such user or home.
+    return Path(os.path.expanduser(value)) / "coco" if value else None  # noqa: PTH111
+
+
+def default_root() -> Path | None:
+    """Return `named_root` where it is a folder, or None."""
+    root = named_root()
+    return root if root is not None and root.is_dir() else None
 
 
 def build_config(values: Mapping[str, Any]) -> RunConfig:

@@ -25,7 +25,8 @@ from bench.measure.backends import what_ran
 from bench.measure.latency import Call, Effort, Sample, Timed, WarmUp, synchronize
 from bench.record import error_section
 
-_KILLED = -signal.SIGKILL
+# Windows has no such signal.
+_KILLED = -getattr(signal, "SIGKILL", 9)
 # Seconds after which the display moves on although a process is silent.
 _TELL_EVERY = 5.0
 # What libraries say that get no memory under a limit, oneDNN the first two.

@@ -473,6 +473,8 @@ def test_detectron2_s_variable_names_the_folder(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("DETECTRON2_DATASETS", "~")
     assert default_root() == tmp_path / "coco"
+    monkeypatch.setenv("DETECTRON2_DATASETS", "~nobody_of_this_name")
+    assert default_root() is None
 
 
 def test_packed_objects_come_out_as_they_went_in() -> None:
