@@ -27,6 +27,8 @@ for _module in pkgutil.iter_modules(__path__):
 
 _SIZE = ("dim", "num_heads", "num_global")
 _PLACE = ("grid", "seq_len", "position", "block_index")
+# Where files of the user lie, from beside which they import.
+_folders: list[Path] = []
 
 
 def names() -> tuple[str, ...]:
@@ -150,6 +152,7 @@ def _load_file(path: Path) -> Any:
         raise ImportError(f"no such file: {path}")
     key = f"attentions_user_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
     if key not in sys.modules:
+        _let_import_from(path.resolve().parent)
         spec = importlib.util.spec_from_file_location(key, path)
         if spec is None or spec.loader is None:
             raise ImportError(f"not a Python file: {path}")
@@ -161,3 +164,25 @@ def _load_file(path: Path) -> Any:
             del sys.modules[key]
             raise
     return sys.modules[key]
+
+
+def _let_import_from(folder: Path) -> None:
+    """Let a file import what lies beside it, as one that Python runs; what is installed is first.
+
+    Raises:
+        ImportError: where a module of that name was imported from beside another file.
+    """
+    if folder in _folders:
+        return
+    for name, module in list(sys.modules.items()):
+        path = Path(getattr(module, "__file__", None) or "")
+        if path.name == "__init__.py":
+            path = path.parent
+        own = folder / path.name
+        if "." not in name and name == path.stem and path.parent in _folders and own.exists():
+            raise ImportError(
+                f"{own} and {path} have one name, by which one of them can be imported in a"
+                " process; rename one, or run the rows by commands of their own"
+            )
+    _folders.append(folder)
+    sys.path.append(str(folder))

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import os
+import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,10 @@ from pathlib import Path
 from bench.files import sha256
 
 _OURS = Path(__file__).resolve().parents[2]
-_INSTALLED = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib"))
+_INSTALLED = tuple(
+    Path(sysconfig.get_path(name)).resolve()
+    for name in ("purelib", "platlib", "stdlib", "platstdlib")
+)
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,8 @@ def mechanism_sources(attention: str) -> list[Source]:
     """Return the files that the user's mechanisms in `attention` are made of.
 
     They are the files that `file.py:Class` or `package.module:Class` names, and the modules that
-    these import from their own folder or package, theirs too. Mechanisms of this package have
-    none: their version is the commit in the record.
+    these import from their own folder or package, or from elsewhere if it is not installed, theirs
+    too. Mechanisms of this package have none: their version is the commit in the record.
 
     Args:
         attention: one name, or one for each stage, comma-separated.
@@ -91,6 +95,10 @@ def _imported(path: Path) -> Iterator[Path]:
         elif isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 yield from _modules({path.parent, top}, f"{node.module}.{alias.name}")
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            match node.args:
+                case [ast.Constant(value=str(name)), *_] if not name.startswith("."):
+                    yield from _modules({path.parent, top}, name)
 
 
 def _modules(roots: set[Path], name: str) -> Iterator[Path]:
@@ -106,3 +114,12 @@ def _modules(roots: set[Path], name: str) -> Iterator[Path]:
                 if path.is_file():
                     yield path.resolve()
             folder /= part
+    # What the file itself put on the path, as the import of its class has done by now.
+    parts = name.split(".")
+    for count in range(1, len(parts) + 1):
+        own = getattr(sys.modules.get(".".join(parts[:count])), "__file__", None)
+        path = Path(own or "").resolve()
+        known = (_OURS / "attentions", _OURS / "bench", *_INSTALLED)
+        installed = {"site-packages", "dist-packages"}.intersection(path.parts)
+        if path.is_file() and not installed and not any(map(path.is_relative_to, known)):
+            yield path

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import attentions
 from bench import record
 from bench.config.schema import RunConfig, leaves
 from bench.config.sources import mechanism_sources
@@ -175,6 +176,29 @@ def test_a_mechanism_is_its_file_and_what_it_imports_from_beside_it(tmp_path: Pa
     (tmp_path / "helper.py").write_text("WIDTH = 16\n")
     after = {source.name: source.sha256 for source in mechanism_sources(name)}
     assert [name for name in after if after[name] != before[name]] == ["helper.py"]
+
+
+def test_a_file_imports_from_beside_it_and_from_where_it_says(tmp_path: Path) -> None:
+    """Neither `run_all.py` nor the tests have the folder of the mechanism on their path."""
+    text = (
+        "import importlib, sys\nfrom pathlib import Path\n"
+        "sys.path.append(str(Path(__file__).parent / 'lib'))\n"
+        "import beside_of_tests, lib_of_tests\nimportlib.import_module('named_of_tests')\n"
+    )
+    name = mechanism(tmp_path, text)
+    (tmp_path / "lib").mkdir()
+    for file in ("beside_of_tests", "lib/lib_of_tests", "named_of_tests"):
+        (tmp_path / f"{file}.py").write_text("")
+    attentions.find(name)
+    found = [source.name for source in mechanism_sources(name)]
+    assert found == [
+        *("beside_of_tests.py", "helper.py", "lib/lib_of_tests.py", "mine.py", "named_of_tests.py")
+    ]
+    # One process would give the second mechanism the module of the first.
+    other = mechanism(tmp_path / "other", "import beside_of_tests")
+    (tmp_path / "other" / "beside_of_tests.py").write_text("")
+    with pytest.raises(ValueError, match="have one name"):
+        attentions.find(other)
 
 
 def test_modules_of_a_package_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
