@@ -109,6 +109,7 @@ BAD_OPTIONS = [
     ("mila", {"num_heads": 4}, "dim 12 .* dim / num_heads = 3 even"),
     ("rala", {"num_heads": 2}, "dim 12 / num_heads 2 = 6 .* multiple of 4"),
     ("rala", {"kernel": 4}, "kernel 4 must be odd"),
+    ("ss2d", {"state": 0}, "state 0 and expand 1 must be positive"),
     ("linformer", {"seq_len": 0}, "seq_len 0"),
 ]
 USERS = """

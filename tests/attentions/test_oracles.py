@@ -149,6 +149,19 @@ def test_those_of_many_options_in_all_of_them(
     assert_near(*results, 1e-9)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("grid", [(31, 17), (1, 300)], ids=str)
+def test_scans_of_many_chunks_equal_the_formula_token_by_token(grid, dtype, tolerance):
+    modules = pair("ss2d", {"state": 2, "gate": True}, grid=grid, num_global=2)
+    for module in modules:
+        with torch.no_grad():
+            # From states that hardly fade to such as are gone after a token.
+            module.A_logs.copy_(torch.linspace(-6, 8, module.A_logs.numel()).view(-1, 2))
+    expected = run(modules[1], tokens(modules[1], grid, 2, 0), grid)
+    fast = modules[0].to(dtype)
+    assert_near(run(fast, tokens(fast, grid, 2, 0, dtype), grid), expected, tolerance)
+
+
 def test_performers_redraw_alike():
     options = {"num_features": 5, "redraw_interval": 2}
     fast, oracle = pair("performer", options, grid=(4, 5), num_global=1)

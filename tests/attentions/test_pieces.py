@@ -13,6 +13,7 @@ RECOMPUTING = [
     ("biformer", {"topk": 2, "regions": 3}),
     ("mila", {"gate": True}),
     ("rala", {"kernel": 3}),
+    ("ss2d", {"state": 2, "expand": 2}),
     ("performer", {"num_features": 7}),
     ("focused_linear", {"power": 2.5, "kernel": 3}),
     ("focused_linear", {"power": 3.0, "kernel": 0}),
