@@ -1,7 +1,9 @@
 """What the command line turns into one clear line and exit code 2."""
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from types import ModuleType
 
 
 class InputError(ValueError):
@@ -32,3 +34,17 @@ def choose(value: str, allowed: Iterable[str], what: str) -> str:
     raise InputError(
         f"unknown {what} {value!r}{nearest(value, names)}; allowed: {', '.join(names)}"
     )
+
+
+def import_optional(module: str, what: str, install: str) -> ModuleType:
+    """Import a module that need not be installed.
+
+    Raises:
+        InputError: naming `what` needs it, and how to install it, where it is not importable.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"{what} is not importable ({error}); install it with: {install}"
+        ) from error

@@ -1,4 +1,4 @@
-"""Checkpoints: of a run in progress, to resume from; and published ones, by their names."""
+"""Checkpoints of a run in progress, to resume from: whole, checked, the newest two."""
 
 import contextlib
 import io

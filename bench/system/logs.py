@@ -3,7 +3,6 @@
 Both are in `output/logs`, one of each a run: `{row}-{key}.jsonl` and `{row}-{key}.log`.
 """
 
-import importlib
 import io
 import json
 import logging
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from bench.errors import InputError
+from bench.errors import InputError, import_optional
 from bench.files import write_whole
 
 TENSORBOARD_INSTALL = "pip install '.[tensorboard]'"
@@ -61,7 +60,7 @@ class StepLog:
 
     def begin(self, step: int) -> None:
         """Go on after `step`: later lines, of steps that are done again, and half lines go."""
-        kept = [line for line in _lines(self.path) if line["step"] <= step]
+        kept = [line for line in read_steps(self.path) if line["step"] <= step]
         write_whole(self.path, "".join(map(_line, kept)))
         try:
             self._file = self.path.open("a", encoding="utf-8")
@@ -101,11 +100,6 @@ class StepLog:
                 closing.close()
 
 
-def read_steps(path: Path) -> list[dict[str, Any]]:
-    """The lines of a step log; a half line at its end, of a killed run, is passed over."""
-    return list(_lines(path))
-
-
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
     """Write what `run_log` says, and every warning of the harness, to the log at `path`.
@@ -142,13 +136,8 @@ def check_tensorboard() -> Any:
     Raises:
         InputError: where it is not importable.
     """
-    try:
-        return importlib.import_module("torch.utils.tensorboard")
-    except ImportError as error:
-        raise InputError(
-            f"--tensorboard: TensorBoard is not importable ({error}); install it with:"
-            f" {TENSORBOARD_INSTALL}"
-        ) from error
+    module, what = "torch.utils.tensorboard", "--tensorboard: TensorBoard"
+    return import_optional(module, what, TENSORBOARD_INSTALL)
 
 
 def _board(folder: Path) -> Any:
@@ -159,7 +148,8 @@ def _line(entry: Mapping[str, Any]) -> str:
     return json.dumps(entry) + "\n"
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_steps(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a step log; a half line at its end, of a killed run, is passed over."""
     if not path.is_file():
         return
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():

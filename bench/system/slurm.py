@@ -3,7 +3,6 @@
 Every job is the command that a person would type for its row, so that it resumes as that does.
 """
 
-import importlib
 import io
 import os
 import subprocess
@@ -12,7 +11,7 @@ from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
-from bench.errors import InputError
+from bench.errors import InputError, import_optional
 from bench.system import processes
 from bench.system.processes import Job
 
@@ -104,13 +103,7 @@ def read_options(text: str | None) -> dict[str, Any]:
 
 
 def _submitit() -> Any:
-    try:
-        return importlib.import_module("submitit")
-    except ImportError as error:
-        raise InputError(
-            f"--launcher slurm needs submitit, which is not importable ({error}); install it with:"
-            f" {SUBMITIT_INSTALL}"
-        ) from error
+    return import_optional("submitit", "--launcher slurm needs submitit, which", SUBMITIT_INSTALL)
 
 
 def _reason(error: Exception) -> str:

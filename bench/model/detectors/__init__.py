@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.config.schema import LIBRARIES, METHODS
 from bench.config.schema import build as build_config
-from bench.errors import InputError, choose
+from bench.errors import InputError, choose, import_optional
 from bench.model.backbone import ViL
 from bench.model.detectors.contract import Detector, PartCall, Settings, pyramid_strides
 
@@ -84,7 +84,7 @@ def build(
         },
     )
     _check(settings, vil, levels=len(pyramid_strides(vil, method)))
-    detector: Detector = getattr(module, method)(vil, settings)
+    detector: Detector = module.DETECTORS[method](vil, settings)
     return detector
 
 
@@ -110,14 +110,12 @@ def library_version(library: str) -> str:
 def _library(library: str) -> ModuleType:
     choose(library, LIBRARIES, "detector library")
     if library != "torchvision":
+        name, what = "bench.model.detectors.detectron2", "detector library 'detectron2'"
         try:
-            return importlib.import_module("bench.model.detectors.detectron2")
-        except ImportError as error:
+            return import_optional(name, what, DETECTRON2_INSTALL)
+        except InputError:
             if library == "detectron2":
-                raise InputError(
-                    f"detector library 'detectron2' is not importable ({error}); "
-                    f"install it with: {DETECTRON2_INSTALL}"
-                ) from error
+                raise
     return importlib.import_module("bench.model.detectors.torchvision")
 
 

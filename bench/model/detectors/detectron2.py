@@ -165,14 +165,8 @@ class Detectron2RetinaNet(RetinaNet, Detector):
         }
 
 
-def mask_rcnn(vil: ViL, settings: Settings) -> Detectron2MaskRCNN:
-    """Return Mask R-CNN around `vil`."""
-    return Detectron2MaskRCNN(vil, settings)
-
-
-def retinanet(vil: ViL, settings: Settings) -> Detectron2RetinaNet:
-    """Return RetinaNet around `vil`."""
-    return Detectron2RetinaNet(vil, settings)
+# By method.
+DETECTORS = {"mask_rcnn": Detectron2MaskRCNN, "retinanet": Detectron2RetinaNet}
 
 
 class _Maps(Backbone):

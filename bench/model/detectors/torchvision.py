@@ -327,14 +327,8 @@ class TorchvisionRetinaNet(RetinaNet, Detector):
         }
 
 
-def mask_rcnn(vil: ViL, settings: Settings) -> TorchvisionMaskRCNN:
-    """Return Mask R-CNN around `vil`."""
-    return TorchvisionMaskRCNN(vil, settings)
-
-
-def retinanet(vil: ViL, settings: Settings) -> TorchvisionRetinaNet:
-    """Return RetinaNet around `vil`."""
-    return TorchvisionRetinaNet(vil, settings)
+# By method.
+DETECTORS = {"mask_rcnn": TorchvisionMaskRCNN, "retinanet": TorchvisionRetinaNet}
 
 
 def _pasted(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> RunLengths:

@@ -284,8 +284,8 @@ def test_what_libraries_say_under_a_limit_is_out_of_memory(limit, kind, monkeypa
 
     monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
     monkeypatch.setattr(worker, "_limit_memory", lambda _: None)
-    monkeypatch.setattr(Held, "ready", fail)
-    talk = Conversation([("ready", ())])
+    monkeypatch.setattr(Held, "ran", fail)
+    talk = Conversation([("ran", ())])
     worker._answer(talk, 1, limit)
     ((answer, error, _cpu_seconds),) = talk
     assert answer is None

@@ -279,7 +279,7 @@ def test_every_step_has_its_line_once_though_the_run_was_stopped(
                 progress=progress,
                 step_log=step_log,
             )
-        return read_steps(path)
+        return list(read_steps(path))
 
     whole = go(tmp_path / "whole", None)
     assert [entry["step"] for entry in whole] == list(range(1, STEPS + 1))
