@@ -221,29 +221,6 @@ def test_a_name_is_registered_once():
 
 
 @every_example
-def test_no_state_is_shared_between_calls(name, options):
-    module = build(name, options).eval()
-    x = tokens(module, batch=3)
-    first = module(x, GRID)
-    if not module.fixed_size:
-        other = (5, 4)
-        module(tokens(module, other, batch=1), other)
-    torch.testing.assert_close(module(x, GRID), first, rtol=0, atol=0)
-    # Nor between the images of a batch.
-    torch.testing.assert_close(module(x[1:2], GRID), first[1:2])
-
-
-@every_example
-def test_gradients_reach_every_parameter(name, options):
-    module = build(name, options)
-    x = tokens(module).requires_grad_()
-    (module(x, GRID) * tokens(module)).sum().backward()
-    for what, value in [("input", x), *module.named_parameters()]:
-        assert value.grad is not None, what
-        assert value.grad.abs().max() > 0, what
-
-
-@every_example
 def test_meta_device(name, options):
     with torch.device("meta"):
         module = build(name, options)
