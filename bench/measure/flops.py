@@ -6,7 +6,7 @@ table.
 
 Counted are matrix products, convolutions and fused attention (queries times keys and weights times
 values, densely: a causal or additive mask saves nothing), and products written out: an elementwise
-product of two broadcast operands, larger than both, that is summed. A sparse operand costs what it
+product of two tensors that is summed over an axis which both have. A sparse operand costs what it
 stores. Not counted are operators without products of matrices, such as views, other elementwise
 operators, biases, reductions, normalisation, softmax, pooling, interpolation, indexing, copies,
 sorting, random numbers and creation (`formulas.FREE`). Every other operator that ran without a
@@ -20,9 +20,9 @@ backbone that is still on the meta device.
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -33,7 +33,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from bench.errors import InputError, choose
 from bench.measure.fake import copied
-from bench.measure.formulas import distinct, formula_of, is_complex, is_free
+from bench.measure.formulas import formula_of, is_complex, is_free, varying
 from bench.measure.memory import LiveTensors
 from bench.model.backbone import AttentionPlace, ViL
 from bench.model.detectors.contract import backbone_stages
@@ -51,6 +51,11 @@ OUTSIDE_TOTAL = ("mask_head",)
 _STAGE_1_STRIDE = 4
 _META, _CPU = torch.device("meta"), torch.device("cpu")
 aten = torch.ops.aten
+# How products are written out: made, kept, and summed. What is multiplied in place has other uses,
+# as weighed features have.
+_PRODUCTS = (aten.mul, aten.addcmul)
+_MULTIPLES = (*_PRODUCTS, aten.div, aten.clone, aten._to_copy)
+_SUMS = (aten.sum, aten.mean, aten.nansum, aten.cumsum)
 
 
 class NotCountedError(InputError):
@@ -370,20 +375,60 @@ class _Counter(TorchDispatchMode):
         return result
 
     def _follow_products(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
-        """Count a product of two broadcast operands once it is summed."""
+        """Count a product of two tensors once it is summed."""
         operator = func.overloadpacket
-        if operator is aten.mul and all(isinstance(arg, Tensor) for arg in args[:2]):
-            if result.numel() > max(map(distinct, args[:2])):
-                self._products[result] = result.numel() * (4 if is_complex(args) else 1)
-                return
-        elif operator in (aten.sum, aten.mean, aten.nansum):
-            self.add(WRITTEN_OUT, self._products.pop(args[0], 0))
+        if operator in _SUMS:
+            product = self._products.pop(args[0], None)
+            if product is not None and product.is_summed(args[0].dim(), *args[1:2]):
+                self.add(WRITTEN_OUT, product.multiply_adds)
             return
+        factors = [arg for arg in args if isinstance(arg, Tensor)][-2:]
+        known = [self._products[factor] for factor in factors if factor in self._products]
         # A view, a copy or a multiple of products is summed as they are.
-        if func.is_view or operator in (aten.mul, aten.div, aten.clone, aten._to_copy):
-            for arg in args[:2]:
-                if isinstance(arg, Tensor) and arg in self._products and isinstance(result, Tensor):
-                    self._products[result] = self._products[arg]
+        if func.is_view and known and result.shape != factors[0].shape:
+            known = [replace(known[0], axes=None)]
+        elif not func.is_view and operator not in _MULTIPLES:
+            known = []
+        if operator in _PRODUCTS and len(factors) == 2 and factors[0] is not factors[1]:
+            known += filter(None, [_product(factors[0], factors[1], result)])
+        if known:
+            self._products[result] = _either(known)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """An elementwise product of two tensors, which may yet be summed.
+
+    Attributes:
+        multiply_adds: of its sum.
+        axes: those, counted from the last (-1), along which neither is broadcast: a sum over others
+            is one of a single tensor. None where they are not known.
+    """
+
+    multiply_adds: int
+    axes: frozenset[int] | None
+
+    def is_summed(self, dims: int, over: int | Sequence[int] | None = None) -> bool:
+        """Whether a sum over some of `dims` axes, all without `over`, is a sum of products."""
+        chosen = [over] if isinstance(over, int) else over
+        if self.axes is None or not chosen:
+            return True
+        return any((axis if axis < 0 else axis - dims) in self.axes for axis in chosen)
+
+
+def _product(left: Tensor, right: Tensor, result: Tensor) -> _Product | None:
+    axes = varying(left) & varying(right)
+    count = result.numel() * (4 if is_complex((left, right)) else 1)
+    return _Product(count, axes) if axes else None
+
+
+def _either(products: Sequence[_Product]) -> _Product:
+    """A product that is summed as any of several."""
+    axes = [product.axes for product in products]
+    return _Product(
+        max(product.multiply_adds for product in products),
+        None if None in axes else frozenset().union(*filter(None, axes)),
+    )
 
 
 def _follow(on_meta: nn.Module, module: nn.Module, counter: _Counter, *, training: bool) -> None:

@@ -23,16 +23,17 @@ FREE = {
     "softmax": "_softmax _log_softmax _safe_softmax logsumexp",
     "pooling": (
         "avg_pool2d _adaptive_avg_pool2d max_pool2d_with_indices adaptive_max_pool2d"
-        " avg_pool1d avg_pool3d _adaptive_avg_pool3d max_pool3d_with_indices"
+        " avg_pool1d avg_pool3d _adaptive_avg_pool3d max_pool3d_with_indices max_unpool2d"
     ),
     "interpolation": (
         "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact2d"
         " upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d _upsample_bicubic2d_aa"
-        " grid_sampler_2d"
+        " upsample_linear1d upsample_trilinear3d _unsafe_index grid_sampler_2d grid_sampler_3d"
     ),
     "indexing": (
         "index index_put index_put_ index_select gather scatter scatter_ scatter_add scatter_add_"
-        " embedding masked_fill masked_fill_ masked_scatter masked_select nonzero take"
+        " embedding index_add index_copy index_reduce scatter_reduce diag_embed diagonal_scatter"
+        " block_diag trace masked_fill masked_fill_ masked_scatter masked_select nonzero take"
         " index_add_ slice_scatter select_scatter triu tril where roll flip rot90"
     ),
     "copies": (
@@ -48,7 +49,10 @@ FREE = {
         " _sparse_compressed_tensor_unsafe _validate_sparse_compressed_tensor_args"
         " sparse_compressed_tensor sparse_mask _sparse_softmax _nnz _indices _values"
     ),
-    "sorting": "sort topk kthvalue argsort searchsorted bucketize unique_consecutive _unique2",
+    "sorting": (
+        "sort topk kthvalue median nanmedian mode histc bincount isin argsort searchsorted"
+        " bucketize unique_consecutive _unique2"
+    ),
     "gradients of the above": (
         "native_layer_norm_backward native_group_norm_backward native_batch_norm_backward"
         " _softmax_backward_data _log_softmax_backward_data avg_pool2d_backward"
@@ -61,6 +65,10 @@ FREE = {
     "random numbers": (
         "rand randn randint randperm rand_like randn_like randint_like bernoulli bernoulli_"
         " native_dropout uniform_ normal_ random_ exponential_ multinomial normal"
+    ),
+    "elementwise, without torch's tag": (
+        "glu hardswish log_sigmoid_forward _prelu_kernel rrelu_with_noise complex polar"
+        " _weight_norm_interface mse_loss smooth_l1_loss binary_cross_entropy_with_logits"
     ),
     "creation": (
         "empty empty_like empty_strided empty_permuted new_empty new_empty_strided new_zeros"
@@ -203,9 +211,10 @@ def is_complex(args: Any) -> bool:
     return any(isinstance(arg, Tensor) and arg.is_complex() for arg in tree_leaves(args))
 
 
-def distinct(tensor: Tensor) -> int:
-    """Elements of a tensor, those that are broadcast once."""
-    if tensor.layout != torch.strided:
-        return tensor.numel()
-    sides = zip(tensor.shape, tensor.stride(), strict=True)
-    return math.prod(side for side, stride in sides if stride != 0)
+def varying(tensor: Tensor) -> frozenset[int]:
+    """Axes of a tensor, counted from the last (-1), along which it is not broadcast."""
+    strides = tensor.stride() if tensor.layout == torch.strided else tensor.shape
+    sides = zip(tensor.shape, strides, strict=True)
+    return frozenset(
+        axis - tensor.dim() for axis, (side, stride) in enumerate(sides) if side > 1 and stride != 0
+    )

@@ -162,6 +162,14 @@ def test_inference_mode_hides_nothing():
     assert counted.uncounted == {}
 
 
+def test_sums_of_scaled_tokens_are_no_products():
+    x, scale, gate = torch.rand(2, 5, 8), torch.rand(8), torch.rand(2, 1, 8)
+    assert flops.count_operators(lambda: (x * scale * gate + x).mean(1)).total == 0
+    activations = (nn.functional.hardswish, nn.functional.glu, nn.PReLU(), nn.functional.logsigmoid)
+    for run in activations:
+        assert flops.count_operators(lambda run=run: run(x)).uncounted == {}
+
+
 def test_operators_free_by_nature_are_not_listed():
     x = torch.zeros(2, 8, 8, 8, device="meta")
 
@@ -303,6 +311,20 @@ def written_out_with_scales_and_views(q, k, v):
     return (v[:, None] * weights).flatten(0, 1).sum(1)[None]
 
 
+def one_operand_broadcast(q, k, v):
+    """As local attention on unfolded keys and values is written."""
+    keys, values = (x.unsqueeze(1).repeat(1, x.shape[1], 1, 1) for x in (k, v))
+    weights = (q.unsqueeze(2) * keys).sum(-1).softmax(-1)
+    return weights.unsqueeze(-1).mul(values).sum(2)
+
+
+def masked_and_added(q, k, v):
+    mask = torch.ones(q.shape[1], k.shape[1], 1, device=q.device)
+    weights = (q.unsqueeze(2) * k.unsqueeze(1) * mask).sum(-1).softmax(-1)
+    start = torch.zeros(*weights.shape, v.shape[-1], device=q.device)
+    return torch.addcmul(start, weights.unsqueeze(-1), v.unsqueeze(1)).sum(2)
+
+
 class Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v):
@@ -370,6 +392,8 @@ WRITTEN = {
     "checkpoint": (lambda q, k, v: checkpoint(plain, q, k, v, use_reentrant=False), True),
     "product and sum": (written_out, True),
     "product and sum, scaled": (written_out_with_scales_and_views, True),
+    "product and sum, unfolded": (one_operand_broadcast, True),
+    "product and sum, masked": (masked_and_added, True),
     "item": (read_a_value, False),
     "constant of the CPU": (constant_of_the_cpu, False),
     "boolean mask": (chosen_by_a_mask, False),
