@@ -1,5 +1,6 @@
 """The first screen and recommendations, over made-up records whose answer is known."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,16 @@ def test_all_numbers_are_in_one_tidy_file(records: list[Record], tmp_path: Path)
     assert flops["image_size"].tolist() == [f"128{X}160"] * 5
     assert set(data["row"]) == {"ViL", "full", "performer", "srformer/32", "linformer"}
     assert not data.duplicated(["row", "key", "section", "figure"]).any()
+
+
+def test_costs_are_those_of_the_size_that_was_counted_last(tmp_path: Path) -> None:
+    for day, height in ((1, 800), (2, 224), (0, 512)):
+        profile = {"image_size": [height, 224], "batch_size": 2}
+        one = cost("ViL", 255, 4)
+        config = {**one.config, "profile": profile}
+        created = f"2026-01-0{1 + day}T00:00:00+00:00"
+        store.write(
+            replace(one, config=config, key=f"{height}", created=created), tmp_path / store.COSTS
+        )
+    (found,) = reference.load(tmp_path)
+    assert found.config["profile"]["image_size"] == [224, 224]

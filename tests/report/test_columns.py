@@ -12,7 +12,17 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from report import confidence, counts, profiles, sweep, tables
+from report import (
+    answer,
+    classifiers,
+    compare,
+    confidence,
+    counts,
+    profiles,
+    reference,
+    sweep,
+    tables,
+)
 from report.columns import (
     MISSING,
     Column,
@@ -24,6 +34,7 @@ from report.columns import (
     table,
     three_digits,
 )
+from tests.report.test_answer import cost
 from tests.report.test_report import as_published, make
 from tests.report.test_searches import tried
 from tests.report.test_sweep import point
@@ -168,6 +179,91 @@ SIZES = {
     "padded_pixels": 0.0123,
 }
 
+THROUGHPUT = replace(
+    RECORD,
+    latency={
+        **(RECORD.latency or {}),
+        "throughput": {
+            "inference": {
+                "ended": "the next batch is no faster",
+                "best": 4,
+                "batches": [
+                    {
+                        "batch_size": batch,
+                        "images_per_second": 10.25 * batch,
+                        **dict(zip(("q1", "median", "q3", "p90", "p95"), times, strict=True)),
+                        "energy": {"joules": 12.5 * batch, "idle_watts": 31.5, "source": "a meter"},
+                    }
+                    for batch, times in (
+                        (1, (0.091, 0.0925, 0.0935, 0.0945, 0.0955)),
+                        (2, (0.1, 0.1, 0.1, 0.1, 0.1)),
+                        (4, (0.191, 0.1925, 0.1935, 0.1945, 0.1955)),
+                    )
+                ],
+            }
+        },
+    },
+)
+PERCENTILES = replace(
+    RECORD,
+    latency={
+        **(RECORD.latency or {}),
+        "inference": {**quartiles(0.151), "samples": [0.15 + 0.001 * k for k in range(21)]},
+    },
+)
+CLASSIFIER = replace(
+    RECORD,
+    evaluation={
+        "split": "val",
+        "box": {},
+        "top1": 71.23,
+        "top5": 90.12,
+        "top1_interval": {"top1": [69.81, 72.64]},
+    },
+)
+AFTER = replace(
+    RECORD,
+    flops={**(RECORD.flops or {}), "total": 2_820_000_000},
+    parameters={"total": 1_266_000, "by_part": {}},
+    memory={**(RECORD.memory or {}), "training": 838_000_000},
+    latency={
+        **(RECORD.latency or {}),
+        "inference": {"samples": [0.302] * 6, "median": 0.302},
+        "training": quartiles(0.457),
+    },
+    evaluation={
+        **(RECORD.evaluation or {}),
+        "box": figures(18.01),
+        "bootstrap": {
+            "seed": 0,
+            "resamples": 3,
+            "box_AP": [18.5, 19.0, 19.5],
+            "mask_AP": [50.0, 51.0, 52.0],
+        },
+    },
+)
+BEFORE = replace(
+    RECORD,
+    latency={
+        **(RECORD.latency or {}),
+        "inference": {**quartiles(0.151), "samples": [0.151] * 6},
+    },
+)
+# At full size: 10^9 times what `tests.report.test_answer.cost` says.
+COSTS = [cost("ViL", 255, 4), cost("full", 1410, 7)]
+
+
+def compared(quantity: str) -> Table:
+    """The line of a quantity, of which there is one in both tables where it is not the same."""
+    found = compare.shown(compare.compare([BEFORE], [AFTER]))
+    raw = found.raw[found.raw["quantity"] == quantity]
+    return replace(
+        found,
+        raw=raw[["quantity", *raw.columns.drop(["quantity", "key_a", "key_b"], errors="ignore")]],
+        shown=found.shown[found.shown["figure"].str.startswith(quantity)],
+    )
+
+
 # What each table is made of, its rows, and the row that columns.txt is of.
 CASES: dict[str, tuple[Callable[[], Table | None], list[str], int]] = {
     "comparison": (lambda: tables.comparison(RECORDS)[0], ["ViL", "full"], 0),
@@ -186,6 +282,17 @@ CASES: dict[str, tuple[Callable[[], Table | None], list[str], int]] = {
     "audit": (lambda: counts.audit([AUDIT], title="Audit"), ["full"], 0),
     "conventions": (lambda: counts.conventions([CONVENTION]), ["srformer/64"], 0),
     "sizes": (lambda: counts.sizes([SIZES]), ["ViL"], 0),
+    "answer": (lambda: answer.first(RECORDS, [])[0].table, ["ViL", "full"], 0),
+    "answer at full size": (lambda: answer.first(RECORDS, COSTS)[0].table, ["ViL", "full"], 0),
+    "reference": (lambda: reference.tables(RECORDS, COSTS)[0], ["ViL", "full"], 1),
+    "latencies": (lambda: tables.latencies([PERCENTILES])[0], ["ViL"], 0),
+    "throughput": (lambda: profiles.throughput([THROUGHPUT]), ["ViL", "ViL"], 1),
+    "classifiers": (lambda: classifiers.comparison([CLASSIFIER]), ["ViL"], 0),
+    "compared mAP": (lambda: compared("box mAP"), ["box mAP"], 0),
+    "compared FLOPs": (lambda: compared("FLOPs"), ["FLOPs"], 0),
+    "compared parameters": (lambda: compared("parameters"), ["parameters"], 0),
+    "compared memory": (lambda: compared("memory, training"), ["memory, training"], 0),
+    "compared latency": (lambda: compared("latency, inference"), ["latency, inference"], 0),
 }
 
 

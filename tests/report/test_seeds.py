@@ -32,6 +32,8 @@ def test_a_row_is_the_mean_of_its_seeds() -> None:
     assert load.at(row, "evaluation.seeds.box_sd") == pytest.approx(np.std(values, ddof=1))
     assert load.at(row, "evaluation.seeds.box_AP") == values
     data = load.frame([row])
+    same = ["parameters", "flops", "memory_inference", "memory_training", "latency"]
+    assert data[same].equals(load.frame(trained[:1])[same])
     assert data["seeds"].tolist() == ["0, 1, 2"]
     assert data["box_low"][0] < min(values) < max(values) < data["box_high"][0]
     (table,) = tables.comparison(trained)
