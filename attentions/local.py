@@ -29,7 +29,7 @@ from attentions.recompute import Gradients, recomputed
 
 # Bytes of the scores that are made at once: on a CPU what its caches hold, elsewhere enough to keep
 # the device busy.
-LARGEST_SCORES = {"cpu": 2**22, "other": 2**26}
+LARGEST_SCORES = {"cpu": 2**21, "other": 2**26}
 
 
 class Square(NamedTuple):
@@ -38,6 +38,9 @@ class Square(NamedTuple):
     row: int
     column: int
     side: int
+
+
+OWN = Square(0, 0, 1)
 
 
 class Plan(NamedTuple):
@@ -120,9 +123,8 @@ class _Call:
         self.seed = int(seed) if seed is not None and has_data(q) else 0
         self.cells = plan.grid[0] * plan.grid[1]
         self.num_global = keys_values.shape[1] - self.cells
-        self.channels = q.shape[2]
-        self.scale = (self.channels // plan.heads) ** -0.5
-        self.margin = 0 if plan.seen == (Square(0, 0, 1),) else plan.window
+        self.width = q.shape[2] // plan.heads
+        self.scale = self.width**-0.5
         # Where the keys of each square stand, behind the global tokens.
         self.places: list[slice] = []
         self.keys = self.num_global
@@ -136,14 +138,13 @@ class _Call:
         out = self.q.new_empty(self.q.shape)
         with full_precision(self.q):
             for block in self._blocks():
-                queries, keys_values = self._cut(self.q, block), self._cut_keys(block)
+                queries, around = self._cut(self.q, block).mul_(self.scale), self._around(block)
                 attended = torch.empty_like(queries)
                 for heads in block.groups:
-                    q = self._from_strip(queries, heads).mul_(self.scale)
-                    k, v = self._keys(keys_values, block, heads)
+                    q, (k, v) = self._chunks(queries, heads), self._keys(around, block, heads)
                     p, factors = self._weights(q, k, block, heads)
                     p = p if factors is None else p.mul_(factors)
-                    self._to_strip(attended, torch.bmm(p, v), heads)
+                    self._put(attended, torch.bmm(p, v), heads)
                 for place, cells in self._pieces(out, block):
                     cells.copy_(attended[place])
         return out
@@ -152,37 +153,39 @@ class _Call:
         dq, dkv = self.q.new_empty(self.q.shape), torch.zeros_like(self.keys_values)
         # Sums over all chunks.
         wide = torch.promote_types(grad.dtype, torch.float32)
-        dglobal = torch.zeros_like(dkv[:, : self.num_global], dtype=wide)
+        dglobal = torch.zeros_like(self._split(dkv[:, : self.num_global]), dtype=wide)
         dbias = None if self.bias is None else torch.zeros_like(self.bias, dtype=wide)
         with full_precision(self.q):
             for block in self._blocks():
-                queries, keys_values = self._cut(self.q, block), self._cut_keys(block)
+                queries, around = self._cut(self.q, block).mul_(self.scale), self._around(block)
                 grads, dqueries = self._cut(grad, block), torch.empty_like(queries)
+                daround = [torch.zeros_like(cut) for cut in around]
+                targets = dglobal[:, block.images], daround
                 for heads in block.groups:
-                    q = self._from_strip(queries, heads).mul_(self.scale)
-                    do = self._from_strip(grads, heads)
-                    k, v = self._keys(keys_values, block, heads)
+                    q, do = self._chunks(queries, heads), self._chunks(grads, heads)
+                    k, v = self._keys(around, block, heads)
                     p, factors = self._weights(q, k, block, heads)
                     ds = torch.bmm(do, v.transpose(1, 2))
                     ds = softmax_gradient_(ds if factors is None else ds.mul_(factors), p)
                     p = p if factors is None else p.mul_(factors)
-                    dv = torch.bmm(p.transpose(1, 2), do)
-                    del p, v, factors
-                    self._add_keys((dkv, dglobal), dv, block, heads, self.channels)
-                    del dv
-                    dk = torch.bmm(ds.transpose(1, 2), q)
-                    self._add_keys((dkv, dglobal), dk, block, heads, 0)
-                    del dk
-                    self._to_strip(dqueries, torch.bmm(ds, k).mul_(self.scale), heads)
+                    del v, factors
+                    self._add_keys(targets, p, do, self._values(heads))
+                    del p
+                    self._add_keys(targets, ds, q, heads)
+                    self._put(dqueries, torch.bmm(ds, k), heads)
                     if dbias is not None:
                         by_head = ds.unflatten(0, (heads.stop - heads.start, -1)).sum(1, dtype=wide)
                         if len(dbias) < self.plan.heads:
                             dbias += by_head.sum(0)
                         else:
                             dbias[heads] += by_head
+                dqueries.mul_(self.scale)
                 for place, cells in self._pieces(dq, block):
                     cells.copy_(dqueries[place])
-            dkv[:, : self.num_global] = dglobal
+                for square, cut in zip(self.plan.seen, daround, strict=True):
+                    for place, cells in self._pieces(dkv, block, square):
+                        cells.add_(cut[place])
+            self._split(dkv[:, : self.num_global]).copy_(dglobal)
         return dq, dkv, None if dbias is None else dbias.to(grad.dtype), None
 
     def _blocks(self) -> Iterator[_Block]:
@@ -194,33 +197,49 @@ class _Call:
             for strip in spans(columns, fit // (heads * (images.stop - images.start))):
                 yield _Block(images, strip, groups)
 
-    def _cut(self, x: Tensor, block: _Block, margin: int = 0) -> Tensor:
-        """(B, tokens, D) -> (b, R w + 2 margin, c w + 2 margin, D), padded by zeros or wrapped."""
-        w, (rows, _), strip = self.plan.window, self.plan.chunks, block.strip
+    def _values(self, heads: slice) -> slice:
+        """Where the values of these heads stand among keys and values."""
+        return slice(self.plan.heads + heads.start, self.plan.heads + heads.stop)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(b, ..., D) -> (D / M, b, ..., M), a view: heads of queries, or of keys and values."""
+        return x.unflatten(-1, (-1, self.width)).movedim(-2, 0)
+
+    def _around(self, block: _Block) -> list[Tensor]:
+        """Keys and values of a strip, for each square that is seen."""
+        return [self._cut(self.keys_values, block, square) for square in self.plan.seen]
+
+    def _cut(self, x: Tensor, block: _Block, square: Square = OWN) -> Tensor:
+        """The cells of a strip's squares, padded by zeros or wrapped.
+
+        Shapes: (B, tokens, D) -> (D / M, b, (R - 1 + side) w, (c - 1 + side) w, M).
+        """
+        columns = block.strip.stop - block.strip.start
+        high, wide = (
+            (many - 1 + square.side) * self.plan.window for many in (self.plan.chunks[0], columns)
+        )
         images = block.images.stop - block.images.start
-        columns = strip.stop - strip.start
-        out = x.new_zeros(images, rows * w + 2 * margin, columns * w + 2 * margin, x.shape[2])
-        for place, cells in self._pieces(x, block, margin):
+        out = x.new_zeros(x.shape[2] // self.width, images, high, wide, self.width)
+        for place, cells in self._pieces(x, block, square):
             out[place] = cells
         return out
 
-    def _cut_keys(self, block: _Block) -> tuple[Tensor, Tensor]:
-        """Keys and values of the global tokens (b, g, 2 C), and what `_cut` gives with a margin."""
-        return (
-            self.keys_values[block.images, : self.num_global],
-            self._cut(self.keys_values, block, self.margin),
-        )
-
     def _pieces(
-        self, x: Tensor, block: _Block, margin: int = 0
+        self, x: Tensor, block: _Block, square: Square = OWN
     ) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
         """Rectangles of a cut that have tokens, each with these as a view of x (B, tokens, D)."""
         plan, w, strip = self.plan, self.plan.window, block.strip
-        image = x[block.images, x.shape[1] - self.cells :].unflatten(1, plan.grid)
-        down = self._ranges(-margin, plan.chunks[0] * w + margin, plan.grid[0])
-        across = self._ranges(strip.start * w - margin, strip.stop * w + margin, plan.grid[1])
+        image = self._split(x[block.images, x.shape[1] - self.cells :].unflatten(1, plan.grid))
+        down, across = (
+            list(self._ranges((first + start) * w, (stop - 1 + start + square.side) * w, side))
+            for first, stop, start, side in (
+                (0, plan.chunks[0], square.row, plan.grid[0]),
+                (strip.start, strip.stop, square.column, plan.grid[1]),
+            )
+        )
+        every = slice(None)
         for (row, source_row), (column, source_column) in itertools.product(down, across):
-            yield (slice(None), row, column), image[:, source_row, source_column]
+            yield (every, every, row, column), image[:, :, source_row, source_column]
 
     def _ranges(self, first: int, last: int, side: int) -> Iterator[tuple[slice, slice]]:
         """Of the places from `first` to `last` along an axis those with tokens, and which."""
@@ -231,80 +250,68 @@ class _Call:
             if start < stop:
                 yield slice(start - first, stop - first), slice(start - origin, stop - origin)
 
-    def _from_strip(self, x: Tensor, heads: slice) -> Tensor:
-        """(b, R w, c w, C) -> (h b R c, w², M), a copy."""
-        chunks = self._chunks(x, heads)
-        return chunks.reshape(-1, self.plan.window**2, chunks.shape[-1]).contiguous()
+    def _chunks(self, cut: Tensor, heads: slice) -> Tensor:
+        """Of a cut (H, b, R w, c w, M) the chunks of some heads: (h b R c, w², M)."""
+        return self._windows(cut[heads]).flatten(4, 5).flatten(0, 3)
 
-    def _to_strip(self, x: Tensor, part: Tensor, heads: slice) -> None:
-        """Write (h b R c, w², M) where `_from_strip` reads it in x."""
-        chunks = self._chunks(x, heads)
+    def _put(self, cut: Tensor, part: Tensor, heads: slice) -> None:
+        """Write (h b R c, w², M) where `_chunks` reads it in a cut."""
+        chunks = self._windows(cut[heads])
         chunks.copy_(part.view(chunks.shape))
 
-    def _chunks(self, x: Tensor, heads: slice) -> Tensor:
-        """(b, R w, c w, C) -> (h, b, R, c, w, w, M), a view."""
+    def _windows(self, cut: Tensor, square: Square = OWN) -> Tensor:
+        """What each chunk sees of a cut (h, b, ..., M): (h, b, R, c, side w, side w, M), a view."""
         w = self.plan.window
-        x = x.unflatten(3, (self.plan.heads, -1))[..., heads, :]
-        return x.unflatten(2, (-1, w)).unflatten(1, (-1, w)).permute(5, 0, 1, 3, 2, 4, 6)
-
-    def _windows(self, x: Tensor, row: int, column: int, high: int, wide: int) -> Tensor:
-        """Of each chunk the `high` x `wide` chunks that begin `row`, `column` from it, as a view.
-
-        Shapes: (..., R w + 2 margin, c w + 2 margin, M) -> (..., R, c, high w, wide w, M).
-        """
-        w, margin = self.plan.window, self.margin
-        for axis, first, side in ((-3, row, high), (-2, column, wide)):
-            length = x.shape[axis] - 2 * margin + (side - 1) * w
-            x = x.narrow(axis, first * w + margin, length)
         # Each `unfold` puts a dimension at the end.
-        return x.unfold(-3, high * w, w).unfold(-3, wide * w, w).movedim(-3, -1)
+        return cut.unfold(2, square.side * w, w).unfold(3, square.side * w, w).movedim(4, -1)
 
-    def _keys(
-        self, cut: tuple[Tensor, Tensor], block: _Block, heads: slice
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values around each chunk, global ones first: each (h b R c, keys, M)."""
-        of_global, around = (
-            x.unflatten(-1, (2, self.plan.heads, -1))[..., heads, :].movedim((-3, -2), (0, 1))
-            for x in cut
-        )
-        rows, columns = self.plan.chunks[0], block.strip.stop - block.strip.start
-        # (2, h, b, R, c, keys, M)
-        out = around.new_empty(*around.shape[:3], rows, columns, self.keys, around.shape[-1])
-        out[..., : self.num_global, :] = of_global[:, :, :, None, None]
-        for square, place in zip(self.plan.seen, self.places, strict=True):
-            side = square.side * self.plan.window
-            out[..., place, :].unflatten(-2, (side, side)).copy_(
-                self._windows(around, *square, square.side)
-            )
-        k, v = out.flatten(1, 4)
-        return k, v
+    def _keys(self, around: list[Tensor], block: _Block, heads: slice) -> tuple[Tensor, Tensor]:
+        """Keys and values that each chunk sees, global ones first: each (h b R c, keys, M)."""
+        of_global = self._split(self.keys_values[block.images, : self.num_global])
+        both = []
+        for some in (heads, self._values(heads)):
+            windows = [
+                self._windows(cut[some], square)
+                for cut, square in zip(around, self.plan.seen, strict=True)
+            ]
+            out = windows[0].new_empty(*windows[0].shape[:4], self.keys, self.width)
+            out[..., : self.num_global, :] = of_global[some, :, None, None]
+            for window, place in zip(windows, self.places, strict=True):
+                out[..., place, :].view(window.shape).copy_(window)
+            both.append(out.flatten(0, 3))
+        return both[0], both[1]
 
     def _add_keys(
-        self, targets: tuple[Tensor, Tensor], part: Tensor, block: _Block, heads: slice, first: int
+        self, targets: tuple[Tensor, list[Tensor]], a: Tensor, b: Tensor, heads: slice
     ) -> None:
-        """Add (h b R c, keys, M) to where `_keys` reads them: tokens (B, g + cells, 2 C), globals.
+        """Add aᵀ b to where `_keys` reads keys: a (h b R c, w², keys), b (h b R c, w², M).
 
-        `first` is the channel where keys, or values, begin.
+        `targets` are those of the global tokens (2 H, b, g, M), and the cuts of the squares.
         """
-        count, width = heads.stop - heads.start, part.shape[-1]
-        channels = slice(first + heads.start * width, first + heads.stop * width)
-        tokens, of_global = (target[..., channels] for target in targets)
-        rows, columns = self.plan.chunks[0], block.strip.stop - block.strip.start
-        part = part.view(count, -1, rows, columns, *part.shape[-2:])
-        from_global = part[..., : self.num_global, :].sum((2, 3), dtype=of_global.dtype)
-        of_global[block.images] += from_global.movedim(0, 2).flatten(2)
-        w, margin = self.plan.window, 2 * self.margin
-        around = part.new_zeros(*part.shape[:2], rows * w + margin, columns * w + margin, width)
-        for square, place in zip(self.plan.seen, self.places, strict=True):
-            # One piece of each square at a time: squares overlap, these pieces do not.
-            wide = square.side if columns == 1 else 1
-            pieces = part[..., place, :].unflatten(-2, (square.side, w, square.side // wide, -1))
-            for i, j in itertools.product(range(square.side), range(square.side // wide)):
-                window = self._windows(around, square.row + i, square.column + j, 1, wide)
-                window.add_(pieces[..., i, :, j, :, :])
-        around = around.movedim(0, 3)
-        for piece, cells in self._pieces(tokens, block, self.margin):
-            cells.unflatten(3, (count, -1)).add_(around[piece])
+        of_global, cuts = targets
+        if self.num_global:
+            images = (heads.stop - heads.start) * of_global.shape[1]
+            first = a.view(images, -1, self.keys)[..., : self.num_global].transpose(1, 2)
+            found = torch.bmm(first, b.view(images, -1, self.width))
+            of_global[heads] += found.view(of_global[heads].shape)
+        for cut, square, place in zip(cuts, self.plan.seen, self.places, strict=True):
+            target, weights = self._windows(cut[heads], square), a[..., place].transpose(1, 2)
+            rows = target.shape[2]
+            if len(weights) == rows:
+                # Every `side`-th chunk: their keys do not overlap, and follow each other.
+                for i in range(min(square.side, rows)):
+                    some = slice(i, None, square.side)
+                    keys = target[0, 0, some, 0].flatten(1, 2)
+                    add_product_(keys, weights[some], b[some])
+                continue
+            part = torch.bmm(weights, b).view(target.shape)
+            # Squares overlap, but not those of every `side`-th chunk along both axes.
+            for i, j in itertools.product(range(square.side), repeat=2):
+                some = (slice(None),) * 2 + (
+                    slice(i, None, square.side),
+                    slice(j, None, square.side),
+                )
+                target[some] += part[some]
 
     def _weights(
         self, q: Tensor, k: Tensor, block: _Block, heads: slice

@@ -148,7 +148,7 @@ def test_full_attention_keeps_no_tensor_of_all_pairs(monkeypatch):
 
 
 def test_longformer_keeps_queries_keys_and_values_alone(monkeypatch):
-    grid = (42, 42)
+    grid = (42, 84)
     module = build("longformer", {"position": "relative"}, grid=grid, dim=48, dtype=torch.float32)
     tokens_bytes = 4 * 48 * (module.num_global + grid[0] * grid[1])
     shares = []
