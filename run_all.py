@@ -39,8 +39,6 @@ from bench.files import check_writable
 from bench.record import Record, slug
 from bench.system import logs, processes
 from bench.system.interrupt import EXIT_CODE
-from report import load, tables
-from report import suite as report
 
 LAUNCHERS = ("none", "local", "slurm")
 # Settings of what --pretrain runs, such as pretrain.classify.epochs=100.
@@ -299,7 +297,8 @@ def _run(options: argparse.Namespace, given: Sequence[str], world: processes.Wor
     if options.launcher == "none" and world.size == 1 and suite.runs[0].train.devices > 1:
         return processes.spawn(processes.this_command(given), suite.runs[0].train.devices)
 
-    # Imported here: torch takes seconds, which `--help` and wrong input should not cost.
+    # Imported here: torch takes seconds, which `--help` and wrong input should not cost, and the
+    # report's libraries some more, which a row does not need.
     from bench.run import runner, settled
     from bench.run import suite as rows
 
@@ -324,6 +323,8 @@ def _run(options: argparse.Namespace, given: Sequence[str], world: processes.Wor
         return code
 
     def records() -> list[Record]:
+        from report import load
+
         return settled.chosen([standing.identity for standing in standings], load.load(output))
 
     if not options.no_latency:
@@ -333,6 +334,8 @@ def _run(options: argparse.Namespace, given: Sequence[str], world: processes.Wor
     if not options.no_pictures:
         rows.make_pictures(records(), output, console)
     found = rows.count_costs(full_size, output, console, command=command)
+    from report import suite as report
+
     return max(code, report.write(records(), output, title=f"Suite {suite.name}", costs=found))
 
 
@@ -377,6 +380,8 @@ def _probe(options: argparse.Namespace, command: Sequence[str]) -> int:
         retry_failed=options.retry_failed,
     )
     if not options.no_report:
+        from report import suite as report
+
         report.write_probes(records, output, title=f"Suite {SUITE}")
     return int(any(one.status == "failed" for one in records))
 
@@ -440,6 +445,8 @@ def _pretrain(options: argparse.Namespace, world: processes.World) -> int | None
 def _dry_run(suite: Suite, output: Path, retry_failed: bool, measure_steps: int) -> int:
     # Imported here, as in `_run`.
     from bench.run import plan, settled
+    from report import suite as report
+    from report import tables
 
     if measure_steps:
         check_writable(output)
