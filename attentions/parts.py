@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -119,12 +119,28 @@ def full_precision(x: Tensor) -> AbstractContextManager[Any]:
 def at_once(like: Tensor, limits: Mapping[str, int]) -> int:
     """Bytes to make at once for a call with `like`: `limits` for "cpu" and "other" devices.
 
-    Fake tensors count as if they were on a GPU, whose memory they predict. The meta device has no
-    limit: there it is operators that are counted, and few of them are counted faster.
+    Fake tensors count as if they were on a GPU, unless they are `fake_on` a CPU. The meta device
+    has no limit: there it is operators that are counted, and few of them are counted faster.
     """
     if like.is_meta:
         return sys.maxsize
-    return limits["cpu" if like.device.type == "cpu" and has_data(like) else "other"]
+    if not has_data(like):
+        return limits[_fake_device]
+    return limits["cpu" if like.device.type == "cpu" else "other"]
+
+
+_fake_device = "other"
+
+
+@contextmanager
+def fake_on(device: str) -> Iterator[None]:
+    """Let fake tensors, whose memory is predicted, be worked through as on "cpu" or "other"."""
+    global _fake_device
+    before, _fake_device = _fake_device, device
+    try:
+        yield
+    finally:
+        _fake_device = before
 
 
 def spans(count: int, most: int) -> Iterator[slice]:

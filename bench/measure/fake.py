@@ -21,7 +21,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_iou, roi_align, sigmoid_focal_loss
 
 from bench.model.detectors.contract import BOX_RESOLUTION, MASK_RESOLUTION, Detector
-from bench.model.detectors.rois import Counts
+from bench.model.detectors.rois import Counts, fixed_levels
 
 aten = torch.ops.aten
 
@@ -56,8 +56,8 @@ def run_parts(
     """Run the parts of a detector on stated numbers of RoIs, and what is large between them.
 
     A detector's own forward pass asks for values between its parts: which boxes overlap, which
-    scores are high. Here boxes are any, in the numbers of `counts`, and on the first level of the
-    pyramid, where the small ones go. Left out is what is small beside the maps.
+    scores are high. Here boxes are any, in the numbers of `counts`: of inference on the levels that
+    fixed ones go to, of training on the first. Left out is what is small beside the maps.
 
     Args:
         detector: with tensors that have no values, in the mode that is meant.
@@ -95,15 +95,22 @@ def _mask_rcnn(
     masks = [target["masks"].clone() for target in targets or ()]
     losses = _proposed(detector, parts["rpn"](levels), targets)
     maps = levels[: len(detector.vil.channels)]
+
+    def pooled(rois: int, resolution: int) -> Tensor:
+        strides = list(detector.vil.strides.values())
+        # Which boxes are sampled in training depends on their overlaps.
+        shares = fixed_levels(rois, (size[0], size[1]), strides) if targets is None else [rois]
+        return _pooled(maps, [batch * share for share in shares], resolution)
+
     rois = (counts.proposals if targets is None else counts.rois) or 0
-    scores, boxes = _in_turn(parts["box_head"], _pooled(maps, rois * batch, BOX_RESOLUTION))
+    scores, boxes = _in_turn(parts["box_head"], pooled(rois, BOX_RESOLUTION))
     if targets is None:
         _detected(scores, boxes)
     else:
         labels = scores.new_empty(len(scores), dtype=torch.int64)
         losses += [nn.functional.cross_entropy(scores, labels), boxes.abs().sum()]
     of_masks = (counts.detections if targets is None else counts.mask_rois) or 0
-    drawn = _in_turn(parts["mask_head"], _pooled(maps, of_masks * batch, MASK_RESOLUTION))
+    drawn = _in_turn(parts["mask_head"], pooled(of_masks, MASK_RESOLUTION))
     places = drawn.new_empty(len(drawn), dtype=torch.int64)
     if targets is None:
         chosen = drawn.sigmoid()[places, places]
@@ -183,11 +190,11 @@ def _flat(maps: Sequence[Tensor], width: int) -> Tensor:
     return torch.cat(flat, dim=1)
 
 
-def _pooled(maps: Sequence[Tensor], rois: int, resolution: int) -> Tensor:
-    """RoIAlign of so many RoIs on the first level, and of none on the others."""
-    pooled = maps[0].new_zeros(rois, maps[0].shape[1], resolution, resolution)
-    for place, level in enumerate(maps):
-        places = pooled.new_empty(0 if place else rois, dtype=torch.int64)
+def _pooled(maps: Sequence[Tensor], shares: Sequence[int], resolution: int) -> Tensor:
+    """RoIAlign of as many RoIs on each level as `shares` says, of none on those that it lacks."""
+    pooled = maps[0].new_zeros(sum(shares), maps[0].shape[1], resolution, resolution)
+    for level, share in zip(maps, [*shares, *[0] * len(maps)], strict=False):
+        places = pooled.new_empty(share, dtype=torch.int64)
         boxes = pooled.new_empty(len(places), 5, dtype=torch.float32)
         of_level = roi_align(level, boxes, resolution, 1.0, 0, True)
         pooled[places] = of_level.to(pooled.dtype)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from attentions.parts import fake_on
 from bench.config.schema import MODES
 from bench.errors import InputError, choose
 from bench.measure.fake import AsOnCuda, copied, run_parts
@@ -312,6 +313,7 @@ def _dry_run(module: nn.Module, case: _Case) -> dict[str, Any]:
         _follow_parts(copy, ledger)
         if case.device == "cuda":
             stack.enter_context(AsOnCuda())
+        stack.enter_context(fake_on("cpu" if case.device == "cpu" else "other"))
         stack.enter_context(no_collector())
         stack.enter_context(fake)
         call, inputs = _call(copy, case)

@@ -8,6 +8,7 @@ whose cost depends on them too, and after it, which may leave too few.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -79,6 +80,10 @@ def fixed_rois(detector: Detector, counts: Counts) -> Iterator[None]:
         yield
 
 
+# Powers of the inverse of the plastic number, whose multiples spread evenly in three axes.
+_STEPS = (0.8191725134, 0.6710436067, 0.5497004779)
+
+
 def fixed_boxes(count: int, size: tuple[int, int], like: Tensor) -> Tensor:
     """Return boxes (count, 4) within an image of `size` (rows, columns), the same each time.
 
@@ -86,8 +91,7 @@ def fixed_boxes(count: int, size: tuple[int, int], like: Tensor) -> Tensor:
     their sides from an eighth to half of the image's.
     """
     number = torch.arange(1, count + 1, device=like.device, dtype=torch.float64)
-    # Powers of the inverse of the plastic number, whose multiples spread evenly in three axes.
-    x, y, z = ((number * step).frac() for step in (0.8191725134, 0.6710436067, 0.5497004779))
+    x, y, z = ((number * step).frac() for step in _STEPS)
     half_side = (1 + 3 * z) / 16
     sides = torch.stack([half_side * size[1], half_side * size[0]], dim=1)
     centres = torch.stack([x * size[1], y * size[0]], dim=1)
@@ -95,6 +99,18 @@ def fixed_boxes(count: int, size: tuple[int, int], like: Tensor) -> Tensor:
     # Those at the border are moved inwards, so that all keep their size.
     centres = centres.maximum(sides).minimum(limits - sides)
     return torch.cat([centres - sides, centres + sides], dim=1).to(like.dtype)
+
+
+def fixed_levels(count: int, size: tuple[int, int], strides: Sequence[int]) -> list[int]:
+    """Return how many of `fixed_boxes` are pooled at each stride of the pyramid, by their area."""
+    found = [0] * len(strides)
+    lowest = round(math.log2(strides[0]))
+    for number in range(1, count + 1):
+        side = (1 + 3 * (number * _STEPS[2] % 1)) / 8 * math.sqrt(size[0] * size[1])
+        # Boxes of 224 pixels a side belong to stride 16.
+        level = math.floor(4 + math.log2(side / 224)) - lowest
+        found[min(max(level, 0), len(strides) - 1)] += 1
+    return found
 
 
 def _scores(count: int, like: Tensor) -> Tensor:

@@ -143,6 +143,17 @@ def test_mechanism(name, mode, precision):
         assert found.total == pytest.approx(peak.bytes, rel=EXACT, abs=KEPT)
 
 
+@pytest.mark.parametrize("name", ["longformer", "performer"])
+def test_what_is_worked_through_in_pieces_of_a_cpu(name):
+    grid = (64, 80)
+    module = attentions.build_for(name, grid=grid, dim=32, num_heads=2, num_global=1)
+    x = torch.randn(2, 1 + 64 * 80, 32)
+    cache.clear()
+    peak = measured(module, x, grid, mode="inference", precision="32-true")
+    found = predict(module, grid=grid, batch_size=2)
+    assert found.total == pytest.approx(peak.bytes - cache.cached_bytes(), rel=EXACT)
+
+
 @pytest.mark.parametrize(
     ("name", "mode"),
     [("longformer", "inference"), *((name, "training") for name in attentions.names())],

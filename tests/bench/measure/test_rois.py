@@ -4,10 +4,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torchvision.ops.poolers import LevelMapper
 
 from bench.model import detectors
 from bench.model.backbone import ViL
-from bench.model.detectors.rois import Counts, fixed_boxes, fixed_rois, most
+from bench.model.detectors.rois import Counts, fixed_boxes, fixed_levels, fixed_rois, most
 
 ARCH = (
     "l1,h2,d16,n1,s1,g1,p4,f4,a1_l2,h2,d32,n1,s0,g0,p2,f2,a1_"
@@ -170,3 +171,11 @@ def test_retinanet_has_none():
         found = module(images)
         with fixed_rois(module, most(module)):
             torch.testing.assert_close(module(images), found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [(128, 160), (320, 480), (800, 1344)])
+def test_levels_of_fixed_boxes_are_those_that_they_are_pooled_on(size):
+    boxes = fixed_boxes(1000, size, torch.zeros(()))
+    levels = LevelMapper(2, 5)([boxes])
+    counts = torch.bincount(levels, minlength=4).tolist()
+    assert fixed_levels(1000, size, (4, 8, 16, 32)) == counts
