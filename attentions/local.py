@@ -307,11 +307,9 @@ class _Call:
             part = torch.bmm(weights, b).view(target.shape)
             # Squares overlap, but not those of every `side`-th chunk along both axes.
             for i, j in itertools.product(range(square.side), repeat=2):
-                some = (slice(None),) * 2 + (
-                    slice(i, None, square.side),
-                    slice(j, None, square.side),
-                )
-                target[some] += part[some]
+                target[:, :, i :: square.side, j :: square.side] += part[
+                    :, :, i :: square.side, j :: square.side
+                ]
 
     def _weights(
         self, q: Tensor, k: Tensor, block: _Block, heads: slice

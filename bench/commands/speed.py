@@ -105,7 +105,8 @@ def run(options: argparse.Namespace) -> int:
             "environment": place | {"threads": torch.get_num_threads()},
             "batch_size": options.batch_size,
             "cases": [
-                one.line() | {"seconds": one.seconds, "core_seconds": one.core_seconds}
+                one.line()
+                | {"seconds": one.seconds, "core_seconds": one.core_seconds, "peaks": one.peaks}
                 for one in found
             ],
         }
@@ -120,10 +121,17 @@ def _shown(line: dict[str, Any]) -> dict[str, str]:
     shown = {name: str(line[name]) for name in place}
     if line["not_compared"]:
         return shown | {"speed-up": line["not_compared"]}
+    bound = {"bound (ms)": "", "times the bound": ""}
+    if "bound_s" in line:
+        bound = {
+            "bound (ms)": f"{1e3 * line['bound_s']:.1f}",
+            "times the bound": f"{line['times_bound']:.1f}",
+        }
     return shown | {
         "base (ms)": f"{1e3 * line['base_s']:.1f}",
         "now (ms)": f"{1e3 * line['now_s']:.1f}",
         "speed-up": f"{line['speedup']:.2f} ({line['low']:.2f} to {line['high']:.2f})",
+        **bound,
         "base (MB)": f"{line['base_bytes'] / 1e6:.0f}",
         "now (MB)": f"{line['now_bytes'] / 1e6:.0f}",
         "memory": f"{line['memory_ratio']:.2f}",

@@ -2,8 +2,11 @@
 
 Absolute times depend on the machine and on what else it does. Here a process of each commit waits
 for its turn, one call a round, every other round in reverse, and only ratios are reported, each
-with the interval of its median. Before anything is timed, both get the same weights, input and
-incoming gradient and must give the same output and gradients; where they do not, no ratio is given.
+with the interval of its median, and beside them how far the time now is from a bound: what the
+multiply-adds of the mechanism's formula, or the bytes that any implementation moves, take at the
+peaks measured in the same process before and after the case. Before anything is timed, both get the
+same weights, input and incoming gradient and must give the same output and gradients; where they do
+not, no ratio is given.
 """
 
 import io
@@ -65,6 +68,11 @@ class Comparison:
         seconds: of each call, by side ("base", "now"), in the order of measurement.
         core_seconds: likewise, of the cores that the call used.
         memory: bytes at the peak above what was there before, by side.
+        peaks: multiply-adds and bytes a second that the process of "now" reached.
+        multiply_adds: of the mechanism's formula, three times for training: each product has two
+            in the backward pass. What is made again is not in it; 0 for one without a formula.
+        bytes_moved: input, output, parameters and their gradients, each as often as it must be
+            read or written.
     """
 
     case: Case
@@ -73,6 +81,17 @@ class Comparison:
     seconds: Mapping[str, Sequence[float]] = field(default_factory=dict)
     core_seconds: Mapping[str, Sequence[float]] = field(default_factory=dict)
     memory: Mapping[str, int] = field(default_factory=dict)
+    peaks: Mapping[str, float] = field(default_factory=dict)
+    multiply_adds: int = 0
+    bytes_moved: int = 0
+
+    @property
+    def bound(self) -> float | None:
+        """Seconds that no implementation of these products and tensors falls below, if counted."""
+        if not self.multiply_adds:
+            return None
+        products = self.multiply_adds / self.peaks["multiply_adds_per_s"]
+        return max(products, self.bytes_moved / self.peaks["bytes_per_s"])
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -99,6 +118,9 @@ class Comparison:
         found |= {f"{side}_s": statistics.median(taken) for side, taken in self.seconds.items()}
         found |= {"speedup": statistics.median(self.ratios), "low": low, "high": high}
         found |= {f"{side}_bytes": size for side, size in self.memory.items()}
+        bound = self.bound
+        if bound is not None:
+            found |= {"bound_s": bound, "times_bound": found["now_s"] / bound}
         found["memory_ratio"] = self.memory["now"] / max(1, self.memory["base"])
         return found | {"difference": self.difference, "samples": len(self.ratios)}
 
@@ -218,6 +240,7 @@ def _compare(
             reason=f"results differ by {apart:.1e} of the largest value; no speed is reported",
             difference=apart,
         )
+    peaks = [sides["now"].ask("peaks")]
     memory = {side: int(process.ask("peak")) for side, process in sides.items()}
     taken: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     order = list(sides)
@@ -230,13 +253,36 @@ def _compare(
         for side in order:
             taken[side].append(sides[side].ask("time"))
         order.reverse()
+    peaks.append(sides["now"].ask("peaks"))
+    multiply_adds, bytes_moved = least_work(case, batch_size)
     return Comparison(
         case,
         difference=apart,
         seconds={side: [one["wall"] for one in found] for side, found in taken.items()},
         core_seconds={side: [one["cores"] for one in found] for side, found in taken.items()},
         memory=memory,
+        peaks={name: max(one[name] for one in peaks) for name in peaks[0]},
+        multiply_adds=multiply_adds,
+        bytes_moved=bytes_moved,
     )
+
+
+def least_work(case: Case, batch_size: int) -> tuple[int, int]:
+    """Multiply-adds and bytes that a call takes at least; see `Comparison`."""
+    with torch.device("meta"):
+        module: Any = attentions.build_for(**case.spec)
+    rows, columns = case.spec["grid"]
+    tokens = batch_size * (case.spec["num_global"] + rows * columns)
+    layer, parameters = (
+        4 * tokens * case.spec["dim"],
+        4 * sum(p.numel() for p in module.parameters()),
+    )
+    count = getattr(module, "multiply_adds", lambda _grid: 0)
+    products = batch_size * int(count((rows, columns)))
+    if case.mode == "inference":
+        return products, 2 * layer + parameters
+    # The input is read in both passes, and so are parameters; their gradients are written.
+    return 3 * products, 5 * layer + 3 * parameters
 
 
 def _difference(sides: Mapping[str, "_Side"], folder: Path) -> float:

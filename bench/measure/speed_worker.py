@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 
 import attentions
 from bench.measure import memory
+
+# The machine's peaks: a product of matrices of this side, and bytes that no cache holds.
+_SIDE, _COPIED, _PEAK_REPEATS = 1024, 2**27, 5
 
 
 class Case:
@@ -72,6 +76,25 @@ class Case:
         return found.bytes - found.before
 
 
+def peaks() -> dict[str, float]:
+    """What this process reaches now: multiply-adds, and bytes read and written, each a second."""
+    matrix, source = torch.randn(_SIDE, _SIDE), torch.ones(_COPIED // 4)
+    product, target = torch.empty_like(matrix), torch.empty_like(source)
+
+    def least(call: Callable[[], object]) -> float:
+        taken = []
+        for _ in range(_PEAK_REPEATS):
+            start = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - start)
+        return min(taken)
+
+    return {
+        "multiply_adds_per_s": _SIDE**3 / least(lambda: torch.mm(matrix, matrix, out=product)),
+        "bytes_per_s": 2 * _COPIED / least(lambda: target.copy_(source)),
+    }
+
+
 def _answer(request: dict[str, Any], case: Case | None) -> tuple[Any, Case | None]:
     match request["do"]:
         case "build":
@@ -93,6 +116,8 @@ def _answer(request: dict[str, Any], case: Case | None) -> tuple[Any, Case | Non
         case "time":
             assert case is not None
             return case.timed(), case
+        case "peaks":
+            return peaks(), case
         case "peak":
             assert case is not None
             return case.peak(), case

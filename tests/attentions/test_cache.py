@@ -1,9 +1,11 @@
 import threading
+import time
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import attentions
 from attentions import cache
 
 made = []
@@ -103,3 +105,28 @@ def test_threads_see_whole_tensors_within_the_bound(monkeypatch):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def first_over_later(name, options, grid):
+    """Seconds of a processor of the first call at a size, over those of a later one."""
+    position = getattr(attentions.find(name), "positions", ("absolute",))[-1]
+    module = attentions.build_for(
+        name, grid=grid, dim=32, num_heads=2, position=position, **options
+    ).eval()
+    x = torch.randn(1, 1 + grid[0] * grid[1], 32)
+    taken = []
+    with torch.no_grad():
+        for _ in range(4):
+            start = time.thread_time()
+            module(x, grid)
+            taken.append(time.thread_time() - start)
+    return taken[0] / min(taken[1:])
+
+
+@pytest.mark.parametrize("name", attentions.names())
+def test_the_first_call_at_a_new_size_costs_at_most_twice_a_later_one(name):
+    options = {"padding": "exact"} if name == "longformer" else {}
+    first_over_later(name, options, (16, 16))
+    # What the machine does besides only adds to a call: one size without it is enough.
+    ratios = (first_over_later(name, options, (40 + 4 * i, 56 + 4 * i)) for i in range(8))
+    assert any(ratio <= 2 for ratio in ratios)

@@ -4,11 +4,19 @@
 without `--benchmark-enable`, as in the tests, each runs once on a small image.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import pytest
 import torch
+from performer_pytorch import SelfAttention
+from timm.models import pvt_v2
+from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 import attentions
-from bench.measure import speed
+from bench.measure import speed, speed_worker
 
 # The oracles hold scores of all pairs of tokens: 67,201 squared at the first stage.
 MOST_TOKENS = 5000
@@ -52,3 +60,127 @@ def test_call(benchmark, case, implementation):
     y = benchmark(train if case.mode == "training" else infer)
     assert y.shape == x.shape
     assert y.isfinite().all()
+
+
+class Library(NamedTuple):
+    """What other packages offer in the place of a mechanism of ours, at the same shapes.
+
+    Attributes:
+        make: of dim, heads, grid, tokens and our options, a function of x (B, N, C), and what it
+            trains; global tokens are left out where the package knows none.
+    """
+
+    mechanism: str
+    make: Callable
+    modes: tuple[str, ...] = ("inference", "training")
+    largest: int | None = None
+
+
+def torchvision_swin(dim, heads, grid, options):
+    layer = ShiftedWindowAttention(dim, [options["window"]] * 2, [0, 0], heads)
+    return layer, lambda x: layer(x[:, -grid[0] * grid[1] :].unflatten(1, grid))
+
+
+def timm_pvt(dim, heads, grid, options):
+    layer = pvt_v2.Attention(dim, heads, sr_ratio=options["reduction"])
+    return layer, lambda x: layer(x[:, -grid[0] * grid[1] :], grid)
+
+
+def performer_package(dim, heads, _grid, options):
+    layer = SelfAttention(
+        dim, heads=heads, dim_head=dim // heads, nb_features=options["num_features"], qkv_bias=True
+    )
+    return layer, layer
+
+
+def neighbourhood(grid, window):
+    """Whether a token sees another, by their numbers, for FlexAttention and as a mask."""
+
+    def seen(_batch, _head, query, key):
+        down = query // grid[1] // window - key // grid[1] // window
+        across = query % grid[1] // window - key % grid[1] // window
+        return (down.abs() <= 1) & (across.abs() <= 1)
+
+    return seen
+
+
+def masked_sdpa(dim, heads, grid, options):
+    layer, cells = nn.Linear(dim, 4 * dim), torch.arange(grid[0] * grid[1])
+    mask = neighbourhood(grid, options["window"])(0, 0, cells[:, None], cells)
+
+    def attend(x):
+        q, k, v, _ = (
+            layer(x[:, -len(cells) :]).unflatten(2, (4, heads, -1)).transpose(1, 3).unbind(2)
+        )
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return nn.functional.linear(y.transpose(1, 2).flatten(2), layer.weight[-dim:])
+
+    return layer, attend
+
+
+def flex(dim, heads, grid, options):
+    layer, cells = nn.Linear(dim, 4 * dim), grid[0] * grid[1]
+    seen = neighbourhood(grid, options["window"])
+    mask = create_block_mask(seen, None, None, cells, cells, device="cpu")
+    attention = torch.compile(flex_attention, dynamic=False)
+
+    def attend(x):
+        q, k, v, _ = layer(x[:, -cells:]).unflatten(2, (4, heads, -1)).transpose(1, 3).unbind(2)
+        y = attention(q.contiguous(), k.contiguous(), v.contiguous(), block_mask=mask)
+        return nn.functional.linear(y.transpose(1, 2).flatten(2), layer.weight[-dim:])
+
+    return layer, attend
+
+
+LIBRARIES = {
+    "torchvision's Swin": Library("swin", torchvision_swin),
+    "timm's PVT": Library("srformer/64", timm_pvt),
+    "performer-pytorch": Library("performer", performer_package),
+    "masked SDPA": Library("ViL", masked_sdpa, largest=20_000),
+    "FlexAttention": Library("ViL", flex, ("inference",), largest=20_000),
+}
+
+
+def library_cases():
+    for name, library in LIBRARIES.items():
+        for case in speed.cases([library.mechanism], positions=["absolute"], modes=library.modes):
+            yield pytest.param(case, library, id=f"{name}-{case.stage}-{case.mode}")
+
+
+@pytest.mark.parametrize(("case", "library"), list(library_cases()))
+def test_libraries(benchmark, case, library):
+    spec = dict(case.spec)
+    if benchmark.disabled:
+        shrunk = speed.cases([case.mechanism], image_size=(128, 192), positions=["absolute"])
+        spec = next(dict(c.spec) for c in shrunk if c.stage == case.stage)
+    grid = spec["grid"]
+    if library.largest and grid[0] * grid[1] > library.largest:
+        pytest.skip(f"a mask of {grid[0] * grid[1]:,} tokens squared")
+    if library.make is flex and benchmark.disabled:
+        pytest.skip("compiling takes longer than all else")
+    if min(grid) < spec.get("reduction", 1):
+        pytest.skip(f"grid {grid[0]}x{grid[1]} is smaller than the reduction")
+    benchmark.group = f"{case.mechanism}, stage {case.stage}, {case.position}, {case.mode}"
+    torch.manual_seed(0)
+    layer, call = library.make(spec["dim"], spec["num_heads"], grid, spec)
+    x = torch.randn(1, spec["num_global"] + grid[0] * grid[1], spec["dim"])
+
+    def infer():
+        with torch.no_grad():
+            return call(x)
+
+    def train():
+        layer.zero_grad(set_to_none=True)
+        y = call(x.requires_grad_())
+        y.backward(torch.ones_like(y))
+        return y
+
+    y = benchmark(train if case.mode == "training" else infer)
+    assert y.numel() in (x.numel(), x[:, spec["num_global"] :].numel())
+    assert y.isfinite().all()
+
+
+@pytest.mark.slow
+def test_full_attention_with_relative_positions_trains_within_2_gb_at_stage_1():
+    (case,) = speed.cases(["full"], stages=[1], positions=["relative"], modes=["training"])
+    assert speed_worker.Case(dict(case.spec), case.mode, 1, 0).peak() < 2e9

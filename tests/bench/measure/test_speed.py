@@ -118,6 +118,26 @@ def test_a_ratio_is_of_one_round():
     assert latency.median_interval([1.0, 2.0, 3.0]) == (1.0, 3.0)
 
 
+def test_the_bound_is_of_products_or_of_bytes_by_the_peaks():
+    (case,) = speed.cases(["swin"], stages=[4], positions=["absolute"], modes=["training"])
+    products, moved = speed.least_work(case, 2)
+    # 28 x 42 tokens after padding to windows of 7, seen by 49 keys; no global tokens.
+    assert products == 3 * 2 * (2 * 28 * 42 * 49 * 768 + 4 * 25 * 42 * 768**2)
+    assert moved == 4 * (5 * 2 * 25 * 42 * 768 + 3 * (4 * 768**2 + 4 * 768))
+    times = {"base": [2.0], "now": [1.0]}
+    for peaks, bound in (((products, 4 * moved), 1.0), ((4 * products, moved / 2), 2.0)):
+        named = dict(zip(("multiply_adds_per_s", "bytes_per_s"), peaks, strict=True))
+        found = speed.Comparison(
+            case,
+            seconds=times,
+            memory={"base": 1, "now": 1},
+            peaks=named,
+            multiply_adds=products,
+            bytes_moved=moved,
+        )
+        assert found.line()["times_bound"] == pytest.approx(1 / bound)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
