@@ -1,6 +1,7 @@
 """The documentation: every command in it is one that exists, and its pages build."""
 
 import argparse
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -57,3 +58,9 @@ def test_the_pages_build(tmp_path: Path) -> None:
     build.build(loaded)
     page = (tmp_path / "mechanisms" / "longformer" / "index.html").read_text(encoding="utf-8")
     assert "Multiply-adds of one layer" in page
+    # Figures of the committed records, and the records themselves.
+    assert "ViL: box mAP" in page
+    assert "probe regions" in page
+    linked = re.findall(r'href="\.\./\.\./(records/[^"]+\.json)"', page)
+    assert linked
+    assert all((tmp_path / one).is_file() for one in linked)
