@@ -214,6 +214,8 @@ class ClassifyConfig:
         crop_area: least share of an image's area that a training crop shows.
         crop_share: share of an image's sides that evaluation shows.
         augment: timm's name of a policy, such as "rand-m9-mstd0.5-inc1"; empty for none.
+        repeats: how often in a row each image comes, augmented anew (repeated augmentation); an
+            epoch keeps its length, and sees fewer images.
         erasing: share of training images with a random rectangle erased.
         mixup, cutmix: alpha of the mixing of images; 0 for none.
         smoothing: of labels.
@@ -227,6 +229,7 @@ class ClassifyConfig:
     crop_area: Annotated[Number, Field(gt=0, le=1)] = 0.08
     crop_share: Annotated[Number, Field(gt=0, le=1)] = 0.875
     augment: str = ""
+    repeats: Positive = 1
     erasing: Fraction = 0.0
     mixup: Number = 0.0
     cutmix: Number = 0.0

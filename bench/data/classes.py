@@ -201,6 +201,7 @@ def training_batches(
         rank=rank,
         world_size=world_size,
         pace=pace,
+        repeats=config.classify.repeats,
     )
 
 

@@ -62,12 +62,15 @@ class Pace:
 class _Order:
     """The endless order of training images: a permutation for each epoch.
 
-    `groups` holds the indices of images that may share a batch, such as all landscape ones.
+    `groups` holds the indices of images that may share a batch, such as all landscape ones. With
+    `repeats` each image comes that many times in a row, and an epoch has as many images as before:
+    it sees the first of its permutation alone.
     """
 
     groups: tuple[tuple[int, ...], ...]
     batch_size: int
     seed: int
+    repeats: int = 1
 
     def batches(self, start_step: int, steps: int) -> Iterator[list[tuple[int, int]]]:
         """Lists of (index, seed of the image's augmentation) for the steps from `start_step` on."""
@@ -79,7 +82,9 @@ class _Order:
                     return
                 if step >= start_step:
                     first = step * self.batch_size
-                    yield [(index, first + place) for place, index in enumerate(batch)]
+                    # Copies of an image apart, so that processes have different ones, as in DeiT.
+                    spread = [i for k in range(self.repeats) for i in batch[k :: self.repeats]]
+                    yield [(index, first + place) for place, index in enumerate(spread)]
                 step += 1
             epoch += 1
 
@@ -87,7 +92,7 @@ class _Order:
         """Batches of one epoch; what does not fill a batch stays in `carry` for the next."""
         group_of = {index: number for number, group in enumerate(self.groups) for index in group}
         order = np.random.default_rng([self.seed, epoch]).permutation(sorted(group_of))
-        for index in order.tolist():
+        for index in order.repeat(self.repeats)[: len(order)].tolist():
             waiting = carry[group_of[index]]
             waiting.append(index)
             if len(waiting) == self.batch_size:
@@ -247,10 +252,12 @@ def ordered_batches(
     world_size: int = 1,
     pin_memory: bool | None = None,
     pace: Pace | None = None,
+    repeats: int = 1,
 ) -> Iterator[Batch]:
     """Yield this process's share of the batches of steps `start_step` to `steps - 1`.
 
     Args:
+        repeats: how often in a row each image comes, augmented anew.
         samples: read by (index, place), where the place in the endless order of images tells the
             augmentation of one from that of another.
         groups: indices of images that may share a batch.
@@ -263,7 +270,7 @@ def ordered_batches(
             if world_size > 1
             else f"batch_size is {batch_size}; at least 1 is needed"
         )
-    order = _Order(groups, batch_size, seed)
+    order = _Order(groups, batch_size, seed, repeats)
     share = batch_size // world_size
     own = slice(rank * share, (rank + 1) * share)
     batches = (batch[own] for batch in order.batches(start_step, steps))

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import torch
+from timm.data.distributed_sampler import RepeatAugSampler
 
 import run_all
 from bench.cli import main
@@ -47,6 +49,41 @@ def done(tmp_path_factory):
     """A row that was pretrained without a break: its folder and its record."""
     output = tmp_path_factory.mktemp("done")
     return output, run(tiny(), output=output)
+
+
+def test_repeated_augmentation_is_that_of_timm(done):
+    (root,) = (done[0] / "data").iterdir()
+    images, _ = classes.open_splits(root)
+    seen = {}
+    for world in (1, 2):
+        shares = [
+            classes.training_batches(
+                images,
+                tiny("performer", "classify.repeats=3"),
+                steps=3,
+                start_step=0,
+                rank=rank,
+                world_size=world,
+            )
+            for rank in range(world)
+        ]
+        # Of an epoch the pixels of each image, process by process.
+        seen[world] = [
+            (int(target["image_id"]), pixels)
+            for parts in zip(*shares, strict=True)
+            for batch, targets in parts
+            for pixels, target in zip(batch, targets, strict=True)
+        ]
+    counts = Counter(index for index, _ in seen[1])
+    theirs = RepeatAugSampler(images, num_replicas=1, rank=0, num_repeats=3, selected_round=0)
+    assert sorted(counts.values()) == sorted(Counter(theirs).values()) == [3] * 8
+    for (one, pixels), (other, same) in zip(*seen.values(), strict=True):
+        assert one == other
+        assert torch.equal(pixels, same)
+    index = seen[1][0][0]
+    first, second, third = (pixels for one, pixels in seen[1] if one == index)
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
 
 
 def test_record_and_weights(done):
