@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from attentions.contract import Attention, Grid
-from attentions.depthwise import convolve, convolve_backward, image_of, plain_local
+from attentions.depthwise import add_convolution_, convolve_backward, image_of, plain_local
 from attentions.parts import dropout_factors, full_precision, merge_heads, split_heads
 from attentions.pieces import apply, budget, piece, qkv_heads
 from attentions.registry import register
@@ -122,7 +122,7 @@ class AgentTokens(torch.autograd.Function):
                 largest[part.images] = now
             value /= total
             out = qkv.new_zeros(batch, tokens, heads * width)
-            out[:, g:] = convolve(v, weight, bias, grid, g)
+            add_convolution_(out, v, weight, bias, grid, g)
             for i, part in enumerate(_parts(qkv, grid, g, heads * agents**2)):
                 weights = _query_weights(piece(q, part[:2], wide), agent, of_queries, part)
                 if dropout:
@@ -137,7 +137,7 @@ class AgentTokens(torch.autograd.Function):
         qkv, weight, *tables, resize, agent, value, largest, total = ctx.saved_tensors
         grid, num_heads, g, agents, dropout, seed = ctx.options
         with full_precision(qkv):
-            grads = torch.empty_like(qkv)
+            grads = torch.zeros_like(qkv)
             q, k, v = qkv_heads(qkv, num_heads)
             grad_q, grad_k, grad_v = qkv_heads(grads, num_heads)
             _, heads, _, width = q.shape

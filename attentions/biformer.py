@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from attentions.contract import Attention, Grid
-from attentions.depthwise import convolve, convolve_backward, plain_local
+from attentions.depthwise import add_convolution_, convolve_backward, plain_local
 from attentions.parts import (
     LARGEST_BATCH,
     dropout_factors,
@@ -151,7 +151,7 @@ class RoutedAttention(torch.autograd.Function):
                     found[block.regions] = merge_heads(_attend(q, k, v, mask, how, block.index))
                 regions.write(out[images, g:], found)
             q, k, v = qkv_heads(qkv, num_heads)
-            out[:, g:] += convolve(v, weight, bias, regions.grid, g)
+            add_convolution_(out, v, weight, bias, regions.grid, g)
             if g:
                 out[:, :g] = merge_heads(_attend(q[:, :, :g], k, v, None, how, -1))
         ctx.save_for_backward(qkv, weight, routes)
@@ -187,9 +187,7 @@ class RoutedAttention(torch.autograd.Function):
                 regions.write(grads[images, g:], found)
             q, k, v = qkv_heads(qkv, heads)
             grad_q, grad_k, grad_v = qkv_heads(grads, heads)
-            local = torch.empty_like(v)
-            of_filters = convolve_backward(grad, v, local, weight, regions.grid, g)
-            grad_v[:, :, g:] += local[:, :, g:]
+            of_filters = convolve_backward(grad, v, grad_v, weight, regions.grid, g)
             if g:
                 grads[:, :g, :channels] = 0
                 grads[:, :g, channels:] = firsts.to(grads.dtype)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from attentions.contract import Attention, Grid
 from attentions.depthwise import plain_local
 from attentions.parts import full_precision, merge_heads, split_heads
-from attentions.pieces import apply
+from attentions.pieces import apply, lowered
 from attentions.registry import register
 from attentions.rotary import BASE, WEIGHT_EPS, RotaryLinearAttention, plain_rotate
 
@@ -64,7 +64,11 @@ class RankAugmentedLinearAttention(Attention):
         return torch.stack([torch.cat([each, still]), torch.cat([still, each])])[:, None]
 
     def attend(self, x: Tensor, grid: Grid) -> Tensor:
-        qkv, modulation = self.qkvo(x).split((3 * self.dim, self.dim), dim=-1)
+        # Two products: the gradients of two parts of one would be copied into one tensor.
+        sizes = (3 * self.dim, self.dim)
+        x = lowered(x)
+        parts = zip(self.qkvo.weight.split(sizes), self.qkvo.bias.split(sizes), strict=True)
+        qkv, modulation = (nn.functional.linear(x, *part) for part in parts)
         out = apply(
             RotaryLinearAttention,
             qkv,

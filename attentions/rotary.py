@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from attentions.contract import Grid
-from attentions.depthwise import convolve, convolve_backward
+from attentions.depthwise import add_convolution_, convolve_backward
 from attentions.parts import full_precision, grid_positions, merge_heads, split_heads
 from attentions.pieces import piece, pieces
 
@@ -129,7 +129,7 @@ class RotaryLinearAttention(torch.autograd.Function):
             context /= tokens
             total /= tokens
             out = packed.new_zeros(batch, tokens, heads * width)
-            out[:, num_global:] = convolve(v, weight, bias, grid, num_global)
+            add_convolution_(out, v, weight, bias, grid, num_global)
             for part in pieces(packed, size):
                 query = positive(piece(q, part, wide))
                 below = (query @ total[part[0]]).add_(WEIGHT_EPS)
@@ -144,15 +144,15 @@ class RotaryLinearAttention(torch.autograd.Function):
         packed, values, weight, frequencies, context, total, weights, mean = ctx.saved_tensors
         grid, num_heads, num_global = ctx.options
         with full_precision(packed):
-            grads = torch.empty_like(packed)
-            grad_values = None if values is None else torch.empty_like(values)
+            grads = torch.zeros_like(packed)
+            grad_values = None if values is None else torch.zeros_like(values)
             q, k, v = _heads(packed, values, num_heads)
             grad_q, grad_k, grad_v = _heads(grads, grad_values, num_heads)
             _, heads, tokens, width = q.shape
             wide = total.dtype
             rotations = Rotations(frequencies, grid, num_global, total)
             size = heads * width * total.element_size()
-            grad_weight, grad_bias = convolve_backward(grad, v, grad_v, weight, grid, num_global)
+            of_filters = convolve_backward(grad, v, grad_v, weight, grid, num_global)
             grad = split_heads(grad, heads)
             grad_context, grad_total = _sums(q, wide)
             for part in pieces(packed, size):
@@ -196,7 +196,7 @@ class RotaryLinearAttention(torch.autograd.Function):
                     found = slope(positive(piece(q, part, wide)))
                     found *= grad_mean[part[0]].transpose(-2, -1) / tokens
                     grad_q[part[0], :, part[1]] += found
-        return grads, grad_values, grad_weight, grad_bias, *[None] * 5
+        return grads, grad_values, *of_filters, *[None] * 5
 
 
 def _sums(q: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
