@@ -74,6 +74,20 @@ def test_head_channels_and_pruning():
     torch.testing.assert_close(model(images(64, 64, channels=1)), map_)
 
 
+@pytest.mark.parametrize("attention", ["longformer", "performer", "full"])
+@pytest.mark.parametrize(("indices", "prune_norm"), [([0], False), ([3], False), ([1, 3], True)])
+def test_pruning_leaves_nothing_that_is_not_used(attention, indices, prune_norm):
+    # As timm's own test: what has no gradient makes distributed training fail.
+    model = timm.create_model("vil_tiny", attention=attention, img_size=64)
+    taken = model.prune_intermediate_layers(indices, prune_norm=prune_norm)
+    maps = model.forward_intermediates(
+        images(64, 64), indices=taken, norm=not prune_norm, intermediates_only=True
+    )
+    sum(each.sum() for each in maps).backward()
+    assert [name for name, value in model.named_parameters() if value.grad is None] == []
+    assert model(images(64, 64)).shape[1] == model.num_features
+
+
 def test_layers_and_decay_reach_the_optimizer():
     model = timm.create_model("vil_tiny", attention="ViL", position="relative", img_size=64)
     spared = model.no_weight_decay()
