@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from attentions.contract import Attention, AttentionModule, Grid, accepted_options
 from attentions.registry import registered
@@ -73,7 +74,8 @@ def build(name: str, *, dim: int, num_heads: int, num_global: int = 1, **options
         options: the mechanism's own options.
 
     Raises:
-        ValueError: for an unknown mechanism or option; the message lists the known ones.
+        ValueError: for an unknown mechanism or option; the message lists the known ones; and for a
+            module whose parameters have no shape yet.
     """
     factory = find(name)
     accepted = accepted_options(factory)
@@ -91,7 +93,15 @@ def build(name: str, *, dim: int, num_heads: int, num_global: int = 1, **options
     ]
     if missing:
         raise ValueError(f"{name} needs the option {', '.join(map(repr, missing))}")
-    return factory(dim=dim, num_heads=num_heads, num_global=num_global, **options)
+    module = factory(dim=dim, num_heads=num_heads, num_global=num_global, **options)
+    lazy = [key for key, value in module.state_dict(keep_vars=True).items() if is_lazy(value)]
+    if lazy:
+        raise ValueError(
+            f"{name}: {', '.join(lazy)} have no shape before a first call, so they could be neither"
+            f" initialised nor counted; build them with sizes, nn.Linear({dim}, …) in the place of"
+            " nn.LazyLinear(…)"
+        )
+    return module
 
 
 def build_for(

@@ -409,3 +409,14 @@ def test_a_mechanism_with_the_base_class_needs_its_two_forms():
         module = Nothing(dim=4, num_heads=1, implementation=implementation)
         with pytest.raises(NotImplementedError, match=f"Nothing.{method}"):
             module(torch.zeros(1, 2, 4), (1, 1))
+
+
+def test_a_module_without_shapes_is_refused_in_a_line(tmp_path):
+    path = tmp_path / "lazy.py"
+    path.write_text(
+        "from torch import nn\nclass Lazy(nn.Module):\n"
+        "    def __init__(self, *, dim, num_heads, num_global=1):\n"
+        "        super().__init__()\n        self.a = nn.LazyLinear(dim)\n"
+    )
+    with pytest.raises(ValueError, match=r"a\.weight, a\.bias have no shape before a first call"):
+        attentions.build(f"{path}:Lazy", dim=8, num_heads=2)
