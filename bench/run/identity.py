@@ -9,7 +9,7 @@ import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ from bench.record import Record
 _LABELS = ("suite", "row", "model.backbone", "train.schedule")
 _INDIFFERENT = ("data.workers", "train.checkpoint_every", "train.log_every")
 # What stands for them: the content of the files, and the product of the two numbers.
+_PLACES = ("path", "train_file", "val_file", "images")
 _REPLACED = (
-    *("data.path", "data.train_file", "data.val_file", "data.images"),
+    *(f"data.{name}" for name in _PLACES),
     *("train.init", "train.devices", "train.accumulate"),
 )
 # The weights do not depend on them; what is evaluated and measured does.
@@ -63,6 +64,7 @@ class Identity:
         inputs: hashes of the files that the run depends on: `mechanism` (of each file by name),
             `init` and `data` (of each split); for the record. A file that is not there has None.
         sources: the files of the user's mechanisms.
+        data: where its data is, by setting.
     """
 
     row: str
@@ -71,6 +73,7 @@ class Identity:
     train_split: str
     inputs: Mapping[str, Any]
     sources: Sequence[Source] = ()
+    data: Mapping[str, str | None] = field(default_factory=dict)
 
     @functools.cached_property
     def weights_key(self) -> str:
@@ -94,9 +97,10 @@ class Identity:
     def changed(self, other: Record, *, weights_only: bool = False) -> list[str] | None:
         """Return the files that changed since a record was made, or None for another run's.
 
-        A file that is not there now, or that the record knows no hash of, counts as unchanged.
-        Records of before hashes were kept are compared by what they hold: annotations of the first
-        split evaluated, the checkpoint at the start, and when the mechanism's files were changed.
+        A file that the record knows no hash of counts as unchanged, and so does one that is not
+        there now, if the record is of the same place. Records of before hashes were kept are
+        compared by what they hold: annotations of the first split evaluated, the checkpoint at the
+        start, and when the mechanism's files were changed.
 
         Args:
             weights_only: compare what the weights depend on alone.
@@ -113,9 +117,13 @@ class Identity:
             return None
         known = other.environment.get("inputs")
         inputs = _inputs_of_old(other) if known is None else known
+        data = self.inputs.get("data") or {}
+        apart = _apart(data, inputs.get("data"))
+        if theirs.data != self.data:
+            apart += [split for split, own in data.items() if own is None]
         if weights_only:
-            inputs = self._of_training(inputs)
-        found = [f"data {split}" for split in _apart(self.inputs.get("data"), inputs.get("data"))]
+            apart = [split for split in apart if split == self.train_split]
+        found = [f"data {split}" for split in apart]
         if _differ(self.inputs.get("init"), inputs.get("init")):
             found.append("the checkpoint of --init")
         if known is None:
@@ -156,7 +164,10 @@ def identify(
     if inputs is None:
         sources = mechanism_sources(config.model.attention)
         inputs = _inputs(config, sources, {} if seen is None else seen)
-    return Identity(config.row, values, made, config.data.train_split, inputs, tuple(sources))
+    place = {name: getattr(config.data, name) for name in _PLACES}
+    return Identity(
+        config.row, values, made, config.data.train_split, inputs, tuple(sources), place
+    )
 
 
 def old_key(config: RunConfig) -> str:
@@ -255,8 +266,8 @@ def _differ(one: str | None, other: str | None) -> bool:
 
 
 def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for field in fields(node):
-        value, name = getattr(node, field.name), f"{prefix}{field.name}"
+    for part in fields(node):
+        value, name = getattr(node, part.name), f"{prefix}{part.name}"
         if is_dataclass(value):
             yield from _flat(value, f"{name}.")
         else:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,13 @@ def test_the_order_of_categories_and_what_else_is_said_of_them_may_differ(
         root, tmp_path / "data", lambda old: [c | {"supercategory": "x"} for c in reversed(old)]
     )
     inputs.check_data([config], tmp_path)
+
+
+def test_training_on_the_images_of_the_tables_is_said(root: Path, tmp_path: Path) -> None:
+    config = relisted(root, tmp_path / "data", lambda old: old)
+    same = replace(config, data=replace(config.data, train_split="val2017"))
+    said = [inputs.check_data([one], tmp_path)[:1] for one in (config, same)]
+    assert ["is trained on and fills the tables" in line for (line,) in said] == [False, True]
 
 
 def test_a_run_compares_the_categories_too(root: Path, tmp_path: Path) -> None:

@@ -240,8 +240,11 @@ def test_data_and_checkpoints_count_by_their_content(tmp_path: Path, config: Run
     moved = root.rename(tmp_path / "elsewhere")
     other = with_(config, data__path=str(moved))
     assert identify(other).key == before.key
-    # Not there, it cannot have changed: a report needs no data.
+    # Not there, it cannot have changed: a report needs no data. A place that was mistyped is none.
     assert identify(config).changed(entry) == []
+    mistyped = identify(with_(config, data__path=f"{root}x"))
+    assert mistyped.changed(entry) == ["data train2017", "data val2017"]
+    assert mistyped.changed(entry, weights_only=True) == ["data train2017"]
 
     init.write_bytes(b"two")
     assert identify(other).changed(entry) == ["the checkpoint of --init"]
