@@ -73,8 +73,14 @@ def sha256(path: Path) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Return why a file could not be read or written, without its name."""
-    return getattr(error, "strerror", None) or str(error)
+    """Return why a file could not be read or written, without its name.
+
+    torch hides the error of a failed write behind one of its own.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not getattr(cause, "strerror", None):
+        cause = cause.__cause__ or cause.__context__
+    return getattr(cause, "strerror", None) or " ".join(str(error).split())
 
 
 def cores() -> int:

@@ -859,6 +859,14 @@ def test_a_checkpoint_of_another_backbone_is_one_clear_line(tmp_path: Path) -> N
     detector = models.build_detector(load_suite("quick", rows=["ViL"]).runs[0], 6)
     with pytest.raises(InputError, match="none of its 0 tensors fits the backbone"):
         models.initialise(detector, tmp_path / "other.pth")
+    spoilt = {
+        name: torch.full_like(value, torch.nan) for name, value in detector.state_dict().items()
+    }
+    torch.save({"model": spoilt}, tmp_path / "other.pth")
+    with pytest.raises(
+        InputError, match=r"tensors hold values that are not finite .*first of them"
+    ):
+        models.initialise(detector, tmp_path / "other.pth")
 
 
 def test_a_dry_run_prints_the_plan_for_eight_gpus_and_makes_nothing(

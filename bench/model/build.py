@@ -77,7 +77,8 @@ def initialise(detector: detectors.Detector, path: Path) -> str:
     """Load what fits of a classifier's or detector's checkpoint, and say what did.
 
     Raises:
-        InputError: for a file that cannot be read, or none of whose tensors fits the backbone.
+        InputError: for a file that cannot be read, none of whose tensors fits the backbone, or with
+            values that are not finite.
     """
     given = weights.load_file(path)
     if not any(name.startswith(weights.DETECTOR_PREFIX) for name in given):
@@ -90,6 +91,12 @@ def initialise(detector: detectors.Detector, path: Path) -> str:
     }
     if not any(name.startswith(weights.DETECTOR_PREFIX) for name in fitting):
         raise InputError(f"train.init={path}: none of its {len(given)} tensors fits the backbone")
+    spoilt = [name for name, tensor in fitting.items() if not tensor.isfinite().all()]
+    if spoilt:
+        raise InputError(
+            f"train.init={path}: {len(spoilt)} of its tensors hold values that are not finite (NaN"
+            f" or infinite), the first of them {spoilt[0]}"
+        )
     detector.load_state_dict({**own, **fitting})
     left = sorted(set(given) - set(fitting))
     # The head of a classifier is of no use to a detector.

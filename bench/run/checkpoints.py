@@ -13,7 +13,7 @@ from typing import IO, Any, cast
 import torch
 
 from bench.errors import InputError
-from bench.files import sync_folder
+from bench.files import reason, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Checkpoints:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise InputError(
-                f"cannot write checkpoint {temporary.with_suffix('.pt')}: {error}"
+                f"cannot write checkpoint {temporary.with_suffix('.pt')}: {reason(error)}"
             ) from error
         for old in [*self._files()[: -self.keep], *self.folder.glob("step-*.tmp")]:
             old.unlink(missing_ok=True)
