@@ -1,4 +1,4 @@
-"""What a split holds, as hashes: its annotations by content, its images by name and size."""
+"""What a split holds, as hashes: its annotations by content, its images mostly by name and size."""
 
 import hashlib
 import os
@@ -7,13 +7,16 @@ from pathlib import Path
 from bench.data.layout import Place
 from bench.files import sha256
 
+_UNCOMPRESSED = (".bmp", ".pgm", ".pnm", ".ppm", ".tif", ".tiff")
+
 
 def fingerprint(place: Place) -> dict[str, str] | None:
     """Return hashes of a split, or None where its annotations cannot be read.
 
     Images are told apart by their names and sizes in bytes: reading all of COCO takes minutes at
-    each start, and times of change would make a copy another data set. An image that is changed
-    and keeps its size in bytes goes unnoticed.
+    each start, and times of change would make a copy another data set. Files whose size says
+    nothing of their pixels, such as BMP, are read. Another that is changed and keeps its size in
+    bytes goes unnoticed.
     """
     try:
         annotations = sha256(place.annotation_file)
@@ -23,10 +26,11 @@ def fingerprint(place: Place) -> dict[str, str] | None:
 
 
 def fingerprint_images(folder: Path) -> str:
-    """Return the hash of the names and sizes in bytes of the files in a folder."""
+    """Return the hash of the names and sizes in bytes of the files in a folder; see above."""
     digest = hashlib.sha256()
     for name, size in sorted(_files(folder)):
-        digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
+        content = sha256(folder / name) if name.lower().endswith(_UNCOMPRESSED) else ""
+        digest.update(f"{name}\0{size}{content}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
