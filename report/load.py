@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from bench.errors import InputError
-from bench.record import LATENCIES, Record, read, read_latencies
+from bench.record import LATENCIES, Record, read, read_latencies, slug
 from report import searches, seeds
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -104,7 +104,7 @@ class Named:
 
 @dataclass(frozen=True)
 class Library:
-    """The records of one detector library, one a row, and their frame."""
+    """The records of one detector library on the same images, one a row, and their frame."""
 
     records: list[Record]
     data: pd.DataFrame
@@ -119,26 +119,45 @@ def per_library(
     """Make a function of one library's rows one of all records: a table or plot for each library.
 
     The seeds of a row are merged, see `report/seeds.py`.
-    Two libraries never share a column or an axis; their names are in those of the results.
+    Two libraries never share a column or an axis, and neither do rows that were evaluated on other
+    images; the names of both are in those of the results. A row that was not evaluated, or that
+    does not say on which annotations, stands with most others.
     """
 
     @functools.wraps(build)
     def every(records: Sequence[Record]) -> list[Exhibit]:
         records = seeds.merged(records)
         data = frame(records)
-        names = data["library"].unique()
+        images = pd.Series(map(_images, records), dtype=object)
+        usual = images.groupby(data["library"]).transform(lambda own: next(iter(own.mode()), ""))
+        images = images.fillna(usual)
+        apart = list(zip(data["library"], images, strict=True))
+        libraries = {library for library, _ in apart}
         found = []
-        for name in names:
-            chosen = data["library"] == name
+        for group in dict.fromkeys(apart):
+            chosen = [one == group for one in apart]
             own = [record for record, keep in zip(records, chosen, strict=True) if keep]
             one = build(Library(own, data[chosen].reset_index(drop=True)))
-            if one is not None and len(names) > 1:
-                one = replace(one, name=f"{one.name}-{name}", title=f"{one.title}, {name}")
+            names = [str(group[0])] * (len(libraries) > 1)
+            names += [str(group[1])] * (len(set(apart)) > len(libraries))
+            if one is not None and names:
+                stem = "-".join([one.name, *map(slug, names)])
+                one = replace(one, name=stem, title=", ".join([one.title, *names]))
             if one is not None:
                 found.append(one)
         return found
 
     return every
+
+
+def _images(record: Record) -> str | None:
+    """What a row was evaluated on, for headings."""
+    split, count, annotations = (
+        at(record, f"evaluation.{name}") for name in ("split", "images", "annotations_sha256")
+    )
+    if annotations is None:
+        return None
+    return f"{split} of {count} images ({str(annotations)[:8]})"
 
 
 def load_one(path: Path) -> Record:

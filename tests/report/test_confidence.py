@@ -7,7 +7,7 @@ import pytest
 
 from bench.record import Record
 from bench.run.bootstrap import IOU_THRESHOLDS, Matches, average_precision, draws, interval
-from report import confidence, page
+from report import answer, confidence, page, tables
 from report.columns import MISSING
 from tests.report.test_report import failed, make
 
@@ -133,8 +133,7 @@ def test_the_reference_is_vil_or_full_or_the_first(rows: list[str], reference: s
 @pytest.mark.parametrize(
     ("record", "why"),
     [
-        (evaluated("full", common(), annotations_sha256="def"), "other images"),
-        (evaluated("full", common(), images=50), "other images"),
+        (evaluated("full", common(), annotations_sha256=None), "other images"),
         (evaluated("full", common()[:100]), "other draws"),
         (make("full"), "no draws recorded"),
         (failed("full"), "not evaluated"),
@@ -186,3 +185,18 @@ def test_the_page_says_how_sure_map_is(tmp_path: Any) -> None:
     assert (tmp_path / "tables" / "differences.csv").is_file()
     plain = page.write([make("ViL")], tmp_path, title="Suite").read_text(encoding="utf-8")
     assert "How sure mAP is" not in plain
+
+
+def test_rows_on_other_images_share_no_table() -> None:
+    """The annotations were mended between the two; neither has the higher mAP of both."""
+    rows = [evaluated("ViL", common()), evaluated("full", common(3), annotations_sha256="other")]
+    crashed = failed("performer")
+    found = tables.comparison([*rows, evaluated("swin", common(1)), crashed])
+    assert [one.raw["row"].tolist() for one in found] == [["ViL", "swin", "performer"], ["full"]]
+    assert len({one.name for one in found}) == 2
+    assert "(other)" in found[1].title
+    said = [one.sentences[0] for one in answer.first(rows, [])]
+    assert [sentence.partition(" has the highest box mAP")[0] for sentence in said] == [
+        "ViL",
+        "full",
+    ]
