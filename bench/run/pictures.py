@@ -25,7 +25,7 @@ from bench.config.suites import build_config
 from bench.data.generated import data_root
 from bench.data.split import open_split, profile_batch
 from bench.errors import InputError
-from bench.files import write_whole
+from bench.files import sha256, write_whole
 from bench.measure.workload import image_size
 from bench.model.backbone import ViL
 from bench.model.build import build_detector
@@ -63,7 +63,10 @@ def make(
             continue
         tell(entry.row)
         try:
-            content = _content(entry, output, output / kept["path"])
+            weights = output / kept["path"]
+            if sha256(weights) != kept["sha256"]:
+                raise InputError(f"{weights} is not what its run wrote (another SHA-256)")
+            content = _content(entry, output, weights)
             write_whole(target, json.dumps(content, allow_nan=False) + "\n")
         except (InputError, RuntimeError, ValueError, OSError) as error:
             # A picture is worth less than the report, which is made without it.

@@ -1,11 +1,15 @@
 """What one query sees, of mechanisms whose reach is known."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
 from bench.errors import InputError
 from bench.model.backbone import ViL
 from bench.run import pictures
+from tests.report.test_report import make
 
 ARCH = "_".join(f"l{n},h2,d16,n1,s1,g1,p{4 if n == 1 else 2},f2" for n in (1, 2, 3, 4))
 
@@ -26,3 +30,13 @@ def test_what_is_not_finite_is_said_and_not_drawn() -> None:
     next(vil.attention_places()).module.proj.weight.data.fill_(float("nan"))
     with pytest.raises(InputError, match="gradient of its first attention layer is not finite"):
         pictures.saliency(vil, torch.rand(3, 64, 64), (7, 8))
+
+
+def test_weights_that_another_run_wrote_are_not_drawn(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "vil.pth").write_bytes(b"other")
+    one = make("ViL")
+    kept = {"path": "weights/vil.pth", "sha256": "0" * 64}
+    one = replace(one, training={**(one.training or {}), "weights": kept})
+    (said,) = pictures.make([one], tmp_path)
+    assert "is not what its run wrote" in said
