@@ -1,4 +1,4 @@
-"""The source of a user's mechanism: its file, and what it imports from beside it."""
+"""The source of a user's mechanism: its file, and what it imports and reads from beside it."""
 
 import ast
 import importlib.util
@@ -6,6 +6,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +37,10 @@ class Source:
 def mechanism_sources(attention: str) -> list[Source]:
     """Return the files that the user's mechanisms in `attention` are made of.
 
-    They are the files that `file.py:Class` or `package.module:Class` names, and the modules that
-    these import from their own folder or package, or from elsewhere if it is not installed, theirs
-    too. Mechanisms of this package have none: their version is the commit in the record.
+    They are the files that `file.py:Class` or `package.module:Class` names, the modules that these
+    import from their own folder or package, or from elsewhere if it is not installed, theirs too,
+    and the files beside each that it names in a text. Mechanisms of this package have none: their
+    version is the commit in the record.
 
     Args:
         attention: one name, or one for each stage, comma-separated.
@@ -85,7 +87,13 @@ def _imported(path: Path) -> Iterator[Path]:
     while (top / "__init__.py").is_file():
         top = top.parent
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
+        # Settings, weights and kernels are read by the names that they have there.
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            beside = path.parent / node.value
+            with suppress(OSError, ValueError):
+                if beside.is_file() and not Path(node.value).is_absolute():
+                    yield beside.resolve()
+        elif isinstance(node, ast.Import):
             for alias in node.names:
                 yield from _modules({path.parent, top}, alias.name)
         elif isinstance(node, ast.ImportFrom) and node.level:

@@ -184,15 +184,18 @@ def test_a_file_imports_from_beside_it_and_from_where_it_says(tmp_path: Path) ->
         "import importlib, sys\nfrom pathlib import Path\n"
         "sys.path.append(str(Path(__file__).parent / 'lib'))\n"
         "import beside_of_tests, lib_of_tests\nimportlib.import_module('named_of_tests')\n"
+        "SETTINGS = Path(__file__).with_name('settings.json').read_text() + '\\0'\n"
     )
     name = mechanism(tmp_path, text)
     (tmp_path / "lib").mkdir()
     for file in ("beside_of_tests", "lib/lib_of_tests", "named_of_tests"):
         (tmp_path / f"{file}.py").write_text("")
+    (tmp_path / "settings.json").write_text("{}")
     attentions.find(name)
     found = [source.name for source in mechanism_sources(name)]
     assert found == [
-        *("beside_of_tests.py", "helper.py", "lib/lib_of_tests.py", "mine.py", "named_of_tests.py")
+        *("beside_of_tests.py", "helper.py", "lib/lib_of_tests.py", "mine.py", "named_of_tests.py"),
+        "settings.json",
     ]
     # One process would give the second mechanism the module of the first.
     other = mechanism(tmp_path / "other", "import beside_of_tests")
