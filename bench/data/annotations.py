@@ -202,7 +202,7 @@ class AnnotationReader:
         if over > _ROUNDING:
             size = {"height": height, "width": width}
             self._say(raw, "box over the image's edge", box=box, over=over, **size)
-        if max(box[2], box[3]) <= 1:
+        if max(box[2], box[3]) < 1:
             self._say(raw, "box smaller than a pixel", box=box)
         return x1, y1, x2, y2
 

@@ -386,6 +386,10 @@ def fractions(a: dict[str, Any]) -> None:
     a["bbox"] = [x / WIDTH, y / HEIGHT, w / WIDTH, h / HEIGHT]
 
 
+def points(a: dict[str, Any]) -> None:
+    a["bbox"] = [*a["bbox"][:2], 1, 1]
+
+
 def corners(a: dict[str, Any]) -> None:
     x, y, w, h = a["bbox"]
     a["bbox"] = [x, y, x + w, y + h]
@@ -406,6 +410,7 @@ def rows_first(a: dict[str, Any]) -> None:
     [
         (fractions, False, "4 of 4 boxes are smaller than a pixel: are they fractions"),
         (fractions, True, "4 of 4 boxes fit their masks if they are read as fractions"),
+        (points, False, ""),
         (corners, False, "4 of 4 boxes reach over the image's edge: are they x1, y1, x2, y2"),
         (corners, True, "4 of 4 boxes fit their masks if they are read as x1, y1, x2, y2"),
         (centres, False, "4 of 4 boxes reach over the image's edge"),
