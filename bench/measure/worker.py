@@ -129,6 +129,9 @@ class Held:
         self._workload: Any = None
         self._call: Any = None
 
+    def ready(self) -> None:
+        """Nothing but that the process has started."""
+
     def count(
         self, values: Mapping[str, Any], device: str
     ) -> tuple[dict[str, dict[str, Any]], list[str]]:
