@@ -22,6 +22,7 @@ from report.columns import (
     three_digits,
 )
 from report.load import Library, Named, at, per_library
+from report.probes import Profile
 from report.reference import Conditions
 from report.tables import marked, memory_column
 
@@ -44,14 +45,14 @@ class Answer(Named):
 
 
 def first(
-    records: Sequence[Record], costs: Sequence[Record], sees: pd.DataFrame | None = None
+    records: Sequence[Record], costs: Sequence[Record], sees: Profile | None = None
 ) -> list[Answer]:
     """Return the answer of each library.
 
     Args:
         records: of runs.
         costs: of their rows at full size; without any, what they cost as they were trained.
-        sees: what each row sees: a column of shares for each probe, by the row's name.
+        sees: what each row sees, of `report.probes.profile`.
     """
     about = reference.conditions(costs)
     build = per_library(partial(_answer, about=about, sees=sees))
@@ -65,12 +66,12 @@ def to_text(answer: Answer, width: int) -> str:
     return "\n".join([*said, "", tables.to_text(answer.table.shown, width)])
 
 
-def _answer(library: Library, about: Conditions | None, sees: pd.DataFrame | None) -> Answer:
+def _answer(library: Library, about: Conditions | None, sees: Profile | None) -> Answer:
     standing = Standing(library, about)
     sentences = (
         standing.best(),
-        standing.alike(),
-        standing.unknown(probed=sees is not None and len(sees.columns) > 0),
+        standing.alike(sees),
+        standing.unknown(probed=sees is not None),
     )
     return Answer("answer", "Answer", sentences, rows(standing, sees))
 
@@ -179,13 +180,14 @@ class Standing:
             before = who
         return listed(found) or "what rows cost is not known"
 
-    def alike(self) -> str:
+    def alike(self, sees: Profile | None = None) -> str:
         """What cannot be told apart."""
         compared = ~np.isnan(self.pairs)
         pairs = int(np.triu(compared, 1).sum())
         if self.leader is None or not pairs:
             return "Which rows could be told apart is not known: no two have draws of images."
-        apart = int(np.triu(compared & (self.pairs != 0), 1).sum())
+        differ = compared & (self.pairs != 0)
+        apart = int(np.triu(differ, 1).sum())
         worse = np.flatnonzero(self.pairs[self.leader] == 1)
         others = [place for place in self.ties if place != self.leader]
         parts = []
@@ -195,6 +197,11 @@ class Standing:
             parts.append(f"told apart as worse: {self.named(worse)}")
         said = "; ".join(parts)
         told = f"in all, {apart} of {pairs} pairs of rows are told apart"
+        if sees is not None:
+            names = self.data["base"]
+            seen = [[frozenset((one, other)) in sees.apart for other in names] for one in names]
+            either = int(np.triu(compared & (differ | np.array(seen)), 1).sum())
+            told += f", {either} with what a probe tells" + " (of one seed)" * (sees.seeds == 1)
         return f"{said[:1].upper()}{said[1:]}; {told}."
 
     def unknown(self, *, probed: bool) -> str:
@@ -236,14 +243,14 @@ def listed(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
 
 
-def rows(standing: Standing, sees: pd.DataFrame | None = None) -> Table:
+def rows(standing: Standing, sees: Profile | None = None) -> Table:
     """Return the table of rows, the best first."""
     about, mode = standing.about, standing.mode
     shown = standing.data.sort_values(["rank", "flops"], kind="stable")
     columns = [Column("row", values="label"), Column("", "row", marked)]
-    sees = pd.DataFrame() if sees is None else sees
-    for probe in sees.columns:
-        shown[probe] = shown["base"].map(sees[probe]).astype("Float64")
+    scores = pd.DataFrame() if sees is None else sees.scores
+    for probe in scores.columns:
+        shown[probe] = shown["base"].map(scores[probe]).astype("Float64")
         columns.append(Column(probe, probe, unit=Unit.ONE, format=decimals(2), optional=True))
     predicted = ", predicted" if about else ""
     columns += [

@@ -208,7 +208,7 @@ def _sections(
     records: Sequence[Record],
     costs: Sequence[Record],
     *,
-    sees: pd.DataFrame,
+    sees: small_tasks.Profile | None,
     probes: Section,
     shown: Section,
 ) -> list[Section]:

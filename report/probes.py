@@ -109,12 +109,34 @@ def plots(records: Sequence[Record]) -> list[Plot]:
     ]
 
 
-def profile(records: Sequence[Record]) -> pd.DataFrame:
-    """Return the score of each row in each probe, from 0 to 1: a line a row, a column a probe."""
+@dataclass(frozen=True)
+class Profile:
+    """What rows see.
+
+    Attributes:
+        scores: from 0 to 1, a line a row and a column a probe.
+        apart: the pairs of rows that at least one probe tells apart.
+        seeds: of each training, the fewest that a row has.
+    """
+
+    scores: pd.DataFrame
+    apart: frozenset[frozenset[str]]
+    seeds: int
+
+
+def profile(records: Sequence[Record]) -> Profile | None:
+    """Return what the rows among the records see, or None where none was probed."""
     rows = dict(_by_kind(records)).get("row", [])
-    return pd.DataFrame(
-        {one.row: {name: score.mean() for name, score in _scores_of(one).items()} for one in rows}
-    ).T.rename_axis("row")
+    if not rows:
+        return None
+    scores = {one.row: _scores_of(one) for one in rows}
+    means = {row: {task: one.mean() for task, one in of.items()} for row, of in scores.items()}
+    apart = [pair for own in _comparable(scores).values() for pair in _differences(own)]
+    return Profile(
+        pd.DataFrame(means).T.rename_axis("row"),
+        frozenset(map(frozenset, apart)),
+        min(len((one.probes or {})["seeds"]) for one in rows),
+    )
 
 
 @dataclass(frozen=True)
@@ -133,7 +155,8 @@ class Agreement:
 
 def agreement(records: Sequence[Record]) -> list[Table]:
     """Return the table of rank agreement with published mAP; none where too few rows are there."""
-    scores, rows = profile(records), published()
+    seen, rows = profile(records), published()
+    scores = pd.DataFrame() if seen is None else seen.scores
     truth = rows[rows["table"] == "ablation"].set_index("row")["box_map"]
     shared = [row for row in truth.index if row in scores.index]
     if len(shared) < _LEAST_ROWS:
@@ -290,15 +313,24 @@ def _scores_of(one: Record) -> Scores:
     }
 
 
+def _comparable(scores: Mapping[str, Scores]) -> dict[str, Scores]:
+    """By probe and name, accuracies (seeds, images); others than the first's have no pairs."""
+    found: dict[str, Scores] = {}
+    for task in dict.fromkeys(task for of in scores.values() for task in of):
+        own = {name: of[task].mean(axis=1) for name, of in scores.items() if task in of}
+        first = next(iter(own.values())).shape
+        found[task] = {name: one for name, one in own.items() if one.shape == first}
+    return found
+
+
 def _lines(records: Sequence[Record]) -> pd.DataFrame:
     """A line for each record and probe: its score, spread over seeds, and letters."""
     scores = {one.row: _scores_of(one) for one in records}
+    comparable = _comparable(scores)
     found = []
-    for task in dict.fromkeys(task for of in scores.values() for task in of):
+    for task in comparable:
         own = {name: of[task].mean(axis=1) for name, of in scores.items() if task in of}
-        # Others have other seeds or images, so that there are no pairs.
-        first = next(iter(own.values())).shape
-        apart = letters({name: one for name, one in own.items() if one.shape == first})
+        apart = letters(comparable[task])
         found += [
             {
                 "name": name,

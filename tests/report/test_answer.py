@@ -10,7 +10,7 @@ import pytest
 from bench import record as store
 from bench.errors import InputError
 from bench.record import Record
-from report import answer, export, page, recommend, reference
+from report import answer, export, page, probes, recommend, reference
 from report.columns import MISSING, Unit
 from report.recommend import Limit
 from tests.report.test_confidence import common, evaluated
@@ -106,11 +106,17 @@ def test_costs_at_the_size_of_training_stand_beside_under_their_name(
 def test_what_rows_see_stands_before_their_accuracy(
     records: list[Record], costs: list[Record]
 ) -> None:
-    sees = pd.DataFrame({"bind": {"ViL": 0.91, "full": 1.0}})
+    scores = pd.DataFrame({"bind": {"ViL": 0.91, "full": 1.0}})
+    sees = probes.Profile(scores, frozenset({frozenset({"ViL", "full"})}), seeds=1)
     (found,) = answer.first(records, costs, sees)
     assert found.table.shown.columns[:3].tolist() == ["row", "bind", "box mAP %"]
     assert found.table.shown["bind"].tolist() == ["0.91", "1.00", MISSING, MISSING]
     assert "--suite probes" not in found.sentences[2]
+    # ViL and full are the pair that mAP does not tell apart.
+    said = found.sentences[1]
+    assert said.endswith(
+        "5 of 6 pairs of rows are told apart, 6 with what a probe tells (of one seed)."
+    )
 
 
 def test_a_search_and_a_row_without_costs(records: list[Record], costs: list[Record]) -> None:

@@ -113,9 +113,17 @@ def test_the_page_shows_probes_alone_and_says_that_they_predict_nothing(tmp_path
     assert shown.loc["full", "bind"].endswith(" a")
     assert shown.loc["global", "bind"].endswith(" b")
     assert shown.loc["global", "majority"].endswith(" a")
-    scores = probes.profile(records)
-    assert scores.loc["Partial ViL", "bindup"] == pytest.approx(0.75, abs=0.01)
-    assert probes.profile(records[:2]).empty
+    seen = probes.profile(records)
+    assert seen.scores.loc["Partial ViL", "bindup"] == pytest.approx(0.75, abs=0.01)
+    assert probes.profile(records[:2]) is None
+
+
+def test_a_pair_of_rows_is_told_apart_where_one_probe_tells_it():
+    alike, better = {"bindup": 0.5, "regions": 0.5}, {"bindup": 0.5, "regions": 0.9}
+    scores = {"ViL": alike, "full": better, "swin": alike}
+    found = probes.profile([entry(name, "row", each) for name, each in scores.items()])
+    assert found.apart == {frozenset({"ViL", "full"}), frozenset({"full", "swin"})}
+    assert found.seeds == 3
 
 
 def test_one_seed_is_reported_with_its_limits():
