@@ -5,6 +5,7 @@ Colour and marker say the mechanism of a row, hollow says that its later stages 
 
 import io
 import itertools
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +33,8 @@ SMOOTHING = 5
 LEAST_AP = 1.0
 FRONT = "#BBBBBB"
 
+# Characters of a title that fit over a panel of costs.
+_TITLE = 32
 # Points around a mark that a label keeps free.
 _CLEAR = 6
 _STYLE: dict[Any, Any] = {
@@ -230,7 +233,7 @@ def costs(data: pd.DataFrame, style: Looks) -> Figure | str:
         for place, (text, end) in enumerate(zip(aligned(values), ends, strict=True)):
             ax.text(end + 0.03 * top, place, text, va="center", fontsize=8)
         ax.set_xlim(0, 1.28 * top)
-        ax.set_title(cost.label, fontsize=9, loc="left")
+        ax.set_title(textwrap.fill(cost.label, _TITLE), fontsize=9, loc="left")
         ax.grid(visible=False, axis="y")
         ax.tick_params(axis="y", length=0)
     axes[0].set_yticks(places, marked(data))

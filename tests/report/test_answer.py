@@ -1,16 +1,18 @@
 """The first screen and recommendations, over made-up records whose answer is known."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 
 from bench import record as store
 from bench.errors import InputError
 from bench.record import Record
-from report import answer, export, page, probes, recommend, reference
+from report import answer, export, load, page, plots, probes, recommend, reference
 from report.columns import MISSING, Unit
 from report.recommend import Limit
 from tests.report.test_confidence import common, evaluated
@@ -101,6 +103,23 @@ def test_costs_at_the_size_of_training_stand_beside_under_their_name(
     text = page.write(records, tmp_path, title="T", costs=costs).read_text()
     assert f"Comparison, costs at 128{X}160" in text
     assert text.index("## Answer") < text.index("## Costs at 800") < text.index("## Comparison")
+
+
+def test_titles_of_costs_at_full_size_do_not_overlap(
+    records: list[Record], costs: list[Record]
+) -> None:
+    data = load.frame(reference.at_reference(records, costs))
+    figure = plots.costs(data, plots.looks(list(data["family"])))
+    assert not isinstance(figure, str)
+    figure.draw_without_rendering()
+    titles = [
+        text.get_window_extent()
+        for ax in figure.axes
+        for text in ax.findobj(Text)
+        if isinstance(text, Text) and text.get_text() == ax.get_title(loc="left") != ""
+    ]
+    assert len(titles) == len(figure.axes) > 2
+    assert all(one.x1 < other.x0 for one, other in itertools.pairwise(titles))
 
 
 def test_what_rows_see_stands_before_their_accuracy(
