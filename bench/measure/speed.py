@@ -4,7 +4,8 @@ Absolute times depend on the machine and on what else it does. Here a process of
 for its turn, one call a round, every other round in reverse, and only ratios are reported, each
 with the interval of its median, and beside them how far the time now is from a bound: what the
 multiply-adds of the mechanism's formula, or the bytes that any implementation moves, take at the
-peaks measured in the same process before and after the case. Before anything is timed, both get the
+peaks measured in the same process before and after the case. The peak of products is that of one
+shape: other shapes may reach more, and fall below the bound. Before anything is timed, both get the
 same weights, input and incoming gradient and must give the same output and gradients; where they do
 not, no ratio is given.
 """
@@ -87,7 +88,7 @@ class Comparison:
 
     @property
     def bound(self) -> float | None:
-        """Seconds that no implementation of these products and tensors falls below, if counted."""
+        """Seconds that these products and tensors take at the peaks, if counted."""
         if not self.multiply_adds:
             return None
         products = self.multiply_adds / self.peaks["multiply_adds_per_s"]
