@@ -498,7 +498,7 @@ def _row_arguments(
 def _set_up_logging() -> None:
     """Warnings to the terminal; what libraries say of themselves, not."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("lightning").setLevel(logging.ERROR)
+    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 

@@ -41,7 +41,7 @@ ERROR_KINDS = (
 PACKAGES = (
     "torch",
     "torchvision",
-    "lightning",
+    "lightning-fabric",
     "faster-coco-eval",
     "fvcore",
     "performer-pytorch",

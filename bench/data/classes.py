@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data import create_transform
-from timm.data.readers import create_reader
 
 from bench.config.schema import RunConfig
 from bench.data.fingerprint import fingerprint_images
@@ -47,6 +45,9 @@ class ClassDataset:
     """
 
     def __init__(self, root: Path, split: str, classes: tuple[str, ...] | None = None) -> None:
+        # Detectors start sooner without it.
+        from timm.data.readers import create_reader
+
         self.split, self.folder = split, find(root, split)
         try:
             reader: Any = create_reader("", root=str(self.folder))
@@ -136,6 +137,8 @@ class _Samples(Samples):
                 "re_prob": how.erasing,
                 "re_mode": "pixel",
             }
+        from timm.data import create_transform
+
         self.transform = create_transform(
             (3, *image_size(config)),
             is_training=training,

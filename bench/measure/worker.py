@@ -11,11 +11,12 @@ import gc
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +25,9 @@ from bench.measure import costs, energy, workload
 from bench.measure.backends import what_ran
 from bench.measure.latency import Call, Effort, Sample, Timed, WarmUp, synchronize
 from bench.record import error_section
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, SpawnContext
 
 # Windows has no such signal.
 _KILLED = -getattr(signal, "SIGKILL", 9)
@@ -59,7 +63,7 @@ class Worker:
     """
 
     def __init__(self, *, threads: int, memory_limit: int | None = None) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
             target=_answer, args=(theirs, threads, memory_limit), daemon=True
@@ -194,6 +198,19 @@ class Held:
     def phases(self, effort: Effort) -> dict[str, dict[str, float]]:
         """Latency of the phases of a training step."""
         return costs.phase_latencies(self._workload, effort)
+
+
+@functools.cache
+def _context() -> "ForkServerContext | SpawnContext":
+    """How workers start: from a process that has imported what they need and done nothing else.
+
+    Importing takes seconds for each worker otherwise. Not where a fork after imports is not safe.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _answer(connection: Connection, threads: int, limit: int | None) -> None:

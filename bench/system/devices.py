@@ -9,15 +9,15 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.plugins import MixedPrecision, Precision
-from lightning.fabric.plugins.environments import (
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision, Precision
+from lightning_fabric.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
-from lightning.fabric.strategies import DDPStrategy
+from lightning_fabric.strategies import DDPStrategy
 
 from bench.config.schema import RunConfig
 from bench.errors import InputError
@@ -85,9 +85,8 @@ def make_fabric(config: RunConfig) -> Fabric:
         strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False),
         plugins=[_precision(config, name), environments[world.launcher]()],
     )
-    # Importing them sets their level.
-    for library in ("lightning.fabric", "lightning.pytorch"):
-        logging.getLogger(library).setLevel(logging.WARNING)
+    # Importing it sets its level.
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     # Of tables of one row, whose strides mean nothing.
     warnings.filterwarnings("ignore", message="(?s).*Grad strides do not match bucket view strides")
     fabric.launch()
