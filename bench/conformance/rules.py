@@ -551,7 +551,8 @@ def compiles(subject: Subject) -> None:
 )
 def multiply_adds(subject: Subject) -> None:
     """FLOPs can be counted, every operator is, and multiply_adds is true."""
-    for grid in (subject.grid, subject.other_grid):
+    # The second is large enough for what grows with the square of the tokens to stand out.
+    for grid in (subject.grid, (4 * subject.grid[0], 4 * subject.grid[1])):
         module = subject.build(grid=grid)
         length = subject.num_global + grid[0] * grid[1]
         counted = count_call(module, (torch.empty(1, length, subject.dim, device="meta"), grid))

@@ -10,7 +10,9 @@ product of two tensors that is summed over an axis which both have. A sparse ope
 stores. Not counted are operators without products of matrices, such as views, other elementwise
 operators, biases, reductions, normalisation, softmax, pooling, interpolation, indexing, copies,
 sorting, random numbers and creation (`formulas.FREE`). Every other operator that ran without a
-formula is listed in `uncounted`, and the count is then incomplete.
+formula is listed in `uncounted`, and the count is then incomplete. So are elementwise operators
+where their results hold far more elements than what is counted and what a module gets account for,
+as in attention that is added up in a loop, or of distances that are squared by hand.
 
 A copy of the module runs on the meta device, so nothing is allocated or computed, whatever the size
 of the image, and nothing is left in the module. A mechanism that cannot run there, since it reads a
@@ -43,6 +45,11 @@ CONVENTIONS = ("actual", "published")
 UNIT = "multiply-adds"
 # The name of products that are written out, among the operators.
 WRITTEN_OUT = "aten.mul, aten.sum"
+# Elementwise operators among those that are not counted, by the elements of their results.
+ELEMENTWISE = "elements of elementwise operators"
+# Results of such operators for each element that a module gets which may be beside the point: no
+# mechanism here that is linear in its tokens has 70.
+_MANY = 100
 # What a mechanism may take that has to run for real, in bytes and multiply-adds.
 LARGEST_REAL_BYTES, LARGEST_REAL_COUNT = 4 * 10**9, 10**12
 
@@ -54,7 +61,8 @@ aten = torch.ops.aten
 # How products are written out: made, kept, and summed. What is multiplied in place has other uses,
 # as weighed features have.
 _PRODUCTS = (aten.mul, aten.addcmul)
-_MULTIPLES = (*_PRODUCTS, aten.div, aten.clone, aten._to_copy)
+_COPIES = (aten.clone, aten._to_copy, aten.copy_)
+_MULTIPLES = (*_PRODUCTS, *_COPIES, aten.div)
 _SUMS = (aten.sum, aten.mean, aten.nansum, aten.cumsum)
 
 
@@ -110,7 +118,8 @@ class OperatorCount:
     Attributes:
         by_part: multiply-adds by part and operator. Parts are, of a backbone, "stage1" … and
             "stage1 attention" …, and "" for everything else.
-        uncounted: calls of operators that have no formula and are not free by nature.
+        uncounted: calls of operators that have no formula and are not free by nature, and elements
+            of elementwise ones where they are too many to be left out.
         notes: what was counted on real tensors, and why.
     """
 
@@ -292,6 +301,10 @@ def _run(counter: "_Counter", run: Callable[[], object]) -> OperatorCount:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     by_part = {part: dict(operators) for part, operators in counter.by_part.items()}
+    for part, given in counter.given.items():
+        elements = counter.elementwise[part]
+        if elements > max(sum(by_part.get(part, {}).values()) / 2, _MANY * given):
+            counter.uncounted[ELEMENTWISE] += elements
     return OperatorCount(by_part, dict(counter.uncounted), tuple(counter.notes))
 
 
@@ -306,6 +319,9 @@ class _Counter(TorchDispatchMode):
         self.by_part: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.uncounted: Counter[str] = Counter()
         self.notes: dict[str, None] = {}
+        # Elements, by part: of results that are not counted, and of what each module got.
+        self.elementwise: Counter[str] = Counter()
+        self.given: Counter[str] = Counter()
         # Products that may yet be summed, by the tensor that holds them.
         self._products: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._live: LiveTensors | None = None
@@ -318,11 +334,12 @@ class _Counter(TorchDispatchMode):
     @contextmanager
     def undone_if_it_fails(self) -> Iterator[None]:
         """Forget what is counted inside where it ends with an error."""
-        before = copy.deepcopy(self.by_part), self.uncounted.copy(), len(self.parts)
+        counts = copy.deepcopy((self.by_part, self.uncounted, self.elementwise))
+        depth = len(self.parts)
         try:
             yield
         except BaseException:
-            self.by_part, self.uncounted, depth = before
+            self.by_part, self.uncounted, self.elementwise = counts
             del self.parts[depth:]
             raise
 
@@ -393,6 +410,12 @@ class _Counter(TorchDispatchMode):
             known += filter(None, [_product(factors[0], factors[1], result)])
         if known:
             self._products[result] = _either(known)
+        # A sum with products may end as one, and is then none that is counted.
+        added = not known or operator is aten.addcmul
+        if added and torch.Tag.pointwise in func.tags and operator not in _COPIES:
+            self.elementwise[self.parts[-1]] += sum(
+                out.numel() for out in tree_leaves(result) if isinstance(out, Tensor)
+            )
 
 
 @dataclass(frozen=True)
@@ -442,12 +465,14 @@ def _follow(on_meta: nn.Module, module: nn.Module, counter: _Counter, *, trainin
         _label(place.module, f"stage{place.stage.number} attention", counter)
         _let_run_for_real(place.module, original, counter, training=training)
     if not originals:
+        _label(on_meta, "", counter)
         _let_run_for_real(on_meta, module, counter, training=training)
 
 
 def _label(layer: nn.Module, part: str, counter: _Counter) -> None:
-    def enter(*_: Any) -> None:
+    def enter(_: nn.Module, inputs: Any) -> None:
         counter.parts.append(part)
+        counter.given[part] += sum(x.numel() for x in tree_leaves(inputs) if isinstance(x, Tensor))
 
     def leave(*_: Any) -> None:
         counter.parts.pop()

@@ -51,6 +51,7 @@ BROKEN = {
     "Overflows": ("autocast", "under bfloat16 autocast, the output is not finite"),
     "CompiledOtherwise": ("compile", "compiled, the output is off by"),
     "NoFormula": ("FLOPs", "no formula for aten._fft"),
+    "Distances": ("FLOPs", "no formula for elements of elementwise operators"),
     "WrongCount": ("FLOPs", r"multiply_adds\(\(6, 8\)\) declares 1,"),
     "WrongReference": ("reference", "grid 6x8, num_global 0: the output is off by"),
 }
@@ -348,6 +349,12 @@ class ConstantOfTheCpu(Sound):
 class NoFormula(Sound):
     def mix(self, x, grid):
         return super().mix(x, grid) + torch.fft.fft(x, dim=1).real
+
+
+class Distances(Sound):
+    def mix(self, x, grid):
+        value = super().mix(x, grid)
+        return (value.unsqueeze(1) - x.unsqueeze(2)).square().mean(-1).softmax(-1) @ value
 
 
 class WrongCount(Sound):

@@ -418,6 +418,60 @@ def test_the_same_mathematics_costs_the_same(way):
     assert (report.notes == ()) == on_meta
 
 
+def squared_distances(q, k, v):
+    return (-(q.unsqueeze(2) - k.unsqueeze(1)).pow(2).sum(-1)).softmax(-1) @ v
+
+
+def one_query_after_the_other(q, k, v):
+    apart = [(q[:, i : i + 1] - k).abs().sum(-1, keepdim=True) for i in range(q.shape[1])]
+    return torch.stack([((-one).softmax(1) * v).sum(1) for one in apart], dim=1)
+
+
+def added_up_in_a_loop(q, k, v):
+    weights, out = (q @ k.mT).softmax(-1), torch.zeros_like(q)
+    for key in range(k.shape[1]):
+        out = out + weights[..., key, None] * v[:, key, None]
+    return out
+
+
+def added_up_in_place(q, k, v):
+    weights, out = (q @ k.mT).softmax(-1), torch.zeros_like(q)
+    for key in range(k.shape[1]):
+        out.addcmul_(weights[..., key, None], v[:, key, None])
+    return out
+
+
+def multiplied_in_place(q, k, v):
+    scores = q.unsqueeze(2).repeat(1, 1, k.shape[1], 1).mul_(k.unsqueeze(1)).sum(-1)
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        squared_distances,
+        one_query_after_the_other,
+        added_up_in_a_loop,
+        added_up_in_place,
+        multiplied_in_place,
+    ],
+)
+def test_work_of_elementwise_operators_makes_a_count_incomplete(product):
+    class Mechanism(Attention):
+        def product(self, q, k, v):
+            return product(q, k, v)
+
+    vil = ViL(TINY, attention="full", image_size=64)
+    vil.layer1[1].attn = Mechanism(dim=12)
+    elements = (1 + 16 * 16) ** 2 * 12
+    for counted in (
+        flops.count_flops(Mechanism(dim=12), grid=(16, 16)),
+        flops.count_flops(vil, image_size=(64, 64)),
+    ):
+        assert list(counted.uncounted) == [flops.ELEMENTWISE]
+        assert elements <= counted.uncounted[flops.ELEMENTWISE] < 3 * elements
+
+
 def test_multihead_attention_and_compiled_modules_are_counted():
     module = nn.MultiheadAttention(8, 2, batch_first=True)
     x = torch.zeros(1, TOKENS, 8, device="meta")
