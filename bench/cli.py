@@ -5,6 +5,7 @@ The type of an option is a function from text to value that raises `ArgumentType
 
 import argparse
 import importlib
+import itertools
 import logging
 import math
 import os
@@ -55,7 +56,15 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message.removeprefix("argument ") + hint)
 
     def parse(self, words: Sequence[str]) -> Namespace:
-        """Parse all words; those of a list may stand before, between and after options."""
+        """Parse all words; those of a list may stand before, between and after options.
+
+        An empty one, as of a variable of the shell that is not set, would be the working folder.
+        """
+        for before, word in itertools.pairwise(["argument", *words]):
+            name, _, value = word.partition("=") if word.startswith("--") else (before, "", word)
+            if not value.strip() and name != word:
+                what = name if name.startswith("--") else "an argument"
+                self.error(f"{what} is empty; give it a value or leave it out")
         found, unknown = self.parse_known_intermixed_args(words)
         if unknown:
             known = nearest(

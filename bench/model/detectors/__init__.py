@@ -122,8 +122,8 @@ def _library(library: str) -> ModuleType:
 def _check(settings: Settings, vil: ViL, *, levels: int) -> None:
     if len(settings.anchor_sizes) != levels:
         raise InputError(
-            f"anchor_sizes={list(settings.anchor_sizes)} must have {levels} values, one a level of"
-            " the pyramid"
+            f"model.detector.anchor_sizes={list(settings.anchor_sizes)} must have {levels} values,"
+            " one a level of the pyramid"
         )
     canvas = settings.fixed_size or (settings.max_size, settings.max_size)
     if any(side > limit for side, limit in zip(canvas, vil.largest, strict=True)):

@@ -110,6 +110,14 @@ def parsed(name, *arguments):
     return cli.parser_of(name, cli.find_commands()[name]).parse(arguments)
 
 
+@pytest.mark.parametrize("words", [["--output", ""], ["--output", " "], ["--output="]])
+def test_nothing_is_not_the_working_folder(words):
+    with pytest.raises(InputError, match="^--output is empty"):
+        run_all.parser().parse(words)
+    with pytest.raises(InputError, match="^an argument is empty"):
+        parsed("report", "")
+
+
 def test_overrides_may_stand_anywhere():
     found = parsed("profile", "seed=1", "--attention", "ViL", "a.b=2", "--amp", "c=3")
     assert found.overrides == ["seed=1", "a.b=2", "c=3"]
@@ -148,6 +156,7 @@ WRONG = {
     "check ViL --option window": "--option 'window' is not of the form key=value",
     "check ViL --dim 7": "--dim 7 must be a multiple of --num-heads 3",
     "report /nowhere": "/nowhere is not a folder",
+    "profile --output=": "error: --output is empty; give it a value or leave it out",
 }
 
 

@@ -404,7 +404,7 @@ def test_detectron2_pools_bfloat16_maps_at_exact_rois():
         ({"min_size": ()}, r"min_sizes=\(\) must have at least 1"),
         ({"fixed_size": (64, 0)}, "fixed_size.1=0 must be greater"),
         ({"score_threshold": 1.5}, "score_threshold=1.5"),
-        ({"anchor_sizes": (8, 16)}, r"anchor_sizes=\[8, 16\] must have 5 values"),
+        ({"anchor_sizes": (8, 16)}, r"model.detector.anchor_sizes=\[8, 16\] must have 5 values"),
         ({"fpn_chanels": 8}, "unknown .*'fpn_chanels' .did you mean 'fpn_channels'"),
         ({"max_size": 128}, "128x128 .* larger than the 96x96"),
         ({"fixed_size": (96, 97)}, "96x97 .* larger than the 96x96"),
