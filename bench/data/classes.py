@@ -16,7 +16,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from bench.config.schema import RunConfig
-from bench.data.fingerprint import fingerprint_images
+from bench.data.fingerprint import files_of, fingerprint_images
 from bench.data.generated import CLASS_SPLITS
 from bench.data.loader import Batch, Pace, Sample, Samples, load, ordered_batches
 from bench.errors import InputError
@@ -68,8 +68,8 @@ class ClassDataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of the names and sizes of its files; of ImageNet, a walk over a million."""
-        return fingerprint_images(self.folder)
+        """Hash of the names and contents of its files."""
+        return fingerprint_images(self.folder, files_of(self.folder))
 
     def __len__(self) -> int:
         return len(self.samples)

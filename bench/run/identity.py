@@ -19,7 +19,7 @@ from bench.config.schema import CLASSIFIER, RunConfig
 from bench.config.sources import Source, mechanism_sources
 from bench.config.suites import build_config
 from bench.data import classes, layout
-from bench.data.fingerprint import fingerprint, fingerprint_images
+from bench.data.fingerprint import files_of, fingerprint, fingerprint_images
 from bench.data.split import named_files
 from bench.errors import InputError
 from bench.files import sha256
@@ -224,7 +224,7 @@ def _inputs(
                 with suppress(InputError):
                     if config.model.method == CLASSIFIER:
                         place = classes.find(Path(config.data.path), split)
-                        seen[key] = {"images": fingerprint_images(place)}
+                        seen[key] = {"pixels": fingerprint_images(place, files_of(place))}
                     else:
                         where = layout.find(Path(config.data.path), split, file=file, images=images)
                         seen[key] = fingerprint(where)

@@ -13,7 +13,9 @@ from bench import record
 from bench.config.schema import RunConfig, leaves
 from bench.config.sources import mechanism_sources
 from bench.config.suites import build_config, load_suite
+from bench.data import fingerprint, layout
 from bench.data.generated import generate
+from bench.files import sha256
 from bench.record import Record
 from bench.run.identity import identify, old_key
 from bench.run.runner import Ending, Options, Run, ending
@@ -261,19 +263,46 @@ def test_data_and_checkpoints_count_by_their_content(tmp_path: Path, config: Run
     assert after.changed(entry, weights_only=True) == []
     assert after.weights_key == before.weights_key
 
-    # Of some files the size says nothing.
-    image = moved / "train2017" / "one.bmp"
-    image.write_bytes(b"black")
-    black = identify(other)
-    image.write_bytes(b"white")
-    assert identify(other).weights_key != black.weights_key
-    image.unlink()
+    # What lies beside the images, such as results, is none of the data.
+    (moved / "train2017" / "one.jpg").write_bytes(b"more")
     assert identify(other).weights_key == before.weights_key
 
-    image = next((moved / "train2017").iterdir())
-    image.write_bytes(image.read_bytes() + b"\0")
+    # An edit that leaves the size in bytes and the time of change as they were.
+    name = json.loads((moved / "annotations" / "instances_train2017.json").read_text())["images"][0]
+    image = moved / "train2017" / name["file_name"]
+    state, content = image.stat(), image.read_bytes()
+    image.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(image, ns=(state.st_atime_ns, state.st_mtime_ns))
     assert identify(other).changed(entry) == ["data train2017", "data val2017"]
     assert identify(other).weights_key != before.weights_key
+    image.unlink()
+    assert identify(other).changed(entry) == ["data train2017", "data val2017"]
+    image.write_bytes(content)
+    assert identify(other).weights_key == before.weights_key
+
+
+def test_images_are_read_again_where_they_changed_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = generate(tmp_path / "data", train_images=3, val_images=2, image_size=(64, 64))
+    place, read = layout.find(root, "train2017"), []
+    images = [path for path in place.folder.iterdir() if path.suffix == ".jpg"]
+    for image in images:
+        os.utime(image, (1, 1))
+    monkeypatch.setattr(fingerprint, "sha256", lambda path: read.append(path) or sha256(path))
+    monkeypatch.setattr(fingerprint, "_CLOCK", -60)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = fingerprint.fingerprint(place)
+    assert sorted(read) == sorted(images)
+    assert fingerprint.fingerprint(place) == before
+    assert len(read) == 3
+    os.utime(images[0])
+    assert fingerprint.fingerprint(place) == before
+    assert read[3:] == [images[0]]
+    # Without a cache all are read each time.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(images[0]))
+    assert fingerprint.fingerprint(place) == before
+    assert len(read) == 7
 
 
 def test_records_of_before_hashes_were_kept_are_compared_by_what_they_hold(
