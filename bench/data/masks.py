@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 THRESHOLD = 0.5
+# Pixels of the masks that are pasted into an image at one time: 128 MB in float32.
+PASTED_AT_ONCE = 2**25
 
 Runs = dict[str, Any]
 """{"size": [height, width], "counts": ...}: lengths of zeros and ones in turn, column by column."""

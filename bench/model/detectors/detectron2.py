@@ -23,6 +23,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
 from detectron2.modeling.roi_heads import (
     FastRCNNConvFCHead,
@@ -35,7 +36,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from bench.data.images import resize
-from bench.data.masks import RunLengths, encode_soft
+from bench.data.masks import PASTED_AT_ONCE, RunLengths, encode_soft
 from bench.model.backbone import ViL
 from bench.model.detectors.contract import (
     ASPECT_RATIOS,
@@ -94,7 +95,11 @@ class Detectron2MaskRCNN(GeneralizedRCNN, Detector):
         """Return losses in training and detections in evaluation, as the package says."""
         inputs = _to_detectron2(self, images, targets, masks=True)
         with EventStorage():
-            return _from_detectron2(self, super().forward(inputs))
+            if self.training or not self.run_lengths:
+                return _from_detectron2(self, super().forward(inputs))
+            found = self.inference(inputs, do_postprocess=False)
+        sizes = [(one["height"], one["width"]) for one in inputs]
+        return [_in_pieces(*both) for both in zip(found, sizes, strict=True)]
 
     def parts(self) -> dict[str, nn.Module]:
         heads = self.roi_heads
@@ -326,21 +331,26 @@ def _from_detectron2(detector: Detectron2MaskRCNN | Detectron2RetinaNet, outputs
     """Return losses as they are, and instances as dictionaries of tensors."""
     if detector.training:
         return outputs
-    found: list[dict[str, Any]] = []
-    for output in outputs:
-        instances = output["instances"]
-        found.append(
-            {
-                "boxes": instances.pred_boxes.tensor,
-                "labels": instances.pred_classes + 1,
-                "scores": instances.scores,
-            }
-        )
-        if instances.has("pred_masks"):
-            masks = instances.pred_masks[:, None]
-            found[-1]["masks"] = (
-                RunLengths(encode_soft(masks), tuple(masks.shape))
-                if detector.run_lengths
-                else masks.float()
-            )
+    return [_detected(output["instances"]) for output in outputs]
+
+
+def _in_pieces(instances: Instances, size: tuple[int, int]) -> dict[str, Any]:
+    """Return what was found in an image of a size; few masks at a time have its pixels."""
+    few = max(1, PASTED_AT_ONCE // (size[0] * size[1]))
+    pieces, counts = [], []
+    for first in range(0, max(1, len(instances)), few):
+        pieces.append(_detected(detector_postprocess(instances[first : first + few], *size)))
+        counts += encode_soft(pieces[-1].pop("masks"))
+    found = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+    return found | {"masks": RunLengths(tuple(counts), (len(counts), 1, *size))}
+
+
+def _detected(instances: Instances) -> dict[str, Tensor]:
+    found = {
+        "boxes": instances.pred_boxes.tensor,
+        "labels": instances.pred_classes + 1,
+        "scores": instances.scores,
+    }
+    if instances.has("pred_masks"):
+        found["masks"] = instances.pred_masks[:, None].float()
     return found

@@ -33,7 +33,7 @@ from torchvision.ops.feature_pyramid_network import (
 from torchvision.ops.poolers import LevelMapper
 
 from bench.data.images import resize
-from bench.data.masks import RunLengths, encode_soft
+from bench.data.masks import PASTED_AT_ONCE, RunLengths, encode_soft
 from bench.model.backbone import ViL
 from bench.model.detectors.contract import (
     ASPECT_RATIOS,
@@ -57,8 +57,6 @@ from bench.model.detectors.contract import (
 
 VERSION: str = torchvision.__version__
 CPU = torch.device("cpu")
-# Pixels of the masks that are held in float32 at one time: 128 MB.
-_PASTED_AT_ONCE = 2**25
 
 
 class Pyramid(nn.Module):
@@ -334,7 +332,7 @@ DETECTORS = {"mask_rcnn": TorchvisionMaskRCNN, "retinanet": TorchvisionRetinaNet
 def _pasted(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> RunLengths:
     """Masks (n, 1, side, side) of boxes in an image of a size, a few at a time."""
     counts: list[bytes] = []
-    few = max(1, _PASTED_AT_ONCE // (size[0] * size[1]))
+    few = max(1, PASTED_AT_ONCE // (size[0] * size[1]))
     for some, own in zip(masks.split(few), boxes.split(few), strict=True):
         counts += encode_soft(paste_masks_in_image(some, own, size))
     return RunLengths(tuple(counts), (len(masks), 1, *size))

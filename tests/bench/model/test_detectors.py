@@ -10,6 +10,7 @@ import torch
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
+from bench.data.masks import encode_soft
 from bench.errors import InputError
 from bench.model import detectors
 from bench.model.backbone import ViL
@@ -173,6 +174,27 @@ def test_outputs_keep_to_the_contract(method, library):
             assert output["masks"].shape == (len(output["boxes"]), 1, rows, columns)
             assert output["masks"].is_floating_point()
             assert ((output["masks"] >= 0) & (output["masks"] <= 1)).all()
+
+
+@every_library
+@pytest.mark.parametrize("image", [torch.zeros(3, 60, 90), torch.zeros(3, 8, 8)])
+def test_masks_are_pasted_a_few_at_a_time_to_run_lengths(library, image, monkeypatch):
+    detector = tiny(library=library, score_threshold=0.0, detections=7).eval()
+    pasted = []
+    place = f"bench.model.detectors.{library}"
+    monkeypatch.setattr(f"{place}.PASTED_AT_ONCE", 2 * 60 * 90)
+    monkeypatch.setattr(
+        f"{place}.encode_soft", lambda masks: pasted.append(masks.numel()) or encode_soft(masks)
+    )
+    with torch.no_grad():
+        (whole,) = detector([image])
+        detector.run_lengths = True
+        (found,) = detector([image])
+    assert found["masks"].counts == encode_soft(whole["masks"])
+    assert found["masks"].shape == tuple(whole["masks"].shape)
+    assert max(pasted) <= 2 * 60 * 90
+    for name in ("boxes", "labels", "scores"):
+        assert torch.equal(found[name], whole[name])
 
 
 @every_library
