@@ -12,12 +12,14 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from bench.record import Record
 from report import (
     answer,
     classifiers,
     compare,
     confidence,
     counts,
+    probes,
     profiles,
     reference,
     sweep,
@@ -35,6 +37,7 @@ from report.columns import (
     three_digits,
 )
 from tests.report.test_answer import cost
+from tests.report.test_probes import entry
 from tests.report.test_report import as_published, make
 from tests.report.test_searches import tried
 from tests.report.test_sweep import point
@@ -251,6 +254,20 @@ BEFORE = replace(
 )
 # At full size: 10^9 times what `tests.report.test_answer.cost` says.
 COSTS = [cost("ViL", 255, 4), cost("full", 1410, 7)]
+SEEN = ("ViL", "srformer/64", "srformer/32", "global", "performer")
+
+
+def probed(row: str, find: float, count: float) -> Record:
+    one = entry(row, "row", {"find": find, "count": count})
+    tasks = {
+        name: {**task, "seconds": [1.5, 2.5, 3.5]} for name, task in one.probes["tasks"].items()
+    }
+    return replace(one, probes={**one.probes, "tasks": tasks})
+
+
+PROBES = [
+    probed(row, 0.9 - 0.1 * place, 0.5 + 0.11 * (place % 3)) for place, row in enumerate(SEEN)
+]
 
 
 def compared(quantity: str) -> Table:
@@ -288,6 +305,16 @@ CASES: dict[str, tuple[Callable[[], Table | None], list[str], int]] = {
     "latencies": (lambda: tables.latencies([PERCENTILES])[0], ["ViL"], 0),
     "throughput": (lambda: profiles.throughput([THROUGHPUT]), ["ViL", "ViL"], 1),
     "classifiers": (lambda: classifiers.comparison([CLASSIFIER]), ["ViL"], 0),
+    "probes": (
+        lambda: probes.tables(PROBES)[0],
+        ["srformer/32", "srformer/64", "ViL", "performer", "global"],
+        1,
+    ),
+    "agreement": (
+        lambda: probes.tables(PROBES)[1],
+        ["find", "count", "mean", "rule: Partial or ViL"],
+        2,
+    ),
     "compared mAP": (lambda: compared("box mAP"), ["box mAP"], 0),
     "compared FLOPs": (lambda: compared("FLOPs"), ["FLOPs"], 0),
     "compared parameters": (lambda: compared("parameters"), ["parameters"], 0),
