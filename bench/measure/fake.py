@@ -68,6 +68,9 @@ def run_parts(
     Returns:
         losses when training, or whatever an inference ends with.
     """
+    if detector.library == "detectron2":
+        # It is given values up to 255, and keeps these too until it ends.
+        images = [255 * image for image in images]
     batch = _batched(images, detector.vil.stride)
     levels = list(detector.backbone(batch).values())
     run = _mask_rcnn if detector.method == "mask_rcnn" else _retinanet
@@ -94,6 +97,12 @@ def _mask_rcnn(
     parts, batch = detector.parts(), len(levels[0])
     masks = [target["masks"].clone() for target in targets or ()]
     losses = _proposed(detector, parts["rpn"](levels), targets)
+    # In detectron2 each RoI has the mask of its object, as large as the image.
+    copies = [
+        mask[mask.new_empty(counts.rois or 0, dtype=torch.int64)]
+        for mask in masks
+        if detector.library == "detectron2"
+    ]
     maps = levels[: len(detector.vil.channels)]
 
     def pooled(rois: int, resolution: int) -> Tensor:
@@ -110,6 +119,7 @@ def _mask_rcnn(
         labels = scores.new_empty(len(scores), dtype=torch.int64)
         losses += [nn.functional.cross_entropy(scores, labels), boxes.abs().sum()]
     of_masks = (counts.detections if targets is None else counts.mask_rois) or 0
+    masks = [every[:of_masks].clone() for every in copies] or masks
     drawn = _in_turn(parts["mask_head"], pooled(of_masks, MASK_RESOLUTION))
     places = drawn.new_empty(len(drawn), dtype=torch.int64)
     if targets is None:

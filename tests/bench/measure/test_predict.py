@@ -25,7 +25,8 @@ EXACT = 0.01
 # Bytes of masks that are kept between calls, and of other pieces: a mechanism that works piece by
 # piece takes large ones where tensors have no data, so that counting stays quick.
 KEPT = 20_000
-LIMIT = 0.10
+# On CUDA the allocator takes more than tensors hold.
+LIMIT = {"cpu": 0.04, "cuda": 0.10}
 TARGETS = 6
 ARCH = (
     "l1,h2,d16,n1,s1,g1,p4,f4,a1_l2,h2,d32,n1,s1,g1,p2,f4,a1_"
@@ -118,7 +119,7 @@ def assert_predicted(module, *, size, batch, mode, precision, device="cpu"):
     with fixed_rois(module, most(module)):
         peak = measured(module, *inputs, **case)
     found = predict(module, image_size=size, batch_size=batch, targets=TARGETS, **case)
-    assert found.total == pytest.approx(peak.bytes, rel=LIMIT)
+    assert found.total == pytest.approx(peak.bytes, rel=LIMIT[device])
 
 
 @pytest.mark.parametrize(
