@@ -14,12 +14,14 @@ from bench.cli import main
 from bench.commands import sweep as command
 from bench.commands.sweep import image_sizes
 from bench.config.schema import MODES, SWEPT
+from bench.config.suites import families
 from bench.errors import InputError
 from bench.measure import flops, sweep, worker
 from bench.measure.costs import effort, flops_of_one
 from bench.measure.sweep import Limits, Store, Task, unfinished
 from bench.measure.worker import Held
 from bench.model.build import build_backbone
+from report.scaling import growth
 
 SIZES = ((32, 32), (64, 64), (96, 96), (128, 128))
 
@@ -301,6 +303,14 @@ def test_flops_of_inference_are_those_of_the_profiler():
     place = next(build_backbone(config).attention_places())
     alone = flops_of_one("attention", config, "inference")
     assert alone["total"] == place.module.multiply_adds((24, 32))
+
+
+@pytest.mark.parametrize("name", families()["linear"])
+def test_flops_of_linear_attention_grow_with_the_pixels(name):
+    sides = (256, 512, 1024)
+    (walk,) = plan([name], backbone="small", sizes=[(side, side) for side in sides])
+    costs = [flops_of_one("attention", task.config, "inference")["total"] for task in walk]
+    assert growth([side**2 for side in sides], costs).exponent < 1.1
 
 
 @pytest.mark.parametrize("name", attentions.names())
