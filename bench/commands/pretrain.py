@@ -19,7 +19,8 @@ examples:
   python -m bench pretrain --eval --weights vil.pth --data /datasets/imagenet --position relative
   python run_all.py --suite ablation --data /datasets/coco --init 'results/pretrain/{row}.pth'
 
-Data are folders of classes, train/CLASS/IMAGE and val/CLASS/IMAGE; without --data the quick
+Data are folders of classes, train/CLASS/IMAGE and val/CLASS/IMAGE, or WebDataset's shards,
+train/*.tar and val/*.tar; without --data the quick
 backbone is pretrained on generated images. It is a suite as run_all.py runs it: rows that have a
 record are not run again, and the same command continues what was stopped. --init takes what it
 leaves, OUTPUT/ROW.pth.
@@ -31,7 +32,12 @@ _ROW = "ViL"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    add(parser, "data", metavar="DIR", help="folder of classes (default: generated images)")
+    add(
+        parser,
+        "data",
+        metavar="DIR",
+        help="classes, in folders or shards (default: generated images)",
+    )
     add(
         parser,
         "attention",

@@ -1,15 +1,21 @@
-"""Images sorted into a folder for each class, such as ImageNet, read by timm's reader.
+"""Images sorted into a folder for each class, such as ImageNet, read by timm's reader, or shards.
+
+Shards are WebDataset's: uncompressed tar files in which the files of an image share a name up to
+its first dot, `.cls` the number of its class. They are indexed and then read at any place, not
+streamed, so that images come in the same order as from folders, and a resumed run finds its own.
 
 Of a batch everything random is drawn from the seed and the place of an image in the order of
 training, as for detection.
 """
 
 import functools
+import io
 import random
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -25,7 +31,10 @@ TRAIN, VAL = CLASS_SPLITS
 # What folders of a split are called.
 _NAMES = {TRAIN: ("train", "training"), VAL: ("val", "validation", "valid", "test")}
 _SHOWN = 5
-LAYOUT = "train/CLASS/IMAGE and val/CLASS/IMAGE"
+LAYOUT = "train/CLASS/IMAGE and val/CLASS/IMAGE, or train/*.tar and val/*.tar (WebDataset)"
+# A file, and where it lies in it: first byte and number of bytes, -1 for all.
+Place = tuple[str, int, int]
+_SHARD_IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
 class ClassDataset:
@@ -37,7 +46,7 @@ class ClassDataset:
         classes: names of those that labels count; by default those of the split.
 
     Attributes:
-        samples: path and number of the class of each image.
+        samples: place and number of the class of each image.
         classes: names, in the order of their numbers.
 
     Raises:
@@ -49,13 +58,11 @@ class ClassDataset:
         from timm.data.readers import create_reader
 
         self.split, self.folder = split, find(root, split)
-        try:
-            reader: Any = create_reader("", root=str(self.folder))
-        except RuntimeError as error:
-            raise InputError(f"{self.folder}: no images in folders of classes; {error}") from error
-        own = tuple(reader.class_to_idx)
-        if "" in own:
-            raise InputError(f"{self.folder}: images must lie in a folder for each class")
+        inside = sorted(self.folder.iterdir())
+        shards = [path for path in inside if path.suffix == ".tar"]
+        # Archives beside folders are what these were unpacked from.
+        sharded = shards and not any(path.is_dir() for path in inside)
+        own, samples = _shards(shards) if sharded else _folders(self.folder)
         self.classes: tuple[str, ...] = classes or own
         unknown = [name for name in own if name not in self.classes]
         if unknown:
@@ -64,7 +71,7 @@ class ClassDataset:
                 + (" and more" if len(unknown) > _SHOWN else "")
             )
         labels = [self.classes.index(name) for name in own]
-        self.samples = [(str(path), labels[label]) for path, label in reader.samples]
+        self.samples = [(place, labels[label]) for place, label in samples]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -80,12 +87,60 @@ class ClassDataset:
         Raises:
             InputError: naming the file, where it cannot be read.
         """
-        path, label = self.samples[index]
+        (path, start, length), label = self.samples[index]
         try:
-            with Image.open(path) as image:
-                return image.convert("RGB"), label
+            with Path(path).open("rb") as file:
+                file.seek(start)
+                with Image.open(io.BytesIO(file.read(length))) as image:
+                    return image.convert("RGB"), label
         except (OSError, UnidentifiedImageError) as error:
-            raise InputError(f"cannot read image {path}: {error}") from error
+            where = f" at byte {start}" if start else ""
+            raise InputError(f"cannot read image {path}{where}: {error}") from error
+
+
+def _folders(folder: Path) -> tuple[tuple[str, ...], list[tuple[Place, int]]]:
+    """Return the names of classes, and place and class of each image."""
+    try:
+        reader: Any = create_reader("", root=str(folder))
+    except RuntimeError as error:
+        raise InputError(f"{folder}: no images in folders of classes; {error}") from error
+    own = tuple(reader.class_to_idx)
+    if "" in own:
+        raise InputError(f"{folder}: images must lie in a folder for each class")
+    return own, [((str(path), 0, -1), label) for path, label in reader.samples]
+
+
+def _shards(shards: list[Path]) -> tuple[tuple[str, ...], list[tuple[Place, int]]]:
+    """Return likewise what WebDataset's shards hold; classes are called by their numbers."""
+    places: dict[tuple[str, str], Place] = {}
+    labels: dict[tuple[str, str], int] = {}
+    for shard in map(str, shards):
+        try:
+            with tarfile.open(shard, "r:") as tar:
+                for member in filter(tarfile.TarInfo.isfile, tar):
+                    folder, _, name = member.name.rpartition("/")
+                    stem, _, kind = name.partition(".")
+                    key = shard, f"{folder}/{stem}"
+                    if kind == "cls":
+                        labels[key] = _number(tar.extractfile(member))
+                    elif kind.lower() in _SHARD_IMAGES:
+                        places[key] = shard, member.offset_data, member.size
+        except (OSError, ValueError, tarfile.TarError) as error:
+            raise InputError(f"cannot read shard {shard}: {error}") from error
+    apart = sorted(places.keys() ^ labels.keys())
+    if apart or not places:
+        shard, stem = apart[0] if apart else (str(shards[0]), "an image")
+        kinds = ", ".join(_SHARD_IMAGES)
+        raise InputError(f"{shard}: {stem.lstrip('/')} must be there as one of {kinds}, and as cls")
+    own = tuple(map(str, range(max(labels.values()) + 1)))
+    return own, [(place, labels[key]) for key, place in places.items()]
+
+
+def _number(file: IO[bytes] | None) -> int:
+    text = file.read().decode() if file else ""
+    if not text.strip().isdecimal():
+        raise ValueError(f"{text!r} in a cls file must be the number of a class, from 0")
+    return int(text)
 
 
 def find(root: Path, split: str) -> Path:

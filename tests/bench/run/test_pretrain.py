@@ -1,8 +1,11 @@
 """Classifiers: trained, resumed, shared among processes, evaluated, and taken by --init."""
 
+import io
 import json
 import shutil
+import tarfile
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,6 +207,86 @@ def test_batches_depend_on_seed_and_step_alone(tmp_path):
     file.write_bytes(b"none")
     with pytest.raises(InputError, match=file.name):
         list(classes.training_batches(train, config, steps=3, start_step=0))
+
+
+def shard(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """The same images in folders and in shards, two a split."""
+    folders = generate(
+        tmp_path / "folders", train_images=12, val_images=12, image_size=(64, 64), classes=True
+    )
+    for split in classes.open_splits(folders):
+        files = [
+            (f"images/{i:04}.{kind}", content)
+            for i, ((path, *_), label) in enumerate(split.samples)
+            for kind, content in (("cls", b"%d\n" % label), ("jpg", Path(path).read_bytes()))
+        ]
+        folder = tmp_path / "shards" / split.split
+        folder.mkdir(parents=True)
+        shard(folder / "set-0000.tar", files[:14])
+        shard(folder / "set-0001.tar", [*files[14:], ("images/0000.json", b"{}")])
+    return folders, tmp_path / "shards"
+
+
+def test_shards_give_what_folders_give(shards):
+    config = tiny("performer", "data.workers=1")
+    found = []
+    for root in shards:
+        train, val = classes.open_splits(root)
+        batches = [
+            *classes.training_batches(train, config, steps=3, start_step=1),
+            *classes.evaluation_batches(val, config),
+        ]
+        found.append([(images, [int(t["label"]) for t in targets]) for images, targets in batches])
+    folders, shard_batches = found
+    assert len(folders) == len(shard_batches) == 3
+    for (images, labels), (others, same) in zip(folders, shard_batches, strict=True):
+        assert labels == same
+        assert all(a.equal(b) for a, b in zip(images, others, strict=True))
+
+
+def test_shards_evaluate_as_folders(done, shards, capsys):
+    said = []
+    for root in shards:
+        where = ["--data", str(root), "--backbone", "quick", "--attention", "performer"]
+        sizes = ["data.fixed_size=[64,64]", "data.workers=0"]
+        weights = ["--eval", "--weights", str(done[0] / "performer.pth")]
+        assert pretrain(done[0], *weights, *where, *sizes) == 0
+        said.append(capsys.readouterr().out.splitlines()[0])
+    assert said[0] == said[1]
+    assert "12 images of 6 classes" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ([("a.jpg", b"x")], "a must be there as one of jpg, jpeg, png, webp, and as cls"),
+        ([("a.cls", b"0")], "a must be there"),
+        ([("a.txt", b"0")], "an image must be there"),
+        ([("a.jpg", b"x"), ("a.cls", b"dog")], "'dog' in a cls file must be the number"),
+        ([("a.jpg", b"x"), ("a.cls", b"-1")], "'-1' in a cls file"),
+        ([("a.jpg", b"x"), ("a.cls", b"6")], "no such class in train: 6"),
+        (None, "cannot read shard"),
+    ],
+)
+def test_wrong_shards_are_one_line(files, said, shards):
+    file = shards[1] / "val" / "set-0000.tar"
+    if files is None:
+        file.write_bytes(file.read_bytes()[:3000])
+    else:
+        shard(file, files)
+        (shards[1] / "val" / "set-0001.tar").unlink()
+    with pytest.raises(InputError, match=said) as caught:
+        classes.open_splits(shards[1])
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
