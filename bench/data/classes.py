@@ -54,9 +54,6 @@ class ClassDataset:
     """
 
     def __init__(self, root: Path, split: str, classes: tuple[str, ...] | None = None) -> None:
-        # Detectors start sooner without it.
-        from timm.data.readers import create_reader
-
         self.split, self.folder = split, find(root, split)
         inside = sorted(self.folder.iterdir())
         shards = [path for path in inside if path.suffix == ".tar"]
@@ -100,6 +97,9 @@ class ClassDataset:
 
 def _folders(folder: Path) -> tuple[tuple[str, ...], list[tuple[Place, int]]]:
     """Return the names of classes, and place and class of each image."""
+    # Detectors start sooner without it.
+    from timm.data.readers import create_reader
+
     try:
         reader: Any = create_reader("", root=str(folder))
     except RuntimeError as error:

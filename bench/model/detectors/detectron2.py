@@ -97,7 +97,7 @@ class Detectron2MaskRCNN(GeneralizedRCNN, Detector):
         with EventStorage():
             if self.training or not self.run_lengths:
                 return _from_detectron2(self, super().forward(inputs))
-            found = self.inference(inputs, do_postprocess=False)
+            found = GeneralizedRCNN.inference(self, inputs, do_postprocess=False)
         sizes = [(one["height"], one["width"]) for one in inputs]
         return [_in_pieces(*both) for both in zip(found, sizes, strict=True)]
 
@@ -337,7 +337,8 @@ def _from_detectron2(detector: Detectron2MaskRCNN | Detectron2RetinaNet, outputs
 def _in_pieces(instances: Instances, size: tuple[int, int]) -> dict[str, Any]:
     """Return what was found in an image of a size; few masks at a time have its pixels."""
     few = max(1, PASTED_AT_ONCE // (size[0] * size[1]))
-    pieces, counts = [], []
+    pieces: list[dict[str, Any]] = []
+    counts: list[bytes] = []
     for first in range(0, max(1, len(instances)), few):
         pieces.append(_detected(detector_postprocess(instances[first : first + few], *size)))
         counts += encode_soft(pieces[-1].pop("masks"))
