@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attentions.contract import Grid
-from attentions.parts import spans
+from attentions.parts import merge_heads, spans
 from attentions.pieces import budget
 
 
@@ -23,12 +23,10 @@ def add_convolution_(
 ) -> None:
     """Add the depthwise convolution of the grid: out (B, N, C) += that of v (B, H, N, M)."""
     filters, bias = weight.to(v.dtype), bias.to(v.dtype)
-    for images in _images(v):
-        image = image_of(v[images], grid, num_global).flatten(1, 2)
-        local = nn.functional.conv2d(
-            image, filters, bias, padding=weight.shape[-1] // 2, groups=len(weight)
-        )
-        out[images, num_global:] += local.flatten(2).transpose(1, 2)
+    target = _grid(out, grid, num_global)
+    for part, around in _strips(_grid(merge_heads(v), grid, num_global), weight):
+        local = nn.functional.conv2d(around, filters, bias, groups=len(weight))
+        target[part] += local.movedim(1, -1)
 
 
 def convolve_backward(
@@ -37,33 +35,59 @@ def convolve_backward(
     """Add the gradient of the values to `grad_v`, and return that of the parameters."""
     filters = weight.to(v.dtype)
     wide = torch.promote_types(v.dtype, torch.float32)
+    above, image, target = (
+        _grid(x, grid, num_global) for x in (grad, merge_heads(v), merge_heads(grad_v))
+    )
+    for part, around in _strips(above, weight):
+        local = nn.functional.conv2d(around, filters.flip(2, 3), groups=len(weight))
+        target[part] += local.movedim(1, -1)
     grad_weight = torch.zeros_like(weight, dtype=wide)
-    grad_bias = grad_weight.new_zeros(len(weight))
-    for images in _images(v):
-        found, of_weight, of_bias = torch.ops.aten.convolution_backward(
-            grad[images, num_global:].transpose(1, 2).unflatten(2, grid),
-            image_of(v[images], grid, num_global).flatten(1, 2),
-            filters,
-            [len(weight)],
-            [1, 1],
-            [weight.shape[-1] // 2] * 2,
-            [1, 1],
-            False,
-            [0, 0],
-            len(weight),
-            [True, True, True],
-        )
-        target = image_of(grad_v[images], grid, num_global)
-        target += found.unflatten(1, target.shape[1:3])
-        grad_weight += of_weight
-        grad_bias += of_bias
+    for part, around in _strips(image, weight):
+        grad_weight += _of_filters(above[part], around, filters)
+    grad_bias = above.sum(dim=(0, 1, 2), dtype=wide)
     return grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
 
 
-def _images(v: Tensor) -> Iterator[slice]:
-    """Images that are convolved together: copies of channels in planes are made of no more."""
-    _, heads, tokens, width = v.shape
-    return spans(len(v), budget(v) // (heads * tokens * width * v.element_size()))
+def _of_filters(grad: Tensor, around: Tensor, filters: Tensor) -> Tensor:
+    """The gradient of filters: grad (b, r, S, C), around (b, C, r + K - 1, S + K - 1)."""
+    if grad.device.type != "cpu":
+        found: Tensor = torch.ops.aten.convolution_backward(
+            *(grad.movedim(-1, 1), around, filters, None),
+            *([1, 1], [0, 0], [1, 1], False, [0, 0], len(filters)),
+            [False, True, False],
+        )[1]
+        return found
+    # oneDNN multiplies blocks of 16 x 16 channels here, of which the diagonal is used.
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    grad, around = grad.to(wide), around.movedim(1, -1).to(wide)
+    (_, rows, columns, channels), side = grad.shape, filters.shape[-1]
+    places = [
+        (grad * around[:, i : i + rows, j : j + columns]).view(-1, channels).sum(dim=0)
+        for i in range(side)
+        for j in range(side)
+    ]
+    return torch.stack(places, dim=-1).view(filters.shape)
+
+
+def _grid(x: Tensor, grid: Grid, num_global: int) -> Tensor:
+    """The tokens of the grid, a view: (B, N, C) -> (B, rows, columns, C)."""
+    return x[:, num_global:].unflatten(1, grid)
+
+
+def _strips(image: Tensor, weight: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+    """Strips of images and rows, and what a convolution sees there, padded by zeros.
+
+    Shapes: image (B, rows, columns, C) -> (b, C, r + K - 1, columns + K - 1), a copy with channels
+    last in memory.
+    """
+    batch, rows, columns, channels = image.shape
+    row, reach = columns * channels * image.element_size(), weight.shape[-1] // 2
+    for images in spans(batch, budget(image) // (rows * row)):
+        for strip in spans(rows, budget(image) // ((images.stop - images.start) * row)):
+            first, last = strip.start - reach, strip.stop + reach
+            padding = (0, 0, reach, reach, max(-first, 0), max(last - rows, 0))
+            seen = nn.functional.pad(image[images, max(first, 0) : last], padding)
+            yield (images, strip), seen.movedim(-1, 1)
 
 
 def plain_local(x: Tensor, convolution: nn.Conv2d, grid: Grid) -> Tensor:

@@ -27,26 +27,36 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from attentions.contract import Attention, Grid
+from attentions.depthwise import add_convolution_, convolve_backward
 from attentions.parts import full_precision, merge_heads, split_heads
 from attentions.pieces import apply, piece, pieces, qkv_heads
 from attentions.registry import register
+
+threshold_backward = torch.ops.aten.threshold_backward
 
 # Added to every channel after the ReLU, as the authors do: a token without a positive channel
 # weighs all channels alike instead of dividing by zero.
 KERNEL_EPS = 1e-6
 
+# Powers of vectors of length 1, and their squares, are float32 numbers up to this one.
+LARGEST_POWER = 8.0
 
-def powers(x: Tensor, power: float) -> tuple[Tensor, Tensor]:
-    """ReLU(x), a little increased, and its powers, whose largest of each last dimension is 1."""
-    x = x.relu() + KERNEL_EPS
+
+def powers(x: Tensor, power: float) -> tuple[Tensor, Tensor, Tensor]:
+    """ReLU(x), a little increased, over its length; that length; and the powers of the first."""
+    x = x.relu().add_(KERNEL_EPS)
     # The direction does not depend on the length, which would overflow or vanish in the power.
-    return x, (x / x.amax(dim=-1, keepdim=True)).pow_(power)
+    length = _length(x)
+    x.div_(length)
+    # High powers are of a largest channel of 1, which takes another pass.
+    base = x if power <= LARGEST_POWER else x / x.amax(dim=-1, keepdim=True)
+    return x, length, base.pow(power)
 
 
 def focus(x: Tensor, power: float) -> Tensor:
     """`f(ReLU(x))` of every last dimension: as long as ReLU(x), nearer to its largest channels."""
-    x, direction = powers(x, power)
-    return direction.mul_(_length(x) / _length(direction))
+    _, length, direction = powers(x, power)
+    return direction.mul_(length / _length(direction))
 
 
 def _length(x: Tensor) -> Tensor:
@@ -77,17 +87,7 @@ class LinearAttention(torch.autograd.Function):
         with full_precision(qkv):
             q, k, v = qkv_heads(qkv, num_heads)
             batch, heads, tokens, width = q.shape
-            out = qkv.new_zeros(batch, tokens, heads * width)
-            if weight is not None and bias is not None:
-                image, filters = _image(qkv, grid, num_global), weight.repeat(heads, 1, 1, 1)
-                local = nn.functional.conv2d(
-                    image,
-                    filters.to(qkv.dtype),
-                    bias.repeat(heads).to(qkv.dtype),
-                    padding=weight.shape[-1] // 2,
-                    groups=heads * width,
-                )
-                out[:, num_global:] = local.flatten(2).transpose(1, 2)
+            out = qkv.new_empty(batch, tokens, heads * width)
             wide = torch.promote_types(qkv.dtype, torch.float32)
             sums = qkv.new_zeros(batch, heads, width, width + 1, dtype=wide)
             context, total = sums.split((width, 1), dim=-1)
@@ -96,9 +96,12 @@ class LinearAttention(torch.autograd.Function):
                 context[part[0]] += features.transpose(-2, -1) @ piece(v, part, wide)
                 total[part[0]] += features.sum(dim=-2)[..., None]
             for part in pieces(qkv, heads * width * sums.element_size()):
-                _, direction = powers(piece(q, part, wide), power)
+                *_, direction = powers(piece(q, part, wide), power)
                 value = (direction @ context[part[0]]).div_(direction @ total[part[0]])
-                out[part] += merge_heads(value)
+                out[part] = merge_heads(value)
+            if weight is not None and bias is not None:
+                filters = weight.repeat(heads, 1, 1, 1)
+                add_convolution_(out, v, filters, bias.repeat(heads), grid, num_global)
         ctx.save_for_backward(qkv, weight, sums)
         return out
 
@@ -107,67 +110,50 @@ class LinearAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, weight, sums = ctx.saved_tensors
         grid, num_heads, num_global, power = ctx.options
-        grads = torch.zeros_like(qkv)
+        grads = torch.empty_like(qkv)
         grad_weight = grad_bias = None
         with full_precision(qkv):
             q, k, v = qkv_heads(qkv, num_heads)
             grad_q, grad_k, grad_v = qkv_heads(grads, num_heads)
             width = q.shape[-1]
-            if weight is not None:
-                grad_image, *found = torch.ops.aten.convolution_backward(
-                    grad[:, num_global:].transpose(1, 2).unflatten(2, grid),
-                    _image(qkv, grid, num_global),
-                    weight.repeat(num_heads, 1, 1, 1).to(qkv.dtype),
-                    [num_heads * width],
-                    [1, 1],
-                    [weight.shape[-1] // 2] * 2,
-                    [1, 1],
-                    False,
-                    [0, 0],
-                    num_heads * width,
-                    [True, True, True],
-                )
-                _image(grads, grid, num_global).copy_(grad_image)
-                grad_weight, grad_bias = (
-                    each.to(weight.dtype).unflatten(0, (num_heads, width)).sum(dim=0)
-                    for each in found
-                )
-            grad = split_heads(grad, num_heads)
+            out_grad, grad = grad, split_heads(grad, num_heads)
             wide, grad_sums = sums.dtype, torch.zeros_like(sums)
             context, total = sums.split((width, 1), dim=-1)
+            grad_context, grad_total = grad_sums.split((width, 1), dim=-1)
             for part in pieces(qkv, q.shape[1] * width * sums.element_size()):
                 query = piece(q, part, wide)
-                x, direction = powers(query, power)
+                x, length, direction = powers(query, power)
                 weights = direction @ total[part[0]]
                 value = (direction @ context[part[0]]).div_(weights)
                 above = piece(grad, part, wide)
-                below = -(above * value).sum(dim=-1, keepdim=True)
-                above = torch.cat([above, below], dim=-1).div_(weights)
-                grad_sums[part[0]] += direction.transpose(-2, -1) @ above
-                found = (above @ sums[part[0]].transpose(-2, -1)).mul_(direction).div_(x)
-                grad_q[part[0], :, part[1]] = found.mul_(query > 0).mul_(power)
+                below = value.mul_(above).sum(dim=-1, keepdim=True).div_(-weights)
+                above = above.div(weights)
+                grad_context[part[0]] += direction.transpose(-2, -1) @ above
+                grad_total[part[0]] += direction.transpose(-2, -1) @ below
+                found = above @ context[part[0]].transpose(-2, -1)
+                found.addcmul_(below, total[part[0]].transpose(-2, -1))
+                found = threshold_backward(found.mul_(direction).div_(x), query, 0)
+                torch.mul(found, power / length, out=grad_q[part[0], :, part[1]])
             for part in pieces(qkv, q.shape[1] * width * sums.element_size()):
-                key, value = piece(k, part, wide), piece(v, part, wide)
-                x, direction = powers(key, power)
-                length = _length(x)
+                key = piece(k, part, wide)
+                x, length, direction = powers(key, power)
                 direction /= _length(direction)
-                grad_v[part[0], :, part[1]] += (length * direction) @ grad_sums[
-                    part[0], ..., :width
-                ]
-                value = nn.functional.pad(value, (0, 1), value=1.0)
-                found = value @ grad_sums[part[0]].transpose(-2, -1)
-                along = (found * direction).sum(dim=-1, keepdim=True)
-                # Of the length, and of the direction.
-                turned = (found - direction * along).mul_(direction).mul_(power * length).div_(x)
-                turned += x * (along / length)
-                grad_k[part[0], :, part[1]] = turned.mul_(key > 0)
+                above, below = grad_context[part[0]], power * grad_total[part[0]]
+                grad_v[part[0], :, part[1]] = (length * direction) @ above
+                found = piece(v, part, wide) @ (power * above).transpose(-2, -1)
+                found += below.transpose(-2, -1)
+                along = found.mul_(direction).sum(dim=-1, keepdim=True)
+                # Of the direction, and of the length.
+                found.addcmul_(direction.square_(), along, value=-1).div_(x)
+                found.addcmul_(x, along, value=1 / power)
+                grad_k[part[0], :, part[1]] = threshold_backward(found, key, 0)
+            if weight is not None:
+                filters = weight.repeat(num_heads, 1, 1, 1)
+                found = convolve_backward(out_grad, v, grad_v, filters, grid, num_global)
+                grad_weight, grad_bias = (
+                    each.unflatten(0, (num_heads, width)).sum(dim=0) for each in found
+                )
         return grads, grad_weight, grad_bias, None, None, None, None
-
-
-def _image(qkv: Tensor, grid: Grid, num_global: int) -> Tensor:
-    """The values of the grid, a view: (B, N, 3 C) -> (B, C, rows, columns)."""
-    values = qkv[:, num_global:, 2 * (qkv.shape[-1] // 3) :]
-    return values.transpose(1, 2).unflatten(2, grid)
 
 
 @register("focused_linear")
