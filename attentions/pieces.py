@@ -10,7 +10,7 @@ from attentions.parts import at_once
 
 # Bytes of the widest tensor of a piece. On a CPU it should stay in the caches; an accelerator needs
 # enough work for each kernel.
-LARGEST_PIECE = {"cpu": 2**20, "other": 2**26}
+LARGEST_PIECE = {"cpu": 2**21, "other": 2**26}
 
 
 def budget(x: Tensor) -> int:

@@ -21,6 +21,8 @@ from attentions.parts import (
     dropout_factors,
     full_precision,
     merge_heads,
+    softmax_,
+    softmax_gradient_,
     split_heads,
 )
 from attentions.pieces import budget, qkv_heads
@@ -292,46 +294,55 @@ class _Call:
     def forward(self) -> Tensor:
         qkv, g = self.qkv, self.plan.num_global
         out = qkv.new_empty(*qkv.shape[:2], self.channels)
+        by_head = self._split(out)
         with full_precision(qkv):
             for number, strip in enumerate(self._strips()):
                 parts = self._read(strip)
                 found = self._fused(parts, self._mask(strip, parts[0]), number)
-                self._write(out, strip, merge_heads(found))
+                for view, part in self._places(by_head, strip, found, keys=False):
+                    view.copy_(part)
             for number, images, parts, mask in self._whole(at_once=not self.dropout):
                 out[images, :g] = merge_heads(self._fused(parts, mask, number))
         return out
 
     def backward(self, grad: Tensor) -> Gradients:
-        qkv, g, heads, width = self.qkv, self.plan.num_global, self.plan.heads, self.channels
-        wide = torch.promote_types(qkv.dtype, torch.float32)
-        grads, firsts = torch.zeros_like(qkv), qkv.new_zeros(len(qkv), g, 2 * width, dtype=wide)
+        qkv, g, heads = self.qkv, self.plan.num_global, self.plan.heads
+        wide, apart = torch.promote_types(qkv.dtype, torch.float32), self.plan.kind != AROUND
+        # Windows apart write every gradient once; others add to it.
+        grads = torch.empty_like(qkv) if apart else torch.zeros_like(qkv)
+        by_head, above = self._split(grads), self._split(grad)
+        firsts = qkv.new_zeros(len(qkv), 2 * heads, g, qkv.shape[2] // (3 * heads), dtype=wide)
         local, whole, self.warmer = (
             None if one is None else torch.zeros_like(one, dtype=wide)
             for one in (self.local_bias, self.whole_bias, self.temperature)
         )
         with full_precision(qkv):
             for number, strip in enumerate(self._strips()):
-                above = split_heads(self._windows(grad, strip, keys=False), heads)
                 parts = self._read(strip)
                 mask = self._mask(strip, parts[0])
-                q, k, v, scores = self._gradients(above, parts, mask, number)
+                out = self._windows(above, strip, keys=False)
+                q, k, v, scores = self._gradients(out, parts, mask, number)
                 if local is not None and self.by_query:
                     q = q + self._add_products(local, parts[0], scores)
                 elif local is not None:
                     self._add_bias(local, strip, scores.sum(dim=0, dtype=wide))
-                self._write(grads[..., :width], strip, merge_heads(q))
-                keys_values = torch.cat([merge_heads(k), merge_heads(v)], dim=-1)
-                self._add_keys(grads[..., width:], strip, keys_values[:, g:])
-                of_global = firsts[strip.images]
-                by_image = keys_values[:, :g].unflatten(0, (len(of_global), -1))
-                of_global += by_image.sum(dim=1, dtype=wide)
-            grads[:, :g, width:] = firsts
+                for view, part in self._places(by_head[:, :, :heads], strip, q, keys=False):
+                    view.copy_(part)
+                for i, each in enumerate((k, v)):
+                    place = slice((i + 1) * heads, (i + 2) * heads)
+                    target = by_head[:, :, place]
+                    for view, part in self._places(target, strip, each[:, :, g:], keys=True):
+                        (view.copy_ if apart else view.add_)(part)
+                    of_global = firsts[strip.images, i * heads : (i + 1) * heads]
+                    by_image = each[:, :, :g].unflatten(0, (len(of_global), -1))
+                    of_global += by_image.sum(dim=1, dtype=wide)
+            by_head[:, :g, heads:] = firsts.transpose(1, 2)
             # Image by image, since the gradients of keys and values are as large as these.
             for number, images, parts, mask in self._whole(at_once=False):
-                above = split_heads(grad[images, :g], heads)
-                q, k, v, scores = self._gradients(above, parts, mask, number)
+                out = split_heads(grad[images, :g], heads)
+                q, k, v, scores = self._gradients(out, parts, mask, number)
                 grad_q, grad_k, grad_v = qkv_heads(grads[images], heads)
-                grad_q[:, :, :g] += q
+                grad_q[:, :, :g] = q
                 grad_k += k
                 grad_v += v
                 if whole is not None:
@@ -432,46 +443,40 @@ class _Call:
 
     def _read(self, strip: Strip) -> tuple[Tensor, ...]:
         """Queries (n, H, Q, M), keys and values (n, H, g + K, M) of a strip."""
-        heads, width = self.plan.heads, self.channels
-        q = split_heads(self._windows(self.qkv[..., :width], strip, keys=False), heads)
-        both = self._windows(self.qkv[..., width:], strip, keys=True)
-        k, v = both.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+        tokens, heads = self._split(self.qkv), self.plan.heads
+        q = self._windows(tokens[:, :, :heads], strip, keys=False)
+        k, v = self._windows(tokens[:, :, heads:], strip, keys=True).chunk(2, dim=1)
         return q, k, v
 
+    def _split(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D / M, M), a view."""
+        return x.unflatten(-1, (-1, self.channels // self.plan.heads))
+
     def _windows(self, x: Tensor, strip: Strip, *, keys: bool) -> Tensor:
-        """A strip's queries (n, Q, D), or keys (n, g + K, D), of x (B, N, D); a copy."""
-        g, (rows, columns) = self.plan.num_global, strip[1:]
-        image = x[strip.images, g:].unflatten(1, self.plan.grid)
+        """A strip's queries (n, h, Q, M), or keys (n, h, g + K, M), of x (B, N, h, M); a copy."""
+        (rows, columns), g = strip[1:], self.plan.num_global if keys else 0
+        grid_tokens = x[strip.images, self.plan.num_global :].unflatten(1, self.plan.grid)
         sides = [span.width if keys else len(span.seen) for span in (rows, columns)]
-        row, *others = rows.keys if keys else rows.queries
-        column, *more = columns.keys if keys else columns.queries
-        if not others and not more and [_length(row), _length(column)] == sides:
-            windows = _look(image, strip, row, column)
-        else:
-            counts = (len(image), rows.number, columns.number)
-            windows = image.new_zeros(*counts, *sides, image.shape[-1])
-            for one, other in product((row, *others), (column, *more)):
-                windows[..., one.slots, other.slots, :] = _look(image, strip, one, other)
-        windows = windows.flatten(3, 4)
-        if keys and g:
-            firsts = x[strip.images, None, None, :g].expand(-1, *windows.shape[1:3], -1, -1)
-            windows = torch.cat([firsts, windows], dim=3)
-        return windows.flatten(0, 2)
-
-    def _write(self, x: Tensor, strip: Strip, windows: Tensor) -> None:
-        """Put a strip's queries (n, Q, D) where they belong in x (B, N, D)."""
-        for view, part in self._places(x, strip, windows, keys=False):
-            view.copy_(part)
-
-    def _add_keys(self, x: Tensor, strip: Strip, windows: Tensor) -> None:
-        """Add a strip's keys (n, K, D) to where they belong in x (B, N, D)."""
-        for view, part in self._places(x, strip, windows, keys=True):
-            view.add_(part)
+        down, across = (span.keys if keys else span.queries for span in (rows, columns))
+        counts = (len(grid_tokens), rows.number, columns.number)
+        out = x.new_empty(*counts, g + sides[0] * sides[1], *x.shape[2:])
+        windows = out[:, :, :, g:].unflatten(3, sides)
+        if [sum(map(_length, runs)) for runs in (down, across)] != sides:
+            windows.zero_()
+        for one, other in product(down, across):
+            seen = _look(grid_tokens, strip, one, other)
+            windows[..., one.slots, other.slots, :, :] = seen
+        if g:
+            out[:, :, :, :g] = x[strip.images, None, None, :g]
+        return out.flatten(0, 2).transpose(1, 2)
 
     def _places(
         self, x: Tensor, strip: Strip, windows: Tensor, *, keys: bool
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Parts of windows that have tokens, each with these in x; those of a part are disjoint."""
+        """Parts of windows (n, h, Q or K, M) that have tokens, each with these in x (B, N, h, M).
+
+        The tokens of a part are disjoint.
+        """
         image = x[strip.images, self.plan.num_global :].unflatten(1, self.plan.grid)
         (rows, columns), parts = strip[1:], []
         for span in (rows, columns):
@@ -479,9 +484,10 @@ class _Call:
             most = span.apart if keys else len(span.seen)
             parts.append([one for run in runs for one in _cut(run, most)])
         sides = [span.width if keys else len(span.seen) for span in (rows, columns)]
-        windows = windows.unflatten(1, sides).unflatten(0, (-1, rows.number, columns.number))
+        counts = (-1, rows.number, columns.number)
+        windows = windows.transpose(1, 2).unflatten(1, sides).unflatten(0, counts)
         for row, column in product(*parts):
-            yield _look(image, strip, row, column), windows[..., row.slots, column.slots, :]
+            yield _look(image, strip, row, column), windows[..., row.slots, column.slots, :, :]
 
     def _fused(self, parts: tuple[Tensor, ...], mask: Tensor | None, number: int) -> Tensor:
         """Attention by a fused kernel; with dropout in the open."""
@@ -491,35 +497,43 @@ class _Call:
         if not self.dropout:
             mask = mask[None] if mask is not None and mask.ndim == 3 else mask
             return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        weights = _weights(q * (scale or q.shape[-1] ** -0.5), k, mask)
-        return (weights * dropout_factors(weights, self.dropout, self.seed + number)) @ v
+        flat, heads = [_by_head(x) for x in (q, k, v)], q.shape[1]
+        weights = _weights(flat[0], flat[1], mask, heads, scale or q.shape[-1] ** -0.5)
+        factors = dropout_factors(weights, self.dropout, self.seed + number)
+        return torch.bmm(weights.mul_(factors), flat[2]).unflatten(0, (heads, -1)).transpose(0, 1)
 
     def _gradients(
         self, grad: Tensor, parts: tuple[Tensor, ...], mask: Tensor | None, number: int
     ) -> tuple[Tensor, ...]:
         """The gradients of q, k, v and the scores, the weights computed again."""
-        (q, k, v), grad = (x.contiguous() for x in parts), grad.contiguous()
-        scale: Tensor | float = q.shape[-1] ** -0.5
-        if self.temperature is not None:
-            (q, q_lengths), (k, k_lengths) = _normal(q), _normal(k)
-            scale = self.temperature.to(q.dtype)
-        weights = _weights(q * scale, k, mask)
-        grad_weights, used = grad @ v.transpose(-2, -1), weights
+        heads, temperature = parts[0].shape[1], self.temperature
+        q, k, v, grad = (_by_head(x) for x in (*parts, grad))
+        scale, warmth = q.shape[-1] ** -0.5, None
+        if temperature is not None:
+            (q, q_lengths), (k, k_lengths), scale = _normal(q), _normal(k), 1.0
+            warmth = temperature.to(q.dtype).repeat_interleave(len(q) // heads, dim=0)
+        query = q if warmth is None else q * warmth
+        weights = _weights(query, k, mask, heads, scale)
+        scores, used = torch.bmm(grad, v.transpose(1, 2)), weights
         if self.dropout:
             factors = dropout_factors(weights, self.dropout, self.seed + number)
-            used, grad_weights = weights * factors, grad_weights * factors
-        grad_v = used.transpose(-2, -1) @ grad
-        scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-        grad_q, grad_k = scores @ k, scores.transpose(-2, -1) @ (q * scale)
-        if self.temperature is not None:
+            used, scores = weights * factors, scores.mul_(factors)
+        grad_v = torch.bmm(used.transpose(1, 2), grad)
+        scores = softmax_gradient_(scores, weights)
+        grad_q, grad_k = (
+            torch.baddbmm(a.new_zeros(()), a, b, beta=0, alpha=scale)
+            for a, b in ((scores, k), (scores.transpose(1, 2), query))
+        )
+        if warmth is not None:
             assert self.warmer is not None
-            dtype = self.warmer.dtype
-            self.warmer += (grad_q * q).sum(dim=(0, 2, 3), dtype=dtype).view(-1, 1, 1)
+            found = (grad_q * q).view(heads, -1).sum(dim=1, dtype=self.warmer.dtype)
+            self.warmer += found.view(-1, 1, 1)
+            grad_q = _normal_gradient(grad_q * warmth, q, q_lengths)
             grad_k = _normal_gradient(grad_k, k, k_lengths)
-        grad_q = grad_q * scale
-        if self.temperature is not None:
-            grad_q = _normal_gradient(grad_q, q, q_lengths)
-        return grad_q, grad_k, grad_v, scores
+        q, k, v, scores = (
+            x.unflatten(0, (heads, -1)).transpose(0, 1) for x in (grad_q, grad_k, grad_v, scores)
+        )
+        return q, k, v, scores
 
 
 def _length(run: Run) -> int:
@@ -535,17 +549,27 @@ def _cut(run: Run, most: int) -> Iterator[Run]:
 
 
 def _look(image: Tensor, strip: Strip, row: Run, column: Run) -> Tensor:
-    """Tokens of a strip's windows: (B, rows, columns, D) -> (B, R, S, t, u, D), a view."""
+    """Tokens of a strip's windows: (B, rows, columns, ...) -> (B, R, S, t, u, ...), a view."""
     for axis, run, span in ((1, row, strip.rows), (2, column, strip.columns)):
         reach = (_length(run) - 1) * run.step + 1
         image = image.narrow(axis, run.start, (span.number - 1) * run.between + reach)
         image = image.unfold(axis, reach, run.between)[..., :: run.step]
-    return image.movedim(3, -1)
+    return image.movedim((-2, -1), (3, 4))
 
 
-def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    scores = q @ k.transpose(-2, -1)
-    return (scores if mask is None else scores.add_(mask)).softmax(dim=-1)
+def _by_head(x: Tensor) -> Tensor:
+    """(n, H, Q, M) -> (H n, Q, M), a view where n is 1."""
+    return x.transpose(0, 1).flatten(0, 1)
+
+
+def _weights(q: Tensor, k: Tensor, mask: Tensor | None, heads: int, scale: float) -> Tensor:
+    """Weights (H n, Q, K) under a mask (H or 1, Q, K), or one with n before."""
+    if mask is None:
+        scores = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=scale)
+        return softmax_(scores)
+    scores = q.new_empty(heads, len(q) // heads, q.shape[1], k.shape[1])
+    scores = scores.copy_(mask[:, None] if mask.ndim == 3 else mask.transpose(0, 1)).flatten(0, 1)
+    return softmax_(torch.baddbmm(scores, q, k.transpose(1, 2), alpha=scale, out=scores))
 
 
 def _normal(x: Tensor) -> tuple[Tensor, Tensor]:
