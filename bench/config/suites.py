@@ -125,6 +125,12 @@ def load_suite(
         layers_of_row = [recipe, *layers, layer, found.settings, top, command_line]
         run = _with_fixed_size(build_config(merged(layers_of_row)))
         check_sizes(run)
+        for key in ("steps", "warmup_steps"):
+            if run.classify.epochs is not None and key in command_line.get("train", {}):
+                raise InputError(
+                    f"train.{key}={command_line['train'][key]}: this recipe counts epochs; give"
+                    " classify.epochs and classify.warmup_epochs, or classify.epochs=null with it"
+                )
         runs.append(run)
     more = () if rows else tuple(row for row in table if row not in chosen)
     return Suite(name, tuple(runs), needs, more, suite.get("backbone"))

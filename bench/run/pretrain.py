@@ -42,6 +42,8 @@ class Pretraining(Run):
         self.images, val = classes.open_splits(root)
         self.splits: list[Any] = [val]
         self.recipe = classifier.recipe(self.config, len(self.images))
+        if self.step_log is not None:
+            self.step_log.total = self.recipe.steps
 
     def build(self) -> None:
         """Build the classifier and count it."""

@@ -106,6 +106,16 @@ def test_record_and_weights(done):
     assert run(tiny(), output=output).created == record.created
 
 
+def test_epochs_decide_the_steps(tmp_path):
+    words = [word for word in TINY if "steps" not in word]
+    words += ["classify.epochs=1", "train.log_every=3"]
+    suite = load_suite("pretrain-quick", rows=["identity"], device="cpu", overrides=words)
+    record = run(suite.runs[0], output=tmp_path)
+    assert record.training["steps"] == 24 // 8
+    (log,) = (tmp_path / "logs").glob("*.log")
+    assert "step 3 of 3:" in log.read_text()
+
+
 def test_resumed_run_is_the_same_bit_by_bit(done, tmp_path):
     def stop(_share, doing):
         if "step 2 of" in doing:
@@ -300,6 +310,7 @@ def test_wrong_shards_are_one_line(files, said, shards):
         (["profile.enabled=true"], "profile.enabled"),
         (["data.fixed_size=null"], "data.fixed_size"),
         (["classify.mixup=-1"], "classify.mixup"),
+        (["--data", ".", "train.steps=4"], "train.steps=4: this recipe counts epochs"),
     ],
 )
 def test_wrong_input_is_one_line(words, said, tmp_path, capsys):
