@@ -47,9 +47,10 @@ UNIT = "multiply-adds"
 WRITTEN_OUT = "aten.mul, aten.sum"
 # Elementwise operators among those that are not counted, by the elements of their results.
 ELEMENTWISE = "elements of elementwise operators"
-# Results of such operators for each element that a module gets which may be beside the point: no
-# mechanism here that is linear in its tokens has 70.
-_MANY = 100
+# Such elements that may be left out: as a share of what is counted, and for each element that a
+# module gets; and those of products that are added up, as in a loop over neighbours. No mechanism
+# here that is linear in its tokens has 70, or adds up 10.
+_MANY, _MANY_ADDED = (0.5, 100), (0.1, 12)
 # What a mechanism may take that has to run for real, in bytes and multiply-adds.
 LARGEST_REAL_BYTES, LARGEST_REAL_COUNT = 4 * 10**9, 10**12
 
@@ -63,6 +64,8 @@ aten = torch.ops.aten
 _PRODUCTS = (aten.mul, aten.addcmul)
 _COPIES = (aten.clone, aten._to_copy, aten.copy_)
 _MULTIPLES = (*_PRODUCTS, *_COPIES, aten.div)
+_FUSED = (aten.addcmul, aten.addcmul_)
+_ADDED = (aten.add, aten.add_, aten.sub, aten.sub_)
 _SUMS = (aten.sum, aten.mean, aten.nansum, aten.cumsum)
 
 
@@ -302,9 +305,11 @@ def _run(counter: "_Counter", run: Callable[[], object]) -> OperatorCount:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     by_part = {part: dict(operators) for part, operators in counter.by_part.items()}
     for part, given in counter.given.items():
-        elements = counter.elementwise[part]
-        if elements > max(sum(by_part.get(part, {}).values()) / 2, _MANY * given):
-            counter.uncounted[ELEMENTWISE] += elements
+        total, limits = sum(by_part.get(part, {}).values()), (_MANY, _MANY_ADDED)
+        for elements, (share, each) in zip(counter.elementwise[part], limits, strict=True):
+            if elements > max(share * total, each * given):
+                counter.uncounted[ELEMENTWISE] += elements
+                break
     return OperatorCount(by_part, dict(counter.uncounted), tuple(counter.notes))
 
 
@@ -319,8 +324,9 @@ class _Counter(TorchDispatchMode):
         self.by_part: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.uncounted: Counter[str] = Counter()
         self.notes: dict[str, None] = {}
-        # Elements, by part: of results that are not counted, and of what each module got.
-        self.elementwise: Counter[str] = Counter()
+        # Elements, by part: of all results that are not counted, of sums with a product among them,
+        # and of what each module got.
+        self.elementwise: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
         self.given: Counter[str] = Counter()
         # Products that may yet be summed, by the tensor that holds them.
         self._products: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -401,6 +407,9 @@ class _Counter(TorchDispatchMode):
             return
         factors = [arg for arg in args if isinstance(arg, Tensor)][-2:]
         known = [self._products[factor] for factor in factors if factor in self._products]
+        added = (operator in _ADDED and bool(known)) or (
+            operator in _FUSED and (operator is not aten.addcmul or args[0] in self._products)
+        )
         # A view, a copy or a multiple of products is summed as they are.
         if func.is_view and known and result.shape != factors[0].shape:
             known = [replace(known[0], axes=None)]
@@ -411,11 +420,14 @@ class _Counter(TorchDispatchMode):
         if known:
             self._products[result] = _either(known)
         # A sum with products may end as one, and is then none that is counted.
-        added = not known or operator is aten.addcmul
-        if added and torch.Tag.pointwise in func.tags and operator not in _COPIES:
-            self.elementwise[self.parts[-1]] += sum(
-                out.numel() for out in tree_leaves(result) if isinstance(out, Tensor)
-            )
+        if (
+            (operator in _FUSED or not known)
+            and torch.Tag.pointwise in func.tags
+            and operator not in _COPIES
+        ):
+            elements = sum(out.numel() for out in tree_leaves(result) if isinstance(out, Tensor))
+            every, sums = self.elementwise[self.parts[-1]]
+            self.elementwise[self.parts[-1]] = [every + elements, sums + elements * added]
 
 
 @dataclass(frozen=True)
@@ -491,16 +503,20 @@ def _let_run_for_real(
         try:
             with counter.undone_if_it_fails():
                 return on_meta(*inputs)
-        except (ValueError, NotCountedError):
+        except NotCountedError:
             raise
         except Exception as error:
             # A mechanism of others may fail in any way where tensors have no values.
             reason = _not_counted(original, error)
+            state = [*original.parameters(), *original.buffers()]
+            without_values = any(tensor.is_meta for tensor in state)
+            # It may be the size that it does not take.
+            if isinstance(error, ValueError) and (training or without_values):
+                raise
             if training:
                 raise NotCountedError(f"{reason}; training is counted there alone") from error
-        state = [*original.parameters(), *original.buffers()]
-        if any(tensor.is_meta for tensor in state):
-            raise NotCountedError(reason, needs_values=True)
+            if without_values:
+                raise NotCountedError(reason, needs_values=True) from error
         try:
             with counter.undone_if_it_fails():
                 out = _run_for_real(original, inputs, counter)

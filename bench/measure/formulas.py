@@ -40,7 +40,7 @@ FREE = {
         "cat stack _unsafe_view clone copy_ _to_copy contiguous constant_pad_nd reflection_pad1d"
         " reflection_pad2d replication_pad1d replication_pad2d repeat repeat_interleave im2col"
         " col2im pixel_shuffle pixel_unshuffle channel_shuffle _reshape_copy lift lift_fresh"
-        " lift_fresh_copy split_with_sizes_copy resize_ set_ _local_scalar_dense"
+        " lift_fresh_copy split_with_sizes_copy unsafe_split resize_ set_ _local_scalar_dense"
     ),
     "sparse storage": (
         "_to_sparse _to_sparse_csr _to_sparse_csc _to_sparse_bsr _to_sparse_bsc _to_dense"

@@ -342,6 +342,13 @@ def read_a_value(q, k, v):
     return plain(q, k, v) if q.abs().max().item() < 1e9 else q
 
 
+def refused_on_meta(q, k, v):
+    """As FlexAttention does."""
+    if q.is_meta:
+        raise ValueError("only supported on CUDA and CPU")
+    return plain(q, k, v)
+
+
 def constant_of_the_cpu(q, k, v):
     return plain(q * torch.arange(q.shape[1])[:, None].cos(), k, v)
 
@@ -395,6 +402,7 @@ WRITTEN = {
     "product and sum, unfolded": (one_operand_broadcast, True),
     "product and sum, masked": (masked_and_added, True),
     "item": (read_a_value, False),
+    "refused on meta": (refused_on_meta, False),
     "constant of the CPU": (constant_of_the_cpu, False),
     "boolean mask": (chosen_by_a_mask, False),
     "sparse COO": (sparse_weights, False),
@@ -444,6 +452,23 @@ def added_up_in_place(q, k, v):
 def multiplied_in_place(q, k, v):
     scores = q.unsqueeze(2).repeat(1, 1, k.shape[1], 1).mul_(k.unsqueeze(1)).sum(-1)
     return scores.softmax(-1) @ v
+
+
+def added_up_over_neighbours(q, k, v):
+    """Of 25 neighbours in a ring; what is added is a fifth of the whole."""
+    return sum((q * k.roll(i, 1)).sum(-1, keepdim=True) * v.roll(i, 1) for i in range(25))
+
+
+def test_a_count_lacks_what_a_loop_over_neighbours_adds_up():
+    module = Attention()
+    module.product = added_up_over_neighbours
+    assert list(flops.count_flops(module, grid=GRID).uncounted) == [flops.ELEMENTWISE]
+
+
+def test_recurrent_layers_are_counted():
+    x = torch.zeros(1, 5, 8, device="meta")
+    counted = flops.count_call(nn.GRU(8, 8, batch_first=True), (x,))
+    assert (counted.total, counted.uncounted) == (5 * 2 * 3 * 8 * 8, {})
 
 
 @pytest.mark.parametrize(
