@@ -131,3 +131,32 @@ def test_one_seed_is_reported_with_its_limits():
     table = probes.tables(records)[0]
     assert "One seed" in table.notes[0] or "one seed" in table.notes[0]
     assert "\N{PLUS-MINUS SIGN}" not in table.shown["bind"][0]
+
+
+def test_plots_show_the_scores_under_their_names():
+    scores = {"full": (0.9, 0.3), "ViL": (0.5, 0.95), "pooling": (0.4, 0.35)}
+    records = [
+        entry(row, "row", dict(zip(("find", "count"), values, strict=True)))
+        for row, values in scores.items()
+    ]
+    (ax, _) = probes.heat_map(records).axes
+    tasks, rows = (
+        [tick.get_text() for tick in of] for of in (ax.get_xticklabels(), ax.get_yticklabels())
+    )
+    shades = ax.images[0].get_array()
+    for text in ax.texts:
+        column, line = text.get_position()
+        wanted = scores[rows[line]][("find", "count").index(tasks[column])]
+        assert abs(float(text.get_text()[:4]) - wanted) < 0.02
+        assert abs(shades[line, column] - wanted) < 0.02
+    assert len(ax.texts) == 6
+    panels = [ax for ax in probes.curves(records).axes if ax.get_visible()]
+    assert sorted(ax.get_title(loc="left") for ax in panels) == sorted(scores)
+    for ax in panels:
+        own = next(one for one in records if one.row == ax.get_title(loc="left"))
+        for bars, task in zip(ax.containers, ("find", "count"), strict=True):
+            line, _, (spread,) = bars
+            right = np.array(own.probes["tasks"][task]["right"]).mean(axis=2) / 100
+            assert line.get_ydata() == pytest.approx(right.mean(axis=0))
+            (low, high) = spread.get_segments()[0][:, 1]
+            assert high - low == pytest.approx(2 * right[:, 0].std(ddof=1))
