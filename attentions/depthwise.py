@@ -1,16 +1,47 @@
-"""Depthwise convolution of the values on the grid, for functions with a backward of their own.
+"""Depthwise convolution of tokens on the grid, in strips of its rows.
 
-Shapes: values v (B, H, N, M), grid tokens behind global ones; weight (C, 1, K, K), bias (C).
+`convolve` is a layer; the others are for functions with a backward of their own. Shapes: values v
+(B, H, N, M), grid tokens behind global ones; weight (C, 1, K, K), bias (C).
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from attentions.contract import Grid
-from attentions.parts import merge_heads, spans
-from attentions.pieces import budget
+from attentions.parts import full_precision, merge_heads, spans
+from attentions.pieces import apply, budget, lowered
+
+
+def convolve(x: Tensor, convolution: nn.Conv2d, grid: Grid) -> Tensor:
+    """Convolve the tokens of the grid and leave the global ones as they are: (B, N, C)."""
+    return apply(_Convolution, lowered(x), *convolution.parameters(), grid)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, grid: Grid) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.grid, g = grid, x.shape[1] - grid[0] * grid[1]
+        out = x.new_zeros(x.shape)
+        out[:, :g] = x[:, :g]
+        with full_precision(x):
+            add_convolution_(out, x[:, None], weight, bias, grid, g)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        g = x.shape[1] - ctx.grid[0] * ctx.grid[1]
+        grad_x = x.new_zeros(x.shape)
+        grad_x[:, :g] = grad[:, :g]
+        with full_precision(x):
+            found = convolve_backward(grad, x[:, None], grad_x[:, None], weight, ctx.grid, g)
+        return grad_x, *found, None
 
 
 def image_of(v: Tensor, grid: Grid, num_global: int) -> Tensor:
@@ -19,10 +50,10 @@ def image_of(v: Tensor, grid: Grid, num_global: int) -> Tensor:
 
 
 def add_convolution_(
-    out: Tensor, v: Tensor, weight: Tensor, bias: Tensor, grid: Grid, num_global: int
+    out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid, num_global: int
 ) -> None:
     """Add the depthwise convolution of the grid: out (B, N, C) += that of v (B, H, N, M)."""
-    filters, bias = weight.to(v.dtype), bias.to(v.dtype)
+    filters, bias = weight.to(v.dtype), None if bias is None else bias.to(v.dtype)
     target = _grid(out, grid, num_global)
     for part, around in _strips(_grid(merge_heads(v), grid, num_global), weight):
         local = nn.functional.conv2d(around, filters, bias, groups=len(weight))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from attentions.contract import Attention, Grid
+from attentions.depthwise import add_convolution_, convolve_backward
 from attentions.parts import full_precision, merge_heads, spans, split_heads
 from attentions.pieces import apply, budget, pieces
 from attentions.registry import register
@@ -200,46 +201,31 @@ class _Group(NamedTuple):
     def scales(self) -> Iterator[_Scale]:
         """Tokens as they are, then what the depthwise convolution makes of them."""
         yield _Scale(self.tokens, None)
-        tokens, filters = self.tokens.flatten(2), self.filters.to(self.tokens.dtype)
-        reach = filters.shape[-1] // 2
-        local = nn.functional.conv2d(
-            self._image(tokens), filters, padding=reach, groups=len(filters)
-        )
-        cells = local.flatten(2).transpose(1, 2)
-        if g := self._num_global:
-            cells = torch.cat([tokens[:, :g] * filters[:, 0, reach, reach], cells], dim=1)
+        g, tokens = self._num_global, self.tokens.flatten(2)
+        cells = tokens.new_zeros(tokens.shape)
+        cells[:, :g] = tokens[:, :g] * self._centres.to(tokens.dtype)
+        add_convolution_(cells, tokens[:, None], self.filters, None, self.grid, g)
         yield _Scale(cells.unflatten(2, self.tokens.shape[2:]), self.mix)
 
     def add_local_gradients(self, grad: Tensor, found: "_Group") -> None:
         """Add to `found` the gradients of what was convolved, and of the filters."""
-        g, tokens, filters = self._num_global, self.tokens.flatten(2), self.filters.to(grad.dtype)
-        reach = filters.shape[-1] // 2
-        of_image, of_filters, _ = torch.ops.aten.convolution_backward(
-            self._image(grad),
-            self._image(tokens),
-            filters,
-            None,
-            [1, 1],
-            [reach, reach],
-            [1, 1],
-            False,
-            [0, 0],
-            len(filters),
-            [True, True, False],
+        g, tokens, target = self._num_global, self.tokens.flatten(2), found.tokens.flatten(2)
+        of_filters, _ = convolve_backward(
+            grad, tokens[:, None], target[:, None], self.filters, self.grid, g
         )
         found.filters.add_(of_filters)
-        found.filters[:, 0, reach, reach] += (grad[:, :g] * tokens[:, :g]).sum(dim=(0, 1))
-        target = found.tokens
-        target[:, g:] += of_image.flatten(2).transpose(1, 2).unflatten(2, target.shape[2:])
-        target[:, :g] += (grad[:, :g] * filters[:, 0, reach, reach]).view_as(target[:, :g])
+        found._centres.add_((grad[:, :g] * tokens[:, :g]).sum(dim=(0, 1)))
+        target[:, :g] += grad[:, :g] * self._centres.to(grad.dtype)
 
     @property
     def _num_global(self) -> int:
         return self.tokens.shape[1] - self.grid[0] * self.grid[1]
 
-    def _image(self, x: Tensor) -> Tensor:
-        """The grid, a view: (b, N, D) -> (b, D, rows, columns)."""
-        return x[:, self._num_global :].transpose(1, 2).unflatten(2, self.grid)
+    @property
+    def _centres(self) -> Tensor:
+        """What a global token, a grid of one cell, is multiplied with: a view (h 3 M)."""
+        reach = self.filters.shape[-1] // 2
+        return self.filters[:, 0, reach, reach]
 
 
 def _groups(

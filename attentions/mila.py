@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from attentions.contract import Attention, Grid
-from attentions.depthwise import plain_local
+from attentions.depthwise import convolve, plain_local
 from attentions.parts import full_precision, merge_heads, split_heads
 from attentions.pieces import apply, lowered
 from attentions.registry import register
@@ -74,10 +74,7 @@ class MambaLikeLinearAttention(Attention):
     def attend(self, x: Tensor, grid: Grid) -> Tensor:
         if not self.gate:
             return self._attention(x, grid)
-        g = self.num_global
-        values = self.in_proj(x)
-        image = self.dwc(values[:, g:].transpose(1, 2).unflatten(2, grid))
-        values = torch.cat([values[:, :g], image.flatten(2).transpose(1, 2)], dim=1)
+        values = convolve(self.in_proj(x), self.dwc, grid)
         out = self._attention(nn.functional.silu(values), grid)
         return self.out_proj(out * nn.functional.silu(self.act_proj(x)))
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from attentions.cache import cached
 from attentions.contract import Attention, Grid
-from attentions.depthwise import plain_local
+from attentions.depthwise import convolve, plain_local
 from attentions.parts import full_precision, spans
 from attentions.pieces import budget, lowered
 from attentions.recompute import Gradients, recomputed
@@ -292,11 +292,8 @@ class SelectiveScan2d(Attention):
         self.A_logs.copy_(torch.arange(1, self.state + 1).log())
 
     def attend(self, x: Tensor, grid: Grid) -> Tensor:
-        g = self.num_global
         values, *gate = self.in_proj(x).split(self.inner, dim=-1)
-        image = self.conv2d(values[:, g:].transpose(1, 2).unflatten(2, grid))
-        values = torch.cat([values[:, :g], image.flatten(2).transpose(1, 2)], dim=1)
-        values = lowered(nn.functional.silu(values))
+        values = lowered(nn.functional.silu(convolve(values, self.conv2d, grid)))
         out = _scan(values, self._projected(values), self._per_order(), None, self._plan(grid), 0.0)
         return self._output(out + values * self._skip(), gate)
 
