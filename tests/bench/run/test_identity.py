@@ -350,6 +350,7 @@ def test_checkpoints_of_e514c85_are_taken_up_where_no_file_of_the_user_counts(
     tmp_path: Path, config: RunConfig
 ) -> None:
     config = with_(config, train__steps=350, train__batch_size=4, train__lr=1e-3)
+    config = with_(config, model__detector__fpn_channels=64, model__detector__mask_width=64)
     assert old_key(config) == "b44a79cc40b6b3d58403504f046be256d12fd5897937d0e2276609052948756a"
     own = load_suite("quick", rows=[mechanism(tmp_path / "code")]).runs[0]
     for run, expected in ((config, True), (own, False)):
