@@ -91,9 +91,9 @@ def _of_filters(grad: Tensor, around: Tensor, filters: Tensor) -> Tensor:
     # oneDNN multiplies blocks of 16 x 16 channels here, of which the diagonal is used.
     wide = torch.promote_types(grad.dtype, torch.float32)
     grad, around = grad.to(wide), around.movedim(1, -1).to(wide)
-    (_, rows, columns, channels), side = grad.shape, filters.shape[-1]
+    (_, rows, columns, _), side = grad.shape, filters.shape[-1]
     places = [
-        (grad * around[:, i : i + rows, j : j + columns]).view(-1, channels).sum(dim=0)
+        (grad * around[:, i : i + rows, j : j + columns]).flatten(0, 2).sum(dim=0)
         for i in range(side)
         for j in range(side)
     ]
