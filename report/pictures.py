@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib import image as pictures
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -94,8 +95,8 @@ def sight(rows: Mapping[str, Mapping[str, Any]]) -> Figure:
         drawn = ax.imshow(
             np.ma.masked_where(values < LEAST, values),
             cmap="cividis",
-            vmin=0,
-            vmax=1,
+            # Linear, all but the query itself would be as dark as the least.
+            norm=LogNorm(LEAST, 1),
             alpha=0.8,
             extent=(0, width, height, 0),
             interpolation="nearest",
