@@ -10,7 +10,8 @@ def test_the_time_of_a_run_is_its_steps_times_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "_seconds", lambda *_: 2.0)
-    overrides = ["train.accumulate=2", "train.steps=9", "data.generated.train_images=2"]
+    overrides = ["train.accumulate=2", "train.batch_size=4", "train.steps=9",
+                 "data.generated.train_images=2"]  # fmt: skip
     suite = load_suite("quick", rows=["ViL"], device="cpu", overrides=overrides)
     told: list[str] = []
     (run,) = plan.plan(suite, tmp_path, measure_steps=1, tell=told.append)
