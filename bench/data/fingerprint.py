@@ -79,7 +79,12 @@ def _contents(source: Path, files: Mapping[str, Path]) -> dict[str, str]:
     with suppress(OSError, ValueError, TypeError):
         known = dict(json.loads(cache.read_bytes())) if cache else {}
     stamps = {name: _stamp(path) for name, path in files.items()}
-    new = {name for name in files if known.get(str(files[name]), [])[1:] != stamps[name]}
+    # A link to nothing has no stamp.
+    new = {
+        name
+        for name, stamp in stamps.items()
+        if not stamp or known.get(str(files[name]), [])[1:] != stamp
+    }
     size = sum(stamps[name][0] for name in new if stamps[name])
     if size > _LARGE:
         what = f"{len(new)} images of {source} ({size / 1e9:.1f} GB)"

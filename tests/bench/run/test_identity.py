@@ -14,6 +14,7 @@ from bench.config.schema import RunConfig, leaves
 from bench.config.sources import mechanism_sources
 from bench.config.suites import build_config, load_suite
 from bench.data import fingerprint, layout
+from bench.data.fingerprint import fingerprint_images
 from bench.data.generated import generate
 from bench.files import sha256
 from bench.record import Record
@@ -386,3 +387,14 @@ def test_how_a_process_ends_its_part_of_a_run(
 ) -> None:
     names = ("first", "alone", "recorded", "weights_safe", "interrupted")
     assert ending(error, **dict(zip(names, case, strict=True))) == Ending(*expected)
+
+
+def test_a_link_to_nothing_is_an_image_without_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    link = tmp_path / "a.jpg"
+    link.symlink_to(tmp_path / "gone.jpg")
+    missing = fingerprint_images(tmp_path / "a.json", {"a.jpg": link})
+    (tmp_path / "gone.jpg").write_bytes(b"here")
+    assert fingerprint_images(tmp_path / "a.json", {"a.jpg": link}) != missing
