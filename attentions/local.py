@@ -30,6 +30,8 @@ from attentions.recompute import Gradients, recomputed
 # Bytes of the scores that are made at once: on a CPU what its caches hold, elsewhere enough to keep
 # the device busy.
 LARGEST_SCORES = {"cpu": 2**21, "other": 2**26}
+# The share of these that makes one column of chunks and one head work enough for a block.
+_LEAST_SHARE = 4
 
 
 class Square(NamedTuple):
@@ -78,6 +80,11 @@ class Plan(NamedTuple):
         return cls((rows, columns), window, heads, bool(cyclic), squares)
 
 
+Interval = tuple[int, int]
+# Columns of queries in a strip of one column, and the first and last column of keys in a square.
+_Sight = tuple[int, int, int]
+
+
 def attend_locally(
     q: Tensor,
     keys_values: Tensor,
@@ -104,7 +111,13 @@ class _Block(NamedTuple):
 
 
 class _Call:
-    """One call. Below, a block is `b` images, a strip of `R x c` chunks and `h` heads."""
+    """One call. Below, a block is `b` images, a strip of `R x c` chunks and `h` heads.
+
+    What a strip sees is cut out as bands, one for each row of chunks; a window is `side` bands.
+    Where one column of chunks and one head are work enough, a block is that alone: global tokens
+    stand in each band before its cells, so that windows are runs of memory that overlap and are not
+    copied. Of the global keys that a window has so, the first are seen.
+    """
 
     def __init__(
         self,
@@ -133,6 +146,15 @@ class _Call:
             self.places.append(slice(self.keys, self.keys + many))
             # Not in place: in a trace, sizes are tensors.
             self.keys = self.keys + many
+        matrix = plan.window**2 * self.keys * q.element_size()
+        self.fit = min(at_once(q, LARGEST_SCORES) // matrix, LARGEST_BATCH) // plan.chunks[0]
+        enough = at_once(q, LARGEST_SCORES) // _LEAST_SHARE
+        self.alone = len(plan.seen) == 1 and plan.chunks[0] * matrix >= enough
+        # Global tokens in each band.
+        self.first = self.num_global if self.alone else 0
+        # Of blocks alone, the bias and its gradient by the columns that queries and keys have.
+        self.biases: dict[_Sight, Tensor] = {}
+        self.dbiases: dict[_Sight, Tensor] = {}
 
     def forward(self) -> Tensor:
         out = self.q.new_empty(self.q.shape)
@@ -143,10 +165,9 @@ class _Call:
                 for heads in block.groups:
                     q, (k, v) = self._chunks(queries, heads), self._keys(around, block, heads)
                     p, factors = self._weights(q, k, block, heads)
-                    p = p if factors is None else p.mul_(factors)
-                    self._put(attended, torch.bmm(p, v), heads)
-                for place, cells in self._pieces(out, block):
-                    cells.copy_(attended[place])
+                    self._put(attended, p if factors is None else p.mul_(factors), v, heads)
+                for cut, cells in self._pieces(out, attended, block):
+                    cells.copy_(cut)
         return out
 
     def backward(self, grad: Tensor) -> Gradients:
@@ -172,29 +193,36 @@ class _Call:
                     self._add_keys(targets, p, do, self._values(heads))
                     del p
                     self._add_keys(targets, ds, q, heads)
-                    self._put(dqueries, torch.bmm(ds, k), heads)
+                    self._put(dqueries, ds, k, heads)
                     if dbias is not None:
                         by_head = ds.unflatten(0, (heads.stop - heads.start, -1)).sum(1, dtype=wide)
-                        if len(dbias) < self.plan.heads:
-                            dbias += by_head.sum(0)
-                        else:
-                            dbias[heads] += by_head
+                        self._add_bias(dbias, by_head, block, heads)
                 dqueries.mul_(self.scale)
-                for place, cells in self._pieces(dq, block):
-                    cells.copy_(dqueries[place])
-                for square, cut in zip(self.plan.seen, daround, strict=True):
-                    for place, cells in self._pieces(dkv, block, square):
-                        cells.add_(cut[place])
+                for cut, cells in self._pieces(dq, dqueries, block):
+                    cells.copy_(cut)
+                for square, found in zip(self.plan.seen, daround, strict=True):
+                    for cut, cells in self._pieces(dkv, found, block, square, self.first):
+                        cells.add_(cut)
+                if self.first:
+                    targets[0].add_(daround[0][..., : self.first, :].sum(2, dtype=wide))
             self._split(dkv[:, : self.num_global]).copy_(dglobal)
+            for sight, found in self.dbiases.items():
+                assert dbias is not None
+                parts = zip(self._framed(dbias, sight), self._banded(found, sight), strict=True)
+                for target, part in parts:
+                    target += part
         return dq, dkv, None if dbias is None else dbias.to(grad.dtype), None
 
     def _blocks(self) -> Iterator[_Block]:
-        (rows, columns), heads = self.plan.chunks, self.plan.heads
-        matrix = self.plan.window**2 * self.keys * self.q.element_size()
-        fit = min(at_once(self.q, LARGEST_SCORES) // matrix, LARGEST_BATCH) // rows
-        groups = tuple(spans(heads, fit))
-        for images in spans(len(self.q), fit // (heads * columns)):
-            for strip in spans(columns, fit // (heads * (images.stop - images.start))):
+        columns, heads = self.plan.chunks[1], self.plan.heads
+        if self.alone:
+            each = tuple(spans(heads, 1))
+            for images, strip in itertools.product(spans(len(self.q), 1), spans(columns, 1)):
+                yield _Block(images, strip, each)
+            return
+        groups = tuple(spans(heads, self.fit))
+        for images in spans(len(self.q), self.fit // (heads * columns)):
+            for strip in spans(columns, self.fit // (heads * (images.stop - images.start))):
                 yield _Block(images, strip, groups)
 
     def _values(self, heads: slice) -> slice:
@@ -207,43 +235,66 @@ class _Call:
 
     def _around(self, block: _Block) -> list[Tensor]:
         """Keys and values of a strip, for each square that is seen."""
-        return [self._cut(self.keys_values, block, square) for square in self.plan.seen]
+        cuts = [self._cut(self.keys_values, block, square, self.first) for square in self.plan.seen]
+        if self.first:
+            tokens = self._split(self.keys_values[block.images, : self.first])
+            cuts[0][..., : self.first, :] = tokens[:, :, None]
+        return cuts
 
-    def _cut(self, x: Tensor, block: _Block, square: Square = OWN) -> Tensor:
-        """The cells of a strip's squares, padded by zeros or wrapped.
+    def _columns(self, block: _Block, square: Square) -> Interval:
+        """The columns of the grid that a strip's squares have, without those outside if alone."""
+        w, strip = self.plan.window, block.strip
+        first = (strip.start + square.column) * w
+        last = (strip.stop - 1 + square.column + square.side) * w
+        if self.alone and not self.plan.cyclic:
+            return max(first, 0), min(last, self.plan.grid[1])
+        return first, last
 
-        Shapes: (B, tokens, D) -> (D / M, b, (R - 1 + side) w, (c - 1 + side) w, M).
+    def _cut(self, x: Tensor, block: _Block, square: Square = OWN, first: int = 0) -> Tensor:
+        """The bands of a strip's squares, padded by zeros or wrapped.
+
+        Shapes: (B, tokens, D) -> (D / M, b, R - 1 + side, first + w * columns, M), where the first
+        cells of each band are not set.
         """
-        columns = block.strip.stop - block.strip.start
-        high, wide = (
-            (many - 1 + square.side) * self.plan.window for many in (self.plan.chunks[0], columns)
-        )
+        begin, end = self._columns(block, square)
         images = block.images.stop - block.images.start
-        out = x.new_zeros(x.shape[2] // self.width, images, high, wide, self.width)
-        for place, cells in self._pieces(x, block, square):
-            out[place] = cells
+        bands = self.plan.chunks[0] - 1 + square.side
+        cells = first + self.plan.window * (end - begin)
+        out = x.new_empty(x.shape[2] // self.width, images, bands, cells, self.width)
+        if self.alone and not self.plan.cyclic:
+            whole = range(-square.row, self.plan.grid[0] // self.plan.window - square.row)
+            for band in set(range(bands)) - set(whole):
+                out[:, :, band] = 0
+        else:
+            out.zero_()
+        for cut, part in self._pieces(x, out, block, square, first):
+            cut.copy_(part)
         return out
 
     def _pieces(
-        self, x: Tensor, block: _Block, square: Square = OWN
-    ) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
-        """Rectangles of a cut that have tokens, each with these as a view of x (B, tokens, D)."""
-        plan, w, strip = self.plan, self.plan.window, block.strip
+        self, x: Tensor, cut: Tensor, block: _Block, square: Square = OWN, first: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parts of a cut that have tokens, each with these in x (B, tokens, D), both as views."""
+        plan, w = self.plan, self.plan.window
         image = self._split(x[block.images, x.shape[1] - self.cells :].unflatten(1, plan.grid))
-        down, across = (
-            list(self._ranges((first + start) * w, (stop - 1 + start + square.side) * w, side))
-            for first, stop, start, side in (
-                (0, plan.chunks[0], square.row, plan.grid[0]),
-                (strip.start, strip.stop, square.column, plan.grid[1]),
-            )
-        )
-        every = slice(None)
-        for (row, source_row), (column, source_column) in itertools.product(down, across):
-            yield (every, every, row, column), image[:, :, source_row, source_column]
+        bands = cut[..., first:, :].unflatten(-2, (w, -1))
+        down = self._ranges(square.row * w, (plan.chunks[0] - 1 + square.row + square.side) * w, 0)
+        across = list(self._ranges(*self._columns(block, square), 1))
+        for row, source in down:
+            # Of the last chunk the grid may have a part alone.
+            rest = (source.stop - source.start) % w
+            middle, band = source.stop - rest, (row.stop - rest) // w
+            for column, source_column in across:
+                cells = image[:, :, :, source_column]
+                if source.start < middle:
+                    part = cells[:, :, source.start : middle].unflatten(2, (-1, w))
+                    yield bands[:, :, row.start // w : band, :, column], part
+                if rest:
+                    yield bands[:, :, band, :rest, column], cells[:, :, middle : source.stop]
 
-    def _ranges(self, first: int, last: int, side: int) -> Iterator[tuple[slice, slice]]:
+    def _ranges(self, first: int, last: int, axis: int) -> Iterator[tuple[slice, slice]]:
         """Of the places from `first` to `last` along an axis those with tokens, and which."""
-        padded = -(-side // self.plan.window) * self.plan.window
+        side, padded = self.plan.grid[axis], self.plan.chunks[axis] * self.plan.window
         turns = range(first // padded, -(-last // padded)) if self.plan.cyclic else (0,)
         for origin in (turn * padded for turn in turns):
             start, stop = max(first, origin), min(last, origin + side)
@@ -251,25 +302,44 @@ class _Call:
                 yield slice(start - first, stop - first), slice(start - origin, stop - origin)
 
     def _chunks(self, cut: Tensor, heads: slice) -> Tensor:
-        """Of a cut (H, b, R w, c w, M) the chunks of some heads: (h b R c, w², M)."""
-        return self._windows(cut[heads]).flatten(4, 5).flatten(0, 3)
+        """Of a cut of queries the chunks of some heads: (h b R c, queries, M)."""
+        return self._by_chunk(cut[heads]).flatten(4, 5).flatten(0, 3)
 
-    def _put(self, cut: Tensor, part: Tensor, heads: slice) -> None:
-        """Write (h b R c, w², M) where `_chunks` reads it in a cut."""
-        chunks = self._windows(cut[heads])
-        chunks.copy_(part.view(chunks.shape))
-
-    def _windows(self, cut: Tensor, square: Square = OWN) -> Tensor:
-        """What each chunk sees of a cut (h, b, ..., M): (h, b, R, c, side w, side w, M), a view."""
+    def _by_chunk(self, cut: Tensor) -> Tensor:
+        """(h, b, R, w * columns, M) -> (h, b, R, c, w, columns / c, M), a view."""
         w = self.plan.window
+        columns = (-1, w) if cut.shape[3] > w * w else (1, -1)
+        return cut.unflatten(3, (w, *columns)).movedim(4, 3)
+
+    def _put(self, cut: Tensor, a: Tensor, b: Tensor, heads: slice) -> None:
+        """Write `a b` (h b R c, queries, M) where `_chunks` reads it in a cut."""
+        if self.alone:
+            torch.bmm(a, b, out=self._chunks(cut, heads))
+            return
+        chunks = self._by_chunk(cut[heads])
+        chunks.copy_(torch.bmm(a, b).view(chunks.shape))
+
+    def _windows(self, cut: Tensor, square: Square) -> Tensor:
+        """What each chunk sees of a cut without global tokens, a view.
+
+        Shapes: (h, b, bands, w * columns, M) -> (h, b, R, c, side, w, side w, M).
+        """
+        w, side = self.plan.window, square.side
         # Each `unfold` puts a dimension at the end.
-        return cut.unfold(2, square.side * w, w).unfold(3, square.side * w, w).movedim(4, -1)
+        windows = cut.unflatten(3, (w, -1)).unfold(2, side, 1).unfold(4, side * w, w)
+        return windows.permute(0, 1, 2, 4, 6, 3, 7, 5)
 
     def _keys(self, around: list[Tensor], block: _Block, heads: slice) -> tuple[Tensor, Tensor]:
         """Keys and values that each chunk sees, global ones first: each (h b R c, keys, M)."""
-        of_global = self._split(self.keys_values[block.images, : self.num_global])
         both = []
         for some in (heads, self._values(heads)):
+            if self.alone:
+                (cut,), (square,) = around, self.plan.seen
+                rows, cells = self.plan.chunks[0], cut.shape[3]
+                shape, run = (rows, square.side * cells, self.width), cut[some.start, 0]
+                both.append(run.as_strided(shape, (run.stride(0), run.stride(1), 1)))
+                continue
+            of_global = self._split(self.keys_values[block.images, : self.num_global])
             windows = [
                 self._windows(cut[some], square)
                 for cut, square in zip(around, self.plan.seen, strict=True)
@@ -284,27 +354,30 @@ class _Call:
     def _add_keys(
         self, targets: tuple[Tensor, list[Tensor]], a: Tensor, b: Tensor, heads: slice
     ) -> None:
-        """Add aᵀ b to where `_keys` reads keys: a (h b R c, w², keys), b (h b R c, w², M).
+        """Add aᵀ b to where `_keys` reads keys, of a (n, queries, keys) and b (n, queries, M).
 
         `targets` are those of the global tokens (2 H, b, g, M), and the cuts of the squares.
         """
         of_global, cuts = targets
+        rows = self.plan.chunks[0]
+        if self.alone:
+            (cut,), (square,) = cuts, self.plan.seen
+            run = cut[heads.start, 0]
+            # Windows of every `side`-th chunk do not overlap, and follow each other.
+            for i in range(min(square.side, rows)):
+                some = slice(i, None, square.side)
+                part = a[some].transpose(1, 2)
+                keys = run[i : i + square.side * len(part)].view(len(part), -1, self.width)
+                add_product_(keys, part, b[some])
+            return
         if self.num_global:
             images = (heads.stop - heads.start) * of_global.shape[1]
             first = a.view(images, -1, self.keys)[..., : self.num_global].transpose(1, 2)
             found = torch.bmm(first, b.view(images, -1, self.width))
             of_global[heads] += found.view(of_global[heads].shape)
         for cut, square, place in zip(cuts, self.plan.seen, self.places, strict=True):
-            target, weights = self._windows(cut[heads], square), a[..., place].transpose(1, 2)
-            rows = target.shape[2]
-            if len(weights) == rows:
-                # Every `side`-th chunk: their keys do not overlap, and follow each other.
-                for i in range(min(square.side, rows)):
-                    some = slice(i, None, square.side)
-                    keys = target[0, 0, some, 0].flatten(1, 2)
-                    add_product_(keys, weights[some], b[some])
-                continue
-            part = torch.bmm(weights, b).view(target.shape)
+            target = self._windows(cut[heads], square)
+            part = torch.bmm(a[..., place].transpose(1, 2), b).view(target.shape)
             # Squares overlap, but not those of every `side`-th chunk along both axes.
             for i, j in itertools.product(range(square.side), repeat=2):
                 target[:, :, i :: square.side, j :: square.side] += part[
@@ -314,11 +387,15 @@ class _Call:
     def _weights(
         self, q: Tensor, k: Tensor, block: _Block, heads: slice
     ) -> tuple[Tensor, Tensor | None]:
-        """Weights (h b R c, w², keys) before dropout, and what dropout multiplies them with."""
+        """Weights (h b R c, queries, keys) before dropout, and what it multiplies them with."""
         if self.bias is None:
             scores = torch.bmm(q, k.transpose(1, 2))
+            if self.first:
+                bands = scores.unflatten(-1, (self.plan.seen[0].side, -1))
+                bands[..., 1:, : self.first] = float("-inf")
         else:
-            bias = self.bias[heads] if len(self.bias) == self.plan.heads else self.bias
+            bias = self._bias_of(block)
+            bias = bias[heads] if len(bias) == self.plan.heads else bias
             count = heads.stop - heads.start
             scores = q.new_empty(count, len(q) // count, *bias.shape[1:]).copy_(bias[:, None])
             scores = add_product_(scores.flatten(0, 1), q, k.transpose(1, 2))
@@ -330,17 +407,80 @@ class _Call:
         return weights, dropout_factors(weights, self.dropout, self.seed + first + heads.start)
 
     def _hide(self, scores: Tensor, block: _Block, heads: slice) -> None:
-        """Set scores (h b R c, w², keys) of keys outside of the grid to -inf."""
-        rows, columns = self.plan.chunks[0], block.strip.stop - block.strip.start
+        """Set scores (h b R c, queries, keys) of keys outside of the grid to -inf."""
+        rows, w = self.plan.chunks[0], self.plan.window
+        columns = block.strip.stop - block.strip.start
         scores = scores.view(heads.stop - heads.start, -1, rows, columns, *scores.shape[1:])
         for square, place in zip(self.plan.seen, self.places, strict=True):
-            side = square.side * self.plan.window
-            seen = scores[..., place].unflatten(-1, (side, side))
+            if self.alone:
+                seen = scores.unflatten(-1, (square.side, -1))[..., self.first :]
+            else:
+                seen = scores[..., place].unflatten(-1, (square.side, -1))
+            seen = seen.unflatten(-1, (w, -1))
             for i, hidden in self._hidden(range(rows), square.row, square.side, 0):
-                seen[:, :, i, ..., hidden, :] = float("-inf")
+                for band in range(hidden.start // w, -(-hidden.stop // w)):
+                    within = slice(max(hidden.start - band * w, 0), hidden.stop - band * w)
+                    seen[:, :, i, ..., band, within, :] = float("-inf")
+            if self.alone and not self.plan.cyclic:
+                continue
             strip = range(block.strip.start, block.strip.stop)
             for j, hidden in self._hidden(strip, square.column, square.side, 1):
                 seen[:, :, :, j, ..., hidden] = float("-inf")
+
+    def _framed(self, bias: Tensor, sight: _Sight) -> tuple[Tensor, Tensor]:
+        """Views of what a sight has of a whole bias, of global and other keys; as `_banded`."""
+        (queries, first, last), (square,), w = sight, self.plan.seen, self.plan.window
+        own = bias.unflatten(1, (w, w))[:, :, :queries]
+        local = own[..., self.first :].unflatten(-1, (square.side, w, -1))
+        return own[..., : self.first], local[..., first:last]
+
+    def _banded(self, bias: Tensor, sight: _Sight) -> tuple[Tensor, Tensor]:
+        """Views of a sight's own bias (H or 1, queries, keys), of global and other keys.
+
+        Shapes: (H or 1, w, columns, g), and (H or 1, w, columns, side, w, columns of keys).
+        """
+        own = bias.unflatten(1, (self.plan.window, -1)).unflatten(-1, (self.plan.seen[0].side, -1))
+        local = own[..., self.first :].unflatten(-1, (self.plan.window, -1))
+        return own[..., 0, : self.first], local
+
+    def _empty(self, bias: Tensor, sight: _Sight, value: float) -> Tensor:
+        """A sight's bias, filled."""
+        (queries, first, last), w = sight, self.plan.window
+        keys = self.plan.seen[0].side * (self.first + w * (last - first))
+        return bias.new_full((len(bias), w * queries, keys), value)
+
+    def _sight(self, block: _Block) -> _Sight:
+        """Columns of queries of a strip of one column, and which columns of its square it has."""
+        (square,), w = self.plan.seen, self.plan.window
+        begin, end = self._columns(block, OWN)
+        first, last = self._columns(block, square)
+        corner = (block.strip.start + square.column) * w
+        return end - begin, first - corner, last - corner
+
+    def _bias_of(self, block: _Block) -> Tensor:
+        """The bias for the queries and keys of a strip: (H or 1, queries, keys)."""
+        assert self.bias is not None
+        if not self.alone:
+            return self.bias
+        sight = self._sight(block)
+        if sight not in self.biases:
+            out = self.biases[sight] = self._empty(self.bias, sight, float("-inf"))
+            parts = zip(self._banded(out, sight), self._framed(self.bias, sight), strict=True)
+            for target, part in parts:
+                target.copy_(part)
+        return self.biases[sight]
+
+    def _add_bias(self, dbias: Tensor, found: Tensor, block: _Block, heads: slice) -> None:
+        """Add the gradient of the bias of some heads (h, queries, keys), summed over chunks."""
+        if self.alone:
+            sight = self._sight(block)
+            if sight not in self.dbiases:
+                self.dbiases[sight] = self._empty(dbias, sight, 0.0)
+            dbias = self.dbiases[sight]
+        if len(dbias) < self.plan.heads:
+            dbias += found.sum(0)
+        else:
+            dbias[heads] += found
 
     def _hidden(
         self, chunks: range, first: int, side: int, axis: int
