@@ -34,7 +34,7 @@ from bench.config.schema import MODES
 from bench.errors import InputError, choose
 from bench.measure.fake import AsOnCuda, copied, run_parts
 from bench.measure.memory import LiveTensors, Storage, no_collector
-from bench.model.backbone import ViL
+from bench.model.backbone import MlpBlock, ViL
 from bench.model.detectors.contract import Detector, backbone_stages
 from bench.model.detectors.rois import Counts, most
 
@@ -345,7 +345,10 @@ def _follow_parts(module: nn.Module, ledger: _Ledger) -> None:
     else:
         parts = {"attention": module}
     for name, part in parts.items():
-        for layer in part.modules():
+        blocks = [block for block in part.modules() if isinstance(block, MlpBlock)]
+        # With hooks inside, these would keep more than without.
+        inside = {layer for block in blocks for layer in block.modules()} - {*blocks}
+        for layer in set(part.modules()) - inside:
             layer.register_forward_pre_hook(_entering(ledger, name))
             layer.register_forward_hook(_leaving(ledger))
 

@@ -20,9 +20,9 @@ import attentions
 from attentions.contract import Grid, Redrawing
 from bench.config.arch import DENSE, StageSpec, parse
 from bench.errors import nearest
+from bench.model.mlp import Mlp, norm_and_mlp
 
 NORM_EPS = 1e-6
-MLP_RATIO = 4
 INIT_STD = 0.02
 
 
@@ -97,19 +97,6 @@ class AttentionBlock(nn.Module):
         return x + residual
 
 
-class Mlp(nn.Module):
-    """Linear to four times the channels, GELU, linear back."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, MLP_RATIO * dim)
-        self.fc2 = nn.Linear(MLP_RATIO * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(nn.functional.gelu(self.fc1(x)))
-        return out
-
-
 class MlpBlock(nn.Module):
     """x + drop_path(mlp(norm(x)))."""
 
@@ -120,7 +107,7 @@ class MlpBlock(nn.Module):
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        residual: Tensor = self.drop_path(self.mlp(self.norm(x)))
+        residual: Tensor = self.drop_path(norm_and_mlp(self.norm, self.mlp, x))
         return x + residual
 
 
