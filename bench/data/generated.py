@@ -28,6 +28,11 @@ Array = NDArray[np.float64]
 SHAPES = ("disc", "square", "triangle", "star", "cross", "bar")
 SPLITS = ("train2017", "val2017")
 CLASS_SPLITS = ("train", "val")
+# Classes of images of one object each: its shape, and the longer side of its box from one of SIDES
+# to the next, as a share of the image's shorter side. Sizes make a backbone see where objects end.
+SIZES = ("small", "medium", "large")
+SIDES = (0.25, 0.4, 0.62, 0.97)
+CLASSES = tuple(f"{shape}-{size}" for shape in SHAPES for size in SIZES)
 # Areas in pixels of small, medium and large objects, within COCO's limits of 32² and 96², and how
 # often each comes.
 AREAS = ((200.0, 950.0), (1150.0, 6500.0), (9400.0, 11000.0))
@@ -41,7 +46,7 @@ HUE_SPREAD = 0.3
 SMALLEST_SIDE = 64
 
 _MARK = "generated.json"
-_VERSION = 3
+_VERSION = 4
 _SUPERSAMPLING = 4
 _TRIES = 12
 _SPECK = 1.0
@@ -72,8 +77,8 @@ def generate(
     Args:
         root: the folder to make.
         image_size: height and width of every image, in pixels.
-        classes: images of one object each instead, as `train/SHAPE/*.jpg` and `val/SHAPE/*.jpg`
-            for each of SHAPES.
+        classes: images of one object each instead, as `train/CLASS/*.jpg` and `val/CLASS/*.jpg`
+            for each of CLASSES.
 
     Raises:
         InputError: for values that cannot be, a folder that holds something else, or a full disk.
@@ -209,19 +214,19 @@ def _write_split(
 def _write_classes(
     root: Path, split: str, count: int, seed: tuple[int, int], image_size: tuple[int, int]
 ) -> None:
-    for shape in SHAPES:
-        (root / split / shape).mkdir(parents=True)
+    for name in CLASSES:
+        (root / split / name).mkdir(parents=True)
     for index in range(count):
         rng = np.random.default_rng([*seed, index])
-        placed: list[_Object] = []
-        while not placed:
-            area = _area(rng)
-            # A turned outline needs room, above all a bar.
-            most = min(image_size) ** 2 / 6
-            placed = _place(rng, [], min(area, most), image_size, index % len(SHAPES))
-        pixels = _paint(rng, _background(rng, image_size), placed)
+        number = index % len(CLASSES)
+        shape, size = divmod(number, len(SIZES))
+        outline = _outline(rng, SHAPES[shape], 1.0)
+        share = np.exp(rng.uniform(*np.log(SIDES[size : size + 2])))
+        outline *= share * min(image_size) / np.ptp(outline, axis=0).max()
+        shown = _Object(shape, _somewhere(rng, outline, image_size), _colour(rng, shape))
+        pixels = _paint(rng, _background(rng, image_size), [shown])
         name = f"{index + 1:012d}.jpg"
-        Image.fromarray(pixels).save(root / split / SHAPES[placed[0].shape] / name, quality=92)
+        Image.fromarray(pixels).save(root / split / CLASSES[number] / name, quality=92)
 
 
 def _draw(
@@ -256,21 +261,15 @@ def _area(rng: np.random.Generator) -> float:
 
 
 def _place(
-    rng: np.random.Generator,
-    placed: list[_Object],
-    area: float,
-    image_size: tuple[int, int],
-    given: int | None = None,
+    rng: np.random.Generator, placed: list[_Object], area: float, image_size: tuple[int, int]
 ) -> list[_Object]:
-    """Put one more object, of the shape `given` or any, on top; enough below stays visible."""
+    """Put one more object on top; enough of those below stays visible."""
     for _ in range(_TRIES):
-        shape = int(rng.integers(len(SHAPES))) if given is None else given
+        shape = int(rng.integers(len(SHAPES)))
         outline = _outline(rng, SHAPES[shape], area)
-        low, high = outline.min(axis=0), outline.max(axis=0)
-        room = np.array(image_size[::-1]) - (high - low)
-        if room.min() < 0:
+        if (np.ptp(outline, axis=0) > image_size[::-1]).any():
             continue
-        alpha = _raster(outline - low + rng.uniform(0, 1, 2) * room, image_size)
+        alpha = _somewhere(rng, outline, image_size)
         visible = [item.alpha * (1 - alpha) for item in placed]
         pairs = zip(visible, placed, strict=True)
         if all(seen.sum() >= _least(item.alpha.sum()) for seen, item in pairs):
@@ -280,6 +279,13 @@ def _place(
             ]
             return [*below, _Object(shape, alpha, _colour(rng, shape))]
     return placed
+
+
+def _somewhere(rng: np.random.Generator, outline: Array, image_size: tuple[int, int]) -> Array:
+    """Share of each pixel that an outline covers, moved to where all of it is in the image."""
+    low = outline.min(axis=0)
+    room = np.array(image_size[::-1]) - (outline.max(axis=0) - low)
+    return _raster(outline - low + rng.uniform(0, 1, 2) * room, image_size)
 
 
 def _least(area: float) -> float:

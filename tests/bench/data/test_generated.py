@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools import mask as reference
 
 from bench.data import generated
@@ -223,6 +224,22 @@ def test_another_image_size(tmp_path: Path, size: tuple[int, int]) -> None:
     assert {data.size(index) for index in range(12)} == {size}
     assert all(image.shape == (3, *size) for image, _ in data)
     assert_consistent(data, range(12))
+
+
+def test_classes_are_shapes_by_the_longer_side_of_their_boxes(tmp_path: Path) -> None:
+    root = generated.generate(
+        tmp_path / "a", train_images=90, val_images=18, image_size=(64, 96), classes=True
+    )
+    for number, name in enumerate(generated.CLASSES):
+        files = sorted((root / "train" / name).iterdir())
+        assert [int(file.stem) for file in files] == list(range(number + 1, 91, 18))
+        low, high = generated.SIDES[number % 3 : number % 3 + 2]
+        for file in files:
+            pixels = np.asarray(Image.open(file), dtype=float)
+            # Objects are saturated, backgrounds greyish; JPEG spreads colours by two pixels.
+            rows, columns = np.nonzero(np.ptp(pixels, axis=2) > 64)
+            longer = 1 + max(np.ptp(rows), np.ptp(columns))
+            assert 64 * low - 3 <= longer <= 64 * high + 3, file
 
 
 def test_it_is_read_as_coco_without_a_real_warning(many: Path) -> None:

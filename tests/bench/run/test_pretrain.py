@@ -15,7 +15,7 @@ import run_all
 from bench.cli import main
 from bench.config.suites import load_suite
 from bench.data import classes
-from bench.data.generated import SHAPES, generate
+from bench.data.generated import CLASSES, generate
 from bench.errors import InputError
 from bench.model.classifier import build_classifier, build_optimizer, rates, recipe
 from bench.model.weights import load_file, load_origin
@@ -93,14 +93,14 @@ def test_record_and_weights(done):
     output, record = done
     assert (record.status, record.model["method"]) == ("done", "classifier")
     assert record.training["steps"] == 4
-    assert [name for _, name in record.training["classes"]] == sorted(SHAPES)
+    assert [name for _, name in record.training["classes"]] == sorted(CLASSES)
     found = record.evaluation
     low, high = found["top1_interval"]["top1"]
     assert 0 <= low <= found["top1"] <= high <= 100
     assert found["top1"] <= found["top5"]
     assert found["images"] == 12
     state = load_file(output / "performer.pth")
-    assert state["head.weight"].shape == (6, 128)
+    assert state["head.weight"].shape == (18, 128)
     assert "24 images" in load_origin(output / "performer.pth")
     # The moving average is kept, not the newest weights.
     assert run(tiny(), output=output).created == record.created
@@ -161,7 +161,7 @@ def test_published_files_evaluate(done, tmp_path, capsys):
         record.evaluation["top5"],
     )
     assert pretrain(tmp_path, *words[:-1], "96") == 2
-    assert "does not fit the classifier of 6 classes" in capsys.readouterr().err
+    assert "does not fit the classifier of 18 classes" in capsys.readouterr().err
 
 
 def test_suite_starts_from_what_it_pretrained(tmp_path, capsys):
@@ -174,10 +174,10 @@ def test_suite_starts_from_what_it_pretrained(tmp_path, capsys):
     assert run_all.main(words) == 0
     (file,) = (tmp_path / "records").glob("*.json")
     record = json.loads(file.read_text())
-    assert record["model"]["pretrain"].startswith("generated images, 6 classes")
+    assert record["model"]["pretrain"].startswith("generated images, 18 classes")
     (note,) = (note for note in record["notes"] if note.startswith("initialised from"))
     assert "start anew" not in note
-    assert "generated images, 6 classes" in (tmp_path / "index.md").read_text()
+    assert "generated images, 18 classes" in (tmp_path / "index.md").read_text()
     capsys.readouterr()
     assert run_all.main(words) == 0
     assert capsys.readouterr().out.count("0 of 1 rows to run") == 2
@@ -205,7 +205,7 @@ def test_batches_depend_on_seed_and_step_alone(tmp_path):
         tmp_path / "data", train_images=24, val_images=6, image_size=(64, 64), classes=True
     )
     train, val = classes.open_splits(root)
-    assert sorted(label for _, label in val.samples) == list(range(6))
+    assert sorted(label for _, label in val.samples) == list(range(6, 12))
     whole = list(classes.training_batches(train, config, steps=3, start_step=0))
     torch.manual_seed(9)
     (images, targets), _ = classes.training_batches(train, config, steps=3, start_step=1)
@@ -231,7 +231,7 @@ def shard(path, files):
 def shards(tmp_path):
     """The same images in folders and in shards, two a split."""
     folders = generate(
-        tmp_path / "folders", train_images=12, val_images=12, image_size=(64, 64), classes=True
+        tmp_path / "folders", train_images=18, val_images=12, image_size=(64, 64), classes=True
     )
     for split in classes.open_splits(folders):
         files = [
@@ -272,7 +272,7 @@ def test_shards_evaluate_as_folders(done, shards, capsys):
         assert pretrain(done[0], *weights, *where, *sizes) == 0
         said.append(capsys.readouterr().out.splitlines()[0])
     assert said[0] == said[1]
-    assert "12 images of 6 classes" in said[0]
+    assert "12 images of 18 classes" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_shards_evaluate_as_folders(done, shards, capsys):
         ([("a.txt", b"0")], "an image must be there"),
         ([("a.jpg", b"x"), ("a.cls", b"dog")], "'dog' in a cls file must be the number"),
         ([("a.jpg", b"x"), ("a.cls", b"-1")], "'-1' in a cls file"),
-        ([("a.jpg", b"x"), ("a.cls", b"6")], "no such class in train: 6"),
+        ([("a.jpg", b"x"), ("a.cls", b"18")], "no such class in train: 18"),
         (None, "cannot read shard"),
     ],
 )
@@ -323,9 +323,9 @@ def test_wrong_input_is_one_line(words, said, tmp_path, capsys):
 
 def test_validation_of_other_classes_is_refused(tmp_path):
     root = generate(
-        tmp_path / "data", train_images=6, val_images=6, image_size=(64, 64), classes=True
+        tmp_path / "data", train_images=18, val_images=18, image_size=(64, 64), classes=True
     )
-    (root / "val" / "star").rename(root / "val" / "moon")
+    (root / "val" / "star-small").rename(root / "val" / "moon")
     with pytest.raises(InputError, match="moon"):
         classes.open_splits(root)
     shutil.rmtree(root / "val")
