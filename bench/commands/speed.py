@@ -132,6 +132,7 @@ def _shown(line: dict[str, Any]) -> dict[str, str]:
         "now (ms)": f"{1e3 * line['now_s']:.1f}",
         "speed-up": f"{line['speedup']:.2f} ({line['low']:.2f} to {line['high']:.2f})",
         **bound,
+        "linear layers alone (ms)": f"{1e3 * line['linear_s']:.1f}",
         "base (MB)": f"{line['base_bytes'] / 1e6:.0f}",
         "now (MB)": f"{line['now_bytes'] / 1e6:.0f}",
         "memory": f"{line['memory_ratio']:.2f}",

@@ -4,10 +4,10 @@ Absolute times depend on the machine and on what else it does. Here a process of
 for its turn, one call a round, every other round in reverse, and only ratios are reported, each
 with the interval of its median, and beside them how far the time now is from a bound: what the
 multiply-adds of the mechanism's formula, or the bytes that any implementation moves, take at the
-peaks measured in the same process before and after the case. The peak of products is that of one
-shape: other shapes may reach more, and fall below the bound. Before anything is timed, both get the
-same weights, input and incoming gradient and must give the same output and gradients; where they do
-not, no ratio is given.
+peaks measured in the same process before and after the case. The peak of products is that of one shape: other shapes may reach more, and fall below the
+bound, or less, as the linear layers do, whose time alone is given too. Before anything is timed,
+both get the same weights, input and incoming gradient and must give the same output and gradients;
+where they do not, no ratio is given.
 """
 
 import io
@@ -74,6 +74,7 @@ class Comparison:
             in the backward pass. What is made again is not in it; 0 for one without a formula.
         bytes_moved: input, output, parameters and their gradients, each as often as it must be
             read or written.
+        linear: seconds that the linear layers of "now" take alone.
     """
 
     case: Case
@@ -85,6 +86,7 @@ class Comparison:
     peaks: Mapping[str, float] = field(default_factory=dict)
     multiply_adds: int = 0
     bytes_moved: int = 0
+    linear: float = 0.0
 
     @property
     def bound(self) -> float | None:
@@ -119,6 +121,7 @@ class Comparison:
         found |= {f"{side}_s": statistics.median(taken) for side, taken in self.seconds.items()}
         found |= {"speedup": statistics.median(self.ratios), "low": low, "high": high}
         found |= {f"{side}_bytes": size for side, size in self.memory.items()}
+        found["linear_s"] = self.linear
         bound = self.bound
         if bound is not None:
             found |= {"bound_s": bound, "times_bound": found["now_s"] / bound}
@@ -254,6 +257,7 @@ def _compare(
         for side in order:
             taken[side].append(sides[side].ask("time"))
         order.reverse()
+    linear = sides["now"].ask("linear")
     peaks.append(sides["now"].ask("peaks"))
     multiply_adds, bytes_moved = least_work(case, batch_size)
     return Comparison(
@@ -265,6 +269,7 @@ def _compare(
         peaks={name: max(one[name] for one in peaks) for name in peaks[0]},
         multiply_adds=multiply_adds,
         bytes_moved=bytes_moved,
+        linear=linear,
     )
 
 

@@ -4,6 +4,7 @@ It is started in a folder that holds the `attentions` package of the commit to m
 this checkout's. Requests and answers are one line of JSON each, on standard input and output.
 """
 
+import functools
 import json
 import os
 import sys
@@ -68,6 +69,25 @@ class Case:
         self.call()
         return {"wall": time.perf_counter() - wall, "cores": time.process_time() - cores}
 
+    def linear(self) -> float:
+        """Seconds that the linear layers take, each alone on what the call gives it."""
+        given: list[tuple[nn.Module, Tensor]] = []
+        layers = [part for part in self.module.modules() if isinstance(part, nn.Linear)]
+        hooks = [
+            layer.register_forward_hook(lambda layer, args, _: given.append((layer, args[0])))
+            for layer in layers
+        ]
+        self.call()
+        for hook in hooks:
+            hook.remove()
+        return sum(_least(functools.partial(self._alone, *one)) for one in given)
+
+    def _alone(self, layer: nn.Module, x: Tensor) -> None:
+        with torch.set_grad_enabled(self.training):
+            y = layer(x.detach().requires_grad_(self.training))
+            if self.training:
+                y.backward(y.detach())
+
     def peak(self) -> int:
         """Bytes at the peak of a call above what was there before it."""
         self.x.grad = None
@@ -81,18 +101,20 @@ def peaks() -> dict[str, float]:
     matrix, source = torch.randn(_SIDE, _SIDE), torch.ones(_COPIED // 4)
     product, target = torch.empty_like(matrix), torch.empty_like(source)
 
-    def least(call: Callable[[], object]) -> float:
-        taken = []
-        for _ in range(_PEAK_REPEATS):
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
-        return min(taken)
-
     return {
-        "multiply_adds_per_s": _SIDE**3 / least(lambda: torch.mm(matrix, matrix, out=product)),
-        "bytes_per_s": 2 * _COPIED / least(lambda: target.copy_(source)),
+        "multiply_adds_per_s": _SIDE**3 / _least(lambda: torch.mm(matrix, matrix, out=product)),
+        "bytes_per_s": 2 * _COPIED / _least(lambda: target.copy_(source)),
     }
+
+
+def _least(call: Callable[[], object]) -> float:
+    """Seconds of the fastest of some calls."""
+    taken = []
+    for _ in range(_PEAK_REPEATS):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return min(taken)
 
 
 def _answer(request: dict[str, Any], case: Case | None) -> tuple[Any, Case | None]:
@@ -118,6 +140,9 @@ def _answer(request: dict[str, Any], case: Case | None) -> tuple[Any, Case | Non
             return case.timed(), case
         case "peaks":
             return peaks(), case
+        case "linear":
+            assert case is not None
+            return case.linear(), case
         case "peak":
             assert case is not None
             return case.peak(), case
