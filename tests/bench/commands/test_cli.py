@@ -94,7 +94,7 @@ def test_types_of_arguments():
         (cli.count, "1.5"),
         (cli.repeats, "1"),
         (cli.seed, str(2**63)),
-        (cli.grid, "5"),
+        *((cli.grid, text) for text in ("5", "0x5", "axb", "5x5x5")),
         (cli.one_name, "all"),
         (cli.modes, "train,infer"),
         (cli.memory_budget, "24XB"),
@@ -147,13 +147,35 @@ WRONG = {
     "profile --attention longfromer": "attention 'longfromer' (did you mean 'longformer'?)",
     "profile --backbone smal": "backbone 'smal' (did you mean 'small'?)",
     "profile train.stpes=3": "'train.stpes' (did you mean 'train.steps'?)",
+    "profile --what speed": "allowed: parameters, flops, memory, latency",
+    "profile --mode trainig": "unknown value 'trainig' (did you mean 'training'?)",
+    "profile --device tpu": "device='tpu' is none of auto, cpu, cuda",
+    "profile --format xml": "allowed: table, json, csv, markdown",
+    "sweep --attention preformer": "attention 'preformer' (did you mean 'performer'?)",
+    "sweep --backbone hug": "unknown backbone 'hug'",
+    "sweep --scope backbon": "did you mean 'backbone'?",
+    "sweep --precision fp8": "--precision: unknown value 'fp8'",
+    "sweep --device tpu": "device='tpu' is none of auto, cpu, cuda",
     "sweep --batch-sizes 1,x": "--batch-sizes: 'x' is not a whole number of 1 or more",
     "sweep --what parameters": "allowed: flops, memory, latency",
+    "audit --attention longformr": "did you mean 'longformer'?",
+    "audit --image-size 64x64 --attention VIL": "did you mean 'ViL'?",
+    "audit --image-size 64x64 --backbone smal": "did you mean 'small'?",
+    "audit --grid 4x4 --published": "--grid is for mechanisms alone",
+    "audit --published --attention ViL": "leave --attention out",
+    "audit --sizes val2018": "did you mean 'val2017'?",
     "convert --source a": "the following arguments are required: --output",
     "data speed --workers 1,-2": "'-2' is not a whole number of 0 or more",
     "check longfromer": "'longfromer' (did you mean 'longformer'?)",
     "check ViL --option windw=3": "--option windw: longformer has no such option (did you mean",
     "check ViL --option window": "--option 'window' is not of the form key=value",
+    "check ViL --option window=[1": "cannot read '--option window=[1'",
+    "check ViL --option window=0": "--option window=0: window 0 is not positive",
+    "check ViL --option window=wide": "--option window=wide",
+    "check ViL --option dim=3": "no such option",
+    "check nowhere.py:Mine": "no such file: nowhere.py",
+    "check ViL --grid 1x8": "--grid 1x8: both sides must be 2 or more",
+    "check ViL --format yaml": "allowed: table, json",
     "check ViL --dim 7": "--dim 7 must be a multiple of --num-heads 3",
     "report /nowhere": "/nowhere is not a folder",
     "profile --output=": "error: --output is empty; give it a value or leave it out",
@@ -161,7 +183,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("words", WRONG)
-def test_a_mistake_of_the_user_is_one_line_and_exit_code_2(words, capsys):
+def test_a_mistake_of_the_user_is_one_line_and_exit_code_2(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert cli.main(words.split()) == 2
     captured = capsys.readouterr()
     assert WRONG[words] in captured.err
@@ -169,6 +192,7 @@ def test_a_mistake_of_the_user_is_one_line_and_exit_code_2(words, capsys):
     assert captured.err.count("\n") == 1
     prog = captured.err.partition(": error: ")[0]
     assert f"python -m bench {words}".startswith(prog)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [InputError("size 0 is not positive"), KeyboardInterrupt()])
@@ -209,16 +233,8 @@ def test_an_output_that_cannot_be_written_is_said_before_anything_is_measured(
 
 
 def test_a_notebooks_backend_of_plots_does_no_harm():
-    words = [
-        "profile",
-        "--attention",
-        "full",
-        "--backbone",
-        "quick",
-        "--what",
-        "parameters",
-        "--no-parts",
-    ]
+    words = ["profile", "--attention", "full", "--backbone", "quick", "--what", "parameters",
+             "--no-parts"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "bench", *words],
         env=os.environ | {"MPLBACKEND": "module://not_there"},

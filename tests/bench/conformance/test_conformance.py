@@ -165,29 +165,3 @@ def test_options_of_the_command_are_values_and_not_text(capsys):
     assert cli.main([*command, "window=2", "share_weights=false"]) == 0
     (report,) = json.loads(capsys.readouterr().out)
     assert report["options"] == [{"window": 2, "share_weights": False}]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["longfromer"], "unknown attention 'longfromer' (did you mean 'longformer'?)"),
-        (["nowhere.py:Mine"], "no such file: nowhere.py"),
-        (["no_such_module:Mine"], "no_such_module"),
-        ([f"{BROKEN}:Absent"], "has no torch module class 'Absent'"),
-        (["longformer", "--option", "windw=3"], "did you mean 'window'"),
-        (["longformer", "--option", "window"], "'window' is not of the form key=value"),
-        (["longformer", "--option", "window=[1"], "'--option window=[1'"),
-        (["longformer", "--option", "window=0"], "--option window=0: window 0 is not positive"),
-        (["longformer", "--option", "window=wide"], "--option window=wide"),
-        (["longformer", "--option", "dim=3"], "no such option"),
-        (["longformer", "--dim", "10"], "--dim 10 must be a multiple of --num-heads 3"),
-        (["longformer", "--grid", "1x8"], "--grid 1x8: both sides must be 2 or more"),
-        (["longformer", "--format", "yaml"], "allowed: table, json"),
-    ],
-)
-def test_wrong_input_is_one_line_and_exit_code_2(arguments, said, capsys):
-    assert cli.main(["check", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert said in captured.err
-    assert len(captured.err.strip().splitlines()) == 1
-    assert captured.out == ""

@@ -274,28 +274,6 @@ def test_a_mechanism_that_does_not_take_the_grid_says_so(capsys):
     assert "smaller than the reduction" in out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--attention", "longformr"], "did you mean 'longformer'"),
-        (["--image-size", "64x64", "--attention", "VIL"], "did you mean 'ViL'"),
-        (["--image-size", "64x64", "--backbone", "smal"], "did you mean 'small'"),
-        (["--format", "tabel"], "did you mean 'table'"),
-        (["--method", "mask"], "did you mean 'mask_rcnn'"),
-        (["--grid", "1x1", "--attention", f"{__file__}:Nothing"], "no torch module class"),
-        (["--grid", "4x4", "--published"], "--grid is for mechanisms alone"),
-        (["--published", "--attention", "ViL"], "leave --attention out"),
-        (["--sizes", "val2018"], "did you mean 'val2017'"),
-    ],
-)
-def test_bad_input(arguments, message, capsys):
-    assert cli.main(["audit", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert len(captured.err.splitlines()) == 1
-    assert captured.out == ""
-
-
 def test_a_mechanism_that_takes_no_grid_at_all_is_bad_input(capsys):
     place = f"{__file__}:OnlyLarge"
     assert cli.main(["audit", "--attention", place, "--grid", "4x5"]) == 2
@@ -307,12 +285,6 @@ class OnlyLarge(Silent):
 
     def forward(self, x, grid):
         raise ValueError(f"grid {grid} is too small: it needs a larger grid")
-
-
-@pytest.mark.parametrize("text", ["0x5", "5", "axb", "5x0", "5x5x5"])
-def test_a_grid_that_is_none(text, capsys):
-    assert cli.main(["audit", "--grid", text]) == 2
-    assert "is not a grid; allowed: ROWSxCOLUMNS" in capsys.readouterr().err
 
 
 def test_a_module_that_is_no_mechanism():

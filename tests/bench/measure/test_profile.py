@@ -214,32 +214,6 @@ def test_the_command_prints_every_form(form, capsys):
     assert "ViL" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--attention", "longfromer"], "did you mean 'longformer'"),
-        (["--backbone", "smal"], "did you mean 'small'"),
-        (["--method", "retina"], "did you mean 'retinanet'"),
-        (["--what", "speed"], "allowed: parameters, flops, memory, latency"),
-        (["--mode", "trainig"], "did you mean 'training'"),
-        (["--amp", "--precision", "32-true"], "--precision: not allowed with argument --amp"),
-        (["--device", "tpu"], "none of auto, cpu, cuda"),
-        (["--format", "xml"], "allowed: table, json, csv, markdown"),
-        (["train.stepz=3"], "train.steps"),
-    ],
-)
-def test_mistakes_are_one_line(arguments, message, capsys):
-    assert cli.main(["profile", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-
-
-def test_a_size_that_is_not_positive_is_named(capsys):
-    assert cli.main(["profile", "--image-size", "0x32"]) == 2
-    assert "'0x32'" in capsys.readouterr().err
-
-
 def test_the_largest_batch_within_a_budget(capsys):
     fit = ["--memory-budget", "400MB", "--fit", "batch-size", "--mode", "inference"]
     assert command("--attention", "ViL", *fit, "--format", "json") == 0

@@ -362,29 +362,6 @@ def test_no_image_sizes(text):
         image_sizes(text)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--attention", "preformer"], "did you mean 'performer'?"),
-        (["--backbone", "hug"], "unknown backbone 'hug'"),
-        (["--scope", "backbon"], "did you mean 'backbone'?"),
-        (["--mode", "inferense"], "did you mean 'inference'?"),
-        (["--what", "flop"], "did you mean 'flops'?"),
-        (["--format", "xml"], "allowed: table, json, csv, markdown"),
-        (["--precision", "fp8"], "--precision: unknown value 'fp8'"),
-        (["--repeats", "1"], "--repeats: '1' is not a whole number of 2 or more"),
-        (["--device", "tpu"], "device='tpu' is none of auto, cpu"),
-    ],
-)
-def test_wrong_options_are_one_line(options, said, capsys, tmp_path):
-    output = ["--output", str(tmp_path)]
-    assert main(["sweep", "--image-sizes", "64", *output, *options]) == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_command_writes_points_and_page_and_prints_tables(tmp_path, capsys):
     arguments = ["sweep", "--attention", "full,ViL", "--image-sizes", "64,128,256"]
     arguments += ["--backbone", "quick", "--what", "flops", "--output", str(tmp_path)]
