@@ -30,6 +30,7 @@ from bench.run.identity import identify
 from bench.run.train import _Training
 from bench.system.progress import SuiteProgress
 from report import load, tables
+from tests.bench.system.test_locks import holder
 
 ROOT = Path(__file__).parents[1]
 # As many threads as the tests' own process has: with another number, sums round differently.
@@ -48,6 +49,13 @@ TIMED = [word for word in REPORTED if word != "--no-latency"]
 def records(output: Path) -> dict[str, dict]:
     found = [json.loads(path.read_text()) for path in (output / "records").glob("*.json")]
     return {entry["row"]: entry for entry in found}
+
+
+def done_record(output: Path) -> dict:
+    """The record of the one run that succeeded, beside those of its failures."""
+    found = [json.loads(path.read_text()) for path in (output / "records").glob("*.json")]
+    (entry,) = (entry for entry in found if entry["status"] == "done")
+    return entry
 
 
 def settled(entry: dict) -> dict:
@@ -97,10 +105,14 @@ def test_the_latency_of_all_rows_comes_from_one_pass_after_the_last(
     for entry in load.load(finished):
         for mode in ("inference", "training"):
             assert len(entry.latency[mode]["samples"]) >= 2
-    # The same command measures nothing again.
+    # The same command runs and measures nothing again.
+    before = {path: path.stat().st_mtime_ns for path in (finished / "records").iterdir()}
     assert run_all.main(["--rows", "ViL,linformer", "--output", str(finished), *TIMED]) == 0
     assert list((finished / "latency").iterdir()) == [path]
-    assert "measuring" not in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (finished / "records").iterdir()}
+    out = capsys.readouterr().out
+    assert "0 of 2 rows to run" in out
+    assert "measuring" not in out
 
 
 def test_every_row_has_its_logs(finished: Path) -> None:
@@ -264,15 +276,6 @@ def test_a_full_disk_at_the_weights_loses_neither_record_nor_weights(
     assert list(tmp_path.glob("checkpoints/vil-*/step-00000004-*.pt"))
 
 
-def test_the_same_command_again_runs_nothing(
-    finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = {path: path.stat().st_mtime_ns for path in (finished / "records").iterdir()}
-    assert run_all.main(["--rows", "ViL,linformer", "--output", str(finished), *TINY]) == 0
-    assert "0 of 2 rows to run" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in (finished / "records").iterdir()}
-
-
 # A limit for hangs alone: processes start slowly on a busy machine.
 @pytest.mark.timeout(1800)
 def test_costs_at_full_size_are_counted_once_and_lead_the_page(
@@ -416,6 +419,10 @@ def test_probes_are_a_suite_and_a_section_of_a_page(
         (["--suite", "probes", "--data", "nowhere"], "--data says nothing to suite probes"),
         (["--suite", "probes", "seedz=1"], "did you mean 'seeds'"),
         (["train.no_decay=[norm]", "--rows", "ViL", *TINY], "did you mean 'norms'"),
+        (["--suite", "ablation"], "`python -m bench data coco --root DIR` downloads it"),
+        (["--seeds", "0"], "not a whole number of 1 or more"),
+        (["--seeds", "2", "--search", "seed=0,1"], "--seeds 2 both say which seeds"),
+        (["--seed", "2", "--search", "seed=0,1"], "--seed 2 both say which seeds"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(
@@ -423,7 +430,9 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     said: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
     assert run_all.main([*arguments, "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert said in error
@@ -487,16 +496,6 @@ def test_a_full_disk_is_one_line_and_in_the_record(
     assert records(tmp_path)["ViL"]["error"]["kind"] == "input"
 
 
-def test_help_explains_the_options() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run_all.py"), "--help"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0
-    for option in ("--suite", "--data", "--output", "--device", "--seed", "--rows", "key=value"):
-        assert option in done.stdout
-
-
 def test_it_starts_in_a_notebooks_environment_and_without_unix_modules() -> None:
     """With a backend of matplotlib that is not there, an ASCII terminal, a user without a name."""
     code = (
@@ -513,6 +512,8 @@ def test_it_starts_in_a_notebooks_environment_and_without_unix_modules() -> None
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "KEY=VALUE,?" in done.stdout
+    for option in ("--suite", "--data", "--output", "--device", "--seed", "--rows", "key=value"):
+        assert option in done.stdout
 
 
 def start(*arguments: str, output: Path) -> subprocess.Popen[str]:
@@ -559,9 +560,7 @@ def test_told_to_stop_it_finishes_the_record_and_the_same_command_continues(
     again = start(*arguments, output=tmp_path)
     _, error = again.communicate(timeout=240)
     assert again.returncode == 0, error
-    done = [json.loads(path.read_text()) for path in (tmp_path / "records").glob("*.json")]
-    (entry,) = (entry for entry in done if entry["status"] == "done")
-    assert entry["training"]["resumed"] == 1
+    assert done_record(tmp_path)["training"]["resumed"] == 1
     assert steps_done(tmp_path, "vil") == 25
 
 
@@ -603,8 +602,7 @@ def test_interrupted_after_its_training_it_is_not_trained_again(
     assert entry["training"]["steps"] == 4
     monkeypatch.setattr(_Training, "step", train)
     assert run_all.main(arguments) == 0
-    (path,) = (p for p in (tmp_path / "records").iterdir() if "failed" not in p.name)
-    done = json.loads(path.read_text())
+    done = done_record(tmp_path)
     assert settled(done) == settled(records(finished)["ViL"])
     assert done["training"]["resumed"] == 0
     assert steps_done(tmp_path, "vil") == 4
@@ -644,16 +642,7 @@ def test_a_row_that_lost_a_data_worker_is_taken_up_again(
     assert records(tmp_path)["ViL"]["error"]["kind"] == "data_worker"
     assert run_all.main(arguments) == 0
     assert "1 of 1 rows to run" in capsys.readouterr().out
-    done = [json.loads(path.read_text()) for path in (tmp_path / "records").glob("*.json")]
-    (entry,) = (entry for entry in done if entry["status"] == "done")
-    assert entry["training"]["resumed"] == 1
-
-
-HOLD = (
-    "import pathlib, sys, time; from bench.system import locks\n"
-    "with locks.locked(pathlib.Path(sys.argv[1])):\n"
-    "    print('held', flush=True); time.sleep(600)\n"
-)
+    assert done_record(tmp_path)["training"]["resumed"] == 1
 
 
 def test_a_row_that_another_command_runs_is_left_to_it(
@@ -666,26 +655,20 @@ def test_a_row_that_another_command_runs_is_left_to_it(
         value for value in arguments if "=" in value
     ]).runs[0]  # fmt: skip
     lock = tmp_path / "locks" / f"{identify(config).stem}.lock"
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(lock)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    who = f"process {process.pid} on "
-    for launcher in (["--launcher", "local"], []):
-        assert run_all.main([*arguments, *launcher]) == 2
-        error = capsys.readouterr().err
-        assert f"row ViL is being run in {tmp_path} by {who}" in error
-        assert error.count("\n") == 1
-    assert not (tmp_path / "records").exists()
-    # One that begins when this command has begun: the other rows go on.
-    with monkeypatch.context() as meddled:
-        meddled.setattr(suite, "check_free", lambda *_: None)
-        assert run_all.main(arguments) == 1
-    assert f"ViL: being run by {who}" in capsys.readouterr().out
+    with holder(lock) as process:
+        who = f"process {process.pid} on "
+        for launcher in (["--launcher", "local"], []):
+            assert run_all.main([*arguments, *launcher]) == 2
+            error = capsys.readouterr().err
+            assert f"row ViL is being run in {tmp_path} by {who}" in error
+            assert error.count("\n") == 1
+        assert not (tmp_path / "records").exists()
+        # One that begins when this command has begun: the other rows go on.
+        with monkeypatch.context() as meddled:
+            meddled.setattr(suite, "check_free", lambda *_: None)
+            assert run_all.main(arguments) == 1
+        assert f"ViL: being run by {who}" in capsys.readouterr().out
     assert set(records(tmp_path)) == {"linformer"}
-    process.kill()
-    process.communicate()
     assert run_all.main(arguments) == 0
     assert set(records(tmp_path)) == {"ViL", "linformer"}
 
@@ -817,23 +800,6 @@ def test_seeds_of_a_row_are_runs_of_their_own_and_one_row_of_the_report(
     assert "ViL (seed 4) has its record" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        (["--seeds", "0"], "not a whole number of 1 or more"),
-        (["--seeds", "2", "--search", "seed=0,1"], "--seeds 2 both say which seeds"),
-        (["--seed", "2", "--search", "seed=0,1"], "--seed 2 both say which seeds"),
-    ],
-)
-def test_seeds_given_twice_or_wrong_are_one_line(
-    given: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_all.main([*given, "--dry-run"]) == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1
-
-
 def test_a_run_starts_from_a_classifier(tmp_path: Path) -> None:
     config = load_suite("quick", rows=["ViL"]).runs[0]
     vil = models.build_backbone(config)
@@ -931,15 +897,6 @@ def test_a_row_of_a_launcher_gets_the_schedule_and_method() -> None:
     assert arguments[arguments.index("--method") + 1] == "retinanet"
 
 
-def test_a_suite_without_the_data_it_needs_says_where_to_get_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
-    assert run_all.main(["--suite", "ablation", "--output", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert "suite ablation needs COCO 2017" in error
-    assert "bench data coco" in error
-    assert error.count("\n") == 1
-
-
 def test_other_settings_of_evaluation_or_workers_train_nothing_again(
     finished: Path,
     tmp_path: Path,
@@ -981,9 +938,7 @@ def test_a_stopped_run_goes_on_with_other_workers(
         meddled.setattr(SuiteProgress, "update", interrupt)
         assert run_all.main(arguments) == 130
     assert run_all.main([*arguments, "data.workers=1", "evaluate.batch_size=1"]) == 0
-    done = [json.loads(path.read_text()) for path in (tmp_path / "records").glob("*.json")]
-    (entry,) = (entry for entry in done if entry["status"] == "done")
-    assert entry["training"]["resumed"] == 1
+    assert done_record(tmp_path)["training"]["resumed"] == 1
 
 
 def test_records_of_e514c85_are_settled_and_reported(

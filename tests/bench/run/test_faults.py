@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from bench.config.schema import DataConfig, RunConfig, TrainConfig
 from bench.data.coco import CocoDataset
 from bench.data.generated import generate
-from bench.data.loader import DataWorkerError
 from bench.errors import InputError
 from bench.run.checkpoints import Checkpoints
 from bench.run.train import DivergedError, TrainingLog, train
@@ -338,23 +337,6 @@ def test_on_a_full_disk_the_checkpoints_before_stay(
     resumed, undisturbed = Meddled(), Meddled()
     assert run(dataset, tmp_path, resumed).resumed == 1
     run(dataset, tmp_path / "undisturbed", undisturbed)
-    assert same(weights(resumed), weights(undisturbed))
-
-
-def test_a_killed_data_worker_is_one_clear_error_and_costs_one_step(
-    dataset: CocoDataset, tmp_path: Path
-) -> None:
-    def kill_a_worker(step: int, _: float) -> None:
-        if step == 3:
-            for worker in torch.multiprocessing.active_children():
-                os.kill(worker.pid or 0, signal.SIGKILL)
-                worker.join()
-
-    with pytest.raises(DataWorkerError, match=r"a process that reads data died.*data\.workers"):
-        run(dataset, tmp_path, Meddled(), workers=1, steps=40, progress=kill_a_worker)
-    resumed, undisturbed = Meddled(), Meddled()
-    assert run(dataset, tmp_path, resumed, workers=1, steps=40).resumed == 1
-    run(dataset, tmp_path / "undisturbed", undisturbed, steps=40)
     assert same(weights(resumed), weights(undisturbed))
 
 
