@@ -148,23 +148,6 @@ def test_rows_on_other_images_are_not_compared(record: Record, why: str) -> None
     assert shown.loc["global", "why not compared"] == MISSING
 
 
-def test_libraries_are_never_compared() -> None:
-    other = {"model": {"library": "detectron2"}}
-    records = [
-        evaluated("ViL", common()),
-        evaluated("full", common(), 1),
-        evaluated("ViL", common(), 2, **other),
-        evaluated("full", common(5), 3, **other),
-    ]
-    first, second = confidence.differences(records)
-    assert first.title.endswith(", torchvision")
-    assert second.title.endswith(", detectron2")
-    assert first.name != second.name
-    assert first.raw["box_verdict"].tolist() == [confidence.SAME]
-    assert second.raw["box_verdict"].tolist() == ["better"]
-    assert [len(table.raw) for table in confidence.intervals(records)] == [2, 2]
-
-
 def test_a_detector_without_masks_has_no_columns_for_them() -> None:
     nothing = {"mask": None, "mask_interval": None}
     records = []

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -361,18 +360,6 @@ def test_without_data_both_ways_to_name_it_are_said(capsys, saved, monkeypatch):
     assert code == 2
     assert "--data" in err
     assert "DETECTRON2_DATASETS" in err
-
-
-def test_pickled_code_is_not_run(capsys, data, tmp_path):
-    class Code:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "run",)
-
-    torch.save({"model": Code()}, tmp_path / "model.pth")
-    code, _, err = run(capsys, "--weights", tmp_path / "model.pth", "--data", data)
-    assert code == 2
-    assert "never loaded" in err
-    assert not (tmp_path / "run").exists()
 
 
 def test_an_output_that_cannot_be_written_is_one_line(capsys, saved, data, tmp_path):

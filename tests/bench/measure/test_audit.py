@@ -9,7 +9,6 @@ from torch import nn
 
 import attentions
 from bench import cli
-from bench.errors import InputError
 from bench.measure import audit, flops
 
 FUSED = ("full", "global", "linformer", "longformer", "srformer", "swin")
@@ -195,6 +194,8 @@ class Products(nn.Module):
         (lambda x: torch.addmv(x[0, 0, :, 0], x[0, 0], x[0, 0, 0]), 4 * 5),
         (lambda x: torch.dot(x[0, 0, 0], x[0, 0, 1]), 5),
         (lambda x: F.conv2d(x, x.new_ones(7, 3, 2, 2)), 2 * 3 * 4 * 7 * 3 * 4),
+        (lambda x: F.conv2d(x, x.new_ones(6, 1, 2, 2), groups=3), 2 * 3 * 4 * 6 * 4),
+        (lambda x: F.linear(x, x.new_ones(7, 5), x.new_ones(7)), 6 * 4 * 5 * 7),
         (lambda x: x.cfloat() @ x.cfloat().mT, 4 * 6 * 4 * 4 * 5),
         (lambda x: torch.einsum("bhnm,bhkm->bhnk", x.cfloat(), x.cfloat()), 4 * 6 * 4 * 4 * 5),
         (lambda x: F.layer_norm(x, (5,)), 0),
@@ -285,8 +286,3 @@ class OnlyLarge(Silent):
 
     def forward(self, x, grid):
         raise ValueError(f"grid {grid} is too small: it needs a larger grid")
-
-
-def test_a_module_that_is_no_mechanism():
-    with pytest.raises(InputError, match="cannot count Linear"):
-        audit.audit(nn.Linear(3, 3), (4, 5))

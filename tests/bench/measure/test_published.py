@@ -97,10 +97,6 @@ def test_records_hold_both_conventions():
     assert flops_section(tiny("swin"), config)[0]["published"] is None
 
 
-def test_a_mechanism_without_a_published_formula_has_no_section():
-    assert published.section(tiny("swin"), image_size=(128, 96), proposals=10) is None
-
-
 def test_command(capsys, tmp_path):
     assert cli.main(["audit", "--published", "--output", str(tmp_path)]) == 0
     out = capsys.readouterr().out

@@ -1,4 +1,3 @@
-import copy
 import gzip
 import json
 import re
@@ -255,13 +254,6 @@ def test_any_mix_of_mechanisms_over_the_stages(arch, mix, globals_):
     assert {name for name, _ in vil.named_parameters() if not name.startswith(outside)} == reached
 
 
-def test_blocks_know_their_place_in_the_stage():
-    arch = ABSOLUTE.replace("n2", "n5").replace("f3", "f5")
-    vil = ViL(arch, attention=["swin", "longformer", "swin", "swin"], image_size=96)
-    shifts = [getattr(place.module, "shift", None) for place in vil.attention_places()]
-    assert shifts == [0, None, 0, 2, 0, 2, 0, 0]
-
-
 def test_f_sets_the_parameter_of_each_mechanism():
     arch = ABSOLUTE.replace("f3", "f2")
     parameters = {"longformer": "window", "performer": "num_features", "srformer": "reduction"}
@@ -358,20 +350,6 @@ def test_wrong_arguments_are_named():
         ViL("l1")
 
 
-@pytest.mark.parametrize("attention", ["longformer", "full", "srformer", "performer"])
-def test_gradients_reach_every_parameter(attention):
-    # f1: a reduction that leaves more than one token in the last stage.
-    vil = ViL(ABSOLUTE.replace("f3", "f1"), attention=attention, image_size=96, num_classes=3)
-    image = images(64, 96).requires_grad_()
-    maps = vil(image)
-    weights = {name: torch.randn_like(value) for name, value in maps.items()}
-    loss = sum((maps[name] * weights[name]).sum() for name in maps)
-    (loss + (vil.classify(image) * torch.tensor([1.0, 2.0, 3.0])).sum()).backward()
-    for name, value in [("image", image), *vil.named_parameters()]:
-        # The table of global positions of a stage without global tokens is empty.
-        assert value.numel() == 0 or value.grad.abs().max() > 0, name
-
-
 def test_initial_weights():
     vil = ViL(ABSOLUTE, image_size=960)
     for name, value in vil.named_parameters():
@@ -381,32 +359,3 @@ def test_initial_weights():
             assert (value == 0).all(), name
     for name in ("layer1.0.x_pos_embed", "layer3.3.attn.kv.weight", "layer4.2.mlp.fc1.weight"):
         assert vil.get_parameter(name).detach().std() == pytest.approx(0.02, rel=0.1), name
-
-
-def test_a_copy_is_independent():
-    vil = ViL(ABSOLUTE, attention="performer", image_size=32, redraw_interval=1)
-    other = copy.deepcopy(vil)
-    before = {key: value.clone() for key, value in vil.state_dict().items()}
-    other.start_training_step(1)
-    other(images(32, 32))
-    assert int(other.calls_since_last_redraw) == 2
-    for key, value in vil.state_dict().items():
-        assert torch.equal(value, before[key]), key
-
-
-def test_autocast():
-    vil = ViL(ABSOLUTE, image_size=96).eval()
-    image = images(64, 96)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        maps = vil(image)
-    with torch.no_grad():
-        for name, value in vil(image).items():
-            assert (maps[name] - value).abs().max() < 0.05 * value.abs().max(), name
-
-
-def test_meta_device():
-    with torch.device("meta"):
-        vil = ViL(ABSOLUTE, attention="performer", image_size=1333)
-        maps = vil(torch.zeros(1, 3, 800, 1333))
-    assert maps["layer4"].is_meta
-    assert maps["layer4"].shape == (1, 32, 25, 42)
