@@ -7,18 +7,15 @@ from typing import Self
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 
 _LINE_EVERY = 15.0
-_MEGA = 1e6
 
 
 class _Display:
@@ -84,9 +81,7 @@ class Bar(_Display):
     Args:
         what: the job, in few words.
         total: units in all.
-        done: of which these are done.
         unit: after the numbers.
-        in_bytes: whether it counts bytes, to be shown as MB.
         console: a live bar if it is a terminal.
         clock: seconds from any start.
     """
@@ -96,25 +91,19 @@ class Bar(_Display):
         what: str,
         total: int,
         *,
-        done: int = 0,
         unit: str = "",
-        in_bytes: bool = False,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        counts = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
         super().__init__(
-            *counts,
+            MofNCompleteColumn(),
             console=console or Console(stderr=True),
             clock=clock,
             window=60,
             transient=True,
         )
-        self._what, self._total = what, total
-        self._done = self._first = done
-        self._size = _MEGA if in_bytes else 1
-        self._unit = " MB" if in_bytes else unit
-        self._task = self._live.add_task(what, total=total, completed=done)
+        self._what, self._total, self._unit, self._done = what, total, unit, 0
+        self._task = self._live.add_task(what, total=total)
 
     def advance(self, count: int) -> None:
         """So many more are done."""
@@ -129,9 +118,8 @@ class Bar(_Display):
         self._live.update(self._task, completed=done, description=what)
         if not self._is_due():
             return
-        left = self._left(self._start, done - self._first, self._total - self._first)
-        shown = f"{done / self._size:.0f} of {self._total / self._size:.0f}{self._unit}"
-        self._say(f"{what}: {shown}, left {left}")
+        left = self._left(self._start, done, self._total)
+        self._say(f"{what}: {done} of {self._total}{self._unit}, left {left}")
 
 
 class SuiteProgress(_Display):
