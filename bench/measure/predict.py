@@ -18,10 +18,9 @@ every storage is rounded up to the allocator's 512 bytes.
 import bisect
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -45,10 +44,6 @@ PRECISIONS: Mapping[str, torch.dtype | None] = {
     "32-true": None,
     "16-mixed": torch.float16,
     "bf16-mixed": torch.bfloat16,
-}
-OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": partial(torch.optim.AdamW, lr=1e-4),
-    "sgd": partial(torch.optim.SGD, lr=1e-4, momentum=0.9),
 }
 VARY = ("image_size", "batch_size")
 
@@ -126,7 +121,6 @@ def predict(
     mode: str = "inference",
     precision: str = "32-true",
     device: str = "cpu",
-    optimizer: str = "adamw",
     grid: tuple[int, int] | None = None,
     proposals: int | None = None,
     detections: int | None = None,
@@ -147,7 +141,6 @@ def predict(
         mode: one of MODES.
         precision: one of PRECISIONS.
         device: where it would run, "cpu" or "cuda"; it need not be there.
-        optimizer: one of OPTIMIZERS.
         grid: (rows, columns) for an attention module; by default that of stage 1, `image_size` / 4.
         proposals, detections: RoIs an image in the box and mask heads when evaluating; by default
             the most that the detector is configured for.
@@ -162,7 +155,6 @@ def predict(
     choose(mode, MODES, "mode")
     choose(precision, tuple(PRECISIONS), "precision")
     choose(device, DEVICES, "device")
-    choose(optimizer, tuple(OPTIMIZERS), "optimizer")
     if device == "cpu" and precision == "16-mixed":
         raise InputError("precision 16-mixed needs device cuda; the CPU takes 32-true, bf16-mixed")
     _check_positive(image_size=min(image_size), batch_size=batch_size, targets=targets, rois=rois)
@@ -182,7 +174,6 @@ def predict(
         mode=mode,
         dtype=PRECISIONS[precision],
         device=device,
-        optimizer=optimizer,
         grid=grid,
         counts=counts,
     )
@@ -218,7 +209,6 @@ class _Case:
     mode: str
     dtype: torch.dtype | None
     device: str
-    optimizer: str
     grid: tuple[int, int] | None
     counts: Counts
 
@@ -230,11 +220,6 @@ class _Case:
     def all_at_once(self) -> bool:
         """Whether the optimizer takes all parameters at once, as torch does by itself on a GPU."""
         return self.device == "cuda"
-
-    def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        # A mechanism may have no parameters, an optimizer's only group too.
-        groups = [{"params": list(parameters)}]
-        return OPTIMIZERS[self.optimizer](groups, foreach=self.all_at_once)
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.dtype is None:
@@ -424,7 +409,8 @@ def _train(call: Callable[[], Any], leaves: list[Tensor], case: _Case, ledger: _
         leaves: parameters, and inputs with a gradient.
     """
     parameters = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
-    optimizer = case.make_optimizer(parameters)
+    # A mechanism may have no parameters, an optimizer's only group too.
+    optimizer = torch.optim.AdamW([{"params": parameters}], foreach=case.all_at_once)
     ledger.restart()
     with case.autocast():
         outputs = [leaf for leaf in tree_leaves(call()) if isinstance(leaf, Tensor)]
@@ -534,10 +520,7 @@ def fit(
     mode: str = "training",
     precision: str = "32-true",
     device: str = "cpu",
-    optimizer: str = "adamw",
     proposals: int | None = None,
-    detections: int | None = None,
-    targets: int = Counts.targets,
 ) -> Fit:
     """Find the largest square image (its side a multiple of 32) or batch that fits a budget.
 
@@ -548,7 +531,7 @@ def fit(
         limit: the largest side or batch that is tried; 8192 pixels or 4096 images by default.
         image_size: where the batch is varied.
         batch_size: where the image is varied.
-        mode, precision, device, optimizer, proposals, detections, targets: as `predict` has them.
+        mode, precision, device, proposals: as `predict` has them.
 
     Raises:
         InputError: where not even the smallest size fits; naming what it needs.
@@ -565,10 +548,7 @@ def fit(
             mode=mode,
             precision=precision,
             device=device,
-            optimizer=optimizer,
             proposals=proposals,
-            detections=detections,
-            targets=targets,
         )
 
     unit, start, last = (_SIDE, _FIRST_SIDE // _SIDE, 8192 // _SIDE) if sides else (1, 1, 4096)

@@ -331,21 +331,12 @@ def test_mixed_precision_on_a_gpu():
     assert half.total % 512 == 0
 
 
-def test_momentum_is_one_state_less():
-    with_adam, with_sgd = (
-        predict(vil(arch=LITTLE), image_size=(64, 96), mode="training", optimizer=name)
-        for name in ("adamw", "sgd")
-    )
-    assert with_sgd.optimizer_state == pytest.approx(with_adam.optimizer_state / 2, rel=0.02)
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"mode": "train"}, "unknown mode 'train'"),
         ({"precision": "fp16"}, "unknown precision 'fp16'"),
         ({"device": "tpu"}, "unknown device 'tpu'"),
-        ({"optimizer": "adam"}, "unknown optimizer 'adam'"),
         ({"precision": "16-mixed"}, "needs device cuda"),
         ({"image_size": (0, 32)}, "image_size 0 must be positive"),
         ({"batch_size": -1}, "batch_size -1 must be positive"),
