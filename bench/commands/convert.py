@@ -14,7 +14,6 @@ from bench.errors import InputError
 
 if TYPE_CHECKING:
     from bench.config.schema import RunConfig
-    from bench.model.backbone import ViL
     from bench.model.weights import Conversion, Step
 
 HELP = "convert a classification checkpoint for the training of a detector"
@@ -52,11 +51,11 @@ def run(options: argparse.Namespace) -> int:
     """Convert, write and print."""
     _check_output(options.source, options.output, force=options.force)
 
+    from bench.measure.costs import build_on_meta
     from bench.model.weights import convert, load_file, save_file
 
     config = _config(options)
-    vil = _backbone(config)
-    conversion = convert(load_file(options.source), vil)
+    conversion = convert(load_file(options.source), build_on_meta(config).vil)
     if not any(_is_of_a_stage(step) for step in conversion.steps):
         raise InputError(
             f"--source {options.source}: no tensor of it fits a stage of --backbone"
@@ -91,18 +90,6 @@ def _config(options: argparse.Namespace) -> "RunConfig":
         overrides=options.overrides,
     )
     return config
-
-
-def _backbone(config: "RunConfig") -> "ViL":
-    """Return the backbone that is converted for, with nothing allocated."""
-    import torch
-
-    from bench.model.build import build_detector
-
-    with torch.device("meta"):
-        detector = build_detector(config, num_classes=80)
-    vil: ViL = detector.backbone.bottom_up
-    return vil
 
 
 def _is_of_a_stage(step: "Step") -> bool:

@@ -37,6 +37,7 @@ from bench.errors import InputError
 from bench.measure import flops
 from bench.measure.fake import copied
 from bench.measure.formulas import is_free
+from bench.measure.workload import COCO_CLASSES
 from bench.model.backbone import ViL
 from bench.model.build import build_detector
 from bench.model.detectors import Detector
@@ -49,7 +50,6 @@ DIM, NUM_HEADS, NUM_GLOBAL = 96, 3, 2
 LARGEST_GRID = 2**13
 # The counters, by field of `Audit`.
 COUNTERS = ("declared", "operators", "fvcore", "fvcore_alone", "torch_on_cpu")
-_COCO_CLASSES = 80
 _CPU = torch.device("cpu")
 
 
@@ -229,7 +229,7 @@ def _audit_example(name: str, options: Mapping[str, Any], grid: Grid) -> Audit:
 
 
 def _audit_row(config: RunConfig, image_size: tuple[int, int], proposals: int) -> Audit:
-    detector = build_detector(config, _COCO_CLASSES)
+    detector = build_detector(config, COCO_CLASSES)
     return audit_detector(detector, image_size=image_size, proposals=proposals)
 
 

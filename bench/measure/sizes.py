@@ -13,18 +13,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from bench.config.schema import RunConfig
+from bench.data.images import NetworkSize
 from bench.errors import choose
 from bench.measure import flops
+from bench.measure.costs import build_on_meta
 from bench.measure.published import IMAGE_SIZE, RESULTS
 from bench.model.backbone import ViL
-from bench.model.build import build_detector
 from bench.model.detectors import Detector
 
-SHORTEST, LONGEST = 800, 1333
-COCO_CLASSES = 80
+# As the published recipe resizes images.
+RESIZE = NetworkSize((800,), 1333)
 
 Size = tuple[int, int]
 
@@ -122,17 +122,6 @@ def image_sizes(dataset: str) -> Mapping[Size, int]:
         }
 
 
-def resized(size: Size, *, shortest: int = SHORTEST, longest: int = LONGEST) -> Size:
-    """The size of an image in a detector, before it is padded.
-
-    The shorter edge becomes `shortest`, or as much less as keeps the longer one at `longest`; both
-    are rounded to the nearest pixel, as detectron2 does (torchvision rounds down).
-    """
-    scale = min(shortest / min(size), longest / max(size))
-    height, width = (math.floor(side * scale + 0.5) for side in size)
-    return height, width
-
-
 def padded(size: Size, stride: int) -> Size:
     """`size` rounded up to whole strides."""
     height, width = (-(-side // stride) * stride for side in size)
@@ -140,12 +129,7 @@ def padded(size: Size, stride: int) -> Size:
 
 
 def count_over(
-    detector: Detector,
-    dataset: str = "val2017",
-    *,
-    shortest: int = SHORTEST,
-    longest: int = LONGEST,
-    proposals: int = 1000,
+    detector: Detector, dataset: str = "val2017", *, proposals: int = 1000
 ) -> SizesReport:
     """Count a detector for every image of a data set, each distinct padded size once.
 
@@ -153,8 +137,6 @@ def count_over(
         detector: on any device, meta included. One whose mechanism works for one image size is
             counted at that: every image is stretched to it.
         dataset: one of `datasets()`.
-        shortest: edge in pixels.
-        longest: edge in pixels.
         proposals: boxes in the box head.
 
     Raises:
@@ -163,7 +145,7 @@ def count_over(
     fixed = _fixed_size(detector.vil)
     before: Counter[Size] = Counter()
     for size, images in image_sizes(dataset).items():
-        before[fixed or resized(size, shortest=shortest, longest=longest)] += images
+        before[fixed or RESIZE.of(*size)] += images
     after: Counter[Size] = Counter()
     for size, images in before.items():
         after[padded(size, detector.vil.stride)] += images
@@ -189,9 +171,7 @@ def count_row(config: RunConfig, dataset: str = "val2017") -> SizesReport:
     Raises:
         InputError: for an unknown data set.
     """
-    with torch.device("meta"):
-        detector = build_detector(config, COCO_CLASSES)
-    return count_over(detector, dataset, proposals=config.profile.proposals)
+    return count_over(build_on_meta(config), dataset, proposals=config.profile.proposals)
 
 
 def _fixed_size(vil: ViL) -> Size | None:

@@ -20,7 +20,7 @@ from bench.data.classes import ClassDataset
 from bench.data.coco import CocoDataset
 from bench.data.generated import data_root
 from bench.measure.predict import NotPredictedError, predict
-from bench.measure.workload import Workload
+from bench.measure.workload import COCO_CLASSES, Workload
 from bench.model import build as models
 from bench.model import classifier, detectors
 from bench.model.optimizer import effective, learning_rate, scaling_note
@@ -28,7 +28,7 @@ from bench.system import devices
 
 UNKNOWN = "-"
 # Of COCO's train2017, the images with an instance that is not a crowd.
-_COCO_CLASSES, _COCO_IMAGES = 80, 117_266
+_COCO_IMAGES = 117_266
 _DAY, _HOUR, _MINUTE = 86400, 3600, 60
 
 
@@ -211,7 +211,7 @@ def _plan(
     recipe = effective(config.train, config.model.method)
     part = recipe.batch_size // (recipe.devices * recipe.accumulate)
     coco = suite.needs is not None and config.data.path is None
-    classes = _COCO_CLASSES if dataset is None or coco else dataset.num_classes
+    classes = COCO_CLASSES if dataset is None or coco else dataset.num_classes
     seconds = None
     if dataset is not None and measure_steps:
         seconds = _seconds(config, dataset, classes, part, measure_steps)

@@ -1,4 +1,3 @@
-import collections
 import json
 
 import pytest
@@ -30,32 +29,7 @@ def test_the_stored_sizes_are_those_of_val2017():
     assert max(stored, key=stored.get) == (480, 640)
     assert max(map(max, stored)) == 640
     # Few sizes are left to count.
-    assert len({sizes.padded(sizes.resized(size), 32) for size in stored}) == 55
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [
-        ((480, 640), (800, 1067)),
-        ((640, 480), (1067, 800)),
-        ((427, 640), (800, 1199)),
-        ((800, 800), (800, 800)),
-        # The longest edge binds.
-        ((200, 640), (417, 1333)),
-        ((3000, 1000), (1333, 444)),
-    ],
-)
-def test_resize(size, expected):
-    assert sizes.resized(size) == expected
-
-
-@pytest.mark.detectron2
-def test_resize_is_detectron2s():
-    from detectron2.data.transforms import ResizeShortestEdge
-
-    for height, width in sizes.image_sizes("val2017"):
-        expected = ResizeShortestEdge.get_output_shape(height, width, 800, 1333)
-        assert sizes.resized((height, width)) == expected
+    assert len({sizes.padded(sizes.RESIZE.of(*size), 32) for size in stored}) == 55
 
 
 def test_padded():
@@ -69,7 +43,7 @@ def test_count_over_is_the_mean_of_the_counts_of_all_images(monkeypatch):
     module = detector()
     report = sizes.count_over(module, "made up", proposals=20)
     each = [
-        flops.count_flops(module, image_size=sizes.resized(size), proposals=20).total
+        flops.count_flops(module, image_size=sizes.RESIZE.of(*size), proposals=20).total
         for size, number in images.items()
         for _ in range(number)
     ]
@@ -83,10 +57,8 @@ def test_count_over_is_the_mean_of_the_counts_of_all_images(monkeypatch):
     assert sum(number for _, _, number in report.histogram(5)) == 7
     assert report.histogram(5)[0][0] == min(each)
     assert report.histogram(5)[-1][1] == max(each)
-    real = sum(
-        n * a * b
-        for (a, b), n in collections.Counter(map(sizes.resized, each_size(images))).items()
-    )
+    resized = (sizes.RESIZE.of(*size) for size in each_size(images))
+    real = sum(height * width for height, width in resized)
     whole = sum(size.images * size.image_size[0] * size.image_size[1] for size in report.by_size)
     assert report.padded_pixels == pytest.approx(1 - real / whole)
 
