@@ -79,9 +79,7 @@ def sentence(records: Sequence[Record]) -> str:
     return f"mAP is the mean of the trainings with seeds {usual}{but}.{''.join(failed)}"
 
 
-def interval(
-    value: float, draws: Draws, *, least: float = 0.0, most: float = 100.0
-) -> tuple[float, float] | None:
+def interval(value: float, draws: Draws, *, least: float = 0.0) -> tuple[float, float] | None:
     """Return the interval of a figure or a difference, in percent; None without a defined draw.
 
     It is the percentile interval, moved so that the mean of the draws is the value itself, as
@@ -91,14 +89,13 @@ def interval(
         value: on all images.
         draws: the same of every draw, None where it is not defined.
         least: what the figure cannot be below.
-        most: what it cannot be above.
     """
     drawn = [one for one in draws if one is not None]
     if not drawn:
         return None
     tail = 50 * (1 - LEVEL)
     limits = np.percentile(drawn, [tail, 100 - tail]) - np.mean(drawn) + value
-    low, high = np.clip(limits, least, most).tolist()
+    low, high = np.clip(limits, least, 100).tolist()
     return low, high
 
 

@@ -151,7 +151,7 @@ def audit(attention: nn.Module, grid: Grid) -> Audit:
 
 
 def audit_detector(
-    detector: Detector, *, image_size: tuple[int, int], proposals: int = 1000, detections: int = 100
+    detector: Detector, *, image_size: tuple[int, int], proposals: int = 1000
 ) -> Audit:
     """Count a detector in three ways, part by part and added up, the mask head included.
 
@@ -159,10 +159,9 @@ def audit_detector(
         detector: with real parameters on the CPU, where copies of its parts are run.
         image_size: (height, width) in pixels.
         proposals: boxes in the box head.
-        detections: boxes in the mask head.
     """
     parts = []
-    for call in detector.part_calls(image_size, proposals=proposals, detections=detections):
+    for call in detector.part_calls(image_size, proposals=proposals, detections=100):
         counted = flops.count_call(
             call.module, call.make_inputs(torch.device("meta"), torch.float32)
         )

@@ -175,7 +175,6 @@ def measure_latency(
     *,
     roots: Sequence[Path | None] | None = None,
     needs: Sequence[Mapping[str, int | None]] | None = None,
-    by_part: bool = False,
     progress: Progress | None = None,
 ) -> list[Interleaved]:
     """Time untrained rows in rounds, each in a process of its own, and return one result a row.
@@ -187,7 +186,6 @@ def measure_latency(
             images generated for the purpose.
         needs: for each row what its peak is expected to be in bytes, by mode; a record's `memory`
             section will do. It decides how many rows are in memory at once.
-        by_part: time the parts of each detector too.
         progress: receives the share that is done and what is being done.
     """
     rows = [
@@ -197,7 +195,7 @@ def measure_latency(
         )
     ]
     show = progress or (lambda _share, _doing: None)
-    _measure(rows, modes, ("latency",), by_part=by_part, progress=show)
+    _measure(rows, modes, ("latency",), by_part=False, progress=show)
     return [Interleaved(row.sections.get("latency"), row.error, row.notes) for row in rows]
 
 

@@ -148,7 +148,7 @@ def average_precision(
 
 
 def interval(
-    value: float | None, draws_of_value: Sequence[float | None], *, level: float = LEVEL
+    value: float | None, draws_of_value: Sequence[float | None]
 ) -> tuple[float, float] | None:
     """Return the interval of an average precision, or None where none is defined.
 
@@ -163,7 +163,7 @@ def interval(
     known = [drawn for drawn in draws_of_value if drawn is not None]
     if value is None or not known:
         return None
-    tail = 50 * (1 - level)
+    tail = 50 * (1 - LEVEL)
     limits = np.percentile(known, [tail, 100 - tail]) - np.mean(known) + value
     low, high = np.clip(limits, 0, 100).tolist()
     return low, high

@@ -31,16 +31,12 @@ class Checkpoints:
 
     Args:
         folder: where they are; made when the first is written.
-        keep: how many stay.
         identity: what a checkpoint must hold to be one of this run, such as a hash of its
             configuration; written into each.
     """
 
-    def __init__(
-        self, folder: Path, *, keep: int = KEEP, identity: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, *, identity: Mapping[str, Any] | None = None) -> None:
         self.folder = folder
-        self.keep = keep
         self.identity = dict(identity or {})
 
     def save(self, state: Mapping[str, Any], step: int) -> None:
@@ -66,7 +62,7 @@ class Checkpoints:
             raise InputError(
                 f"cannot write checkpoint {temporary.with_suffix('.pt')}: {reason(error)}"
             ) from error
-        for old in [*self._files()[: -self.keep], *self.folder.glob("step-*.tmp")]:
+        for old in [*self._files()[:-KEEP], *self.folder.glob("step-*.tmp")]:
             old.unlink(missing_ok=True)
 
     def latest(self, expected: Mapping[str, Any] | None = None) -> dict[str, Any] | None:

@@ -182,7 +182,7 @@ class Ending:
     Attributes:
         writes: it writes the record.
         removes_checkpoints: they are of no more use.
-        raises: "error" (the one that it ended with), "abandoned", "interrupted" or nothing.
+        raises: "error" (the one that it ended with), "abandoned" or nothing.
     """
 
     writes: bool
@@ -197,7 +197,6 @@ def ending(
     alone: bool = False,
     recorded: bool = False,
     weights_safe: bool = True,
-    interrupted: bool = False,
 ) -> Ending:
     """Decide how a process ends its part of a run.
 
@@ -207,18 +206,12 @@ def ending(
         alone: whether it failed and others did not.
         recorded: whether another process that failed has written the record.
         weights_safe: whether weights are kept in their file, or nobody wants them.
-        interrupted: whether it was interrupted after that.
     """
-    if alone:
-        raises = "abandoned"
-    elif error in ("input", "interrupted"):
-        raises = "error"
-    else:
-        raises = "interrupted" if interrupted else ""
+    of_user = error in ("input", "interrupted")
     return Ending(
         writes=(first or alone) and not (alone and recorded),
         removes_checkpoints=error is None and first and weights_safe,
-        raises=raises,
+        raises="abandoned" if alone else "error" if of_user else "",
     )
 
 

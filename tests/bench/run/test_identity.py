@@ -366,26 +366,25 @@ def test_checkpoints_of_e514c85_are_taken_up_where_no_file_of_the_user_counts(
 @pytest.mark.parametrize(
     ("error", "case", "expected"),
     [
-        # kind, (first, alone, recorded, weights safe, interrupted), (writes, removes, raises)
-        (None, (True, False, False, True, False), (True, True, "")),
-        (None, (True, False, False, False, False), (True, False, "")),
-        (None, (False, False, False, True, False), (False, False, "")),
-        (None, (True, False, False, True, True), (True, True, "interrupted")),
-        ("error", (True, False, False, True, False), (True, False, "")),
-        ("input", (True, False, False, True, False), (True, False, "error")),
-        ("input", (False, False, False, True, False), (False, False, "error")),
-        ("interrupted", (True, False, False, True, True), (True, False, "error")),
+        # kind, (first, alone, recorded, weights safe), (writes, removes, raises)
+        (None, (True, False, False, True), (True, True, "")),
+        (None, (True, False, False, False), (True, False, "")),
+        (None, (False, False, False, True), (False, False, "")),
+        ("error", (True, False, False, True), (True, False, "")),
+        ("input", (True, False, False, True), (True, False, "error")),
+        ("input", (False, False, False, True), (False, False, "error")),
+        ("interrupted", (True, False, False, True), (True, False, "error")),
         # Alone, whichever it is, it writes, and ends the others: they would wait for ever.
-        ("input", (False, True, False, True, False), (True, False, "abandoned")),
-        ("error", (False, True, False, True, False), (True, False, "abandoned")),
+        ("input", (False, True, False, True), (True, False, "abandoned")),
+        ("error", (False, True, False, True), (True, False, "abandoned")),
         # The first, left by the one that failed and wrote, has nothing to add.
-        ("error", (True, True, True, True, False), (False, False, "abandoned")),
+        ("error", (True, True, True, True), (False, False, "abandoned")),
     ],
 )
 def test_how_a_process_ends_its_part_of_a_run(
     error: str | None, case: tuple[bool, ...], expected: tuple[bool, bool, str]
 ) -> None:
-    names = ("first", "alone", "recorded", "weights_safe", "interrupted")
+    names = ("first", "alone", "recorded", "weights_safe")
     assert ending(error, **dict(zip(names, case, strict=True))) == Ending(*expected)
 
 
