@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import traceback
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from importlib import metadata
@@ -202,6 +202,36 @@ def read(path: Path) -> Record:
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is no UTF-8 text: {error.reason}") from error
     return Record.from_json(text, source=str(path))
+
+
+def read_all(
+    paths: Iterable[Path], skipped: Callable[[InputError], object] = lambda _error: None
+) -> Iterator[Record]:
+    """Yield the records in files, by the names of the files.
+
+    Args:
+        skipped: called with the error of a file that cannot be read or holds no record. Whoever
+            looks for a record passes over such files; the report warns of them.
+    """
+    for path in sorted(paths):
+        try:
+            yield read(path)
+        except InputError as error:
+            skipped(error)
+
+
+def newest(records: Iterable[Record]) -> list[Record]:
+    """Return the newest success of each run (same row and key), or else its newest failure."""
+    found: dict[tuple[str, str], Record] = {}
+    for one in records:
+        other = found.get((one.row, one.key))
+        if other is None or _rank(one) > _rank(other):
+            found[one.row, one.key] = one
+    return list(found.values())
+
+
+def _rank(record: Record) -> tuple[bool, str]:
+    return record.status == "done", record.created
 
 
 def write(record: Record, directory: Path) -> Path:

@@ -4,14 +4,14 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 
-from bench.errors import InputError
-from bench.record import LATENCIES, Record, read, read_latencies, slug
+from bench.record import LATENCIES, Record, newest, read, read_all, read_latencies, slug
 from report import searches, seeds
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -23,6 +23,8 @@ PARTIAL = "Partial "
 TEXT = pd.StringDtype("python")
 
 log = logging.getLogger(__name__)
+
+_LEFT_OUT = "left out of the report: %s"
 
 _QUARTILES = {"": "median", "_q1": "q1", "_q3": "q3"}
 # Column: where its value stands in a record.
@@ -166,9 +168,8 @@ def load_one(path: Path) -> Record:
     Raises:
         InputError: naming the file, if it cannot be read or holds no record.
     """
-    record = read(path)
-    timed = read_latencies(path.resolve().parent.parent / LATENCIES)
-    return replace(record, latency=timed.get((record.row, record.key), record.latency))
+    (record,) = _timed([read(path)], path.resolve().parent.parent)
+    return record
 
 
 def load(directory: Path) -> list[Record]:
@@ -181,31 +182,18 @@ def load(directory: Path) -> list[Record]:
     partial form, so that the order does not depend on which run ended first.
     """
     folder = directory / "records" if (directory / "records").is_dir() else directory
-    found = newest(folder)
-    timed = read_latencies(folder.parent / LATENCIES)
-    return ordered(
-        replace(record, latency=timed[key]) if key in timed else record
-        for key, record in found.items()
-    )
+    return ordered(_timed(load_newest(folder), folder.parent))
 
 
-def newest(folder: Path) -> dict[tuple[str, str], Record]:
+def load_newest(folder: Path) -> list[Record]:
     """Return the newest success of each run in a folder, or else its newest failure."""
-    found: dict[tuple[str, str], Record] = {}
-    for path in sorted(folder.glob("*.json")):
-        try:
-            record = read(path)
-        except InputError as error:
-            log.warning("left out of the report: %s", error)
-            continue
-        other = found.get((record.row, record.key))
-        if other is None or _rank(record) > _rank(other):
-            found[record.row, record.key] = record
-    return found
+    return newest(read_all(folder.glob("*.json"), partial(log.warning, _LEFT_OUT)))
 
 
-def _rank(record: Record) -> tuple[bool, str]:
-    return record.status == "done", record.created
+def _timed(records: Iterable[Record], output: Path) -> list[Record]:
+    """Records with the latency that was measured for all rows of an output folder together."""
+    timed = read_latencies(output / LATENCIES)
+    return [replace(one, latency=timed.get((one.row, one.key), one.latency)) for one in records]
 
 
 def ordered(records: Iterable[Record]) -> list[Record]:

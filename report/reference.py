@@ -11,7 +11,7 @@ import pandas as pd
 from bench.record import COSTS, Record
 from report import searches
 from report.columns import METHODS, Column, Table, Unit, table
-from report.load import MODES, Library, at, newest, ordered, per_library, size
+from report.load import MODES, Library, at, load_newest, ordered, per_library, size
 
 KIND = "predicted"
 # Predictions of memory closer than this say nothing of which is less: tests allow as much between
@@ -24,7 +24,7 @@ _PRECISIONS = {"16-mixed": "mixed precision (fp16)", "bf16-mixed": "mixed precis
 
 def load(directory: Path) -> list[Record]:
     """Read the costs in `directory/costs`, those of the size that came last."""
-    found = list(newest(directory / COSTS).values())
+    found = load_newest(directory / COSTS)
     last = _size(max(found, key=lambda one: one.created)) if found else None
     return ordered(record for record in found if _size(record) == last)
 

@@ -18,7 +18,6 @@ import torch
 from bench import record
 from bench.config.schema import RunConfig
 from bench.config.sources import mechanism_sources
-from bench.errors import InputError
 from bench.files import cores
 from bench.measure import profile
 from bench.measure.worker import Worker
@@ -156,12 +155,4 @@ def _key(config: RunConfig, **on: Any) -> str:
 
 
 def _known(folder: Path) -> dict[str, Record]:
-    found = {}
-    for path in sorted(folder.rglob("*.json")):
-        try:
-            entry = record.read(path)
-        except InputError:
-            # The report says which files hold no record.
-            continue
-        found[entry.key] = entry
-    return found
+    return {one.key: one for one in record.newest(record.read_all(folder.rglob("*.json")))}

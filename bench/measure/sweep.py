@@ -9,7 +9,6 @@ its larger points are recorded as skipped.
 Multiply-adds need no device and are counted for skipped points too.
 """
 
-import contextlib
 import datetime
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from bench.config.arch import parse
 from bench.config.schema import MODES, SWEPT, RunConfig
 from bench.config.sources import mechanism_sources
 from bench.config.suites import profile_configs
-from bench.errors import InputError
+from bench.files import check_writable
 from bench.measure.costs import effort, flops_of_one
 from bench.measure.worker import Worker
 from bench.model.build import model_section
@@ -232,6 +231,7 @@ def sweep(
         InputError: if the folder cannot be written.
         KeyboardInterrupt: when interrupted; all points measured before are written.
     """
+    check_writable(output)
     store = Store(output / "records", limits, command)
     todo = [(walk, tasks) for walk in walks if (tasks := unfinished(walk, store))]
     points = [point for walk in walks for point in walk]
@@ -426,23 +426,8 @@ class Store:
         self.folder = folder
         self.limits = limits
         self.command = command
-        self.records: dict[str, Record] = {}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
-        for path in sorted(folder.glob("*.json")):
-            # The report warns of what is not a record.
-            with contextlib.suppress(InputError):
-                self._remember(record.read(path))
-
-    def _remember(self, one: Record) -> None:
-        known = self.records.get(one.key)
-        if known is None or (known.status == "done", known.created) <= (
-            one.status == "done",
-            one.created,
-        ):
-            self.records[one.key] = one
+        known = record.newest(record.read_all(folder.glob("*.json")))
+        self.records = {one.key: one for one in known}
 
     def ends_walk(self, known: Record) -> bool:
         """Whether a point failed for a limit that is not larger now."""
@@ -483,5 +468,5 @@ class Store:
             **task.sections,
         )
         record.write(written, self.folder)
-        self._remember(written)
+        self.records[written.key] = written
         return written

@@ -182,16 +182,8 @@ def old_key(config: RunConfig) -> str:
 
 def records_of(row: str, folder: Path) -> list[Record]:
     """Return the readable records of a row in a folder of records, the oldest first."""
-    found = []
-    for path in folder.glob(f"{record.slug(row)}-*.json"):
-        try:
-            entry = record.read(path)
-        except InputError:
-            # The report says which files hold no record.
-            continue
-        if entry.row == row:
-            found.append(entry)
-    return sorted(found, key=lambda entry: entry.created)
+    found = record.read_all(folder.glob(f"{record.slug(row)}-*.json"))
+    return sorted((entry for entry in found if entry.row == row), key=lambda entry: entry.created)
 
 
 def done(identity: Identity, folder: Path) -> Record | None:

@@ -24,8 +24,7 @@ from bench import record
 from bench.config.probes import ROW, SUITE, Recipe, Subject
 from bench.config.sources import mechanism_sources
 from bench.data.symbols import CHANCE, TASKS, Task
-from bench.errors import InputError
-from bench.files import cores
+from bench.files import check_writable, cores
 from bench.model.probe import ProbeModel
 from bench.record import Record, error_section
 
@@ -188,8 +187,9 @@ def run(
         InputError: if the folder cannot be written.
         KeyboardInterrupt: when interrupted; what was done before is written.
     """
+    check_writable(output)
     folder = output / FOLDER
-    known = _known(folder)
+    known = {one.key: one for one in record.newest(record.read_all(folder.glob("*.json")))}
     standings = [_standing(subject) for subject in subjects]
     missing = [
         one
@@ -198,31 +198,12 @@ def run(
     ]
     if len(missing) < len(standings):
         say(f"{len(standings) - len(missing)} of {len(standings)} have their record")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from error
     for number, standing in enumerate(_work(missing), start=1):
         written = _record(standing, command)
         record.write(written, folder)
         known[standing.key] = written
         say(f"[{number}/{len(missing)}] {standing.subject.name}: {_describe(written)}")
     return [known[one.key] for one in standings]
-
-
-def _known(folder: Path) -> dict[str, Record]:
-    """The records in a folder by key, a success before a failure."""
-    found: dict[str, Record] = {}
-    for path in sorted(folder.glob("*.json")):
-        try:
-            one = record.read(path)
-        except InputError:
-            # The report says which files hold no record.
-            continue
-        other = found.get(one.key)
-        if other is None or (other.status, one.created) > (one.status, other.created):
-            found[one.key] = one
-    return found
 
 
 def _standing(subject: Subject) -> _Standing:

@@ -387,5 +387,5 @@ def test_the_command_writes_points_and_page_and_prints_tables(tmp_path, capsys):
 
 def test_an_output_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write to"):
+    with pytest.raises(InputError, match="cannot be written"):
         run(plan(["full"]), Path(tmp_path / "file"))
