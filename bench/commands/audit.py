@@ -166,14 +166,17 @@ def show_sizes(options: argparse.Namespace, configs: "Sequence[RunConfig]") -> i
         InputError: for an unknown data set.
     """
     from bench.measure import sizes
+    from bench.measure.costs import build_on_meta
     from report import counts
 
     sizes.image_sizes(options.sizes)
-    reports = ((config, sizes.count_row(config, options.sizes)) for config in configs)
-    lines = [
-        _sizes_line(config, report)
-        for config, report in progress(reports, lambda pair: pair[0].row)
-    ]
+
+    def count(config: "RunConfig") -> dict[str, Any]:
+        proposals = config.profile.proposals
+        report = sizes.count_over(build_on_meta(config), options.sizes, proposals=proposals)
+        return _sizes_line(config, report)
+
+    lines = list(progress(map(count, configs), lambda line: line["row"]))
     varying = [line for line in lines if not line["fixed_size"]]
     show(
         options.format,

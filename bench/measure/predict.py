@@ -334,22 +334,8 @@ def _follow_parts(module: nn.Module, ledger: _Ledger) -> None:
         # With hooks inside, these would keep more than without.
         inside = {layer for block in blocks for layer in block.modules()} - {*blocks}
         for layer in set(part.modules()) - inside:
-            layer.register_forward_pre_hook(_entering(ledger, name))
-            layer.register_forward_hook(_leaving(ledger))
-
-
-def _entering(ledger: _Ledger, part: str) -> Callable[..., None]:
-    def enter(*_: Any) -> None:
-        ledger.enter(part)
-
-    return enter
-
-
-def _leaving(ledger: _Ledger) -> Callable[..., None]:
-    def leave(*_: Any) -> None:
-        ledger.leave()
-
-    return leave
+            layer.register_forward_pre_hook(lambda *_, name=name: ledger.enter(name))
+            layer.register_forward_hook(lambda *_: ledger.leave())
 
 
 def _call(module: nn.Module, case: _Case) -> tuple[Callable[[], Any], object]:

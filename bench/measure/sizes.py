@@ -14,11 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.config.schema import RunConfig
 from bench.data.images import NetworkSize
 from bench.errors import choose
 from bench.measure import flops
-from bench.measure.costs import build_on_meta
 from bench.measure.published import IMAGE_SIZE, RESULTS
 from bench.model.backbone import ViL
 from bench.model.detectors import Detector
@@ -163,15 +161,6 @@ def count_over(
         one_size=count(fixed or IMAGE_SIZE),
         proposals=proposals,
     )
-
-
-def count_row(config: RunConfig, dataset: str = "val2017") -> SizesReport:
-    """Count the detector of a row, made on the meta device for COCO's classes; see `count_over`.
-
-    Raises:
-        InputError: for an unknown data set.
-    """
-    return count_over(build_on_meta(config), dataset, proposals=config.profile.proposals)
 
 
 def _fixed_size(vil: ViL) -> Size | None:
