@@ -23,6 +23,7 @@ from report.columns import (
 )
 from report.load import Library, Named, at, per_library
 from report.probes import Profile
+from report.provenance import listed
 from report.reference import Conditions
 from report.tables import marked, memory_column
 
@@ -178,7 +179,7 @@ class Standing:
             said = f"the {what}{where.format(digits(known.min() / unit.size))}"
             found.append(said if who == before else f"{who} {said}")
             before = who
-        return listed(found) or "what rows cost is not known"
+        return in_words(found) or "what rows cost is not known"
 
     def alike(self, sees: Profile | None = None) -> str:
         """What cannot be told apart."""
@@ -217,8 +218,10 @@ class Standing:
             )
         done = [one for one in records if one.evaluation]
         if done and all(at(one, "config.data.path") is None for one in done):
-            images = ", ".join(dict.fromkeys(str(at(one, "evaluation.images")) for one in done))
-            steps = ", ".join(dict.fromkeys(str(at(one, "training.steps")) for one in done))
+            images, steps = (
+                listed(at(one, path) for one in done)
+                for path in ("evaluation.images", "training.steps")
+            )
             found.append(
                 f"accuracy on photographs (mAP is of {images} generated images after {steps} steps)"
             )
@@ -235,10 +238,10 @@ class Standing:
         """The labels of rows, in words."""
         names = [self.name(place) for place in places]
         more = len(names) - _MOST_NAMES
-        return listed([*names[:_MOST_NAMES], f"{more} more"] if more > 1 else names)
+        return in_words([*names[:_MOST_NAMES], f"{more} more"] if more > 1 else names)
 
 
-def listed(words: Sequence[str]) -> str:
+def in_words(words: Sequence[str]) -> str:
     """Return words with commas, and an "and" before the last."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
 

@@ -4,6 +4,8 @@ The CSV file holds numbers in the units of the records, at full precision; a rea
 and rounded, with the unit in the heading.
 """
 
+import itertools
+import string
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -97,6 +99,12 @@ def joined(separator: str, names: Sequence[str], unit: Unit, say: Cell | None = 
             yield None if missing else separator.join(say(value / unit.size) for value in row)
 
     return values
+
+
+def letters_of(count: int) -> list[str]:
+    """Return names of one letter, and of two where these do not suffice: a to z, aa, ab, …"""
+    every = (itertools.product(string.ascii_lowercase, repeat=n) for n in itertools.count(1))
+    return ["".join(name) for name in itertools.islice(itertools.chain.from_iterable(every), count)]
 
 
 def reason(kind: str) -> str:

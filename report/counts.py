@@ -4,15 +4,24 @@ They are made of plain values, as `dataclasses.asdict` of the counts gives them,
 """
 
 import itertools
-import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from bench.record import Record
-from report.columns import METHODS, Column, Table, Unit, decimals, joined, number, table
+from report.columns import (
+    METHODS,
+    Column,
+    Table,
+    Unit,
+    decimals,
+    joined,
+    letters_of,
+    number,
+    table,
+)
 from report.load import Library, family, labels, per_library, published
 from report.plots import Look, Plot, looks, render
 
@@ -127,7 +136,7 @@ def conventions(lines: Sequence[Mapping[str, Any]]) -> Table:
     subjects: dict[str, dict[str, None]] = {}
     for subject, reason in itertools.chain.from_iterable(reasons):
         subjects.setdefault(reason, {})[subject] = None
-    letters = dict(zip(subjects, _letters(), strict=False))
+    letters = dict(zip(subjects, letters_of(len(subjects)), strict=True))
     data = pd.DataFrame(lines)
     data["letters"] = [", ".join(letters[why] for _, why in own) or None for own in reasons]
     data["why"] = ["; ".join(map(": ".join, own)) for own in reasons]
@@ -173,11 +182,6 @@ def _reasons(line: Mapping[str, Any]) -> list[tuple[str, str]]:
     if line["note"] and (other or line.get("counted_arch")):
         reasons.append((line["row"], line["note"]))
     return reasons
-
-
-def _letters() -> Iterable[str]:
-    for length in itertools.count(1):
-        yield from map("".join, itertools.product(string.ascii_lowercase, repeat=length))
 
 
 @per_library

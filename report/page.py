@@ -336,7 +336,7 @@ _CONDITIONS = {
 def _facts(parts: Sequence[Mapping[str, Any]], **names: str) -> str:
     """The values that `parts` have in the fields `names`, as a phrase."""
     facts = [
-        f"{label} {listed(_size(part[field]) for part in parts if part.get(field) is not None)}"
+        f"{label} {listed(_said(part[field]) for part in parts if part.get(field) is not None)}"
         for field, label in names.items()
         if any(part.get(field) is not None for part in parts)
     ]
@@ -352,7 +352,6 @@ def _failure(name: str, record: Record) -> Iterable[Block]:
     yield Code(text if message in text else f"{message}\n{text}".rstrip())
 
 
-def _size(value: Any) -> str:
+def _said(value: Any) -> str:
     """A size as height times width, anything else as it is."""
-    pair = isinstance(value, list | tuple) and len(value) == 2
-    return "\N{MULTIPLICATION SIGN}".join(map(str, value)) if pair else said(value)
+    return size(value) or "" if isinstance(value, list | tuple) else said(value)

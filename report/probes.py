@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from bench.record import Record
 from report import load as records_of
-from report.columns import Column, Table, Unit, decimals, number, table
+from report.columns import Column, Table, Unit, decimals, letters_of, number, table
 from report.load import PARTIAL, published
 from report.plots import COLOURS, Plot, render
 
@@ -407,18 +407,11 @@ def letters(scores: Mapping[str, NDArray[np.float64]]) -> dict[str, str]:
         unique = [group for place, group in enumerate(split) if group not in split[:place]]
         groups = [group for group in unique if not any(group < other for other in unique)]
     groups.sort(key=lambda group: [order.index(name) for name in order if name in group])
-    names = [
-        "".join(chr(ord("a") + digit) for digit in _digits(number)) for number in range(len(groups))
-    ]
+    names = letters_of(len(groups))
     return {
         name: "".join(letter for letter, group in zip(names, groups, strict=True) if name in group)
         for name in scores
     }
-
-
-def _digits(number: int) -> list[int]:
-    """A letter is a digit, as in the names of a spreadsheet's columns."""
-    return ([] if number < 26 else _digits(number // 26 - 1)) + [number % 26]
 
 
 def _differences(scores: Mapping[str, NDArray[np.float64]]) -> list[set[str]]:

@@ -12,6 +12,7 @@ from bench.record import COSTS, Record
 from report import searches
 from report.columns import METHODS, Column, Table, Unit, table
 from report.load import MODES, Library, at, load_newest, ordered, per_library, size
+from report.provenance import listed
 
 KIND = "predicted"
 # Predictions of memory closer than this say nothing of which is less: tests allow as much between
@@ -51,7 +52,10 @@ def conditions(costs: Sequence[Record]) -> Conditions | None:
         return None
     first = counted[0]
     profile, train = first.config["profile"], first.config["train"]
-    names = {name: _several(counted, f"model.{name}") for name in ("backbone", "method", "library")}
+    names = {
+        name: listed(at(one, f"model.{name}") for one in counted)
+        for name in ("backbone", "method", "library")
+    }
     image, batch = size(profile["image_size"]) or "", int(profile["batch_size"])
     precision = _PRECISIONS.get(train["precision"], "full precision")
     device = "GPU" if str(first.config["device"]).startswith("cuda") else "CPU"
@@ -161,7 +165,3 @@ def _measured(record: Record) -> bool:
 
 def _size(record: Record) -> list[Any]:
     return [at(record, f"config.profile.{name}") for name in ("image_size", "batch_size")]
-
-
-def _several(records: Sequence[Record], path: str) -> str:
-    return ", ".join(dict.fromkeys(str(at(record, path)) for record in records))
