@@ -22,7 +22,7 @@ from bench.config.suites import profile_configs
 from bench.config.values import assigned
 from bench.errors import InputError
 from bench.model.backbone import ViL
-from bench.model.detectors.contract import pyramid_features
+from bench.model.detectors import pyramid_features
 from bench.model.detectors.detectron2 import pyramid
 
 

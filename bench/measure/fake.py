@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_iou, roi_align, sigmoid_focal_loss
 
-from bench.model.detectors.contract import BOX_RESOLUTION, MASK_RESOLUTION, Detector
+from bench.model.detectors import BOX_RESOLUTION, MASK_RESOLUTION, Detector
 from bench.model.detectors.rois import Counts, fixed_levels
 
 aten = torch.ops.aten

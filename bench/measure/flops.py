@@ -38,7 +38,7 @@ from bench.measure.fake import copied
 from bench.measure.formulas import formula_of, is_complex, is_free, varying
 from bench.measure.memory import LiveTensors
 from bench.model.backbone import AttentionPlace, ViL
-from bench.model.detectors.contract import backbone_stages
+from bench.model.detectors import backbone_stages
 
 Convention = Literal["actual", "published"]
 CONVENTIONS = ("actual", "published")

@@ -34,7 +34,7 @@ from bench.errors import InputError, choose
 from bench.measure.fake import AsOnCuda, copied, run_parts
 from bench.measure.memory import LiveTensors, Storage, no_collector
 from bench.model.backbone import MlpBlock, ViL
-from bench.model.detectors.contract import Detector, backbone_stages
+from bench.model.detectors import Detector, backbone_stages
 from bench.model.detectors.rois import Counts, most
 
 KIND = "prediction from shapes"

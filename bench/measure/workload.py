@@ -23,7 +23,7 @@ from bench.data.split import open_split, profile_batch
 from bench.errors import InputError
 from bench.model.backbone import ViL
 from bench.model.build import build_backbone, build_detector
-from bench.model.detectors.contract import POSITIVE_FRACTION, Detector
+from bench.model.detectors import POSITIVE_FRACTION, Detector
 from bench.model.detectors.rois import Counts, fixed_rois
 from bench.model.optimizer import build_optimizer, effective
 from bench.model.step import compute_gradients, total_loss

@@ -14,7 +14,7 @@ from bench.errors import InputError
 from bench.files import sha256
 from bench.model import detectors, weights
 from bench.model.backbone import ViL
-from bench.model.detectors.contract import backbone_stages
+from bench.model.detectors import backbone_stages
 
 
 def build_backbone(config: RunConfig, num_classes: int = 1000) -> ViL:

@@ -16,7 +16,7 @@ from attentions.parts import resize_square_table
 from bench.errors import InputError
 from bench.files import write_whole
 from bench.model.backbone import ViL
-from bench.model.detectors.contract import Detector
+from bench.model.detectors import Detector
 
 log = logging.getLogger(__name__)
 

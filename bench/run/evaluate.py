@@ -26,7 +26,7 @@ from bench.data.coco import CocoDataset
 from bench.data.images import to_float
 from bench.data.loader import clear_worker_errors, evaluation_batches
 from bench.data.masks import encode_soft
-from bench.model.detectors.contract import Detector, is_head
+from bench.model.detectors import Detector, is_head
 from bench.run import bootstrap
 from bench.run.bootstrap import ImageMatches, Matches
 

@@ -32,7 +32,7 @@ from bench.data.images import to_float
 from bench.data.loader import Batch, Pace, clear_worker_errors, training_batches
 from bench.errors import InputError
 from bench.model.backbone import ViL
-from bench.model.detectors.contract import Detector
+from bench.model.detectors import Detector
 from bench.model.optimizer import build_optimizer, learning_rate
 from bench.model.step import compute_gradients, total_loss
 from bench.run.checkpoints import Checkpoints

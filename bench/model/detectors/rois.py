@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from bench.model.detectors.contract import POSITIVE_FRACTION, Detector
+from bench.model.detectors import POSITIVE_FRACTION, Detector
 
 # A logit that is surer of its class than any threshold asks.
 _SURE = 20.0

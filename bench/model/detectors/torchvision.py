@@ -35,7 +35,7 @@ from torchvision.ops.poolers import LevelMapper
 from bench.data.images import resize
 from bench.data.masks import PASTED_AT_ONCE, RunLengths, encode_soft
 from bench.model.backbone import ViL
-from bench.model.detectors.contract import (
+from bench.model.detectors import (
     ASPECT_RATIOS,
     BOX_RESOLUTION,
     MASK_RESOLUTION,

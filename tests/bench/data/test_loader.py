@@ -23,7 +23,7 @@ from bench.data import loader
 from bench.data.coco import CocoDataset
 from bench.data.images import NetworkSize, resize, to_float
 from bench.errors import InputError
-from bench.model.detectors.contract import resize_target
+from bench.model.detectors import resize_target
 
 COUNT = 7
 

@@ -14,7 +14,7 @@ from bench.data.masks import encode_soft
 from bench.errors import InputError
 from bench.model import detectors
 from bench.model.backbone import ViL
-from bench.model.detectors.contract import Settings, network_size
+from bench.model.detectors import Settings, network_size
 from bench.model.detectors.torchvision import PyramidAnchors, PyramidRoIAlign
 
 TINY = (
