@@ -25,8 +25,7 @@ from bench.model.backbone import ViL
 from bench.model.build import build_backbone, build_detector
 from bench.model.detectors import POSITIVE_FRACTION, Detector
 from bench.model.detectors.rois import Counts, fixed_rois
-from bench.model.optimizer import build_optimizer, effective
-from bench.model.step import compute_gradients, total_loss
+from bench.model.optimizer import build_optimizer, compute_gradients, effective, total_loss
 from bench.system.devices import single_fabric
 
 COCO_CLASSES = 80

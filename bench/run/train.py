@@ -33,8 +33,12 @@ from bench.data.loader import Batch, Pace, clear_worker_errors, training_batches
 from bench.errors import InputError
 from bench.model.backbone import ViL
 from bench.model.detectors import Detector
-from bench.model.optimizer import build_optimizer, learning_rate
-from bench.model.step import compute_gradients, total_loss
+from bench.model.optimizer import (
+    build_optimizer,
+    compute_gradients,
+    learning_rate,
+    total_loss,
+)
 from bench.run.checkpoints import Checkpoints
 from bench.system.interrupt import StopRequest
 from bench.system.logs import StepLog
