@@ -299,7 +299,7 @@ def _run(options: argparse.Namespace, given: Sequence[str], world: processes.Wor
 
     # Imported here: torch takes seconds, which `--help` and wrong input should not cost, and the
     # report's libraries some more, which a row does not need.
-    from bench.run import runner, settled
+    from bench.run import identity, runner
     from bench.run import suite as rows
 
     console = Console(quiet=not world.is_first)
@@ -325,7 +325,7 @@ def _run(options: argparse.Namespace, given: Sequence[str], world: processes.Wor
     def records() -> list[Record]:
         from report import load
 
-        return settled.chosen([standing.identity for standing in standings], load.load(output))
+        return identity.chosen([standing.identity for standing in standings], load.load(output))
 
     if not options.no_latency:
         rows.measure_latency(records(), output, console, command=command)
@@ -443,14 +443,14 @@ def _pretrain(options: argparse.Namespace, world: processes.World) -> int | None
 
 def _dry_run(suite: Suite, output: Path, retry_failed: bool, measure_steps: int) -> int:
     # Imported here, as in `_run`.
-    from bench.run import plan, settled
+    from bench.run import identity, plan
     from report import suite as report
     from report import tables
 
     if measure_steps:
         check_writable(output)
     print(f"suite {suite.name}: what would run, to {output}", flush=True)
-    standings = settled.survey(suite.runs, output, retry_failed=retry_failed)
+    standings = identity.survey(suite.runs, output, retry_failed=retry_failed)
     for standing in standings:
         if standing.record is not None or standing.note:
             print(standing.note or f"{suite.name_of(standing.config)} has its record")

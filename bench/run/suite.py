@@ -21,8 +21,8 @@ from bench.errors import InputError
 from bench.files import check_writable
 from bench.measure import reference
 from bench.record import Record
-from bench.run import pictures, runner, settled, timing
-from bench.run.settled import Standing
+from bench.run import identity, pictures, runner, timing
+from bench.run.identity import Standing
 from bench.system import devices, processes, slurm
 from bench.system.locks import LockedError
 from bench.system.progress import SuiteProgress
@@ -142,7 +142,7 @@ def survey(
         check: read the data of the rows that are to be run.
     """
     check_writable(output)
-    standings = settled.survey(suite.runs, output, retry_failed=retry_failed)
+    standings = identity.survey(suite.runs, output, retry_failed=retry_failed)
     missing = [standing for standing in standings if standing.record is None]
     have, rows = len(standings) - len(missing), len({run.row for run in suite.runs})
     seeds = f" ({rows} rows, seeds {', '.join(map(str, suite.seeds))})"

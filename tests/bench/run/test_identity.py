@@ -18,9 +18,8 @@ from bench.data.fingerprint import fingerprint_images
 from bench.data.generated import generate
 from bench.files import sha256
 from bench.record import Record
-from bench.run.identity import identify, old_key
+from bench.run.identity import identify, old_key, survey
 from bench.run.runner import Ending, Options, Run, ending
-from bench.run.settled import survey
 
 # Another value of every setting: of what the weights depend on, of what is made of them, and of
 # what is neither.
