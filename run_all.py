@@ -334,9 +334,9 @@ def _run(options: argparse.Namespace, given: Sequence[str], world: processes.Wor
     if not options.no_pictures:
         rows.make_pictures(records(), output, console)
     found = rows.count_costs(full_size, output, console, command=command)
-    from report import suite as report
+    from report import page
 
-    return max(code, report.write(records(), output, title=f"Suite {suite.name}", costs=found))
+    return max(code, page.write_suite(records(), output, title=f"Suite {suite.name}", costs=found))
 
 
 def _command(given: Sequence[str]) -> list[str]:
@@ -379,9 +379,9 @@ def _probe(options: argparse.Namespace, command: Sequence[str]) -> int:
         retry_failed=options.retry_failed,
     )
     if not options.no_report:
-        from report import suite as report
+        from report import page
 
-        report.write_probes(records, output, title=f"Suite {SUITE}")
+        page.write_probes(records, output, title=f"Suite {SUITE}")
     return int(any(one.status == "failed" for one in records))
 
 
@@ -444,7 +444,6 @@ def _pretrain(options: argparse.Namespace, world: processes.World) -> int | None
 def _dry_run(suite: Suite, output: Path, retry_failed: bool, measure_steps: int) -> int:
     # Imported here, as in `_run`.
     from bench.run import identity, plan
-    from report import suite as report
     from report import tables
 
     if measure_steps:
@@ -465,9 +464,9 @@ def _dry_run(suite: Suite, output: Path, retry_failed: bool, measure_steps: int)
             measure_steps=measure_steps,
             tell=lambda row: status.update(f"planning {row}"),
         )
-    print(tables.to_text(plan.table(planned), report.WIDTH))
+    print(tables.to_text(plan.table(planned)))
     for line in plan.lines(planned, measure_steps):
-        print(textwrap.fill(line, report.WIDTH, subsequent_indent="  "))
+        print(textwrap.fill(line, 120, subsequent_indent="  "))
     return 0
 
 

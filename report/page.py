@@ -15,6 +15,7 @@ from bench.errors import InputError
 from bench.record import Record
 from report import (
     answer,
+    classifiers,
     confidence,
     counts,
     export,
@@ -28,7 +29,7 @@ from report import (
 )
 from report import probes as small_tasks
 from report.columns import MISSING, Table, reason
-from report.load import at, labels, size
+from report.load import at, labels, load, size
 from report.plots import Plot
 from report.provenance import listed, said
 
@@ -97,6 +98,53 @@ def write(
     else:
         sections = [asked, *_origin(probes)]
     return publish(sections, directory, title=title, made=made)
+
+
+def write_suite(
+    records: Sequence[Record], output: Path, *, title: str, costs: Sequence[Record] = ()
+) -> int:
+    """Write the report of a suite, print its main tables and what failed, and return the exit code.
+
+    Args:
+        records: of the runs.
+        output: the folder of the suite.
+        title: of the page.
+        costs: of the rows at full size.
+    """
+    if records and records[0].model["method"] == "classifier":
+        shown, path = [classifiers.comparison(records)], output / "classifiers.md"
+        text = f"# {shown[0].title}\n\n{tables.to_markdown(shown[0].shown)}"
+        path.write_text(text, encoding="utf-8")
+        where = str(path)
+    else:
+        probed, drawn = small_tasks.load(output), pictures.load(records, output)
+        path = write(records, output, title=title, costs=costs, probes=probed, drawn=drawn)
+        for found in answer.first(records, costs, small_tasks.profile(probed)):
+            print(answer.to_text(found))
+        shown = [*tables.comparison(records), *tables.searches(records)]
+        where = _both(path)
+    for table in shown:
+        print(tables.to_text(table.shown))
+    failed = [entry for entry in records if entry.status == "failed"]
+    for label, entry in zip(labels(records), records, strict=True):
+        if entry in failed:
+            print(f"{label}: failed, {(entry.error or {}).get('message')}")
+    if failed:
+        print("Failed rows are run again with --retry-failed.")
+    print(f"report: {where}")
+    return 1 if failed else 0
+
+
+def write_probes(records: Sequence[Record], output: Path, *, title: str) -> None:
+    """Write the page of a folder that has probes, and print the tables of `records`."""
+    path = write(load(output), output, title=title, probes=small_tasks.load(output))
+    for table in small_tasks.tables(records):
+        print(tables.to_text(table.shown))
+    print(f"report: {_both(path)}")
+
+
+def _both(path: Path) -> str:
+    return f"{path} and {path.with_suffix('.html')}"
 
 
 def publish(sections: Sequence[Section], directory: Path, *, title: str, made: str = "") -> Path:

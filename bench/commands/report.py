@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
         drawn |= pictures.load(records, folder)
     path = page.write(records, output, title=options.title, costs=costs, probes=probed, drawn=drawn)
     for found in answer.first(records, costs, probes.profile(probed)) if records else ():
-        print(answer.to_text(found, 120))
+        print(answer.to_text(found))
     for table in tables.comparison(records) if records else probes.tables(probed):
         print(tables.to_text(table.shown))
     print(f"report: {path} and {path.with_suffix('.html')}")
