@@ -29,7 +29,7 @@ from bench.cli import (
     names,
     positive,
 )
-from bench.config import costs, init, search
+from bench.config import variants
 from bench.config.probes import SUITE, build_recipe, suite_plan
 from bench.config.schema import RunConfig
 from bench.config.suites import Reference, Suite, check_needs, families, load_suite, suites
@@ -208,7 +208,7 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
     add(
         full_size,
         "costs",
-        choices=costs.COSTS,
+        choices=variants.COSTS,
         default="counted",
         help="counted: parameters, FLOPs and predicted memory of each row at --reference; measured:"
         " besides, latency and memory of its attention layers on this machine, in minutes",
@@ -286,14 +286,14 @@ def _run(options: argparse.Namespace, given: Sequence[str], world: processes.Wor
         code = _pretrain(options, world)
         if code is not None:
             return code
-    suite, bases = search.expanded(
+    suite, bases = variants.expanded(
         _load(options, world), text=options.search, seed=options.seed, seeds=options.seeds
     )
     output = options.output or Path("results") / suite.name
     if options.dry_run:
         return _dry_run(suite, output, options.retry_failed, options.measure_steps or 0)
     check_needs(suite)
-    full_size = costs.of_suite(suite, bases, Reference(options.reference), options.costs)
+    full_size = variants.costs_of(suite, bases, Reference(options.reference), options.costs)
     if options.launcher == "none" and world.size == 1 and suite.runs[0].train.devices > 1:
         return processes.spawn(processes.this_command(given), suite.runs[0].train.devices)
 
@@ -403,7 +403,7 @@ def _load(options: argparse.Namespace, world: processes.World) -> Suite:
     )
     if options.init is None:
         return suite
-    return init.started(suite, options.init, options.init_partial)
+    return variants.started(suite, options.init, options.init_partial)
 
 
 def _pretrain(options: argparse.Namespace, world: processes.World) -> int | None:

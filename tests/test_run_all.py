@@ -17,8 +17,8 @@ import torch
 
 import run_all
 from bench import cli, record
-from bench.config.init import started
 from bench.config.suites import build_config, load_suite
+from bench.config.variants import started
 from bench.data.generated import generate
 from bench.errors import InputError
 from bench.measure import memory

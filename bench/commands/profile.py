@@ -94,13 +94,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _configs(options: argparse.Namespace) -> tuple[Any, ...]:
-    from bench.config import search
+    from bench.config import variants
     from bench.config.suites import Suite, profile_configs
 
     configs = profile_configs(options.attention, image_size=options.image_size, **_given(options))
     if options.search is None:
         return configs
-    return search.expand(Suite("profile", configs), search.parse(options.search)).runs
+    return variants.expand(Suite("profile", configs), variants.parse(options.search)).runs
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from pathlib import Path
 from rich.console import Console
 
 from bench import record
-from bench.config.costs import Costs
 from bench.config.schema import RunConfig
 from bench.config.suites import Suite, families
+from bench.config.variants import Costs
 from bench.data import split
 from bench.errors import InputError
 from bench.files import check_writable

@@ -1,15 +1,15 @@
 import pytest
 
-from bench.config import search
+from bench.config import variants
 from bench.config.suites import load_suite
 from bench.errors import InputError
 
 
 def test_a_setting_is_found_by_its_path_or_its_name():
     # Another setting's name is the whole path of this one.
-    assert search.parse("seed=0,1,2").path == "seed"
-    assert search.parse("drop_path=0.05,0.1").path == "model.drop_path"
-    assert search.parse("model.drop_path=0.05,0.1").name == "drop_path"
+    assert variants.parse("seed=0,1,2").path == "seed"
+    assert variants.parse("drop_path=0.05,0.1").path == "model.drop_path"
+    assert variants.parse("model.drop_path=0.05,0.1").name == "drop_path"
 
 
 @pytest.mark.parametrize(
@@ -22,14 +22,14 @@ def test_a_setting_is_found_by_its_path_or_its_name():
     ],
 )
 def test_each_value_is_tried_once_as_the_configuration_has_it(text, values):
-    found = search.parse(text).values
+    found = variants.parse(text).values
     assert found == values
     assert [type(value) for value in found] == [type(value) for value in values]
 
 
 def test_rows_are_called_by_their_value_and_have_it():
     suite = load_suite("quick", rows=["ViL", "full"])
-    runs = search.expand(suite, search.parse("drop_path=0,1e-1")).runs
+    runs = variants.expand(suite, variants.parse("drop_path=0,1e-1")).runs
     assert [(run.row, run.model.drop_path) for run in runs] == [
         ("ViL (drop_path=0.0)", 0.0),
         ("ViL (drop_path=0.1)", 0.1),
@@ -40,7 +40,7 @@ def test_rows_are_called_by_their_value_and_have_it():
 
 def test_seeds_are_whole_one_after_the_other_and_rows_keep_their_names():
     suite = load_suite("quick", rows=["ViL", "full"])
-    seeds = search.expand(suite, search.parse("seed=3,5"))
+    seeds = variants.expand(suite, variants.parse("seed=3,5"))
     runs = [("ViL", 3), ("full", 3), ("ViL", 5), ("full", 5)]
     assert [(run.row, run.seed) for run in seeds.runs] == runs
     assert seeds.name_of(seeds.runs[2]) == "ViL (seed 5)"
@@ -59,6 +59,6 @@ def test_seeds_are_whole_one_after_the_other_and_rows_keep_their_names():
 )
 def test_wrong_searches_are_one_clear_line(text, said):
     with pytest.raises(InputError) as caught:
-        search.parse(text)
+        variants.parse(text)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)

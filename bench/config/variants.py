@@ -1,18 +1,30 @@
-"""The same rows with several values of one setting; `report/searches.py` says which is best.
+"""What the command line makes of a suite: searches and seeds, starts (`--init`), full-size costs.
 
-The seed is not searched for: rows keep their names, and `report/seeds.py` takes their mean.
+A search has the same rows with several values of one setting; `report/searches.py` says which is
+best. The seed is not searched for: rows keep their names, and `report/seeds.py` takes their mean.
 """
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from bench.config.schema import RunConfig, leaves
-from bench.config.suites import CHOSEN, Suite, build_config, check_sizes
+from bench.config.schema import CLASSIFIER, RunConfig, leaves
+from bench.config.suites import (
+    CHOSEN,
+    Reference,
+    Suite,
+    build_config,
+    check_sizes,
+    reference_config,
+)
 from bench.config.values import read
 from bench.errors import InputError, nearest
+from bench.record import slug
 
 SEED = "seed"
+COSTS = ("none", "counted", "measured")
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,68 @@ def expanded(
         first = plain.runs[0].seed
         suite = expand(suite, Search(SEED, tuple(range(first, first + seeds))))
     return suite, bases
+
+
+def started(suite: Suite, init: str, partial: bool) -> Suite:
+    """Return the suite with the checkpoint that each row starts from.
+
+    Args:
+        init: a file for all rows, a folder of `ROW.pth`, or a pattern with `{row}`.
+        partial: let rows of several mechanisms take what fits of one file.
+
+    Raises:
+        InputError: for a file that is not there, or one file for rows of several mechanisms.
+    """
+    pattern = str(Path(init) / "{row}.pth") if Path(init).is_dir() else init
+    models = (run.model for run in suite.runs)
+    several = len({(model.attention, model.arch, str(model.dense)) for model in models}) > 1
+    if "{row}" not in pattern and several and not partial:
+        raise InputError(
+            f"--init {init} is one file for rows of several mechanisms, each of which would take"
+            " what fits of it: name a folder of ROW.pth, or a pattern such as"
+            " pretrained/{row}.pth, for one each; --init-partial allows it"
+        )
+    runs = []
+    for run in suite.runs:
+        names = dict.fromkeys((run.row, slug(run.row)))
+        places = list(dict.fromkeys(pattern.replace("{row}", name) for name in names))
+        found = next((place for place in places if Path(place).is_file()), None)
+        if found is None:
+            raise InputError(f"--init {init}: row {run.row}: no such file {' or '.join(places)}")
+        runs.append(replace(run, train=replace(run.train, init=found)))
+    return replace(suite, runs=tuple(runs))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What is to be known of the costs of rows at full size.
+
+    Attributes:
+        configs: of the rows, at that size.
+        measured: whether attention layers are measured besides.
+    """
+
+    configs: tuple[RunConfig, ...] = ()
+    measured: bool = False
+
+
+def costs_of(suite: Suite, bases: Mapping[str, str], reference: Reference, costs: str) -> Costs:
+    """Return what is to be known; the values of a search share theirs where they can.
+
+    Args:
+        bases: the name of each row without the value of a search.
+        reference: the size.
+        costs: one of `COSTS`.
+    """
+    if costs == "none" or suite.runs[0].model.method == CLASSIFIER:
+        return Costs()
+    found: list[RunConfig] = []
+    for base in dict.fromkeys(bases.values()):
+        runs = [run for run in suite.runs if bases[run.row] == base]
+        same = [reference_config(run, base, reference) for run in runs]
+        own = {run.row: reference_config(run, run.row, reference) for run in runs}
+        found += same[:1] if all(one == same[0] for one in same) else own.values()
+    return Costs(tuple(found), costs == "measured")
 
 
 def _values(listed: str) -> list[Any]:
