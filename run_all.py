@@ -375,7 +375,7 @@ def _probe(options: argparse.Namespace, command: Sequence[str]) -> int:
         suite_plan(options.rows, probe.TASK_NAMES, recipe),
         output,
         command=command,
-        say=lambda line: print(line, flush=True),
+        log=lambda line: print(line, flush=True),
         retry_failed=options.retry_failed,
     )
     if not options.no_report:
@@ -462,7 +462,7 @@ def _dry_run(suite: Suite, output: Path, retry_failed: bool, measure_steps: int)
             suite,
             output,
             measure_steps=measure_steps,
-            tell=lambda row: status.update(f"planning {row}"),
+            progress=lambda row: status.update(f"planning {row}"),
         )
     print(tables.to_text(plan.table(planned)))
     for line in plan.lines(planned, measure_steps):

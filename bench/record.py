@@ -93,7 +93,7 @@ class Record:
         latency: samples and quartiles in seconds.
         training: steps, seconds, losses over steps.
         evaluation: COCO's figures in percent.
-        probes: what small tasks came to, of the suite `probes` alone.
+        probes: results of small tasks, of the suite `probes` alone.
         notes: what a reader of the numbers should know.
         schema: version of this layout.
 
@@ -130,14 +130,14 @@ class Record:
         for name in ("config", "environment", "model"):
             _require(name, getattr(self, name), Mapping)
         if self.status not in STATUSES:
-            raise ValueError(f"status {self.status!r} is none of {', '.join(STATUSES)}")
+            raise ValueError(f"status {self.status!r} is not one of {', '.join(STATUSES)}")
         if (self.status == "failed") != (self.error is not None):
             raise ValueError(f"status is {self.status!r} and error is {self.error!r}")
         if self.error is not None:
             _has("error", self.error, ("kind", "message"))
             if self.error["kind"] not in ERROR_KINDS:
                 kinds = ", ".join(ERROR_KINDS)
-                raise ValueError(f"error kind {self.error['kind']!r} is none of {kinds}")
+                raise ValueError(f"error kind {self.error['kind']!r} is not one of {kinds}")
         _has("model", self.model, _MODEL)
         for name, needed in _SECTIONS.items():
             if getattr(self, name) is not None:
@@ -200,7 +200,7 @@ def read(path: Path) -> Record:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no UTF-8 text: {error.reason}") from error
+        raise InputError(f"{path} is not UTF-8 text: {error.reason}") from error
     return Record.from_json(text, source=str(path))
 
 
@@ -267,7 +267,7 @@ def read_latencies(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """Return the newest `latency` section of each record, by its row and key.
 
     Args:
-        folder: `latency` beside `records`; a file there that is none of ours is passed over.
+        folder: `latency` beside `records`; a file there that is not ours is passed over.
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
@@ -366,12 +366,12 @@ def checkout(root: Path) -> tuple[str | None, bool | None]:
 
 def _require(name: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
-        raise ValueError(f"{name} is {value!r}, which is no {kind.__name__}")
+        raise ValueError(f"{name} is {value!r}, which is not of type {kind.__name__}")
 
 
 def _has(name: str, section: object, needed: Sequence[str]) -> None:
     if not isinstance(section, Mapping):
-        raise ValueError(f"{name} is {section!r}, which is no Mapping")
+        raise ValueError(f"{name} is {section!r}, which is not a mapping")
     missing = [item for item in needed if item not in section]
     if missing:
         raise ValueError(f"{name} lacks {', '.join(missing)}")

@@ -137,8 +137,8 @@ class Standing:
         if not others:
             return f"{said}; {self.cheapest(self.ties)}."
         rows = "row" if others == 1 else f"{others} rows"
-        told = f"of it and the {rows} that cannot be told apart from it"
-        return f"{said}, which may be chance; {told}, {self.cheapest(self.ties)}."
+        among = f"of it and the {rows} that cannot be told apart from it"
+        return f"{said}, which may be chance; {among}, {self.cheapest(self.ties)}."
 
     def cheapest(self, places: Iterable[int]) -> str:
         """Which of some rows cost least, in words."""
@@ -197,13 +197,13 @@ class Standing:
         if len(worse):
             parts.append(f"told apart as worse: {self.named(worse)}")
         said = "; ".join(parts)
-        told = f"in all, {apart} of {pairs} pairs of rows are told apart"
+        count = f"in all, {apart} of {pairs} pairs of rows are told apart"
         if sees is not None:
             names = self.data["base"]
             seen = [[frozenset((one, other)) in sees.apart for other in names] for one in names]
             either = int(np.triu(compared & (differ | np.array(seen)), 1).sum())
-            told += f", {either} with what a probe tells" + " (of one seed)" * (sees.seeds == 1)
-        return f"{said[:1].upper()}{said[1:]}; {told}."
+            count += f", {either} with what a probe tells" + " (of one seed)" * (sees.seeds == 1)
+        return f"{said[:1].upper()}{said[1:]}; {count}."
 
     def unknown(self, *, probed: bool) -> str:
         """What was not measured here."""

@@ -202,14 +202,14 @@ def _dumbbells(lines: Sequence[Mapping[str, Any]], style: Mapping[str, Look]) ->
     figure = Figure(figsize=(7.5, 1.1 + 0.3 * len(lines)), layout="constrained")
     ax = figure.subplots()
     for place, line in enumerate(lines):
-        told, found = line["published"] / Unit.GIGA.size, line["actual"] / Unit.GIGA.size
+        published, actual = line["published"] / Unit.GIGA.size, line["actual"] / Unit.GIGA.size
         look = style[line["family"]]
-        ax.plot([told, found], [place, place], color=look.colour, linewidth=2, zorder=2)
-        ax.plot(told, place, "|", color="#222222", markersize=11, markeredgewidth=2, zorder=3)
-        ax.plot(found, place, **look.mark(line["row"]), markersize=8, zorder=4)
+        ax.plot([published, actual], [place, place], color=look.colour, linewidth=2, zorder=2)
+        ax.plot(published, place, "|", color="#222222", markersize=11, markeredgewidth=2, zorder=3)
+        ax.plot(actual, place, **look.mark(line["row"]), markersize=8, zorder=4)
         ax.annotate(
-            f"{number(1, sign=True)(100 * (found / told - 1))} %",
-            (max(told, found), place),
+            f"{number(1, sign=True)(100 * (actual / published - 1))} %",
+            (max(published, actual), place),
             xytext=(9, 0),
             textcoords="offset points",
             va="center",

@@ -109,12 +109,12 @@ def places(library: Library, cost: str) -> list[Place]:
         for other, its_ap, its_x in ranked:
             if other == row or its_x > x:
                 continue
-            told = pairs[row, other]
-            if np.isnan(told):
+            sign = pairs[row, other]
+            if np.isnan(sign):
                 worse = its_ap >= ap and (its_ap, its_x) != (ap, x)
-                told = -1 if worse else 1
-            on_front &= bool(told == 1)
-            if told == -1 and beaten_by is None:
+                sign = -1 if worse else 1
+            on_front &= bool(sign == 1)
+            if sign == -1 and beaten_by is None:
                 beaten_by = other
         found.append(Place(row, beaten_by, on_front))
     return found

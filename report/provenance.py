@@ -69,11 +69,11 @@ def environment(records: Sequence[Record], *, name_rows: bool = True) -> Table:
     facts = [{k: v for k, v in one.environment.items() if k != "command"} for one in records]
     lines = []
     for fact, values in _values(records, facts).items():
-        told = [
+        texts = [
             f"{value} ({', '.join(rows)})" if name_rows and len(values) > 1 else value
             for value, rows in values.items()
         ]
-        lines.append((fact.removeprefix("packages."), "; ".join(told)))
+        lines.append((fact.removeprefix("packages."), "; ".join(texts)))
     times = sorted(record.created for record in records)
     lines.append(("records made", f"{times[0]} to {times[-1]}"))
     lines.append(("seed", listed(record.seed for record in records)))

@@ -127,8 +127,8 @@ def _cost_of(limit: Limit, library: Library, within: pd.Series, without: pd.Seri
         return f"{said}, none with a higher box mAP."
     place = next(i for i, one in enumerate(free.data["label"]) if one == best.name(best.leader))
     loss = float(free.data["box_AP"][free.leader] - free.data["box_AP"][place])
-    told = "told apart" if free.pairs[free.leader, place] == 1 else "not told apart"
-    return f"{said}; it costs {number(1)(loss)} box mAP ({free.name(free.leader)}, {told})."
+    verdict = "told apart" if free.pairs[free.leader, place] == 1 else "not told apart"
+    return f"{said}; it costs {number(1)(loss)} box mAP ({free.name(free.leader)}, {verdict})."
 
 
 def _places(standing: Standing, names: set[str]) -> list[int]:

@@ -24,7 +24,7 @@ _PRECISIONS = {"16-mixed": "mixed precision (fp16)", "bf16-mixed": "mixed precis
 
 
 def load(directory: Path) -> list[Record]:
-    """Read the costs in `directory/costs`, those of the size that came last."""
+    """Read the costs in `directory/costs`, those of the newest size."""
     found = load_newest(directory / COSTS)
     last = _size(max(found, key=lambda one: one.created)) if found else None
     return ordered(record for record in found if _size(record) == last)

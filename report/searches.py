@@ -1,4 +1,4 @@
-"""Which rows belong to one search of a setting, and which came out best; from records alone."""
+"""Which rows belong to one search of a setting, and which is best; from records alone."""
 
 import json
 import re

@@ -101,11 +101,11 @@ def _summary(
     found: "Comparison", options: argparse.Namespace, regressions: Sequence[str]
 ) -> list[str]:
     """What matters, first."""
-    told = [line["verdict"] for line in found.lines]
+    count = [line["verdict"] for line in found.lines].count
     lines = [
-        f"A is {options.a}, B is {options.b}: {told.count('worse')} figures worse,"
-        f" {told.count('better')} better, {told.count('indistinguishable')} indistinguishable,"
-        f" {told.count('same')} the same."
+        f"A is {options.a}, B is {options.b}: {count('worse')} figures worse,"
+        f" {count('better')} better, {count('indistinguishable')} indistinguishable,"
+        f" {count('same')} the same."
     ]
     if options.fail_over is not None:
         lines += [f"Regression: {one}." for one in regressions] or [

@@ -188,7 +188,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise InputError for what can be told before anything is read."""
+    """Raise InputError for what is wrong whatever the files hold."""
     if not (options.weights or options.record):
         raise InputError("no weights: name a checkpoint with --weights, or a run with --record")
     besides = [f"--{name}" for name in _DETECTOR if getattr(options, name) != _DETECTOR[name]]

@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
         subjects,
         options.output,
         command=["python", "-m", "bench", *sys.argv[1:]],
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        log=lambda line: print(line, file=sys.stderr, flush=True),
         retry_failed=options.retry_failed,
     )
     path = page.write([], options.output, title="Probes", probes=probes.load(options.output))

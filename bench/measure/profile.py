@@ -206,13 +206,13 @@ def measure_layers(
 
     Args:
         configs: of rows, on one device that is here and in a precision that it has.
-        progress: told the share that is done and what is being done.
+        progress: receives the share that is done and what is being done.
 
     Returns:
         For each row its `memory` and `latency` sections, which have the stages in `by_part`, and
         what was not measured and why.
     """
-    mode, told = MODES[0], progress or (lambda _share, _doing: None)
+    mode, show = MODES[0], progress or (lambda _share, _doing: None)
     found: list[tuple[dict[str, Any], list[str]]] = []
     for config in configs:
         said = conditions(config, str(single_fabric(config).device)) | {"rois": {}}
@@ -228,12 +228,14 @@ def measure_layers(
             with row.kept():
                 row.needs = {mode: _need_of_layer(row.config, stage, mode)}
 
-        def tell(share: float, doing: str, stage: int = stage) -> None:
-            told((stage - 1 + share) / stages, f"stage {stage}: {doing}")
+        def measuring(share: float, doing: str, stage: int = stage) -> None:
+            show((stage - 1 + share) / stages, f"stage {stage}: {doing}")
 
         alive = [row for row in rows if row.error is None]
         quantities = ("memory", "latency")
-        _measure(alive, (mode,), quantities, by_part=False, progress=tell, warm_up=_SHORT_WARM_UP)
+        _measure(
+            alive, (mode,), quantities, by_part=False, progress=measuring, warm_up=_SHORT_WARM_UP
+        )
         for row, (sections, notes) in zip(rows, found, strict=True):
             _add_layer(row, stage, mode, sections)
             notes += [f"attention of stage {stage}: {note}" for note in row.notes]
@@ -268,7 +270,7 @@ def _add_layer(row: _Row, stage: int, mode: str, sections: dict[str, Any]) -> No
         sections["memory"]["kind"] = row.sections["memory"]["kind"]
 
 
-def _add_throughput(row: _Row, modes: Sequence[str], tell: Callable[[str], object]) -> None:
+def _add_throughput(row: _Row, modes: Sequence[str], progress: Callable[[str], object]) -> None:
     """Measure images a second of a row alone, into its `latency` section."""
     if row.error is not None:
         return
@@ -289,7 +291,7 @@ def _add_throughput(row: _Row, modes: Sequence[str], tell: Callable[[str], objec
                 mode,
                 fits=fits,
                 root=row.root,
-                tell=lambda doing: tell(f"{row.config.row}: {doing}"),
+                progress=lambda doing: progress(f"{row.config.row}: {doing}"),
             )
 
 
@@ -319,7 +321,7 @@ def _measure(
     for row in rows:
         row.modes = [mode for mode in modes if mode != "training" or row.config.profile.training]
 
-    def tell(share: float, doing: str) -> None:
+    def advance(share: float, doing: str) -> None:
         nonlocal done
         done += share / (len(rows) * len(quantities))
         progress(min(done, 1.0), doing)
@@ -338,20 +340,20 @@ def _measure(
                     if not row.modes:
                         continue
                     with row.kept():
-                        tell(0.0, f"{row.config.row}: building")
+                        advance(0.0, f"{row.config.row}: building")
                         row.start()
                         if "memory" in quantities and turn == 0:
-                            tell(0.0, f"{row.config.row}: measuring memory")
+                            advance(0.0, f"{row.config.row}: measuring memory")
                             _measure_memory(row, by_part=by_part)
-                            tell(1.0, f"{row.config.row}: measured")
+                            advance(1.0, f"{row.config.row}: measured")
                     if not timed:
                         row.release()
                 groups += 1
                 if timed:
                     turns = _TURNS if turn or waiting or groups > 1 else 1
-                    tell(0.0, f"measuring latency of {len(group)} rows, in rounds")
+                    advance(0.0, f"measuring latency of {len(group)} rows, in rounds")
                     _time(group, turns=turns, by_part=by_part and turn == 0, warm_up=warm_up)
-                    tell(len(group) / turns, "measured")
+                    advance(len(group) / turns, "measured")
         if not timed or (turn == 0 and groups < 2):
             break
     _add_latency(rows)

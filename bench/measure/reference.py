@@ -40,7 +40,7 @@ def count(
         configs: of `bench.config.suites.reference_config`.
         folder: where records of costs are and new ones go; None to keep none.
         command: the command line, for the records.
-        progress: told of each row that was counted.
+        progress: called with each row that was counted.
         into: the folder in it for new ones.
 
     Raises:

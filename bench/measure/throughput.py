@@ -32,7 +32,7 @@ def measure(
     *,
     fits: Callable[[int | None], bool],
     root: Path | None = None,
-    tell: Callable[[str], object] = lambda _doing: None,
+    progress: Callable[[str], object] = lambda _doing: None,
 ) -> dict[str, Any]:
     """Return what a row does in a second, by batch; see `results/README.md`.
 
@@ -41,7 +41,7 @@ def measure(
         mode: "inference" or "training".
         fits: whether a peak of so many bytes, None if it is not known, fits the free memory.
         root: the folder of its data.
-        tell: told what is being measured.
+        progress: called with what is being measured.
 
     Raises:
         WorkerError: if not even one image can be measured.
@@ -58,7 +58,7 @@ def measure(
             if found and not fits(_need(sized, mode)):
                 ended = f"batch {batch} is predicted not to fit the free memory"
                 break
-            tell(f"{mode}, batch {batch}")
+            progress(f"{mode}, batch {batch}")
             try:
                 worker.ask("build", sized.as_dict(), "detector", root)
                 timing = worker.ask("latency", (mode,), how)[mode]

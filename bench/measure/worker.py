@@ -55,7 +55,7 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """A fresh process, to be asked what the methods of `Held` answer.
+    """A fresh process, to be asked what the methods of `Server` answer.
 
     Args:
         threads: for torch.
@@ -66,7 +66,7 @@ class Worker:
         context = _context()
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
-            target=_answer, args=(theirs, threads, memory_limit), daemon=True
+            target=_serve, args=(theirs, threads, memory_limit), daemon=True
         )
         self._process.start()
         theirs.close()
@@ -80,7 +80,7 @@ class Worker:
         deadline: float | None = None,
         waiting: Callable[[], None] | None = None,
     ) -> Any:
-        """Return the answer of `Held`.
+        """Return the answer of `Server`.
 
         Args:
             question: name of a method.
@@ -126,8 +126,8 @@ class Worker:
         self._connection.close()
 
 
-class Held:
-    """What a worker holds, and answers."""
+class Server:
+    """What runs in a worker: one workload, and the methods that answer questions about it."""
 
     def __init__(self) -> None:
         self._workload: Any = None
@@ -213,14 +213,14 @@ def _context() -> "ForkServerContext | SpawnContext":
     return context
 
 
-def _answer(connection: Connection, threads: int, limit: int | None) -> None:
+def _serve(connection: Connection, threads: int, limit: int | None) -> None:
     """Answer until the other side is gone; runs in a process of its own."""
     # Ctrl-C reaches the whole group; what is in hand ends when the process that asks does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     if limit is not None:
         _limit_memory(limit)
-    held = Held()
+    server = Server()
     while True:
         try:
             question, arguments = connection.recv()
@@ -228,7 +228,7 @@ def _answer(connection: Connection, threads: int, limit: int | None) -> None:
             return
         answer, failed = None, None
         try:
-            answer = getattr(held, question)(*arguments)
+            answer = getattr(server, question)(*arguments)
         except Exception as error:
             # Whatever it is, it is an answer.
             failed = error_section(error)

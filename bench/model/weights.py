@@ -217,7 +217,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Conversion:
-    """The start of a detector's training, and how it came about.
+    """The start of a detector's training, and how it was made.
 
     Attributes:
         tensors: by name, `backbone.bottom_up.` in front.

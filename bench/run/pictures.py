@@ -40,14 +40,17 @@ LEAST_SCORE = 0.3
 
 
 def make(
-    records: Sequence[Record], output: Path, *, tell: Callable[[str], object] = lambda _row: None
+    records: Sequence[Record],
+    output: Path,
+    *,
+    progress: Callable[[str], object] = lambda _row: None,
 ) -> list[str]:
     """Write the file of each row that has kept weights and no file yet; return what failed.
 
     Args:
         records: of runs that are in `output`.
         output: the folder of the suite.
-        tell: told of each row.
+        progress: called with each row before it is drawn.
     """
     failed = []
     for entry in records:
@@ -61,7 +64,7 @@ def make(
             or not (output / kept["path"]).is_file()
         ):
             continue
-        tell(entry.row)
+        progress(entry.row)
         try:
             weights = output / kept["path"]
             if sha256(weights) != kept["sha256"]:

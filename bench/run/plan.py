@@ -69,7 +69,7 @@ def plan(
     output: Path,
     *,
     measure_steps: int,
-    tell: Callable[[str], object],
+    progress: Callable[[str], object],
 ) -> list[Planned]:
     """Return what every row would be; a suite that needs COCO is planned for it, there or not.
 
@@ -78,7 +78,7 @@ def plan(
         output: where the runs' data is made, if it is generated.
         measure_steps: training steps that are timed, on one device here, for the time of a run;
             0 for none.
-        tell: called with each row before it is planned, which takes seconds.
+        progress: called with each row before it is planned, which takes seconds.
     """
     # Runs share their data, and reading COCO's annotations takes long.
     opened: dict[str, CocoDataset | ClassDataset | None] = {}
@@ -86,7 +86,7 @@ def plan(
     for config in suite.runs:
         if any(run.config.row == config.row for run in planned):
             continue
-        tell(config.row)
+        progress(config.row)
         name = repr((config.data.path, config.data.generated, config.data.train_split))
         if name not in opened:
             opened[name] = _dataset(config, output, needed=measure_steps > 0)

@@ -35,8 +35,6 @@ TASK_NAMES = tuple(TASKS)
 # Of the steps, how many stand in the curve of the loss.
 _LOSSES = 25
 
-Say = Callable[[str], None]
-
 
 class DivergedError(RuntimeError):
     """A loss that is not finite."""
@@ -46,7 +44,7 @@ class DivergedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one training came to.
+    """The results of one training.
 
     Attributes:
         right: of each level and image, the cells that were answered rightly.
@@ -168,7 +166,7 @@ def run(
     output: Path,
     *,
     command: Sequence[str],
-    say: Say,
+    log: Callable[[str], object],
     retry_failed: bool = False,
 ) -> list[Record]:
     """Probe what has no record in `output/probes` yet, and return the records of all subjects.
@@ -180,7 +178,7 @@ def run(
         subjects: of `bench.config.probes.plan`.
         output: folder.
         command: the command line, for the records.
-        say: told of each subject that is done.
+        log: called with a line for each subject that is done.
         retry_failed: run again what has failed.
 
     Raises:
@@ -197,12 +195,12 @@ def run(
         if one.key not in known or (retry_failed and known[one.key].status == "failed")
     ]
     if len(missing) < len(standings):
-        say(f"{len(standings) - len(missing)} of {len(standings)} have their record")
+        log(f"{len(standings) - len(missing)} of {len(standings)} have their record")
     for number, standing in enumerate(_work(missing), start=1):
         written = _record(standing, command)
         record.write(written, folder)
         known[standing.key] = written
-        say(f"[{number}/{len(missing)}] {standing.subject.name}: {_describe(written)}")
+        log(f"[{number}/{len(missing)}] {standing.subject.name}: {_describe(written)}")
     return [known[one.key] for one in standings]
 
 

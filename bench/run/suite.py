@@ -85,7 +85,7 @@ def run_side_by_side(
     standings = survey(suite, output, console, retry_failed, processes=number)
     jobs = _jobs(suite, standings, output, arguments)
     code = processes.run_local(
-        jobs, count=count, devices=number, say=lambda line: print(line, flush=True)
+        jobs, count=count, devices=number, log=lambda line: print(line, flush=True)
     )
     return standings, code
 
@@ -202,7 +202,7 @@ def make_pictures(records: Sequence[Record], output: Path, console: Console) -> 
     """Let rows find what is in a few images, those that have kept weights and did not yet."""
     with console.status("") as status:
         for line in pictures.make(
-            records, output, tell=lambda row: status.update(f"pictures of {row}")
+            records, output, progress=lambda row: status.update(f"pictures of {row}")
         ):
             console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True)
 

@@ -256,7 +256,7 @@ class Job:
     log: Path
 
 
-def run_local(jobs: Sequence[Job], *, count: int, devices: int, say: Callable[[str], None]) -> int:
+def run_local(jobs: Sequence[Job], *, count: int, devices: int, log: Callable[[str], None]) -> int:
     """Run `jobs`, `count` at a time, and return 0, or the first exit code that is not 0.
 
     Each takes its share of the cores, or `devices` GPUs of its own where there are GPUs.
@@ -275,14 +275,14 @@ def run_local(jobs: Sequence[Job], *, count: int, devices: int, say: Callable[[s
                     process = start(job.command, environment, file.fileno())
                 processes.append(process)
                 running[process] = job, slot, time.monotonic()
-                say(f"{job.row}: started, output in {job.log}")
+                log(f"{job.row}: started, output in {job.log}")
             for process in [process for process in running if process.poll() is not None]:
                 job, slot, since = running.pop(process)
                 free.append(slot)
                 codes.append(process.returncode)
                 took = time.monotonic() - since
                 outcome = "done" if process.returncode == 0 else _last_line(job.log)
-                say(f"[{len(codes)}/{len(jobs)}] {job.row}: {outcome} in {took:.0f} s")
+                log(f"[{len(codes)}/{len(jobs)}] {job.row}: {outcome} in {took:.0f} s")
             if passed_on.received > 1:
                 for process in running:
                     process.kill()

@@ -19,7 +19,7 @@ from bench.errors import InputError
 from bench.measure import flops, sweep, worker
 from bench.measure.costs import effort, flops_of_one
 from bench.measure.sweep import Limits, Store, Task, unfinished
-from bench.measure.worker import Held
+from bench.measure.worker import Server
 from bench.model.build import build_backbone
 from report.scaling import growth
 
@@ -254,12 +254,12 @@ def test_a_mechanism_for_one_size_says_so():
 def test_a_point_of_each_scope(scope, mode):
     overrides = ["model.detector.rpn_proposals=[20,10]", "model.detector.rpn_proposals_test=[9,9]"]
     (walk,) = plan(["ViL"], sizes=[(64, 96)], scope=scope, modes=(mode,), overrides=overrides)
-    held = Held()
-    held.build(walk[0].config.as_dict(), scope, None)
-    memory = held.memory((mode,), False)
+    server = Server()
+    server.build(walk[0].config.as_dict(), scope, None)
+    memory = server.memory((mode,), False)
     assert memory[mode] > memory["before"][mode] > 0
-    assert held.latency((mode,), effort(walk[0].config))[mode]["median"] > 0
-    assert held.ran(mode)["sdpa"]
+    assert server.latency((mode,), effort(walk[0].config))[mode]["median"] > 0
+    assert server.ran(mode)["sdpa"]
 
 
 class Conversation(list):
@@ -286,9 +286,9 @@ def test_what_libraries_say_under_a_limit_is_out_of_memory(limit, kind, monkeypa
 
     monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
     monkeypatch.setattr(worker, "_limit_memory", lambda _: None)
-    monkeypatch.setattr(Held, "ran", fail)
+    monkeypatch.setattr(Server, "ran", fail)
     talk = Conversation([("ran", ())])
-    worker._answer(talk, 1, limit)
+    worker._serve(talk, 1, limit)
     ((answer, error, _cpu_seconds),) = talk
     assert answer is None
     assert error["kind"] == kind

@@ -13,10 +13,10 @@ def test_the_time_of_a_run_is_its_steps_times_parts(
     overrides = ["train.accumulate=2", "train.batch_size=4", "train.steps=9",
                  "data.generated.train_images=2"]  # fmt: skip
     suite = load_suite("quick", rows=["ViL"], device="cpu", overrides=overrides)
-    told: list[str] = []
-    (run,) = plan.plan(suite, tmp_path, measure_steps=1, tell=told.append)
+    planned: list[str] = []
+    (run,) = plan.plan(suite, tmp_path, measure_steps=1, progress=planned.append)
     assert run.seconds == 2.0 * 9 * 2
-    assert told == ["ViL"]
+    assert planned == ["ViL"]
     assert run.images_of_a_part == 2
     assert plan.table([run]).loc[0, "time"] == "36 s"
 
@@ -29,7 +29,7 @@ def test_what_rows_share_is_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     monkeypatch.setattr(plan, "_memory", lambda *_: 1e9)
     suite = load_suite("quick", rows=["ViL", "full", "swin"], device="cpu")
-    assert len(plan.plan(suite, tmp_path, measure_steps=0, tell=opened.append)) == 3
+    assert len(plan.plan(suite, tmp_path, measure_steps=0, progress=opened.append)) == 3
     assert opened == ["ViL", "ViL", "full", "swin"]
 
 

@@ -72,7 +72,7 @@ def test_records_are_kept_and_only_what_is_missing_is_done(tmp_path, monkeypatch
 
     def go(**how):
         subjects = plan(["srformer", "mine.py:Mine"], ["bind", "majority"], TINY)
-        return probe.run(subjects, tmp_path, command=["x"], say=said.append, **how)
+        return probe.run(subjects, tmp_path, command=["x"], log=said.append, **how)
 
     fine, broken = go()
     assert (fine.status, broken.status) == ("done", "failed")

@@ -183,7 +183,7 @@ def test_local_jobs_run_side_by_side_and_each_says_how_it_ended(tmp_path: Path) 
         a_job(tmp_path, "b", meet("b", "a")),
         a_job(tmp_path, "c", "print('out of luck'); raise SystemExit(1)"),
     ]
-    assert launch.run_local(found, count=2, devices=1, say=said.append) == 1
+    assert launch.run_local(found, count=2, devices=1, log=said.append) == 1
     assert sum("done in" in line for line in said) == 2
     assert any(line.startswith("[3/3] c: failed, out of luck") for line in said)
 
