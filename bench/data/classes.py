@@ -270,4 +270,4 @@ def evaluation_batches(
     own, size = range(rank, len(dataset), world_size), config.evaluate.batch_size
     batches = (list(own[start : start + size]) for start in range(0, len(own), size))
     samples = _Samples(dataset, config, training=False)
-    yield from load(samples, batches, config.data.workers, None, Pace())
+    yield from load(samples, batches, config.data.workers, Pace())

@@ -188,7 +188,6 @@ def training_batches(
     aspect_ratio_grouping: bool = False,
     rank: int = 0,
     world_size: int = 1,
-    pin_memory: bool | None = None,
     pace: Pace | None = None,
 ) -> Iterator[Batch]:
     """Yield the batches of steps `start_step` to `steps - 1`.
@@ -205,7 +204,6 @@ def training_batches(
             does not grow with the stored size. None leaves all as it is.
         rank: which of `world_size` processes this one is; each has its own part of every batch, and
             the parts in order of rank are the batch of a single process.
-        pin_memory: put batches where a GPU copies them from fastest; None where there is a GPU.
         pace: receives the time that each batch took.
 
     Raises:
@@ -234,7 +232,6 @@ def training_batches(
         num_workers=num_workers,
         rank=rank,
         world_size=world_size,
-        pin_memory=pin_memory,
         pace=pace,
     )
 
@@ -250,7 +247,6 @@ def ordered_batches(
     num_workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    pin_memory: bool | None = None,
     pace: Pace | None = None,
     repeats: int = 1,
 ) -> Iterator[Batch]:
@@ -274,7 +270,7 @@ def ordered_batches(
     share = batch_size // world_size
     own = slice(rank * share, (rank + 1) * share)
     batches = (batch[own] for batch in order.batches(start_step, steps))
-    yield from load(samples, batches, num_workers, pin_memory, pace or Pace())
+    yield from load(samples, batches, num_workers, pace or Pace())
 
 
 def evaluation_batches(
@@ -284,7 +280,6 @@ def evaluation_batches(
     num_workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    pin_memory: bool | None = None,
 ) -> Iterator[Batch]:
     """Yield every image once, in the order of the annotation file.
 
@@ -294,7 +289,7 @@ def evaluation_batches(
         batch_size: images of a batch of this process.
         rank: of `world_size` processes, each of which has every `world_size`-th image; no image is
             given to two.
-        num_workers, pin_memory: as in `training_batches`.
+        num_workers: as in `training_batches`.
 
     Raises:
         InputError: for an image that cannot be read.
@@ -302,7 +297,7 @@ def evaluation_batches(
     """
     own = range(rank, len(dataset), world_size)
     batches = (list(own[start : start + batch_size]) for start in range(0, len(own), batch_size))
-    yield from load(_EvaluationSamples(dataset), batches, num_workers, pin_memory, Pace())
+    yield from load(_EvaluationSamples(dataset), batches, num_workers, Pace())
 
 
 @contextmanager
@@ -324,11 +319,7 @@ def clear_worker_errors() -> Iterator[None]:
 
 
 def load(
-    samples: Samples,
-    batches: Iterator[list[Any]],
-    workers: int,
-    pin_memory: bool | None,
-    pace: Pace,
+    samples: Samples, batches: Iterator[list[Any]], workers: int, pace: Pace
 ) -> Iterator[Batch]:
     """Yield the samples of each list of keys, read `workers` processes ahead."""
     start = time.perf_counter()
@@ -340,7 +331,8 @@ def load(
         # A generator of its own: drawing the workers' seed must not move the caller's random state.
         generator=torch.Generator().manual_seed(0),
         worker_init_fn=prepare_worker,
-        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+        # A GPU copies from there fastest.
+        pin_memory=torch.cuda.is_available(),
     )
     with clear_worker_errors():
         for batch in loader:
