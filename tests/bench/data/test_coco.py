@@ -145,16 +145,6 @@ def test_reads_images_and_targets(tmp_path: Path) -> None:
     assert target["masks"].dtype == torch.uint8
 
 
-def test_masks_of_polygons_and_both_run_lengths(tmp_path: Path) -> None:
-    masks = dataset(tmp_path, content())[0][1]["masks"].numpy()
-    assert masks.shape == (3, HEIGHT, WIDTH)
-    np.testing.assert_array_equal(masks[1], box_mask(20, 10, 8, 6))
-    np.testing.assert_array_equal(masks[2], box_mask(40, 20, 10, 15))
-    assert masks[0].sum() == pytest.approx(200, abs=25)
-    assert masks[0][8, 12] == 1
-    assert masks[0][22, 28] == 0
-
-
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_masks_are_those_of_pycocotools(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
@@ -181,12 +171,6 @@ def test_a_box_without_a_segmentation_is_its_own_mask(tmp_path: Path) -> None:
     for absent in (None, [], {}):
         target = dataset(tmp_path, edited(segmentation=absent, bbox=[-5, 30, 25, 99]))[0][1]
         np.testing.assert_array_equal(target["masks"][0].numpy(), box_mask(0, 30, 20, 10))
-
-
-def test_polygons_of_several_parts_are_joined(tmp_path: Path) -> None:
-    parts = [[0, 0, 5, 0, 5, 5, 0, 5], [20, 20, 30, 20, 30, 30, 20, 30]]
-    mask = dataset(tmp_path, edited(segmentation=parts))[0][1]["masks"][0].numpy()
-    np.testing.assert_array_equal(mask, box_mask(0, 0, 5, 5) | box_mask(20, 20, 10, 10))
 
 
 def test_an_image_without_annotations_has_an_empty_target(tmp_path: Path) -> None:
