@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.config.schema import RunConfig
-from bench.config.suites import build_config, load_suite
+from bench.config.suites import load_suite
 from bench.data import split as inputs
 from bench.data.check import check
 from bench.data.coco import CocoDataset
@@ -44,10 +44,9 @@ def same(found: CocoDataset, expected: CocoDataset) -> bool:
 
 
 def run_of(**data: str) -> RunConfig:
-    values = load_suite("quick", rows=["ViL"]).runs[0].as_dict()
-    return build_config(
-        values | {"data": values["data"] | data, "evaluate": {"splits": ["val2017"]}}
-    )
+    overrides = [f"data.{name}={value}" for name, value in data.items()]
+    overrides.append("evaluate.splits=[val2017]")
+    return load_suite("quick", rows=["ViL"], overrides=overrides).runs[0]
 
 
 def roboflow(source: Path, root: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench.config.schema import RunConfig
-from bench.config.suites import build_config, load_suite
+from bench.config.suites import load_suite
 from bench.data import split as inputs
 from bench.data.coco import CocoDataset
 from bench.data.generated import generate
@@ -21,6 +21,10 @@ from bench.run import runner
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return generate(tmp_path_factory.mktemp("data") / "set", train_images=2, val_images=8)
+
+
+def run_of(*overrides: str) -> RunConfig:
+    return load_suite("quick", rows=["ViL"], overrides=overrides).runs[0]
 
 
 def test_profile_images_have_the_size_asked_for_and_their_boxes_fit(root: Path) -> None:
@@ -44,7 +48,7 @@ def relisted(root: Path, place: Path, categories: Callable[[list], list]) -> Run
     known = {category["id"] for category in content["categories"]}
     content["annotations"] = [a for a in content["annotations"] if a["category_id"] in known]
     path.write_text(json.dumps(content))
-    return _changed(data={"path": str(place)}, train={"steps": 1})
+    return run_of(f"data.path={place}", "train.steps=1")
 
 
 @pytest.mark.parametrize(
@@ -106,12 +110,10 @@ def test_a_record_says_what_was_misread_and_of_which_classes_it_is(
         for annotation in content["annotations"][:1]:
             annotation["segmentation"] = []
         path.write_text(json.dumps(content))
-    config = _changed(
-        data={"path": str(tmp_path / "data")},
-        train={"steps": 1, "batch_size": 1},
-        evaluate={"splits": ["val2017"], "bootstrap": 0},
-        profile={"enabled": False},
-    )
+    config = run_of(
+        f"data.path={tmp_path / 'data'}", "train.steps=1", "train.batch_size=1",
+        "evaluate.splits=[val2017]", "evaluate.bootstrap=0", "profile.enabled=false",
+    )  # fmt: skip
     result = runner.run(config, output=tmp_path / "out")
     left_out = [note for note in result.notes if "annotation without a valid polygon" in note]
     assert ["val2017" in note for note in left_out] == [True, False]
@@ -123,40 +125,17 @@ def test_a_record_says_what_was_misread_and_of_which_classes_it_is(
     assert any("no annotation has a segmentation" in note for note in result.notes)
 
 
-def _changed(**sections: object) -> RunConfig:
-    values = load_suite("quick", rows=["ViL"]).runs[0].as_dict()
-    for section, changes in sections.items():
-        if isinstance(changes, dict):
-            values[section] |= changes
-        else:
-            values[section] = changes
-    return build_config(values)
-
-
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("overrides", "said"),
     [
-        (_changed(device="cuda:99"), "cuda:99"),
-        (_changed(device="cpu", train={"precision": "16-mixed"}), "16-mixed needs a GPU"),
-        (_changed(data={"train_split": "train1999"}), "train1999"),
+        (["device=cuda:99"], "cuda:99"),
+        (["device=cpu", "train.precision=16-mixed"], "16-mixed needs a GPU"),
+        (["data.train_split=train1999"], "train1999"),
     ],
 )
 def test_a_mistake_found_before_any_row_is_an_input_error(
-    config: RunConfig, said: str, tmp_path: Path
+    overrides: list[str], said: str, tmp_path: Path
 ) -> None:
-    small = build_config(
-        config.as_dict()
-        | {
-            "data": config.as_dict()["data"]
-            | {
-                "generated": {
-                    "seed": 0,
-                    "train_images": 2,
-                    "val_images": 1,
-                    "image_size": [128, 160],
-                }
-            }
-        }
-    )
+    small = "data.generated={seed: 0, train_images: 2, val_images: 1, image_size: [128, 160]}"
     with pytest.raises(InputError, match=said):
-        inputs.check_data([small], tmp_path)
+        inputs.check_data([run_of(*overrides, small)], tmp_path)
