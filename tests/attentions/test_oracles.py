@@ -67,7 +67,7 @@ def pair(name, options, *, grid, num_global, num_heads=2, spread=0.7, seed=0, dt
     return [module.to(dtype).eval() for module in modules]
 
 
-def tokens(module, grid, batch, seed, dtype=torch.float64):
+def tokens(module, grid, batch=2, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed + 1)
     shape = (batch, module.num_global + grid[0] * grid[1], module.dim)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)

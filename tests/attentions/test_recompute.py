@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attentions
 from attentions import cache, local, relative
 from bench.measure import memory
+from tests.attentions.test_oracles import assert_near, pair, run, tokens
 
 OPTIONS = [
     ("longformer", {"window": 3, "position": "relative"}),
@@ -34,22 +35,6 @@ def build(name, options, *, grid=GRID, num_global=2, dim=12, dtype=torch.float64
     return module
 
 
-def tokens(module, grid=GRID, batch=2):
-    count = module.num_global + grid[0] * grid[1]
-    dtype = next(module.parameters()).dtype
-    return torch.randn(batch, count, module.dim, dtype=dtype)
-
-
-def outcome(module, x, grid=GRID):
-    x = x.clone().requires_grad_()
-    torch.manual_seed(3)
-    y = module(x, grid)
-    module.zero_grad()
-    y.backward(torch.arange(y.numel(), dtype=y.dtype).cos().view_as(y))
-    # A copy: `zero_grad` of the next call must not reach it.
-    return [y.detach(), x.grad, *(p.grad.clone() for p in module.parameters())]
-
-
 # Scores of one strip or query, of a few, or of everything at once.
 @pytest.mark.parametrize(
     ("grid", "most"), [(GRID, 1), (GRID, 40_000), (GRID, 2**30), ((2, 11), 40_000)]
@@ -58,12 +43,9 @@ def outcome(module, x, grid=GRID):
 def test_results_do_not_depend_on_the_blocks(name, options, grid, most, monkeypatch):
     for module in (local, relative):
         monkeypatch.setattr(module, "LARGEST_SCORES", {"cpu": most, "other": most})
-    fast = build(name, options, grid=grid)
-    oracle = build(name, options, grid=grid, implementation="reference")
-    oracle.load_state_dict(fast.state_dict())
-    x = tokens(fast, grid)
-    for one, other in zip(outcome(fast, x, grid), outcome(oracle, x, grid), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    modules = pair(name, options, grid=grid, num_global=2, num_heads=3)
+    x = tokens(modules[0], grid)
+    assert_near(*(run(module.train(), x, grid, seed=3) for module in modules), 1e-9)
 
 
 @every_option
@@ -71,8 +53,9 @@ def test_dropout_is_the_same_in_the_backward_pass(name, options, monkeypatch):
     for module in (local, relative):
         monkeypatch.setattr(module, "LARGEST_SCORES", {"cpu": 5000, "other": 5000})
     module = build(name, options, attn_drop=0.4, dim=6).train()
-    x = tokens(module, batch=1)
-    y, gradient, *_ = outcome(module, x)
+    x = tokens(module, GRID, batch=1)
+    found = run(module, x, GRID, seed=3)
+    y, gradient = found["output"], found["input"]
     assert (y - build(name, options, dim=6)(x, GRID)).abs().max() > 1e-3
     weights = torch.arange(y.numel(), dtype=y.dtype).cos().view_as(y)
     generator = torch.Generator().manual_seed(1)
@@ -101,30 +84,19 @@ class LargestBatch(TorchDispatchMode):
 
 def test_products_of_more_matrices_than_a_gpu_takes_are_split(monkeypatch):
     module = build("longformer", {"window": 2})
-    x = tokens(module, batch=3)
-    expected = outcome(module, x)
+    x = tokens(module, GRID, batch=3)
     with LargestBatch() as watch:
-        outcome(module, x)
+        expected = run(module, x, GRID)
     assert watch.seen == 3 * 3 * 4 * 4
     monkeypatch.setattr(local, "LARGEST_BATCH", 20)
     with LargestBatch() as watch:
-        actual = outcome(module, x)
+        actual = run(module, x, GRID)
     assert 8 <= watch.seen <= 20
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
-
-
-@every_option
-def test_gradients_of_gradients_are_an_error(name, options):
-    module = build(name, options)
-    x = tokens(module).requires_grad_()
-    (gradient,) = torch.autograd.grad(module(x, GRID).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    assert_near(actual, expected, 1e-9)
 
 
 def peak(module, grid):
-    x = tokens(module, grid, batch=1).requires_grad_()
+    x = tokens(module, grid, batch=1, dtype=torch.float32).requires_grad_()
 
     def step():
         module(x, grid).square().sum().backward()
@@ -163,8 +135,8 @@ def test_longformer_keeps_queries_keys_and_values_alone(monkeypatch):
 
 def test_threads_and_copies_share_what_is_cached():
     options = {"window": 3, "position": "relative", "padding": "exact"}
-    module = build("longformer", options, dtype=torch.float32).eval()
-    x = tokens(module)
+    module = build("longformer", options).eval()
+    x = tokens(module, GRID)
     with torch.inference_mode():
         expected = module(x, GRID).clone()
     cache.clear()
@@ -191,7 +163,7 @@ def test_threads_and_copies_share_what_is_cached():
 @pytest.mark.parametrize(("name", "options"), [OPTIONS[0], OPTIONS[-1]])
 def test_compiled_training_with_dropout_is_one_graph(name, options):
     module = build(name, options, attn_drop=0.2).train()
-    x = tokens(module)
+    x = tokens(module, GRID)
     torch._dynamo.reset()
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     y = compiled(x, GRID)

@@ -7,6 +7,7 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention
 import attentions
 from bench.model.backbone import ViL
 from bench.model.weights import convert_classifier
+from tests.attentions.test_oracles import tokens
 
 LONG, WIDE = (3, 9), (9, 3)
 
@@ -19,12 +20,6 @@ def build(grid=(6, 9), *, num_global=0, **options):
     for parameter in module.parameters():
         torch.nn.init.uniform_(parameter, -0.7, 0.7)
     return module.double().eval()
-
-
-def tokens(module, grid, batch=2):
-    generator = torch.Generator().manual_seed(1)
-    count = module.num_global + grid[0] * grid[1]
-    return torch.randn(batch, count, module.dim, generator=generator, dtype=torch.float64)
 
 
 def seen(module, grid, token):
