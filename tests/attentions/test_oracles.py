@@ -33,7 +33,7 @@ LINEAR = st.fixed_dictionaries(
     {"power": st.sampled_from([1.0, 3.0, 5.5]), "kernel": st.sampled_from([0, 1, 3, 7])}
 )
 # It divides by the weights' sum, which rounding alone makes of a small query: in half precision it
-# is compared with the library, in test_timm.
+# is compared with the library, in test_peers.
 ILL_CONDITIONED = ("lite_mla",)
 every_example = pytest.mark.parametrize(("name", "options"), EXAMPLES)
 sides = st.integers(1, 9)

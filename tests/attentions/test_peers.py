@@ -1,19 +1,25 @@
-"""Mechanisms whose definition is code that others wrote, with the same weights: windows."""
+"""Mechanisms that others have too: same weights and input, same output and gradients."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
+from timm.models.efficientvit_mit import LiteMLA
 from timm.models.maxxvit import MaxxVitTransformerCfg, PartitionAttentionCl
+from timm.models.metaformer import Pooling
+from timm.models.pvt_v2 import Attention as PooledAttention
 from timm.models.twins import GlobalSubSampleAttn, LocallyGroupedAttn
 from timm.models.vision_transformer_sam import Attention, window_partition, window_unpartition
+from timm.models.xcit import XCA
 from torch import nn
 from torchvision.models.maxvit import PartitionAttentionLayer
-from torchvision.models.swin_transformer import ShiftedWindowAttentionV2
+from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
 import attentions
 
+GRIDS = [(6, 8), (9, 5), (1, 3)]
 DIM, HEADS = 16, 2
 
 
@@ -23,12 +29,14 @@ class Peer(NamedTuple):
     Attributes:
         make: of the mechanism here, the function of x (B, rows, columns, C) and the tensors that
             it depends on, by their names here.
+        num_global: tokens before the grid; where there are some, x is (B, N, C).
     """
 
     name: str
     grid: tuple[int, int]
     options: dict
     make: Callable
+    num_global: int = 0
 
 
 def neighbourhoods(ours):
@@ -63,6 +71,13 @@ def neighbourhoods(ours):
         return ours.proj(torch.stack(out, dim=1).view(batch, rows, columns, -1))
 
     return attend, dict(ours.named_parameters())
+
+
+def swin(ours):
+    w, s = ours.window, ours.shift
+    names = {"local_relative_position_bias_table": "relative_position_bias_table"}
+    make = functools.partial(ShiftedWindowAttention, DIM, [w, w], [s, s], num_heads=HEADS)
+    return of_library(make, nn.Module.__call__, names)(ours)
 
 
 def swin_v2(ours):
@@ -134,9 +149,7 @@ def maxvit_of_timm(ours):
         for layer in ("qkv", "proj")
         for part in ("weight", "bias")
     }
-    load(theirs, ours, names)
-    found = dict(theirs.named_parameters())
-    return lambda x: theirs(x) - x, {own: found[name] for own, name in names.items()}
+    return of_library(lambda: theirs, lambda module, x: module(x) - x, names)(ours)
 
 
 def twins(ours):
@@ -174,6 +187,52 @@ def vitdet(ours):
     return attend, dict(theirs.named_parameters())
 
 
+def of_library(make, call, names=None):
+    """The peer that `make` builds, called by `call(module, x)`; `names` are its names for ours."""
+
+    def peer(ours):
+        theirs = make()
+        load(theirs, ours, names)
+        found, own = dict(theirs.named_parameters()), dict(ours.named_parameters())
+        tensors = {name: found[(names or {}).get(name, name)] for name in own}
+        return lambda x: call(theirs, x), tensors
+
+    return peer
+
+
+def on_tokens(module, x):
+    return module(x.flatten(1, 2), x.shape[1:3]).view_as(x)
+
+
+def on_image(module, x):
+    return module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def pooling(ours):
+    return lambda x: on_image(Pooling(ours.size), x), {}
+
+
+def lite_mla(**settings):
+    return LiteMLA(DIM, DIM, heads=HEADS, dim=DIM // HEADS, **settings)
+
+
+def plain_mla(kernel=5):
+    return lite_mla(norm_layer=None, use_bias=(False, True), scales=(kernel,))
+
+
+def pvt_v2(**settings):
+    return PooledAttention(DIM, HEADS, **settings)
+
+
+LITE_MLA = {
+    "qkv.weight": "qkv.conv.weight",
+    "aggreg.0.weight": "aggreg.0.0.weight",
+    "aggreg.1.weight": "aggreg.0.1.weight",
+    "proj.weight": "proj.conv.weight",
+    "proj.bias": "proj.conv.bias",
+}
+
+
 class Zero(nn.Module):
     """In the place of what is no part of the attention."""
 
@@ -183,7 +242,9 @@ class Zero(nn.Module):
 
 def load(theirs, ours, names=None):
     """Give a peer the weights of ours, and its dtype; `names` are its names for ours."""
-    state = {(names or {}).get(name, name): p for name, p in ours.named_parameters()}
+    own = {(names or {}).get(name, name): p for name, p in ours.named_parameters()}
+    sizes = {name: p.shape for name, p in theirs.named_parameters()}
+    state = {name: p.view(sizes.get(name, p.shape)) for name, p in own.items()}
     missing, unexpected = theirs.load_state_dict(state, strict=False)
     assert not unexpected
     assert not {*missing} & {name for name, _ in theirs.named_parameters()}
@@ -199,6 +260,11 @@ PEERS = [
         (11, 12),
         {"kernel": 5, "dilation": 2, "stride": 3, "position": "relative"},
         neighbourhoods,
+    ),
+    *(
+        Peer("swin", grid, {"window": 3, "shift": shift, "position": "relative"}, swin)
+        for grid in ((6, 9), (3, 3), (3, 9), (9, 3))
+        for shift in (0, 1)
     ),
     Peer("swin_v2", (8, 12), {"window": 4, "shift": 0}, swin_v2),
     Peer("swin_v2", (9, 6), {"window": 3, "shift": 1}, swin_v2),
@@ -218,14 +284,35 @@ PEERS = [
     Peer("vitdet", (5, 6), {"full": True, "position": "relative"}, vitdet),
     # Its tables, made for another grid, are resized.
     Peer("vitdet", (7, 4), {"full": True, "position": "relative", "grid": (5, 6)}, vitdet),
+    *(
+        Peer(name, grid, options, make, num_global)
+        for grid in GRIDS
+        for name, options, make, num_global in (
+            ("pooling", {}, pooling, 0),
+            ("pooling", {"size": 5}, pooling, 0),
+            ("pvt_v2", {}, of_library(lambda: pvt_v2(linear_attn=True), on_tokens), 0),
+            ("pvt_v2", {"linear": False, "size": 1}, of_library(pvt_v2, on_tokens), 0),
+            ("lite_mla", {}, of_library(plain_mla, on_image, LITE_MLA), 0),
+            ("lite_mla", {"kernel": 3}, of_library(lambda: plain_mla(3), on_image, LITE_MLA), 0),
+            ("xca", {}, of_library(lambda: XCA(DIM, HEADS, qkv_bias=True), nn.Module.__call__), 2),
+        )
+    ),
+    *(
+        Peer(
+            "pvt_v2",
+            grid,
+            {"linear": False, "size": 3},
+            of_library(lambda: pvt_v2(sr_ratio=3), on_tokens),
+        )
+        for grid in ((6, 8), (9, 5), (3, 3))
+    ),
 ]
 
 
 def build(peer, dtype):
     torch.manual_seed(0)
-    module = attentions.build_for(
-        peer.name, dim=DIM, num_heads=HEADS, num_global=0, **{"grid": peer.grid} | peer.options
-    )
+    sizes = {"dim": DIM, "num_heads": HEADS, "num_global": peer.num_global}
+    module = attentions.build_for(peer.name, **sizes, **{"grid": peer.grid} | peer.options)
     for parameter in module.parameters():
         nn.init.uniform_(parameter, -0.5, 0.5)
     return module.to(dtype).eval()
@@ -233,14 +320,19 @@ def build(peer, dtype):
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: f"{peer.name}-{peer.grid}")
-def test_equal_to_its_peer_in_output_and_all_gradients(peer, dtype, near):
+def test_equal_to_its_peer_in_output_and_all_gradients(peer, dtype, near, monkeypatch):
+    if peer.name == "lite_mla":
+        # Theirs makes float32 of half precision, and of float64.
+        monkeypatch.setattr(torch.Tensor, "float", lambda x: x.to(dtype))
     ours = build(peer, dtype)
     theirs, tensors = peer.make(ours)
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, *peer.grid, DIM, generator=generator, dtype=torch.float64).to(dtype)
+    count = peer.num_global + peer.grid[0] * peer.grid[1]
+    shape = (count,) if peer.num_global else peer.grid
+    x = torch.randn(2, *shape, DIM, generator=generator, dtype=torch.float64).to(dtype)
     results, own = [], dict(ours.named_parameters())
     for call, inputs in (
-        (lambda y: ours(y.flatten(1, 2), peer.grid).unflatten(1, peer.grid), own),
+        (lambda y: ours(y.view(2, count, DIM), peer.grid).view_as(y), own),
         (theirs, tensors),
     ):
         y = x.clone().requires_grad_()
@@ -253,3 +345,50 @@ def test_equal_to_its_peer_in_output_and_all_gradients(peer, dtype, near):
         found = results[0].pop(name)
         torch.testing.assert_close(found, value.view(found.shape), rtol=near, atol=near)
     assert not results[0]
+
+
+def test_a_bias_is_the_batch_norm_of_lite_mla_when_evaluating():
+    ours = attentions.build("lite_mla", dim=DIM, num_heads=HEADS, num_global=0)
+    peer = lite_mla().eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for value in (*peer.parameters(), *peer.proj.norm.buffers()):
+            if value.is_floating_point():
+                value.uniform_(0.1, 0.5)
+        for name, value in ours.named_parameters():
+            if name in LITE_MLA and name != "proj.bias":
+                value.copy_(peer.get_parameter(LITE_MLA[name]).view_as(value))
+        norm = peer.proj.norm
+        gain = norm.weight / (norm.running_var + norm.eps).sqrt()
+        ours.proj.weight.mul_(gain[:, None])
+        ours.proj.bias.copy_(norm.bias - gain * norm.running_mean)
+        image = torch.randn(2, 6, 7, DIM)
+        torch.testing.assert_close(
+            ours(image.flatten(1, 2), (6, 7)), on_image(peer, image).flatten(1, 2)
+        )
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_lite_mla_is_as_near_in_half_precision_as_the_library(grid):
+    def outcome(module, call, dtype, half):
+        x = tokens.to(dtype, copy=True).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            y = call(module.to(dtype), x, grid)
+        y.double().backward(torch.arange(y.numel(), dtype=torch.float64).cos().view_as(y))
+        return torch.cat([y.detach().double().flatten(), x.grad.double().flatten()])
+
+    torch.manual_seed(0)
+    tokens = torch.randn(4, grid[0] * grid[1], DIM)
+    ours = attentions.build("lite_mla", dim=DIM, num_heads=HEADS, num_global=0)
+    peer = plain_mla()
+    with torch.no_grad():
+        for name, value in ours.named_parameters():
+            other = peer.get_parameter(LITE_MLA[name])
+            other.copy_(value.uniform_(-0.5, 0.5).view_as(other))
+    own = outcome(ours, lambda module, *place: module(*place), torch.float32, True)
+    theirs = outcome(
+        peer, lambda module, x, grid: on_image(module, x.unflatten(1, grid)).flatten(1, 2),
+        torch.float32, True,
+    )  # fmt: skip
+    exact = outcome(ours, lambda module, *place: module(*place), torch.float64, False)
+    assert (own - exact).abs().mean() < 1.5 * (theirs - exact).abs().mean()
