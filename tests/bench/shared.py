@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from bench.config.schema import DataConfig, RunConfig, TrainConfig
-from bench.config.suites import build_config, load_suite
+from bench.config.schema import RunConfig
+from bench.config.suites import load_suite
 from bench.data.coco import CocoDataset
 from bench.model import build as models
 from bench.run.checkpoints import Checkpoints
@@ -17,17 +17,16 @@ from bench.run.train import train
 from bench.system.devices import make_fabric
 from bench.system.logs import StepLog, read_steps
 
-STEPS = 4
-
 
 def config(row: str, method: str, library: str, devices: int, accumulate: int) -> RunConfig:
-    options = [f"model.method={method}", f"model.library={library}", "model.drop_path=0.2"]
-    suite = load_suite("quick", rows=[row], device="cpu", overrides=options)
-    values = suite.runs[0].as_dict()
+    options = [
+        f"model.method={method}", f"model.library={library}", "model.drop_path=0.2",
+        "train.steps=4", "train.batch_size=4", "train.lr=0.001", "train.warmup_steps=2",
+        f"train.devices={devices}", f"train.accumulate={accumulate}",
+    ]  # fmt: skip
     if row == "performer":
-        values["model"]["options"] = {"redraw_interval": 2}
-    values["train"] |= {"batch_size": 4, "devices": devices, "accumulate": accumulate}
-    return build_config(values)
+        options.append("model.options.redraw_interval=2")
+    return load_suite("quick", rows=[row], device="cpu", overrides=options).runs[0]
 
 
 def main(data: str, file: str, devices: int, accumulate: int, model: str) -> None:
@@ -41,17 +40,8 @@ def main(data: str, file: str, devices: int, accumulate: int, model: str) -> Non
         detector,
         dataset,
         fabric=fabric,
-        config=TrainConfig(
-            steps=STEPS,
-            batch_size=4,
-            devices=devices,
-            accumulate=accumulate,
-            lr=1e-3,
-            clip_norm=1.0,
-            warmup_steps=2,
-            decay="cosine",
-        ),
-        data=DataConfig(),
+        config=run.train,
+        data=run.data,
         seed=5,
         checkpoints=Checkpoints(Path(file).with_suffix(".checkpoints")),
         progress=lambda *_: None,
