@@ -204,18 +204,6 @@ def test_single_blocks_of_a_stage_are_dense(name, arch):
 
 
 @pytest.mark.parametrize(
-    ("dense", "message"),
-    [
-        ({3: [2]}, "block 2 of stage 3 is not one of its blocks 0 to 1"),
-        ({0: [0]}, "stage 0 is not one of the stages 1 to 4"),
-    ],
-)
-def test_a_dense_block_that_is_not_there(dense, message):
-    with pytest.raises(ValueError, match=message):
-        ViL(ABSOLUTE, dense=dense, image_size=96)
-
-
-@pytest.mark.parametrize(
     ("mix", "globals_"),
     [
         (["longformer", "longformer", "swin", "full"], "1110"),
@@ -348,6 +336,8 @@ def test_wrong_arguments_are_named():
             ViL(ABSOLUTE, image_size=size)
     with pytest.raises(ValueError, match="ARCH, character 1"):
         ViL("l1")
+    with pytest.raises(ValueError, match="stage 0 is not one of the stages 1 to 4"):
+        ViL(ABSOLUTE, dense={0: [0]})
 
 
 def test_initial_weights():
