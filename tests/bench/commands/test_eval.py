@@ -1,6 +1,5 @@
 """`python -m bench eval`, from the command line to the figures."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -45,15 +44,7 @@ OVERRIDES = [
     *(f"data.{name}={value}" for name, value in SIZES.items()),
 ]
 CLASSES = 6
-detectron2 = pytest.param(
-    "detectron2",
-    marks=[
-        pytest.mark.detectron2,
-        pytest.mark.skipif(
-            importlib.util.find_spec("detectron2") is None, reason="detectron2 is not importable"
-        ),
-    ],
-)
+detectron2 = pytest.param("detectron2", marks=pytest.mark.detectron2)
 
 
 @pytest.fixture(scope="module")

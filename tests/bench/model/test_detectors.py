@@ -1,6 +1,5 @@
 import copy
 import gzip
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -25,19 +24,7 @@ SMALL = (
     "l1,h3,d96,n1,s1,g1,p4,f7,a1_l2,h3,d192,n2,s1,g1,p2,f7,a1_"
     "l3,h6,d384,n8,s1,g1,p2,f7,a1_l4,h12,d768,n1,s1,g0,p2,f7,a1"
 )
-LIBRARIES = [
-    "torchvision",
-    pytest.param(
-        "detectron2",
-        marks=[
-            pytest.mark.detectron2,
-            pytest.mark.skipif(
-                importlib.util.find_spec("detectron2") is None,
-                reason="detectron2 is not importable",
-            ),
-        ],
-    ),
-]
+LIBRARIES = ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)]
 RECIPE = {"num_classes": 80, "min_sizes": (800,), "max_size": 1333, "fixed_size": None}
 every_library = pytest.mark.parametrize("library", LIBRARIES)
 every_method = pytest.mark.parametrize("method", detectors.METHODS)
@@ -455,7 +442,6 @@ PUBLISHED = json.loads(
 @pytest.mark.detectron2
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_state_dicts_have_the_published_names_and_shapes(name):
-    pytest.importorskip("detectron2")
     published = PUBLISHED[name]
     attention = "longformer" if "longformer" in published["attention"] else published["attention"]
     if published["only_global"]:
@@ -472,7 +458,6 @@ def test_state_dicts_have_the_published_names_and_shapes(name):
 
 @pytest.mark.detectron2
 def test_with_detectron2_auto_takes_it():
-    pytest.importorskip("detectron2")
     assert detectors.resolve_library("auto") == "detectron2"
 
 
@@ -534,7 +519,6 @@ def twins(method, **options):
 @every_method
 @pytest.mark.parametrize("canvas", [{}, {"min_size": 40, "max_size": 70}])
 def test_both_libraries_find_the_same_with_the_same_weights(method, canvas):
-    pytest.importorskip("detectron2")
     ours, theirs = twins(
         method, score_threshold=0.0, detections=30, rpn_proposals_test=(100, 40), **canvas
     )
@@ -549,7 +533,6 @@ def test_both_libraries_find_the_same_with_the_same_weights(method, canvas):
 
 @pytest.mark.detectron2
 def test_both_libraries_predict_the_same_masks_before_they_are_pasted():
-    pytest.importorskip("detectron2")
     ours, theirs = twins("mask_rcnn", score_threshold=0.0, detections=9)
     logits = []
     for head in (ours.roi_heads.mask_predictor, theirs.roi_heads.mask_head.predictor):
@@ -592,7 +575,6 @@ def test_sizes_of_images_are_those_of_detectron2():
 @every_method
 def test_a_resumed_detector_of_detectron2_trains_bit_by_bit_as_before(method, tmp_path):
     """What a checkpoint keeps: weights, the optimizer, and the numbers named by `running`."""
-    pytest.importorskip("detectron2")
     images, targets = batch()
 
     def steps(detector, optimizer, numbers):
