@@ -23,6 +23,25 @@ MOST_TOKENS = 5000
 SMALL = (64, 96)
 
 
+def timed(benchmark, case, layer, call, x):
+    """Time inference or a training step; return the output, which is finite."""
+    benchmark.group = f"{case.mechanism}, stage {case.stage}, {case.position}, {case.mode}"
+
+    def infer():
+        with torch.no_grad():
+            return call(x)
+
+    def train():
+        layer.zero_grad(set_to_none=True)
+        y = call(x.requires_grad_())
+        y.backward(torch.ones_like(y))
+        return y
+
+    y = benchmark(train if case.mode == "training" else infer)
+    assert y.isfinite().all()
+    return y
+
+
 def cases():
     for case in speed.cases(attentions.names(), positions=("absolute", "relative")):
         for implementation in ("fast", "reference"):
@@ -42,24 +61,11 @@ def test_call(benchmark, case, implementation):
         pytest.skip(f"the reference holds scores of {tokens:,} tokens squared")
     if min(rows, columns) < spec.get("reduction", 1):
         pytest.skip(f"grid {rows}x{columns} is smaller than the reduction")
-    benchmark.group = f"{case.mechanism}, stage {case.stage}, {case.position}, {case.mode}"
     torch.manual_seed(0)
     module = attentions.build_for(**spec, implementation=implementation)
     x = torch.randn(1, tokens, spec["dim"])
-
-    def infer():
-        with torch.no_grad():
-            return module(x, (rows, columns))
-
-    def train():
-        module.zero_grad(set_to_none=True)
-        y = module(x.requires_grad_(), (rows, columns))
-        y.backward(torch.ones_like(y))
-        return y
-
-    y = benchmark(train if case.mode == "training" else infer)
+    y = timed(benchmark, case, module, lambda x: module(x, (rows, columns)), x)
     assert y.shape == x.shape
-    assert y.isfinite().all()
 
 
 class Library(NamedTuple):
@@ -160,24 +166,11 @@ def test_libraries(benchmark, case, library):
         pytest.skip("compiling takes longer than all else")
     if min(grid) < spec.get("reduction", 1):
         pytest.skip(f"grid {grid[0]}x{grid[1]} is smaller than the reduction")
-    benchmark.group = f"{case.mechanism}, stage {case.stage}, {case.position}, {case.mode}"
     torch.manual_seed(0)
     layer, call = library.make(spec["dim"], spec["num_heads"], grid, spec)
     x = torch.randn(1, spec["num_global"] + grid[0] * grid[1], spec["dim"])
-
-    def infer():
-        with torch.no_grad():
-            return call(x)
-
-    def train():
-        layer.zero_grad(set_to_none=True)
-        y = call(x.requires_grad_())
-        y.backward(torch.ones_like(y))
-        return y
-
-    y = benchmark(train if case.mode == "training" else infer)
+    y = timed(benchmark, case, layer, call, x)
     assert y.numel() in (x.numel(), x[:, spec["num_global"] :].numel())
-    assert y.isfinite().all()
 
 
 @pytest.mark.slow
