@@ -2,7 +2,7 @@
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 
 
@@ -34,6 +34,12 @@ def choose(value: str, allowed: Iterable[str], what: str) -> str:
     raise InputError(
         f"unknown {what} {value!r}{nearest(value, names)}; allowed: {', '.join(names)}"
     )
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names of a list, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def import_optional(module: str, what: str, install: str) -> ModuleType:

@@ -25,12 +25,11 @@ from bench.config.schema import RunConfig
 from bench.data.fingerprint import files_of, fingerprint_images
 from bench.data.generated import CLASS_SPLITS
 from bench.data.loader import Batch, Pace, Sample, Samples, load, ordered_batches
-from bench.errors import InputError
+from bench.errors import InputError, some
 
 TRAIN, VAL = CLASS_SPLITS
 # What folders of a split are called.
 _NAMES = {TRAIN: ("train", "training"), VAL: ("val", "validation", "valid", "test")}
-_SHOWN = 5
 LAYOUT = "train/CLASS/IMAGE and val/CLASS/IMAGE, or train/*.tar and val/*.tar (WebDataset)"
 # A file, and where it lies in it: first byte and number of bytes, -1 for all.
 Place = tuple[str, int, int]
@@ -63,10 +62,7 @@ class ClassDataset:
         self.classes: tuple[str, ...] = classes or own
         unknown = [name for name in own if name not in self.classes]
         if unknown:
-            raise InputError(
-                f"{self.folder}: no such class in {TRAIN}: {', '.join(unknown[:_SHOWN])}"
-                + (" and more" if len(unknown) > _SHOWN else "")
-            )
+            raise InputError(f"{self.folder}: no such class in {TRAIN}: {some(unknown)}")
         labels = [self.classes.index(name) for name in own]
         self.samples = [(place, labels[label]) for place, label in samples]
 

@@ -12,11 +12,10 @@ from bench.data import check, classes
 from bench.data.coco import Categories, CocoDataset, Target
 from bench.data.generated import data_root
 from bench.data.images import to_float
-from bench.errors import InputError
+from bench.errors import InputError, some
 from bench.system import processes as launch
 from bench.system.devices import check_device
 
-_SHOWN = 5
 _said: dict[tuple[tuple[str, str, int], ...], list[str]] = {}
 
 
@@ -158,9 +157,7 @@ def labels_by_name(trained: Categories, own: Categories) -> list[int] | None:
 
 
 def _named(categories: Sequence[tuple[int, str]]) -> str:
-    shown = ", ".join(f"{id_} {name!r}" for id_, name in categories[:_SHOWN])
-    more = len(categories) - _SHOWN
-    return f"{shown} and {more} more" if more > 0 else shown
+    return some([f"{id_} {name!r}" for id_, name in categories])
 
 
 def profile_batch(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from bench.config.schema import TrainConfig
-from bench.errors import InputError, choose
+from bench.errors import InputError, choose, some
 
 # The published ones, by method.
 CLIP_NORMS = {"mask_rcnn": 0.5, "retinanet": 1.0, "classifier": 0.0}
@@ -87,8 +87,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
             choose(pattern, KINDS, "kind of parameter in train.no_decay")
         elif not fnmatch.filter(kinds, pattern):
             raise InputError(
-                f"train: no parameter is called {pattern!r}; there are {', '.join(list(kinds)[:3])}"
-                f" and {len(kinds) - 3} more, * stands for any part of a name"
+                f"train: no parameter is called {pattern!r}; there are {some([*kinds], 3)}, *"
+                " stands for any part of a name"
             )
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

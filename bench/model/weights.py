@@ -4,7 +4,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attentions.parts import resize_square_table
-from bench.errors import InputError
+from bench.errors import InputError, some
 from bench.files import write_whole
 from bench.model.backbone import ViL
 from bench.model.detectors import Detector
@@ -61,7 +61,7 @@ def load_file(path: Path) -> dict[str, Tensor]:
     if others:
         raise InputError(
             f"{path}: no state dict in it, tensors by name, alone or under {', '.join(_WRAPPERS)}:"
-            f" no tensors are {_some(others)}"
+            f" no tensors are {some(others)}"
         )
     return {str(name): tensor for name, tensor in state.items()}
 
@@ -117,13 +117,8 @@ def _why_not_loaded(error: Exception) -> str:
 
 def _content(content: object) -> str:
     if isinstance(content, Mapping):
-        return f"it holds {_some([str(key) for key in content]) or 'nothing'}"
+        return f"it holds {some([str(key) for key in content]) or 'nothing'}"
     return f"it holds one {type(content).__name__}"
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def load_published(vil: ViL, state_dict: Mapping[str, Tensor]) -> None:
@@ -163,7 +158,7 @@ def load_classifier(vil: ViL, state_dict: Mapping[str, Tensor], source: str) -> 
     given = {n: t for n, t in named.items() if n in own or not n.endswith(_DERIVED)}
     problems = misfits(own, given)
     if problems:
-        parts = [f"{len(names)} {what}: {_some(names, _SHOWN)}" for what, names in problems.items()]
+        parts = [f"{len(names)} {what}: {some(names, _SHOWN)}" for what, names in problems.items()]
         raise InputError(
             f"{source} does not fit the classifier of {len(own['head.weight'])} classes and"
             f" images of {vil.largest[0]}x{vil.largest[1]} that was built (backbone, row, positions"
@@ -345,7 +340,7 @@ def load_detector(detector: Detector, state_dict: Mapping[str, Tensor]) -> None:
     own = detector.state_dict()
     problems = misfits(own, state_dict)
     if problems:
-        parts = [f"{len(names)} {what}: {_some(names, _SHOWN)}" for what, names in problems.items()]
+        parts = [f"{len(names)} {what}: {some(names, _SHOWN)}" for what, names in problems.items()]
         raise InputError(
             f"the weights do not fit the {detector.library} {detector.method} that was built"
             f"{_hint(state_dict, own)}; {'; '.join(parts)}"

@@ -30,7 +30,7 @@ from bench.config.schema import DataConfig, TrainConfig
 from bench.data.coco import CocoDataset
 from bench.data.images import to_float
 from bench.data.loader import Batch, Pace, clear_worker_errors, training_batches
-from bench.errors import InputError
+from bench.errors import InputError, some
 from bench.model.backbone import ViL
 from bench.model.detectors import Detector
 from bench.model.optimizer import (
@@ -445,10 +445,9 @@ class _Training:
             pairs = [None] * self.fabric.world_size
             torch.distributed.all_gather_object(pairs, (bad, ids))
         named = [i for bad, _ in pairs for i in bad] or [i for _, ids in pairs for i in ids]
-        more = f" and {len(named) - _MOST_IDS} more" if len(named) > _MOST_IDS else ""
         raise DivergedError(
             f"the {what} was {value} at step {self.log.steps} on images"
-            f" {', '.join(map(str, named[:_MOST_IDS]))}{more}; the newest checkpoint stays"
+            f" {some([*map(str, named)], _MOST_IDS)}; the newest checkpoint stays"
         )
 
     def _numbers(self) -> dict[str, float]:
