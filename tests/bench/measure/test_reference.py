@@ -78,7 +78,7 @@ def test_costs_are_counted_once_and_again_for_a_mechanism_that_changed(
 
 @pytest.mark.slow
 def test_layers_are_measured_at_every_stage(tmp_path: Path) -> None:
-    config = dataclasses.replace(configs("ViL")[0])
+    (config,) = configs("ViL")
     tiny = dataclasses.replace(
         config, profile=dataclasses.replace(config.profile, image_size=(64, 64), batch_size=1)
     )
