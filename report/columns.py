@@ -57,13 +57,13 @@ class Unit(Enum):
 def number(decimals: int, *, sign: bool = False) -> Cell:
     """Return what writes a number with `decimals`; what rounds to 0 has no sign."""
 
-    def say(value: Any) -> str:
+    def cell(value: Any) -> str:
         if pd.isna(value):
             return MISSING
         plus = sign and round(value, decimals) > 0
         return "+" * plus + format(float(value), f"z,.{decimals}f")
 
-    return say
+    return cell
 
 
 def decimals(count: int, *, sign: bool = False) -> Format:
@@ -89,14 +89,14 @@ def words(values: pd.Series) -> pd.Series:
     return values.astype(TEXT).fillna(MISSING)
 
 
-def joined(separator: str, names: Sequence[str], unit: Unit, say: Cell | None = None) -> Values:
+def joined(separator: str, names: Sequence[str], unit: Unit, cell: Cell | None = None) -> Values:
     """Return what joins several columns of numbers to one text, missing where one of them is."""
-    say = say or number(1)
+    cell = cell or number(1)
 
     def values(data: pd.DataFrame) -> Iterable[str | None]:
         for row in data[list(names)].itertuples(index=False):
             missing = any(map(pd.isna, row))
-            yield None if missing else separator.join(say(value / unit.size) for value in row)
+            yield None if missing else separator.join(cell(value / unit.size) for value in row)
 
     return values
 

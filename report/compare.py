@@ -300,7 +300,7 @@ def _texts(line: dict[str, Any]) -> dict[str, str]:
     unit = _unit(line)
     percent = unit is Unit.PERCENT
 
-    def say(name: str, *, sign: bool = False) -> str:
+    def cell(name: str, *, sign: bool = False) -> str:
         value = line[name]
         if pd.isna(value):
             return MISSING
@@ -310,13 +310,13 @@ def _texts(line: dict[str, Any]) -> dict[str, str]:
             return number(digits, sign=sign)(value / unit.size)
         return three_digits(value / unit.size)
 
-    limits = [say(name, sign=True) for name in ("low", "high")]
+    limits = [cell(name, sign=True) for name in ("low", "high")]
     return {
         "row": line["row"],
         "figure": f"{line['quantity']} {unit.symbol}".strip(),
-        "A": say("a"),
-        "B": say("b"),
-        "B - A": say("difference", sign=True),
+        "A": cell("a"),
+        "B": cell("b"),
+        "B - A": cell("difference", sign=True),
         "interval": MISSING if MISSING in limits else " to ".join(limits),
         "change": MISSING if pd.isna(line["change"]) else f"{100 * line['change']:+.1f}%",
         "verdict": "no interval" if pd.isna(line["verdict"]) else line["verdict"],

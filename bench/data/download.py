@@ -50,14 +50,14 @@ def download(
     *,
     base_url: str = BASE_URL,
     keep_archives: bool = False,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> None:
     """Load splits of COCO and their annotations into a folder; what is there is left as it is.
 
     Args:
         base_url: where the archives are; a mirror has the same files.
         keep_archives: keep the zip files beside what was extracted.
-        say: receives what was done, a line each.
+        log: receives what was done, a line each.
 
     Raises:
         InputError: for an unknown split, a folder that cannot be written, or too little space.
@@ -77,7 +77,7 @@ def download(
         for name, targets in jobs.items():
             path = _fetch(root, ARCHIVES[name], base_url.rstrip("/"))
             _extract(root, path, targets)
-            say(f"{', '.join(targets)}: loaded, verified and extracted")
+            log(f"{', '.join(targets)}: loaded, verified and extracted")
             if not keep_archives:
                 path.unlink()
     except OSError as error:

@@ -142,11 +142,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / _HOUR:.1f} h" if seconds < _DAY else f"{seconds / _DAY:.1f} d"
 
 
-def _each(planned: Sequence[Planned], say: Callable[[Planned], str]) -> list[str]:
-    """What `say` says of the runs, with the rows where it is not the same for all."""
+def _each(planned: Sequence[Planned], describe: Callable[[Planned], str]) -> list[str]:
+    """The descriptions of runs, with the rows where it is not the same for all."""
     rows: dict[str, list[str]] = {}
     for run in planned:
-        rows.setdefault(say(run), []).append(run.config.row)
+        rows.setdefault(describe(run), []).append(run.config.row)
     same = len(rows) == 1
     return [text if same else f"{text} ({', '.join(names)})" for text, names in rows.items()]
 

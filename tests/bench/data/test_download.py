@@ -95,7 +95,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def load(server: Server, root: Path, splits: tuple[str, ...] = ("val2017",)) -> list[str]:
     said: list[str] = []
-    download.download(root, splits, base_url=server.url, say=said.append)
+    download.download(root, splits, base_url=server.url, log=said.append)
     return said
 
 
