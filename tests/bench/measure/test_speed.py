@@ -73,7 +73,7 @@ def test_ratios_are_given_where_results_agree_and_only_there(tmp_path, capsys):
     lines = compared(tmp_path, capsys, ["Mixed", "Sloppy", "Hungry", "Fails", "Mixed"], 1)
     assert lines["Mixed"]["low"] <= lines["Mixed"]["speedup"] <= lines["Mixed"]["high"]
     assert lines["Mixed"]["memory_ratio"] == 1
-    assert 0 < lines["Mixed"]["linear_s"]
+    assert lines["Mixed"]["linear_s"] > 0
     assert lines["Mixed"]["samples"] >= 6
     assert lines["Hungry"]["memory_ratio"] < 0.5
     assert "results differ by 1.0e-02" in lines["Sloppy"]["not_compared"]
