@@ -6,13 +6,14 @@ table.
 
 Counted are matrix products, convolutions and fused attention (queries times keys and weights times
 values, densely: a causal or additive mask saves nothing), and products written out: an elementwise
-product of two tensors that is summed over an axis which both have. A sparse operand costs what it
-stores. Not counted are operators without products of matrices, such as views, other elementwise
-operators, biases, reductions, normalisation, softmax, pooling, interpolation, indexing, copies,
-sorting, random numbers and creation (`formulas.FREE`). Every other operator that ran without a
-formula is listed in `uncounted`, and the count is then incomplete. So are elementwise operators
-where their results hold far more elements than what is counted and what a module gets account for,
-as in attention that is added up in a loop, or of distances that are squared by hand.
+product of two tensors that is summed over an axis which both have, or three or more of them that
+are added up, as in a loop over neighbours (`products`). A sparse operand costs what it stores. Not
+counted are operators without products of matrices, such as views, other elementwise operators,
+biases, reductions, normalisation, softmax, pooling, interpolation, indexing, copies, sorting,
+random numbers and creation (`formulas.FREE`). Every other operator that ran without a formula is
+listed in `uncounted`, and the count is then incomplete. So are elementwise operators where their
+results hold far more elements than what is counted and what a module gets account for, as those of
+distances that are squared by hand.
 
 A copy of the module runs on the meta device, so nothing is allocated or computed, whatever the size
 of the image, and nothing is left in the module. A mechanism that cannot run there, since it reads a
@@ -22,21 +23,21 @@ backbone that is still on the meta device.
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.weak import WeakIdKeyDictionary
 
 from bench.errors import InputError, choose
 from bench.measure.fake import copied
-from bench.measure.formulas import formula_of, is_complex, is_free, varying
+from bench.measure.formulas import formula_of, is_complex, is_free
 from bench.measure.memory import LiveTensors
+from bench.measure.products import Products
 from bench.model.backbone import AttentionPlace, ViL
 from bench.model.detectors import backbone_stages
 
@@ -48,8 +49,8 @@ WRITTEN_OUT = "aten.mul, aten.sum"
 # Elementwise operators among those that are not counted, by the elements of their results.
 ELEMENTWISE = "elements of elementwise operators"
 # Such elements that may be left out: as a share of what is counted, and for each element that a
-# module gets; and those of products that are added up, as in a loop over neighbours. No mechanism
-# here that is linear in its tokens has 70 each, or adds up more than a sixth of what is counted.
+# module gets; and those of sums with a product, as a recurrence adds up. No mechanism here that is
+# linear in its tokens has 70 each, or adds up more than a sixth of what is counted.
 _MANY, _MANY_ADDED = (0.5, 100), (0.2, 12)
 # What a mechanism may take that has to run for real, in bytes and multiply-adds.
 LARGEST_REAL_BYTES, LARGEST_REAL_COUNT = 4 * 10**9, 10**12
@@ -59,14 +60,6 @@ OUTSIDE_TOTAL = ("mask_head",)
 _STAGE_1_STRIDE = 4
 _META, _CPU = torch.device("meta"), torch.device("cpu")
 aten = torch.ops.aten
-# How products are written out: made, kept, and summed. What is multiplied in place has other uses,
-# as weighed features have.
-_PRODUCTS = (aten.mul, aten.addcmul)
-_COPIES = (aten.clone, aten._to_copy, aten.copy_)
-_MULTIPLES = (*_PRODUCTS, *_COPIES, aten.div)
-_FUSED = (aten.addcmul, aten.addcmul_)
-_ADDED = (aten.add, aten.add_, aten.sub, aten.sub_)
-_SUMS = (aten.sum, aten.mean, aten.nansum, aten.cumsum)
 
 
 class NotCountedError(InputError):
@@ -328,8 +321,7 @@ class _Counter(TorchDispatchMode):
         # and of what each module got.
         self.elementwise: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
         self.given: Counter[str] = Counter()
-        # Products that may yet be summed, by the tensor that holds them.
-        self._products: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._products = Products()
         self._live: LiveTensors | None = None
         self._limit = 0
 
@@ -387,9 +379,8 @@ class _Counter(TorchDispatchMode):
             self.uncounted[str(operator)] += 1
         self._check_limits(func, args, kwargs)
         result = func(*args, **kwargs)
-        if formula is None:
-            self._follow_products(func, args, result)
-        else:
+        self._see_elements(func, args, result)
+        if formula is not None:
             flops = formula(*args, **kwargs, out_val=result)
             if flops is None:
                 self.uncounted[f"{operator} of sparse tensors"] += 1
@@ -397,73 +388,12 @@ class _Counter(TorchDispatchMode):
                 self.add(operator, flops // 2 * (4 if is_complex(args) else 1))
         return result
 
-    def _follow_products(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
-        """Count a product of two tensors once it is summed."""
-        operator = func.overloadpacket
-        if operator in _SUMS:
-            product = self._products.pop(args[0], None)
-            if product is not None and product.is_summed(args[0].dim(), *args[1:2]):
-                self.add(WRITTEN_OUT, product.multiply_adds)
-            return
-        factors = [arg for arg in args if isinstance(arg, Tensor)][-2:]
-        known = [self._products[factor] for factor in factors if factor in self._products]
-        added = (operator in _ADDED and bool(known)) or (
-            operator in _FUSED and (operator is not aten.addcmul or args[0] in self._products)
-        )
-        # A view, a copy or a multiple of products is summed as they are.
-        if func.is_view and known and result.shape != factors[0].shape:
-            known = [replace(known[0], axes=None)]
-        elif not func.is_view and operator not in _MULTIPLES:
-            known = []
-        if operator in _PRODUCTS and len(factors) == 2 and factors[0] is not factors[1]:
-            known += filter(None, [_product(factors[0], factors[1], result)])
-        if known:
-            self._products[result] = _either(known)
-        # A sum with products may end as one, and is then none that is counted.
-        if (
-            (operator in _FUSED or not known)
-            and torch.Tag.pointwise in func.tags
-            and operator not in _COPIES
-        ):
-            elements = sum(out.numel() for out in tree_leaves(result) if isinstance(out, Tensor))
-            every, sums = self.elementwise[self.parts[-1]]
-            self.elementwise[self.parts[-1]] = [every + elements, sums + elements * added]
-
-
-@dataclass(frozen=True)
-class _Product:
-    """An elementwise product of two tensors, which may yet be summed.
-
-    Attributes:
-        multiply_adds: of its sum.
-        axes: those, counted from the last (-1), along which neither is broadcast: a sum over others
-            is one of a single tensor. None where they are not known.
-    """
-
-    multiply_adds: int
-    axes: frozenset[int] | None
-
-    def is_summed(self, dims: int, over: int | Sequence[int] | None = None) -> bool:
-        """Whether a sum over some of `dims` axes, all without `over`, is a sum of products."""
-        chosen = [over] if isinstance(over, int) else over
-        if self.axes is None or not chosen:
-            return True
-        return any((axis if axis < 0 else axis - dims) in self.axes for axis in chosen)
-
-
-def _product(left: Tensor, right: Tensor, result: Tensor) -> _Product | None:
-    axes = varying(left) & varying(right)
-    count = result.numel() * (4 if is_complex((left, right)) else 1)
-    return _Product(count, axes) if axes else None
-
-
-def _either(products: Sequence[_Product]) -> _Product:
-    """A product that is summed as any of several."""
-    axes = [product.axes for product in products]
-    return _Product(
-        max(product.multiply_adds for product in products),
-        None if None in axes else frozenset().union(*filter(None, axes)),
-    )
+    def _see_elements(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+        """Count products that are summed, and the elements of what is not counted."""
+        seen = self._products.see(func, args, result)
+        self.add(WRITTEN_OUT, seen.multiply_adds)
+        every, sums = self.elementwise[self.parts[-1]]
+        self.elementwise[self.parts[-1]] = [every + seen.elements, sums + seen.added]
 
 
 def _follow(on_meta: nn.Module, module: nn.Module, counter: _Counter, *, training: bool) -> None:

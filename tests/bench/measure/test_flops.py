@@ -306,6 +306,20 @@ def masked_and_added(q, k, v):
     return torch.addcmul(start, weights.unsqueeze(-1), v.unsqueeze(1)).sum(2)
 
 
+def added_up_in_a_loop(q, k, v):
+    weights, out = (q @ k.mT).softmax(-1), torch.zeros_like(q)
+    for key in range(k.shape[1]):
+        out = out + weights[..., key, None] * v[:, key, None]
+    return out
+
+
+def added_up_in_place(q, k, v):
+    weights, out = (q @ k.mT).softmax(-1), torch.zeros_like(q)
+    for key in range(k.shape[1]):
+        out.addcmul_(weights[..., key, None], v[:, key, None])
+    return out
+
+
 class Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v):
@@ -382,6 +396,8 @@ WRITTEN = {
     "product and sum, scaled": (written_out_with_scales_and_views, True),
     "product and sum, unfolded": (one_operand_broadcast, True),
     "product and sum, masked": (masked_and_added, True),
+    "added up in a loop": (added_up_in_a_loop, True),
+    "added up in place": (added_up_in_place, True),
     "item": (read_a_value, False),
     "refused on meta": (refused_on_meta, False),
     "constant of the CPU": (constant_of_the_cpu, False),
@@ -416,34 +432,123 @@ def one_query_after_the_other(q, k, v):
     return torch.stack([((-one).softmax(1) * v).sum(1) for one in apart], dim=1)
 
 
-def added_up_in_a_loop(q, k, v):
-    weights, out = (q @ k.mT).softmax(-1), torch.zeros_like(q)
-    for key in range(k.shape[1]):
-        out = out + weights[..., key, None] * v[:, key, None]
-    return out
-
-
-def added_up_in_place(q, k, v):
-    weights, out = (q @ k.mT).softmax(-1), torch.zeros_like(q)
-    for key in range(k.shape[1]):
-        out.addcmul_(weights[..., key, None], v[:, key, None])
-    return out
-
-
 def multiplied_in_place(q, k, v):
     scores = q.unsqueeze(2).repeat(1, 1, k.shape[1], 1).mul_(k.unsqueeze(1)).sum(-1)
     return scores.softmax(-1) @ v
 
 
-def added_up_over_neighbours(q, k, v):
-    """Of 25 neighbours in a ring; what is added is a fifth of the whole."""
-    return sum((q * k.roll(i, 1)).sum(-1, keepdim=True) * v.roll(i, 1) for i in range(25))
+def weights(q, around):
+    scores = [(q * k).sum(-1) for k, _ in around]
+    return torch.stack(scores, -1).softmax(-1)[..., None].unbind(-2)
 
 
-def test_a_count_lacks_what_a_loop_over_neighbours_adds_up():
+def one_after_the_other(q, around):
+    out = 0
+    for weight, (_, v) in zip(weights(q, around), around, strict=True):
+        out = out + weight * v
+    return out
+
+
+def in_parts_of_the_output(q, around):
+    """As a loop over shifts is written that leaves out what lies beyond the border."""
+    out = torch.zeros_like(q)
+    for weight, (_, v) in zip(weights(q, around), around, strict=True):
+        for part in (slice(0, 7), slice(7, None)):
+            out[:, part] += weight[:, part] * v[:, part]
+    return out
+
+
+def fused(q, around):
+    out = torch.zeros_like(q)
+    for weight, (_, v) in zip(weights(q, around), around, strict=True):
+        out = torch.addcmul(out, weight, v)
+    return out
+
+
+def put_together(q, around):
+    parts = [w * v for w, (_, v) in zip(weights(q, around), around, strict=True)]
+    return torch.stack(parts).sum(0)
+
+
+def put_in_a_buffer(q, around):
+    buffer = q.new_empty(len(around), *q.shape)
+    for place, (weight, (_, v)) in enumerate(zip(weights(q, around), around, strict=True)):
+        buffer[place] = weight * v
+    return buffer.sum(0)
+
+
+def by_pairs(q, around):
+    parts = [w * v for w, (_, v) in zip(weights(q, around), around, strict=True)]
+    while len(parts) > 1:
+        parts = [sum(parts[i : i + 2]) for i in range(0, len(parts), 2)]
+    return parts[0]
+
+
+def without_a_softmax_of_all(q, around):
+    terms = [((q * k).sum(-1, keepdim=True).exp(), v) for k, v in around]
+    return sum(e * v for e, v in terms) / sum(e for e, _ in terms)
+
+
+@pytest.mark.parametrize("neighbours", [3, 9, 25])
+@pytest.mark.parametrize(
+    "product",
+    [
+        one_after_the_other,
+        in_parts_of_the_output,
+        fused,
+        put_together,
+        put_in_a_buffer,
+        by_pairs,
+        without_a_softmax_of_all,
+    ],
+)
+def test_a_loop_over_neighbours_is_counted(product, neighbours):
     module = Attention()
-    module.product = added_up_over_neighbours
-    assert list(flops.count_flops(module, grid=GRID).uncounted) == [flops.ELEMENTWISE]
+    module.product = lambda q, k, v: product(
+        q, [(k.roll(i, 1), v.roll(i, 1)) for i in range(neighbours)]
+    )
+    counted = flops.count_flops(module, grid=GRID)
+    assert counted.total == TOKENS * 4 * 8 * 8 + 2 * TOKENS * neighbours * 8
+    assert counted.uncounted == {}
+
+
+def gated(x, y, scale):
+    for _ in range(4):
+        x = x + scale * F.layer_norm(x, x.shape[-1:])
+        x = x + y * F.silu(x)
+    return x.mean(1)
+
+
+def recurrence(x, y, scale):
+    h, found = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        h = y[:, t] * h + x[:, t] * scale
+        found.append(h)
+    return torch.stack(found, 1)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        gated,
+        recurrence,
+        # Positions turned, GELU, tokens mixed as RWKV does, and the mean of shifted copies.
+        lambda x, y, _: x * y + torch.cat([-x[..., 4:], x[..., :4]], -1) * y.sin(),
+        lambda x, *_: 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.045 * x * x * x))),
+        lambda x, y, scale: [x * share + y * (1 - share) for share in (scale, y, scale.exp())],
+        lambda x, *_: sum(x.roll(i, 1) for i in range(9)) / 9,
+    ],
+)
+def test_elementwise_work_is_neither_counted_nor_marked(run):
+    x, y, scale = torch.zeros(2, 31, 8), torch.zeros(2, 31, 8), torch.zeros(8)
+    counted = flops.count_operators(lambda: run(x, y, scale))
+    assert (counted.total, counted.uncounted) == (0, {})
+
+
+def test_parts_of_a_product_are_counted_once():
+    x, y = torch.zeros(2, 3, 8), torch.zeros(2, 3, 8)
+    counted = flops.count_operators(lambda: [part.sum(-1) for part in (x * y).chunk(2, -1)])
+    assert counted.total == 2 * 3 * 8
 
 
 def test_recurrent_layers_are_counted():
@@ -457,8 +562,6 @@ def test_recurrent_layers_are_counted():
     [
         squared_distances,
         one_query_after_the_other,
-        added_up_in_a_loop,
-        added_up_in_place,
         multiplied_in_place,
     ],
 )
