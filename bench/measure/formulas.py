@@ -34,7 +34,7 @@ FREE = {
         "index index_put index_put_ index_select gather scatter scatter_ scatter_add scatter_add_"
         " embedding index_add index_copy index_reduce scatter_reduce diag_embed diagonal_scatter"
         " block_diag trace masked_fill masked_fill_ masked_scatter masked_select nonzero take"
-        " index_add_ slice_scatter select_scatter triu tril where roll flip rot90"
+        " index_add_ index_fill_ slice_scatter select_scatter triu tril where roll flip rot90"
     ),
     "copies": (
         "cat stack _unsafe_view clone copy_ _to_copy contiguous constant_pad_nd reflection_pad1d"
@@ -64,10 +64,10 @@ FREE = {
     "reductions": "var_mean std_mean aminmax linalg_vector_norm equal",
     "random numbers": (
         "rand randn randint randperm rand_like randn_like randint_like bernoulli bernoulli_"
-        " native_dropout uniform_ normal_ random_ exponential_ multinomial normal"
+        " native_dropout uniform_ normal_ random_ exponential_ geometric_ multinomial normal"
     ),
     "elementwise, without torch's tag": (
-        "glu hardswish log_sigmoid_forward _prelu_kernel rrelu_with_noise complex polar"
+        "glu hardswish leaky_relu log_sigmoid_forward _prelu_kernel rrelu_with_noise complex polar"
         " _weight_norm_interface mse_loss smooth_l1_loss binary_cross_entropy_with_logits"
     ),
     "creation": (
@@ -88,6 +88,11 @@ def is_free(operator: torch._ops.OpOverload) -> bool:
     if operator.is_view or any(tag in operator.tags for tag in _FREE_TAGS):
         return True
     space, _, name = operator.overloadpacket._qualified_op_name.partition("::")
+    if space == "aten" and name.endswith("_") and operator._schema.is_mutable:
+        # Not all that write in place have the tags of those that do not, as hardswish_.
+        other = getattr(aten, name.removesuffix("_"), None)
+        if other is not None and name not in _FREE_NAMES:
+            return is_free(getattr(other, other.overloads()[0]))
     return space == "prim" or (space == "aten" and name in _FREE_NAMES)
 
 
