@@ -42,6 +42,7 @@ Categories = tuple[tuple[int, str], ...]
 
 # A share of boxes that ordinary data does not come near.
 _MANY, _SOME = 0.1, 2
+_ONE_OBJECT = "annotations are one JSON object with lists images, annotations and categories"
 _PERCENT = 100
 
 
@@ -261,13 +262,24 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         reader = AnnotationReader(entries, self._labels, drop_degenerate=drop, report=self._report)
         groups: dict[int, list[Entry]] = defaultdict(list)
         self._used: set[int] = set()
+        scores: list[Any] = []
         for raw in listed(content, "annotations", ANNOTATION_KEYS, self._report):
             complete = reader.read(raw)
             if complete is None:
                 continue
             groups[complete["image_id"]].append(complete)
+            scores += [raw["score"]] if raw.get("score") is not None else []
             if not complete["iscrowd"]:
                 self._used.add(complete["category_id"])
+        # Of people's own labels some exports write 1.
+        if any(score != 1 for score in scores):
+            under = sum(isinstance(score, int | float) and score < 1 for score in scores)
+            counts: dict[str, Any] = {
+                "count": len(scores),
+                "all": sum(map(len, groups.values())),
+                "under": under,
+            }
+            self._report(finding("annotations with a score", **counts))
         return groups
 
     def _keep(self, entries: dict[int, Entry], groups: dict[int, list[Entry]]) -> None:
@@ -400,7 +412,10 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
         content = json.loads(raw)
     except (ValueError, RecursionError) as error:
         text = " ".join(str(error).split())
-        raise InputError(f"{path} is not valid JSON: {text}") from error
+        lines = text.startswith("Extra data")
+        hint = f"; {_ONE_OBJECT}, not lines of objects" if lines else ""
+        raise InputError(f"{path} is not valid JSON: {text}{hint}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds no JSON object")
+        what = "a list, as files of detections are" if isinstance(content, list) else "no object"
+        raise InputError(f"{path} holds {what}; {_ONE_OBJECT}")
     return content, hashlib.sha256(raw).hexdigest()

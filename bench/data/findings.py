@@ -70,6 +70,10 @@ KINDS: Mapping[str, Kind] = {
         "{count} of {all} boxes fit their masks if they are read as {format}",
         "taken as x, y, width, height",
     ),
+    "annotations with a score": Kind(
+        "{count} of {all} annotations have a score, {under} of them under 1: are they predictions?",
+        "taken as the truth",
+    ),
     "deep images with a small range": Kind(
         "values up to {top} of 65535 in {count} 16-bit images",
         "scaled by 65535, which leaves {left} of 255; data.deep_white={white} scales by that",

@@ -453,6 +453,25 @@ def test_percentages_are_suspected(tmp_path: Path) -> None:
     assert any("all 16 boxes end within the first 100 pixels" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ((0.9, 0.4, 1.0, None), ["3 of 4 annotations have a score, 2 of them under 1"]),
+        ((97, 61, 88, 70), ["4 of 4 annotations have a score, 0 of them under 1"]),
+        ((1, 1, 1.0, None), []),
+    ],
+)
+def test_predictions_in_the_place_of_annotations_are_suspected(
+    tmp_path: Path, scores: tuple[float | None, ...], said: list[str]
+) -> None:
+    data = content()
+    for one, score in zip(data["annotations"], scores, strict=True):
+        one["score"] = score
+    write(tmp_path, data)
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    assert [line.split(": ")[1] for line in lines] == said
+
+
 def test_a_small_range_of_deep_images_is_said_and_can_be_scaled(tmp_path: Path) -> None:
     folder = write(tmp_path, content())
     values = np.linspace(0, 4000, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.uint16)

@@ -401,7 +401,10 @@ def test_malformed_json_names_the_line(tmp_path: Path) -> None:
     message = refused(tmp_path, '{"images": [\n  {"id": 1,,}\n]}')
     assert "instances_train2017.json is not valid JSON" in message
     assert "line 2 column" in message
-    assert "no JSON object" in refused(tmp_path, "[1, 2]")
+    assert "a list, as files of detections are; annotations are" in refused(tmp_path, "[1, 2]")
+    assert "holds no object" in refused(tmp_path, "7")
+    lines = "\n".join(json.dumps(image) for image in content()["images"])
+    assert "not lines of objects" in refused(tmp_path, lines)
 
 
 def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
