@@ -16,29 +16,31 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
+from bench.system.interrupt import EXIT_CODE, ending_at_once
 
-from bench.cli import (
-    Parser,
-    add,
-    add_files,
-    add_overrides,
-    as_arguments,
-    file_values,
-    image_size,
-    names,
-    positive,
-)
-from bench.config import variants
-from bench.config.probes import SUITE, build_recipe, suite_plan
-from bench.config.schema import RunConfig
-from bench.config.suites import Reference, Suite, check_needs, families, load_suite, suites
-from bench.data.generated import SPLITS
-from bench.errors import InputError, choose
-from bench.files import check_writable
-from bench.record import Record, slug
-from bench.system import logs, processes
-from bench.system.interrupt import EXIT_CODE
+with ending_at_once():
+    from rich.console import Console
+
+    from bench.cli import (
+        Parser,
+        add,
+        add_files,
+        add_overrides,
+        as_arguments,
+        file_values,
+        image_size,
+        names,
+        positive,
+    )
+    from bench.config import variants
+    from bench.config.probes import SUITE, build_recipe, suite_plan
+    from bench.config.schema import RunConfig
+    from bench.config.suites import Reference, Suite, check_needs, families, load_suite, suites
+    from bench.data.generated import SPLITS
+    from bench.errors import InputError, choose
+    from bench.files import check_writable
+    from bench.record import Record, slug
+    from bench.system import logs, processes
 
 LAUNCHERS = ("none", "local", "slurm")
 # Settings of what --pretrain runs, such as pretrain.classify.epochs=100.

@@ -21,6 +21,7 @@ from bench import commands
 from bench.config.schema import METHODS, MODES, POSITIONS, PRECISIONS
 from bench.data import DataError
 from bench.errors import InputError, nearest
+from bench.system.interrupt import EXIT_CODE, ending_at_once
 from bench.system.logs import tolerate_encoding
 
 PROG = "python -m bench"
@@ -107,7 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tolerate_encoding()
     words = list(sys.argv[1:] if arguments is None else arguments)
     prog = PROG
-    command: Any = Namespace(HELP=_HELP, EPILOG=_EPILOG, COMMANDS=find_commands())
+    with ending_at_once():
+        command: Any = Namespace(HELP=_HELP, EPILOG=_EPILOG, COMMANDS=find_commands())
     try:
         while hasattr(command, "COMMANDS"):
             name = parser_of(prog, command).parse(words[:1]).command
@@ -121,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return EXIT_CODE
     except BrokenPipeError:
         # Whoever reads the output has seen enough. Python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

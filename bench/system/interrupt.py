@@ -4,7 +4,8 @@ import logging
 import os
 import signal
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -12,6 +13,26 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXIT_CODE = 130
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """While it is entered, SIGINT ends the process in a line: libraries take seconds to import."""
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        with suppress(OSError):
+            os.write(2, b"interrupted\n")
+        os._exit(EXIT_CODE)
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class StopRequest:

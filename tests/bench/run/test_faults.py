@@ -376,3 +376,22 @@ def test_a_second_signal_ends_at_once() -> None:
     _, status = os.waitpid(child, 0)
     assert os.WEXITSTATUS(status) == EXIT_CODE
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("command", [("-m", "bench"), (str(ROOT / "run_all.py"),)])
+def test_ctrl_c_while_libraries_are_imported_is_one_line(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    # In the place of one that all commands import.
+    meddled = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)\n"
+    (tmp_path / "pydantic.py").write_text(meddled)
+    done = subprocess.run(
+        [sys.executable, *command, "--help"],
+        env=ONE_THREAD | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        # Shells make what they start in the background ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (EXIT_CODE, "", "interrupted\n")
