@@ -209,6 +209,9 @@ class AnnotationReader:
     def _segmentation(self, raw: Entry, image: Entry) -> Any:
         """What of the segmentation can be used; None where the annotation cannot."""
         segmentation = raw["segmentation"]
+        if not isinstance(segmentation, list | dict):
+            self._say(raw, "malformed polygon", what=f"the segmentation {shortened(segmentation)}")
+            return None
         if not isinstance(segmentation, list):
             return segmentation if self._is_run_length(raw, segmentation, image) else None
         if raw.get("iscrowd") == 1:
@@ -256,8 +259,8 @@ class AnnotationReader:
                 self._say(raw, "polygon over the image's edge", over=over)
         return True
 
-    def _is_run_length(self, raw: Entry, segmentation: Any, image: Entry) -> bool:
-        size = segmentation.get("size") if isinstance(segmentation, dict) else None
+    def _is_run_length(self, raw: Entry, segmentation: Entry, image: Entry) -> bool:
+        size = segmentation.get("size")
         height, width = image["height"], image["width"]
         wrong, malformed = "run-length mask of the wrong size", "malformed run-length mask"
         if size != [height, width]:

@@ -41,7 +41,7 @@ Target = dict[str, Tensor]
 Categories = tuple[tuple[int, str], ...]
 
 # A share of boxes that ordinary data does not come near.
-_MANY, _SOME = 0.1, 2
+_MANY, _FEW, _SOME = 0.1, 0.01, 2
 _ONE_OBJECT = "annotations are one JSON object with lists images, annotations and categories"
 _PERCENT = 100
 
@@ -271,6 +271,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             scores += [raw["score"]] if raw.get("score") is not None else []
             if not complete["iscrowd"]:
                 self._used.add(complete["category_id"])
+        for own in groups.values():
+            self._say_twins(own)
         # Of people's own labels some exports write 1.
         if any(score != 1 for score in scores):
             under = sum(isinstance(score, int | float) and score < 1 for score in scores)
@@ -281,6 +283,15 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             }
             self._report(finding("annotations with a score", **counts))
         return groups
+
+    def _say_twins(self, annotations: Iterable[Entry]) -> None:
+        """Report the annotations of an image that are there twice, as after merging files."""
+        first: dict[tuple[float, ...], Entry] = {}
+        for one in annotations:
+            other = first.setdefault((one["category_id"], one["iscrowd"], *one["bbox"]), one)
+            if other is not one and other["segmentation"] == one["segmentation"]:
+                place = {"image": one["image_id"], "annotation": one["id"]}
+                self._report(finding("annotation twice", other=other["id"], **place))
 
     def _keep(self, entries: dict[int, Entry], groups: dict[int, list[Entry]]) -> None:
         """Put away what is needed later, in a form that takes little memory."""
@@ -299,6 +310,9 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         self.has_masks = not outlined or any(outlined)
         ends = [(a["bbox"][0] + a["bbox"][2], a["bbox"][1] + a["bbox"][3]) for a in found]
         self._farthest = max(map(max, ends), default=0)
+        starts = [a["bbox"][:2] for a in found]
+        first = min(map(min, starts), default=0)
+        self._at_one = sum(1 in start for start in starts) if first == 1 else 0
         self._packed = Packed((entries[id_], groups.pop(id_, [])) for id_ in self.ids)
 
     def limit(self, count: int) -> None:
@@ -322,6 +336,9 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         within = count >= _SOME**4 and 1 < self._farthest <= _PERCENT
         if within and self._sizes.min() > 2 * _PERCENT:
             self._report(finding("boxes that look like percentages", all=count))
+        if self._at_one >= max(_SOME**2, _FEW * count):
+            kind = "boxes that look counted from 1"
+            self._report(finding(kind, count=self._at_one, all=count))
         if not self.has_masks:
             self._report(finding("no masks at all"))
 

@@ -66,6 +66,10 @@ KINDS: Mapping[str, Kind] = {
         " their centre?",
         "taken as x, y, width, height",
     ),
+    "boxes that look counted from 1": Kind(
+        "{count} of {all} boxes begin at 1 and none before: is the first pixel 1?",
+        "taken as counted from 0",
+    ),
     "boxes in another format than the masks": Kind(
         "{count} of {all} boxes fit their masks if they are read as {format}",
         "taken as x, y, width, height",
@@ -106,6 +110,9 @@ KINDS: Mapping[str, Kind] = {
     ),
     "polygon of point pairs": Kind(
         "has a polygon of [x, y] pairs", "read as x and y in turn, as COCO writes them"
+    ),
+    "annotation twice": Kind(
+        "has the class, box and segmentation of annotation {other}", _BOTH_USED
     ),
     "annotation without a segmentation": Kind("has no segmentation", "its box is its mask"),
     "annotation without an area": Kind("has no area", "that of its mask is used"),

@@ -101,6 +101,11 @@ ERRORS: list[tuple[dict[str, Any], str, str]] = [
     ({"segmentation": RUN | {"counts": [-1, 2]}}, "malformed run-length mask", "counts"),
     ({"segmentation": RUN | {"counts": "S5a0g"}}, "malformed run-length mask", "cannot be read"),
     ({"segmentation": [[{"x": 1, "y": 2}]]}, "malformed polygon", "'x': 1"),
+    (
+        {"segmentation": "[[1, 2, 3]]"},
+        "malformed polygon",
+        "the segmentation '[[1, 2, 3]]'; a list",
+    ),
     ({"bbox": None}, "malformed entry", "annotations[0]"),
     ({"id": 102}, "id used twice", "twice in the list 'annotations'"),
 ]
@@ -451,6 +456,27 @@ def test_percentages_are_suspected(tmp_path: Path) -> None:
     (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(data))
     lines = remarks([CocoDataset(tmp_path, "train2017")])
     assert any("all 16 boxes end within the first 100 pixels" in line for line in lines)
+
+
+def test_annotations_that_are_there_twice_are_found(tmp_path: Path) -> None:
+    data = content()
+    first = data["annotations"][0]
+    data["annotations"] += [first | {"id": 7}, first | {"id": 8, "category_id": 8}]
+    write(tmp_path, data)
+    (found,) = only(tmp_path).findings
+    assert (found.kind, found.annotation, found.values["other"]) == ("annotation twice", 7, 101)
+
+
+def test_boxes_that_begin_at_1_are_suspected(tmp_path: Path) -> None:
+    data = content()
+    for one in data["annotations"]:
+        one["bbox"] = [1, 1, 29, 16]
+        one["segmentation"] = [[1, 1, 30, 1, 30, 17, 1, 17]]
+    write(tmp_path, data)
+    assert "4 of 4 boxes begin at 1" in remarks([CocoDataset(tmp_path, "train2017")])[0]
+    data["annotations"][0]["bbox"] = [0, 1, 30, 16]
+    (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(data))
+    assert "begin at 1" not in " ".join(remarks([CocoDataset(tmp_path, "train2017")]))
 
 
 @pytest.mark.parametrize(
