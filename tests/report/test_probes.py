@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -126,6 +128,20 @@ def test_a_pair_of_rows_is_told_apart_where_one_probe_tells_it():
     assert found.seeds == 3
 
 
+def test_what_failed_is_named_and_the_newest_of_a_name_counts():
+    old, new = (
+        replace(entry("full", "mechanism", {"bind": score}), created=f"2026-01-0{day}")
+        for score, day in ((0.4, 1), (0.9, 2))
+    )
+    error = {"kind": "error", "message": "no luck", "traceback": ""}
+    broken = replace(entry("swin", "row", {}), status="failed", error=error, probes=None)
+    for records in ([old, new, broken], [new, old, broken]):
+        (table,) = probes.tables(records)
+        assert table.shown["bind"].tolist() == ["0.90 ± 0.00"]
+        assert probes.blocks(records)[-1] == "swin (row) failed: no luck"
+    assert probes.blocks([broken]) == []
+
+
 def test_one_seed_is_reported_with_its_limits():
     records = [entry(n, "mechanism", {"bind": s}, seeds=1) for n, s in (("a", 0.9), ("b", 0.5))]
     table = probes.tables(records)[0]
@@ -144,6 +160,7 @@ def test_plots_show_the_scores_under_their_names():
         [tick.get_text() for tick in of] for of in (ax.get_xticklabels(), ax.get_yticklabels())
     )
     shades = ax.images[0].get_array()
+    assert ax.images[0].get_clim() == (0.25, 1)
     for text in ax.texts:
         column, line = text.get_position()
         wanted = scores[rows[line]][("find", "count").index(tasks[column])]

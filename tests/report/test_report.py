@@ -183,6 +183,16 @@ def test_load_takes_the_newest_failure(tmp_path: Path) -> None:
     assert [record.created for record in load.load(tmp_path)] == [times[1]]
 
 
+def test_load_takes_the_newest_success(tmp_path: Path) -> None:
+    times = ["2025-01-01T00:00:02+00:00", "2025-01-01T00:00:03+00:00", "2025-01-01T00:00:01+00:00"]
+    for number, time in enumerate(times):
+        one = make("ViL", created=time)
+        path = tmp_path / "records" / f"{number}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(one.to_json())
+    assert [record.created for record in load.load(tmp_path)] == [times[1]]
+
+
 def test_load_leaves_out_a_corrupt_file_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
