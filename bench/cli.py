@@ -32,6 +32,7 @@ _EPILOG = f"""\
 """
 _EXIT_CODES = """\
 exit code: 0 done; 1 something failed, the output says what; 2 wrong input; 130 interrupted"""
+_MOST_PIXELS = 2**30
 _DASH = "expected one argument"
 
 ImageSize = tuple[int, int]
@@ -133,13 +134,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def image_size(text: str) -> ImageSize:
     """`800x1344` -> (800, 1344), height before width; `1024` -> (1024, 1024)."""
-    found = re.fullmatch(r"0*([1-9]\d*)(?:x0*([1-9]\d*))?", text.strip())
-    if found is None:
+    found = re.fullmatch(r"0*([1-9]\d{0,6})(?:x0*([1-9]\d{0,6}))?", text.strip())
+    size = (int(found[1]), int(found[2] or found[1])) if found else None
+    # FLOPs of larger ones do not fit 64 bits.
+    if size is None or math.prod(size) > _MOST_PIXELS:
         raise ArgumentTypeError(
             f"{text!r} is not an image size; allowed: HEIGHTxWIDTH, for example 800x1344, or one"
-            " side, in pixels"
+            f" side, in pixels, {_MOST_PIXELS:,} in all at most"
         )
-    return int(found[1]), int(found[2] or found[1])
+    return size
 
 
 def grid(text: str) -> tuple[int, int]:
@@ -223,6 +226,7 @@ def modes(text: str) -> tuple[str, ...]:
     return some_of(MODES)(",".join(full))
 
 
+_LEAST = 10**6
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMG", start=1)}
 _UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMG", start=1)}
@@ -232,8 +236,11 @@ def memory_budget(text: str) -> int:
     """`24GB` -> 24,000,000,000 bytes; `24GiB`, `500MB` and plain bytes too."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B)?", text.strip(), flags=re.IGNORECASE)
     size = int(float(found[1]) * _UNITS.get((found[2] or "").upper(), 1)) if found else 0
-    if size < 1:
-        raise ArgumentTypeError(f"{text!r} is not an amount of memory; allowed: 24GB, 24GiB, 500MB")
+    # A number alone is seldom meant in bytes.
+    if size < _LEAST:
+        raise ArgumentTypeError(
+            f"{text!r} is not an amount of memory of 1 MB or more; allowed: 24GB, 24GiB, 500MB"
+        )
     return size
 
 
@@ -244,9 +251,9 @@ def multiply_adds(text: str) -> int:
     """`250G` -> 250,000,000,000 multiply-adds; `0.3T`, `900M` and plain numbers too."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT]?)", text.strip(), flags=re.IGNORECASE)
     count = int(float(found[1]) * _POWERS.get(found[2].upper(), 1)) if found else 0
-    if count < 1:
+    if count < _LEAST:
         raise ArgumentTypeError(
-            f"{text!r} is not a number of multiply-adds; allowed: 250G, 0.3T, 900M"
+            f"{text!r} is not a number of multiply-adds of 1 M or more; allowed: 250G, 0.3T, 900M"
         )
     return count
 

@@ -299,7 +299,7 @@ def test_costs_at_full_size_are_counted_once_and_lead_the_page(
     # What is asked later about these records finds the same costs.
     ask = ["recommend", str(output), "--image-size", "256x320"]
     capsys.readouterr()
-    assert cli.main([*ask, "--max-memory", "1KB"]) == 2
+    assert cli.main([*ask, "--max-memory", "1MB"]) == 2
     assert "the nearest is" in capsys.readouterr().err
     assert cli.main([*ask, "--max-flops", "900T", "--format", "csv"]) == 0
     assert "ViL" in capsys.readouterr().out

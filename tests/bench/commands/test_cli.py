@@ -98,6 +98,9 @@ def test_types_of_arguments():
         (cli.one_name, "all"),
         (cli.modes, "train,infer"),
         (cli.memory_budget, "24XB"),
+        (cli.memory_budget, "24"),
+        (cli.multiply_adds, "250"),
+        (cli.image_size, "100000x100000"),
         (cli.several(cli.positive), "1,0"),
     ],
 )
