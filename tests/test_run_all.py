@@ -820,7 +820,9 @@ def test_a_run_starts_from_a_classifier(tmp_path: Path) -> None:
     assert all(torch.equal(own[name.removeprefix("module.")], v) for name, v in state.items())
 
 
-def test_a_checkpoint_of_another_backbone_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_backbone_is_one_clear_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "other.pth")
     detector = models.build_detector(load_suite("quick", rows=["ViL"]).runs[0], 6)
     with pytest.raises(InputError, match="none of its 0 tensors fits the backbone"):
@@ -833,6 +835,12 @@ def test_a_checkpoint_of_another_backbone_is_one_clear_line(tmp_path: Path) -> N
         InputError, match=r"tensors hold values that are not finite .*first of them"
     ):
         models.initialise(detector, tmp_path / "other.pth")
+    # A dry run says so too.
+    (tmp_path / "text.pth").write_text("text")
+    for name, said in (("other.pth", "not finite"), ("text.pth", "no checkpoint")):
+        command = ["--rows", "ViL", "--dry-run", "--init", str(tmp_path / name), *TINY]
+        assert run_all.main(command) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_dry_run_prints_the_plan_for_eight_gpus_and_makes_nothing(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bench.config.arch import parse
 from bench.config.schema import CLASSIFIER, RunConfig
@@ -73,8 +73,12 @@ def build_detector(config: RunConfig, num_classes: int) -> detectors.Detector:
     return detector
 
 
-def initialise(detector: detectors.Detector, path: Path) -> str:
-    """Load what fits of a classifier's or detector's checkpoint, and say what did.
+def fitting(detector: detectors.Detector, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Return what of a checkpoint fits a detector, and the names of what does not.
+
+    Args:
+        detector: on any device, the meta device included.
+        path: of a classifier's or detector's checkpoint.
 
     Raises:
         InputError: for a file that cannot be read, none of whose tensors fits the backbone, or with
@@ -84,30 +88,36 @@ def initialise(detector: detectors.Detector, path: Path) -> str:
     if not any(name.startswith(weights.DETECTOR_PREFIX) for name in given):
         given = weights.convert(given, detector.vil).tensors
     own = detector.state_dict()
-    fitting = {
+    found = {
         name: tensor
         for name, tensor in given.items()
         if name in own and own[name].shape == tensor.shape
     }
-    if not any(name.startswith(weights.DETECTOR_PREFIX) for name in fitting):
+    if not any(name.startswith(weights.DETECTOR_PREFIX) for name in found):
         raise InputError(f"train.init={path}: none of its {len(given)} tensors fits the backbone")
-    spoilt = [name for name, tensor in fitting.items() if not tensor.isfinite().all()]
+    spoilt = [name for name, tensor in found.items() if not tensor.isfinite().all()]
     if spoilt:
         raise InputError(
             f"train.init={path}: {len(spoilt)} of its tensors hold values that are not finite (NaN"
             f" or infinite), the first of them {spoilt[0]}"
         )
-    detector.load_state_dict({**own, **fitting})
-    left = sorted(set(given) - set(fitting))
+    return found, sorted(set(given) - set(found))
+
+
+def initialise(detector: detectors.Detector, path: Path) -> str:
+    """Load what fits of a checkpoint, and say what did; see `fitting` for what is raised."""
+    found, left = fitting(detector, path)
+    own = detector.state_dict()
+    detector.load_state_dict({**own, **found})
     # The head of a classifier is of no use to a detector.
     head = f"{weights.DETECTOR_PREFIX}head."
     missing = sum(
         name.startswith(weights.DETECTOR_PREFIX) and not name.startswith(head)
-        for name in set(own) - set(fitting)
+        for name in set(own) - set(found)
     )
     digest = sha256(path)
     return (
-        f"initialised from {path.name} (sha256 {digest[:16]}): {len(fitting)} tensors"
+        f"initialised from {path.name} (sha256 {digest[:16]}): {len(found)} tensors"
         + (f"; left out as they do not fit: {', '.join(left)}" if left else "")
         + (f"; {missing} of the backbone start anew" if missing else "")
     )

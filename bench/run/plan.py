@@ -369,6 +369,9 @@ def _memory(config: RunConfig, images: int, num_classes: int, device: str) -> fl
     size = config.profile.image_size
     with torch.device("meta"):
         detector = models.build_detector(config, num_classes)
+    if config.train.init is not None:
+        # It has the errors that the run would have.
+        models.fitting(detector, Path(config.train.init))
     return _predicted(detector, config, images, (size[0], size[1]), device)
 
 
