@@ -827,6 +827,13 @@ def test_a_checkpoint_of_another_backbone_is_one_clear_line(
     detector = models.build_detector(load_suite("quick", rows=["ViL"]).runs[0], 6)
     with pytest.raises(InputError, match="none of its 0 tensors fits the backbone"):
         models.initialise(detector, tmp_path / "other.pth")
+    # Heads, and what no detector uses, may fit all the same.
+    state = detector.state_dict()
+    heads = {n: v for n, v in state.items() if ".bottom_up." not in n or ".head." in n}
+    assert "backbone.bottom_up.head.bias" in heads
+    torch.save({"model": heads}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match=f"none of its {len(heads)} tensors fits the backbone"):
+        models.initialise(detector, tmp_path / "other.pth")
     spoilt = {
         name: torch.full_like(value, torch.nan) for name, value in detector.state_dict().items()
     }

@@ -93,7 +93,7 @@ def fitting(detector: detectors.Detector, path: Path) -> tuple[dict[str, Tensor]
         for name, tensor in given.items()
         if name in own and own[name].shape == tensor.shape
     }
-    if not any(name.startswith(weights.DETECTOR_PREFIX) for name in found):
+    if not any(map(_is_of_backbone, found)):
         raise InputError(f"train.init={path}: none of its {len(given)} tensors fits the backbone")
     spoilt = [name for name, tensor in found.items() if not tensor.isfinite().all()]
     if spoilt:
@@ -104,17 +104,18 @@ def fitting(detector: detectors.Detector, path: Path) -> tuple[dict[str, Tensor]
     return found, sorted(set(given) - set(found))
 
 
+def _is_of_backbone(name: str) -> bool:
+    # The head of a classifier is of no use to a detector.
+    head = f"{weights.DETECTOR_PREFIX}head."
+    return name.startswith(weights.DETECTOR_PREFIX) and not name.startswith(head)
+
+
 def initialise(detector: detectors.Detector, path: Path) -> str:
     """Load what fits of a checkpoint, and say what did; see `fitting` for what is raised."""
     found, left = fitting(detector, path)
     own = detector.state_dict()
     detector.load_state_dict({**own, **found})
-    # The head of a classifier is of no use to a detector.
-    head = f"{weights.DETECTOR_PREFIX}head."
-    missing = sum(
-        name.startswith(weights.DETECTOR_PREFIX) and not name.startswith(head)
-        for name in set(own) - set(found)
-    )
+    missing = sum(map(_is_of_backbone, set(own) - set(found)))
     digest = sha256(path)
     return (
         f"initialised from {path.name} (sha256 {digest[:16]}): {len(found)} tensors"
