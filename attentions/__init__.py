@@ -140,7 +140,7 @@ def _load(name: str) -> type[nn.Module]:
     source, _, attribute = name.rpartition(":")
     try:
         module = _load_file(Path(source)) if source.endswith(".py") else _import(source)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # Whatever goes wrong in the user's code is a mistake in what this name points at.
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"attention {name!r}: cannot import {source!r}: {reason}") from error

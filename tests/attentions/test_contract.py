@@ -379,6 +379,7 @@ def test_a_mechanism_of_the_user(users_folder, source):
         ("users_attention:not_a_class", "has no torch module class 'not_a_class'"),
         ("broken.py:Mean", "SyntaxError"),
         ("raises.py:Mean", "RuntimeError: two lines"),
+        ("exits.py:Mean", "SystemExit: 3"),
         (":Mean", "cannot import ''"),
         ("users_attention:", "has no torch module class ''"),
     ],
@@ -386,6 +387,7 @@ def test_a_mechanism_of_the_user(users_folder, source):
 def test_a_mechanism_that_cannot_be_loaded(users_folder, name, message):
     (users_folder / "broken.py").write_text("class Mean(:\n")
     (users_folder / "raises.py").write_text("raise RuntimeError('two\\nlines')\n")
+    (users_folder / "exits.py").write_text("import sys\nsys.exit(3)\n")
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         attentions.find(name)
     assert "\n" not in str(caught.value)
