@@ -7,8 +7,11 @@
 
 import contextlib
 import os
+import unicodedata
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from bench.errors import InputError
@@ -55,7 +58,9 @@ class Place:
     def find(self, name: str) -> str | None:
         """The path of an image, relative to `folder` where it is below it; None where it is not.
 
-        Backslashes are slashes, and of folders in the name those alone count that are there.
+        Backslashes are slashes, and of folders in the name those alone count that are there. A name
+        from another system may have its letters, composed or not, large or small, where no other
+        file there has them too.
         """
         parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
         for first in range(len(parts)):
@@ -65,7 +70,17 @@ class Place:
                     plain = Path(os.path.normpath(path))
                     below = plain.is_relative_to(self.folder)
                     return str(plain.relative_to(self.folder) if below else plain.absolute())
-        return None
+        alike = self._alike.get(_letters(parts[-1]), []) if parts else []
+        return alike[0] if len(alike) == 1 else None
+
+    @cached_property
+    def _alike(self) -> dict[str, list[str]]:
+        """The files in the folder, by their letters."""
+        found: dict[str, list[str]] = defaultdict(list)
+        with contextlib.suppress(OSError), os.scandir(self.folder) as files:
+            for file in files:
+                found[_letters(file.name)] += [file.name] if file.is_file() else []
+        return dict(found)
 
 
 def find(root: Path, split: str, *, file: Path | None = None, images: Path | None = None) -> Place:
@@ -98,6 +113,10 @@ def find(root: Path, split: str, *, file: Path | None = None, images: Path | Non
         f"no annotation file {root / _PATTERNS[0].format(split)} for split {split!r} ({_HOW});"
         f" splits there: {there}"
     )
+
+
+def _letters(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _is_file(path: Path) -> bool:

@@ -479,6 +479,24 @@ def test_boxes_that_begin_at_1_are_suspected(tmp_path: Path) -> None:
     assert "begin at 1" not in " ".join(remarks([CocoDataset(tmp_path, "train2017")]))
 
 
+def test_files_whose_names_another_system_wrote_are_found(tmp_path: Path) -> None:
+    data = content()
+    names = ("bäum.png", "2.PNG", "3.png", "a.png")
+    for image, name in zip(data["images"], names, strict=True):
+        image["file_name"] = name
+    folder = write(tmp_path, data)
+    for old, new in (("bäum.png", "ba\u0308um.png"), ("2.PNG", "2.png"), ("a.png", "A.png")):
+        (folder / old).rename(folder / new)
+    # Which of two it would be is not known.
+    (folder / "a.PNG").write_bytes(b"")
+    found = [f for f in only(tmp_path).findings if f.image is not None]
+    assert [(f.kind, f.image) for f in found] == [
+        ("image file of another path", 1),
+        ("image file of another path", 2),
+        ("image missing", 4),
+    ]
+
+
 @pytest.mark.parametrize(
     ("scores", "said"),
     [
