@@ -326,6 +326,9 @@ def add(parser: "argparse._ActionsContainer", *options: str, **own: Any) -> None
     for name in options:
         spec = {**SHARED.get(name, {}), **own}
         choices = spec.pop("choices", None)
+        if own.get("choices") and "type" not in own:
+            # What others take several of.
+            spec.pop("type", None)
         if choices:
             spec = {"type": one_of(choices), "metavar": f"{{{','.join(choices)}}}", **spec}
         if spec.get("default") is not None and "default" not in spec["help"]:

@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(parser, "max-flops", metavar="250G", help="most multiply-adds of one image")
     add(parser, "image-size", default="800x1344")
     add(parser, "batch-size", default=2, help="images of a device")
-    add(parser, "mode", type=str, choices=MODES, default="training", help="of memory")
+    add(parser, "mode", choices=MODES, default="training", help="of memory")
     add(parser, "precision", choices=PRECISIONS, default="16-mixed", help="of memory")
     add(parser, "format", choices=FORMATS)
 

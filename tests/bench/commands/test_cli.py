@@ -121,6 +121,12 @@ def test_nothing_is_not_the_working_folder(words):
         parsed("report", "")
 
 
+@pytest.mark.parametrize("value", ["nothing", "training,inference"])
+def test_choices_of_a_command_hold_where_others_take_several(value):
+    with pytest.raises(InputError, match="--mode: unknown value"):
+        parsed("recommend", "x", "--mode", value)
+
+
 def test_overrides_may_stand_anywhere():
     found = parsed("profile", "seed=1", "--attention", "ViL", "a.b=2", "--amp", "c=3")
     assert found.overrides == ["seed=1", "a.b=2", "c=3"]
