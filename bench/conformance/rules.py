@@ -550,7 +550,7 @@ def compiles(subject: Subject) -> None:
     " .tolist(), .numpy() or boolean indexing",
 )
 def multiply_adds(subject: Subject) -> None:
-    """FLOPs can be counted, every operator is, and multiply_adds is true."""
+    """Each operator has its FLOPs counted, and multiply_adds is true."""
     # The second is large enough for what grows with the square of the tokens to stand out.
     for grid in (subject.grid, (4 * subject.grid[0], 4 * subject.grid[1])):
         module = subject.build(grid=grid)
