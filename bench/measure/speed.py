@@ -74,7 +74,7 @@ class Comparison:
             in the backward pass. What is made again is not in it; 0 for one without a formula.
         bytes_moved: input, output, parameters and their gradients, each as often as it must be
             read or written.
-        linear: seconds that the linear layers of "now" take alone.
+        linear: the linear layers of "now", each timed alone: their seconds and multiply-adds.
     """
 
     case: Case
@@ -86,7 +86,7 @@ class Comparison:
     peaks: Mapping[str, float] = field(default_factory=dict)
     multiply_adds: int = 0
     bytes_moved: int = 0
-    linear: float = 0.0
+    linear: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def bound(self) -> float | None:
@@ -95,6 +95,15 @@ class Comparison:
             return None
         products = self.multiply_adds / self.peaks["multiply_adds_per_s"]
         return max(products, self.bytes_moved / self.peaks["bytes_per_s"])
+
+    @property
+    def bound_with_linear(self) -> float | None:
+        """The bound, if the linear layers take as long as they do alone and the rest its peaks."""
+        bound, peak = self.bound, self.peaks.get("multiply_adds_per_s", 0.0)
+        if bound is None or not self.linear:
+            return bound
+        rest = max(0.0, self.multiply_adds - self.linear["multiply_adds"])
+        return max(bound, self.linear["seconds"] + rest / peak)
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -121,10 +130,9 @@ class Comparison:
         found |= {f"{side}_s": statistics.median(taken) for side, taken in self.seconds.items()}
         found |= {"speedup": statistics.median(self.ratios), "low": low, "high": high}
         found |= {f"{side}_bytes": size for side, size in self.memory.items()}
-        found["linear_s"] = self.linear
-        bound = self.bound
-        if bound is not None:
-            found |= {"bound_s": bound, "times_bound": found["now_s"] / bound}
+        for name, bound in (("bound", self.bound), ("bound_with_linear", self.bound_with_linear)):
+            if bound is not None:
+                found |= {f"{name}_s": bound, f"times_{name}": found["now_s"] / bound}
         found["memory_ratio"] = self.memory["now"] / max(1, self.memory["base"])
         return found | {"difference": self.difference, "samples": len(self.ratios)}
 

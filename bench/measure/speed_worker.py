@@ -69,9 +69,9 @@ class Case:
         self.call()
         return {"wall": time.perf_counter() - wall, "cores": time.process_time() - cores}
 
-    def linear(self) -> float:
-        """Seconds that the linear layers take, each alone on what the call gives it."""
-        given: list[tuple[nn.Module, Tensor]] = []
+    def linear(self) -> dict[str, float]:
+        """The linear layers, each alone on what the call gives it: seconds and multiply-adds."""
+        given: list[tuple[nn.Linear, Tensor]] = []
         layers = [part for part in self.module.modules() if isinstance(part, nn.Linear)]
         hooks = [
             layer.register_forward_hook(lambda layer, args, _: given.append((layer, args[0])))
@@ -80,7 +80,11 @@ class Case:
         self.call()
         for hook in hooks:
             hook.remove()
-        return sum(_least(functools.partial(self._alone, *one)) for one in given)
+        return {
+            "seconds": sum(_least(functools.partial(self._alone, *one)) for one in given),
+            "multiply_adds": (3 if self.training else 1)
+            * sum(x.numel() * layer.out_features for layer, x in given),
+        }
 
     def _alone(self, layer: nn.Module, x: Tensor) -> None:
         with torch.set_grad_enabled(self.training):

@@ -1,5 +1,6 @@
 """Two commits are compared in turns, and only where their results agree."""
 
+import dataclasses
 import json
 import subprocess
 from pathlib import Path
@@ -73,7 +74,6 @@ def test_ratios_are_given_where_results_agree_and_only_there(tmp_path, capsys):
     lines = compared(tmp_path, capsys, ["Mixed", "Sloppy", "Hungry", "Fails", "Mixed"], 1)
     assert lines["Mixed"]["low"] <= lines["Mixed"]["speedup"] <= lines["Mixed"]["high"]
     assert lines["Mixed"]["memory_ratio"] == 1
-    assert lines["Mixed"]["linear_s"] > 0
     assert lines["Mixed"]["samples"] >= 6
     assert lines["Hungry"]["memory_ratio"] < 0.5
     assert "results differ by 1.0e-02" in lines["Sloppy"]["not_compared"]
@@ -137,6 +137,11 @@ def test_the_bound_is_of_products_or_of_bytes_by_the_peaks():
             bytes_moved=moved,
         )
         assert found.line()["times_bound"] == pytest.approx(1 / bound)
+        assert found.bound_with_linear == found.bound
+        # Half of the products are in linear layers, which take two seconds.
+        slow = {"seconds": 2.0, "multiply_adds": products / 2}
+        slower = dataclasses.replace(found, linear=slow).line()
+        assert slower["bound_with_linear_s"] == 2.0 + products / 2 / peaks[0]
 
 
 @pytest.mark.parametrize(
