@@ -468,7 +468,7 @@ def _dry_run(suite: Suite, output: Path, retry_failed: bool, measure_steps: int)
         )
     print(tables.to_text(plan.table(planned)))
     for line in plan.lines(planned, measure_steps):
-        print(textwrap.fill(line, 120, subsequent_indent="  "))
+        print(textwrap.fill(line, tables.WIDTH, subsequent_indent="  "))
     return 0
 
 

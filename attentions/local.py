@@ -1,6 +1,6 @@
 """Softmax attention of the chunks of a grid to chunks around them, strip by strip.
 
-A strip is a column of chunks. Its keys and values are gathered, its scores made, used and dropped;
+A strip is a column of chunks. Its keys and values are cut out, its scores made, used and dropped;
 the backward pass makes them again. So a training step keeps queries, keys and values alone, as
 fused attention does (Dao et al., https://arxiv.org/abs/2205.14135), and scores stay in the cache.
 The bias is one for all chunks: it is added to each strip, and its gradient summed strip by strip.

@@ -8,7 +8,7 @@ whole chunks: `2 P (9 w² + g) C + 2 g N C` for attention and `6 N C²` for proj
 without global tokens.
 
 Deviation, equal up to rounding: the published code multiplies with nine shifted copies, where a
-strip of 3x3 neighbourhoods is gathered here (`attentions.local`). As published, the global tokens'
+strip of 3x3 neighbourhoods is cut out here (`attentions.local`). As published, the global tokens'
 keys and values are a product of their own where weights are shared, too.
 """
 

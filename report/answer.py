@@ -61,7 +61,7 @@ def first(
     return [replace(one, table=replace(one.table, name=one.name)) for one in found]
 
 
-def to_text(answer: Answer, width: int = 120) -> str:
+def to_text(answer: Answer, width: int = tables.WIDTH) -> str:
     """Return the answer for a terminal of `width` columns."""
     said = (textwrap.fill(sentence, width) for sentence in answer.sentences)
     return "\n".join([*said, "", tables.to_text(answer.table.shown, width)])

@@ -30,6 +30,8 @@ from report.load import FIGURES, KINDS, MODES, TEXT, Library, frame, per_library
 from report.searches import box_ap, find
 
 BEST = ", best"
+# Columns of text for a terminal.
+WIDTH = 120
 # Accuracy is published for this many images of this split, memory for this kind of peak.
 PUBLISHED_SPLIT, PUBLISHED_IMAGES = "val2017", 5000
 PUBLISHED_MEMORY = "allocator"
@@ -325,7 +327,7 @@ def memory_column(data: pd.DataFrame) -> tuple[str, str]:
     return f"memory_{mode}", mode
 
 
-def to_text(shown: pd.DataFrame, width: int = 120) -> str:
+def to_text(shown: pd.DataFrame, width: int = WIDTH) -> str:
     """Return the table for a terminal of `width` columns; long cells wrap."""
     table = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for name in shown.columns:

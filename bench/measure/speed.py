@@ -5,9 +5,10 @@ for its turn, one call a round, every other round in reverse, and only ratios ar
 with the interval of its median, and beside them how far the time now is from a bound: what the
 multiply-adds of the mechanism's formula, or the bytes that any implementation moves, take at the
 peaks measured in the same process before and after the case. The peak of products is that of one
-shape: other shapes may reach more, and fall below the bound, or less, as the linear layers do,
-whose time alone is given too. Before anything is timed, both get the same weights, input and
-incoming gradient and must give the same output and gradients; where they do not, no ratio is given.
+shape: other shapes may reach more, and fall below the bound, or less, as linear layers do; a second
+bound takes these as long as they take alone. Before anything is timed, both get the same
+weights, input and incoming gradient and must give the same output and gradients; where they do not,
+no ratio is given.
 """
 
 import io
