@@ -301,7 +301,7 @@ class _Call:
                 found = self._fused(parts, self._mask(strip, parts[0]), number)
                 for view, part in self._places(by_head, strip, found, keys=False):
                     view.copy_(part)
-            for number, images, parts, mask in self._whole(at_once=not self.dropout):
+            for number, images, parts, mask in self._whole():
                 out[images, :g] = merge_heads(self._fused(parts, mask, number))
         return out
 
@@ -337,8 +337,7 @@ class _Call:
                     by_image = each[:, :, :g].unflatten(0, (len(of_global), -1))
                     of_global += by_image.sum(dim=1, dtype=wide)
             by_head[:, :g, heads:] = firsts.transpose(1, 2)
-            # Image by image, since the gradients of keys and values are as large as these.
-            for number, images, parts, mask in self._whole(at_once=False):
+            for number, images, parts, mask in self._whole():
                 out = split_heads(grad[images, :g], heads)
                 q, k, v, scores = self._gradients(out, parts, mask, number)
                 grad_q, grad_k, grad_v = qkv_heads(grads[images], heads)
@@ -346,7 +345,7 @@ class _Call:
                 grad_k += k
                 grad_v += v
                 if whole is not None:
-                    whole += scores[0]
+                    whole += scores.sum(dim=0, dtype=wide)
         like = (self.local_bias, self.whole_bias, self.temperature)
         biases = zip((local, whole, self.warmer), like, strict=True)
         return grads, *(None if a is None or b is None else a.to(b.dtype) for a, b in biases)
@@ -364,17 +363,17 @@ class _Call:
                 for first in range(0, len(qkv), images):
                     yield Strip(slice(first, first + images), rows, columns)
 
-    def _whole(
-        self, *, at_once: bool
-    ) -> Iterator[tuple[int, slice, tuple[Tensor, ...], Tensor | None]]:
+    def _whole(self) -> Iterator[tuple[int, slice, tuple[Tensor, ...], Tensor | None]]:
         """Of global tokens as queries: a number, images, queries, keys and values, and a mask."""
-        g, count = self.plan.num_global, len(self.qkv)
+        g, (count, tokens, width) = self.plan.num_global, self.qkv.shape
         if not g:
             return
         mask = self.whole_bias
         mask = None if mask is None else aligned(mask.to(self.qkv.dtype))
-        for first in range(0, count, count if at_once else 1):
-            images = slice(first, count if at_once else first + 1)
+        # The gradients of keys and values are as large as these.
+        most = max(1, budget(self.qkv) // (tokens * width * self.qkv.element_size()))
+        for first in range(0, count, most):
+            images = slice(first, first + most)
             q, k, v = qkv_heads(self.qkv[images], self.plan.heads)
             yield -1 - first, images, (q[:, :, :g], k, v), mask
 
