@@ -28,7 +28,7 @@ class RandomFeatureAttention(torch.autograd.Function):
     """What `FastAttention` computes, with features that live for one piece of the tokens at a time.
 
     Saved for the backward pass are queries, keys, values and the output, as by fused attention, and
-    the sums over keys. The features' constant factor cancels and is left out; `KERNEL_EPS` is added
+    the sums over keys in the same dtype. The features' constant factor cancels and is left out; `KERNEL_EPS` is added
     to sums of features and not to each.
 
     Shapes: qkv (B, N, 3 C), projection (F, M) -> (B, N, C).
@@ -55,35 +55,40 @@ class RandomFeatureAttention(torch.autograd.Function):
             sums[..., width] += KERNEL_EPS * tokens
             context, total = sums.split((width, 1), dim=-1)
             out = qkv.new_empty(batch, tokens, heads * width)
-            weight = projection.new_empty(batch, heads, tokens, 1)
             for part in pieces(qkv, heads * projection[:, 0].nbytes):
                 features = _query_features(piece(q, part, projection.dtype), projection)
                 least = KERNEL_EPS * sums[part[0]].sum(dim=-2, keepdim=True)
                 weights = (features @ total[part[0]]).add_(least[..., width:])
                 value = (features @ context[part[0]]).add_(least[..., :width]).div_(weights)
                 out[part] = merge_heads(value).to(out.dtype)
-                weight[part[0], :, part[1]] = weights
         ctx.num_heads = num_heads
-        ctx.save_for_backward(qkv, projection, out, sums, largest, weight)
+        # Within the range of their dtype.
+        most = sums.abs().amax(dim=(-2, -1), keepdim=True)
+        kept = (sums / most).to(qkv.dtype)
+        ctx.save_for_backward(qkv, projection, out, kept, most, largest)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        qkv, projection, out, sums, largest, weight = ctx.saved_tensors
+        qkv, projection, out, kept, most, largest = ctx.saved_tensors
         with full_precision(qkv):
             q, k, v, _ = _operands(qkv, projection, ctx.num_heads)
             grads = torch.empty_like(qkv)
             grad_q, grad_k, grad_v = qkv_heads(grads, ctx.num_heads)
             heads, width = q.shape[1], q.shape[3]
             out, grad = (split_heads(x, heads) for x in (out, grad))
+            sums = kept.to(most.dtype) * most
+            total = sums[..., width:]
             grad_sums = torch.zeros_like(sums)
             for part in pieces(qkv, heads * projection[:, 0].nbytes):
                 query = piece(q, part, projection.dtype)
                 features = _query_features(query, projection)
                 above = piece(grad, part, projection.dtype)
                 below = -(above * piece(out, part, projection.dtype)).sum(dim=-1, keepdim=True)
-                above = torch.cat([above, below], dim=-1).div_(weight[part[0], :, part[1]])
+                least = KERNEL_EPS * total[part[0]].sum(dim=-2, keepdim=True)
+                weights = (features @ total[part[0]]).add_(least)
+                above = torch.cat([above, below], dim=-1).div_(weights)
                 grad_sums[part[0]] += features.transpose(-2, -1) @ above
                 grad_sums[part[0]] += KERNEL_EPS * above.sum(dim=-2, keepdim=True)
                 exponent = (above @ sums[part[0]].transpose(-2, -1)).mul_(features)
