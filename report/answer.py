@@ -70,7 +70,7 @@ def to_text(answer: Answer, width: int = tables.WIDTH) -> str:
 def _answer(library: Library, about: Conditions | None, sees: Profile | None) -> Answer:
     standing = Standing(library, about)
     sentences = (
-        standing.best(),
+        standing.best(sees),
         standing.alike(sees),
         standing.unknown(probed=sees is not None),
     )
@@ -126,8 +126,8 @@ class Standing:
         spread = "" if pd.isna(half) else f" ± {number(1)(half)}"
         return f"{number(1)(value)}{spread} %"
 
-    def best(self) -> str:
-        """Which rows are best at which cost."""
+    def best(self, sees: Profile | None = None) -> str:
+        """Which rows are best at which cost, by mAP and by what the probes say they see."""
         if self.leader is None:
             cheapest = self.cheapest(range(len(self.data)))
             return f"No row was evaluated, so none is best; {cheapest}."
@@ -138,19 +138,44 @@ class Standing:
             return f"{said}; {self.cheapest(self.ties)}."
         rows = "row" if others == 1 else f"{others} rows"
         among = f"of it and the {rows} that cannot be told apart from it"
-        return f"{said}, which may be chance; {among}, {self.cheapest(self.ties)}."
+        probes = "" if sees is None else self._by_probes(sees)
+        return f"{said}, which may be chance; {among}, {self.cheapest(self.ties)}{probes}."
+
+    def _by_probes(self, sees: Profile) -> str:
+        """Which of the rows that mAP does not tell apart the probes do, the cheapest first."""
+        means = sees.scores.mean(axis="columns", skipna=False)
+        data = self.data.loc[self.ties]
+        data = data.assign(mean=data["base"].map(means).astype("Float64"))
+        data = data[data["flops_uncounted"].isna()].dropna(subset=["mean", "flops"])
+        found: list[tuple[str, float]] = []
+        words = []
+        for row in data.sort_values(["flops", "mean"], ascending=[True, False]).to_dict("records"):
+            if found:
+                name, best = found[-1]
+                if row["mean"] <= best or frozenset((row["base"], name)) not in sees.apart:
+                    continue
+            found.append((row["base"], row["mean"]))
+            flops = three_digits(row["flops"] / Unit.GIGA.size)
+            words.append(f"{row['label']} ({number(2)(row['mean'])} at {flops} G)")
+        if len(words) < 2:
+            return ""
+        return f"; the best of them for their FLOPs by the mean over probes are {in_words(words)}"
 
     def cheapest(self, places: Iterable[int]) -> str:
         """Which of some rows cost least, in words."""
         chosen = self.data.loc[list(places)]
         full = chosen["flops"].mask(chosen["flops_uncounted"].notna())
         predicted = ", predicted" if self.about else ""
+        most = ""
+        if self.about and self.data[self.memory].max() > chosen[self.memory].min():
+            largest = self.data[self.memory].max() / Unit.GB.size
+            most = f"; the most of any row is {number(2)(largest)} GB"
         least = [
             (full, "fewest FLOPs", f"{self.at_size} ({{}} G)", Unit.GIGA, 0.0),
             (
                 chosen[self.memory],
                 f"least memory for {self.mode}",
-                f" ({{}} GB{predicted})",
+                f" ({{}} GB{predicted}{most})",
                 Unit.GB,
                 reference.ALIKE if self.about else 0.0,
             ),
@@ -197,12 +222,12 @@ class Standing:
         if len(worse):
             parts.append(f"told apart as worse: {self.named(worse)}")
         said = "; ".join(parts)
-        count = f"in all, {apart} of {pairs} pairs of rows are told apart"
+        count = f"in all, {apart} of {pairs} pairs of rows are told apart by mAP"
         if sees is not None:
             names = self.data["base"]
             seen = [[frozenset((one, other)) in sees.apart for other in names] for one in names]
             either = int(np.triu(compared & (differ | np.array(seen)), 1).sum())
-            count += f", {either} with what a probe tells" + " (of one seed)" * (sees.seeds == 1)
+            count += f", {either} by mAP or a probe" + " (of one seed)" * (sees.seeds == 1)
         return f"{said[:1].upper()}{said[1:]}; {count}."
 
     def unknown(self, *, probed: bool) -> str:
@@ -279,6 +304,7 @@ def rows(standing: Standing, sees: Profile | None = None) -> Table:
         costs,
         "± is half of the 95 % interval; a rank is one more than the number of rows that are told"
         " apart as better.",
+        *([sees.about] if sees is not None and sees.about else []),
     ]
     return table("answer", "Answer", shown, columns, notes)
 

@@ -113,9 +113,10 @@ def reason(kind: str) -> str:
 
 
 def memory_unit(*columns: pd.Series) -> Unit:
-    """Return the unit that suits the largest number of bytes in `columns`."""
-    largest = max((column.max() for column in columns if column.notna().any()), default=0)
-    return Unit.GB if largest >= 10 * Unit.GB.size else Unit.MB
+    """Return GB where all bytes in `columns` are a GB or more, or one is ten or more; else MB."""
+    ends = [end for column in columns for end in (column.min(), column.max()) if pd.notna(end)]
+    large = ends and (min(ends) >= Unit.GB.size or max(ends) >= 10 * Unit.GB.size)
+    return Unit.GB if large else Unit.MB
 
 
 @dataclass(frozen=True)

@@ -117,11 +117,13 @@ class Profile:
         scores: from 0 to 1, a line a row and a column a probe.
         apart: the pairs of rows that at least one probe tells apart.
         seeds: of each training, the fewest that a row has.
+        about: what each probe asks and the accuracy of chance, in a sentence; or nothing.
     """
 
     scores: pd.DataFrame
     apart: frozenset[frozenset[str]]
     seeds: int
+    about: str = ""
 
 
 def profile(records: Sequence[Record]) -> Profile | None:
@@ -132,10 +134,13 @@ def profile(records: Sequence[Record]) -> Profile | None:
     scores = {one.row: _scores_of(one) for one in rows}
     means = {row: {task: one.mean() for task, one in of.items()} for row, of in scores.items()}
     apart = [pair for own in _comparable(scores).values() for pair in _differences(own)]
+    tasks = {name: task["asks"] for one in rows for name, task in _tasks(one).items()}
+    asked = ", ".join(f"{name} ({asks})" for name, asks in tasks.items())
     return Profile(
         pd.DataFrame(means).T.rename_axis("row"),
         frozenset(map(frozenset, apart)),
         min(len((one.probes or {})["seeds"]) for one in rows),
+        f"{asked}: accuracy in these probes, {(rows[0].probes or {})['chance']} by chance.",
     )
 
 

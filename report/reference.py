@@ -1,5 +1,6 @@
 """What rows cost at full size, beside what they were trained at; from records of costs."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -57,13 +58,15 @@ def conditions(costs: Sequence[Record]) -> Conditions | None:
         for name in ("backbone", "method", "library")
     }
     image, batch = size(profile["image_size"]) or "", int(profile["batch_size"])
+    side = round(math.prod(profile["image_size"]) ** 0.5)
+    alike = f" (as many pixels as {size([side, side])})" * (image != size([side, side]))
     precision = _PRECISIONS.get(train["precision"], "full precision")
     device = "GPU" if str(first.config["device"]).startswith("cuda") else "CPU"
     return Conditions(
         image,
         batch,
         f"{names['backbone']}, {METHODS.get(names['method'], names['method'])}"
-        f" ({names['library']}), images of {image}, batch {batch}, {precision} on one {device}",
+        f" ({names['library']}), images of {image}{alike}, batch {batch}, {precision} on one {device}",
     )
 
 
@@ -135,7 +138,7 @@ def _table(library: Library, about: Conditions) -> Table:
         ),
         Column("flops_uncounted"),
         *(
-            Column(f"memory_{mode}_bytes", f"{mode} {{}} (predicted)", f"memory_{mode}", Unit.GB)
+            Column(f"memory_{mode}_bytes", f"{mode} memory {{}} (predicted)", f"memory_{mode}", Unit.GB)
             for mode in MODES
         ),
         *(Column(f"attention_layers_{end}_s", values=name) for end, name in _LAYERS.items()),

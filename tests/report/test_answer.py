@@ -80,7 +80,7 @@ def test_the_answer_says_what_is_best_what_ties_and_what_is_unknown(
         f" cannot be told apart from it, ViL needs the fewest FLOPs at 800{X}1344 (255 G) and"
         " memory for training does not decide (4.00 to 4.00 GB, predicted).",
         "Not told apart from full: ViL; told apart as worse: performer and srformer/32; in all, 5"
-        " of 6 pairs of rows are told apart.",
+        " of 6 pairs of rows are told apart by mAP.",
         f"Not measured here: latency at 800{X}1344 (--costs measured times the attention layers),"
         " nor anything else on a GPU of that size; accuracy on photographs (mAP is of 100 generated"
         " images after 320 steps); what another seed changes (--seeds 3); what each row can see"
@@ -101,7 +101,7 @@ def test_the_answer_without_costs_at_full_size(records: list[Record]) -> None:
         "ViL has the highest box mAP, 30.2 ± 6.4 %; ViL needs the fewest FLOPs at the size of"
         " training (1.44 G), the least memory for training (0.49 GB) and the least time for"
         " inference (151 ms, median).",
-        "Told apart as worse: performer; in all, 1 of 1 pairs of rows are told apart.",
+        "Told apart as worse: performer; in all, 1 of 1 pairs of rows are told apart by mAP.",
         "Not measured here: costs at the size of large images (--costs counted); accuracy on"
         " photographs (mAP is of 100 generated images after 320 steps); what another seed changes"
         " (--seeds 3); what each row can see (--suite probes).",
@@ -114,7 +114,7 @@ def test_the_answer_of_rows_that_cannot_be_told_apart_or_failed() -> None:
     assert "of it and the 7 rows that cannot be told apart from it, a, b, c, d, e, f and 2" in best
     assert same == (
         "Not told apart from a: b, c, d, e, f, g and h; in all, 0 of 28 pairs of rows are told"
-        " apart."
+        " apart by mAP."
     )
     (found,) = answer.first([failed("full"), failed("ViL")], [])
     assert found.sentences == (
@@ -161,7 +161,8 @@ def test_what_rows_see_stands_before_their_accuracy(
     records: list[Record], costs: list[Record]
 ) -> None:
     scores = pd.DataFrame({"bind": {"ViL": 0.91, "full": 1.0}})
-    sees = probes.Profile(scores, frozenset({frozenset({"ViL", "full"})}), seeds=1)
+    pair = frozenset({"ViL", "full"})
+    sees = probes.Profile(scores, frozenset({pair}), seeds=1, about="What bind asks.")
     (found,) = answer.first(records, costs, sees)
     assert found.table.shown.columns[:3].tolist() == ["row", "bind", "box mAP %"]
     assert found.table.shown["bind"].tolist() == ["0.91", "1.00", MISSING, MISSING]
@@ -169,8 +170,23 @@ def test_what_rows_see_stands_before_their_accuracy(
     # ViL and full are the pair that mAP does not tell apart.
     said = found.sentences[1]
     assert said.endswith(
-        "5 of 6 pairs of rows are told apart, 6 with what a probe tells (of one seed)."
+        "5 of 6 pairs of rows are told apart by mAP, 6 by mAP or a probe (of one seed)."
     )
+    best = "the best of them for their FLOPs by the mean over probes are"
+    assert found.sentences[0].endswith(f"; {best} ViL (0.91 at 255 G) and full (1.00 at 1,410 G).")
+    assert found.table.notes[-1] == "What bind asks."
+    # A higher score that is not told apart is not worth more FLOPs.
+    (found,) = answer.first(records, costs, replace(sees, apart=frozenset()))
+    assert best not in found.sentences[0]
+
+
+def test_the_size_of_costs_and_the_most_memory_stand_on_the_first_screen(
+    records: list[Record],
+) -> None:
+    memory = zip(("ViL", "full", "performer", "srformer/32"), (4, 6, 3, 7), strict=True)
+    (found,) = answer.first(records, [cost(row, 255, most) for row, most in memory])
+    assert "(4.00 GB, predicted; the most of any row is 7.00 GB)" in found.sentences[0]
+    assert f"images of 800{X}1344 (as many pixels as 1037{X}1037), batch 2" in found.table.notes[0]
 
 
 def test_a_search_and_a_row_without_costs(records: list[Record], costs: list[Record]) -> None:

@@ -379,7 +379,7 @@ def test_numbers_for_readers() -> None:
     assert aligned(pd.Series([1.234, 100.0])).tolist() == ["1.2", "100.0"]
 
 
-def test_memory_is_in_gigabytes_where_the_largest_is_large() -> None:
-    small, large = pd.Series([9e9, None]), pd.Series([1e10])
+def test_memory_is_in_gigabytes_where_all_is_large_or_the_largest_very() -> None:
+    small, large = pd.Series([9e8, 9e9, None]), pd.Series([1e10])
     assert memory_unit(small) is memory_unit(pd.Series([None])) is Unit.MB
-    assert memory_unit(small, large) is Unit.GB
+    assert memory_unit(small, large) is memory_unit(pd.Series([2e9])) is Unit.GB
