@@ -198,6 +198,7 @@ class Standing:
                 found.append(
                     f"memory for {self.mode} does not decide ({low} to {high} GB{predicted})"
                 )
+                before = ""
                 continue
             who = f"{self.named(few)} need{'s' * (len(few) == 1)}"
             digits = number(2) if unit is Unit.GB else three_digits
@@ -241,6 +242,8 @@ class Standing:
                 f"latency{self.at_size} (--costs measured times the attention layers), nor anything"
                 " else on a GPU of that size"
             )
+        else:
+            found.append(f"latency of whole models{self.at_size}")
         done = [one for one in records if one.evaluation]
         if done and all(at(one, "config.data.path") is None for one in done):
             images, steps = (
@@ -298,6 +301,8 @@ def rows(standing: Standing, sees: Profile | None = None) -> Table:
             Column("layers_median_s", "attention layers {}", "layers", Unit.MS, optional=True)
         )
         costs = f"Costs are of {about.sentence}."
+        if shown["layers"].notna().any():
+            costs += f" {about.layers}"
         if shown[["flops", standing.memory]].isna().any(axis=None):
             costs += f" The table of costs says why there is {MISSING}."
     notes = [

@@ -53,6 +53,7 @@ _WHOLE = {
     "flops_published": "flops.published.total",
     **{f"memory_{mode}": f"memory.{mode}" for mode in MODES},
     **{f"predicted_{mode}": f"memory.predicted.{mode}.total" for mode in MODES},
+    "layers_memory": "memory.layers",
     "memory_batch": "memory.batch_size",
     "latency_batch": "latency.batch_size",
     "steps": "training.steps",

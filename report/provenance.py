@@ -21,7 +21,7 @@ def sentence(records: Sequence[Record]) -> str:
     """
     facts = [
         f"Measured {_dates(records)} with {listed(map(_library, records))}",
-        f"on {listed(map(_machine, records))}",
+        f"on {listed(map(machine, records))}",
         f"precision {listed(map(_precision, records))}",
         f"seed {listed(record.seed for record in records)}",
         f"commit {listed(map(_commit, records))}",
@@ -40,7 +40,8 @@ def _library(record: Record) -> str:
     return " and ".join(f"{name} {version}" for name, version in names if version)
 
 
-def _machine(record: Record) -> str:
+def machine(record: Record) -> str:
+    """Return the GPU and the CPU that a record was made on."""
     environment = record.environment
     device, cpu = environment.get("device"), environment.get("cpu")
     cores = f"{cpu}, {environment.get('cores')} cores"
@@ -114,7 +115,7 @@ def _plain(name: str, title: str, lines: Sequence[Sequence[str]], names: Sequenc
 
 def said(value: Any) -> str:
     """Return any value of a record as a person would read it."""
-    if value is None:
+    if value is None or value in ({}, []):
         return MISSING
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=list)
 

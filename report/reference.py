@@ -11,9 +11,9 @@ import pandas as pd
 
 from bench.record import COSTS, Record
 from report import searches
-from report.columns import METHODS, Column, Table, Unit, table
+from report.columns import METHODS, Column, Table, Unit, memory_unit, table
 from report.load import MODES, Library, at, load_newest, ordered, per_library, size
-from report.provenance import listed
+from report.provenance import listed, machine
 
 KIND = "predicted"
 # Predictions of memory closer than this say nothing of which is less: tests allow as much between
@@ -39,11 +39,13 @@ class Conditions:
         image_size: height and width, in words.
         batch_size: images of a device.
         sentence: all of it, in words.
+        layers: where and how attention layers were measured, in sentences; or nothing.
     """
 
     image_size: str
     batch_size: int
     sentence: str
+    layers: str
 
 
 def conditions(costs: Sequence[Record]) -> Conditions | None:
@@ -59,23 +61,47 @@ def conditions(costs: Sequence[Record]) -> Conditions | None:
     }
     image, batch = size(profile["image_size"]) or "", int(profile["batch_size"])
     side = round(math.prod(profile["image_size"]) ** 0.5)
-    alike = f" (as many pixels as {size([side, side])})" * (image != size([side, side]))
+    square = size([side, side])
+    alike = "" if image == square else f" (as many pixels as {square})"
     precision = _PRECISIONS.get(train["precision"], "full precision")
     device = "GPU" if str(first.config["device"]).startswith("cuda") else "CPU"
     return Conditions(
         image,
         batch,
         f"{names['backbone']}, {METHODS.get(names['method'], names['method'])}"
-        f" ({names['library']}), images of {image}{alike}, batch {batch}, {precision} on one {device}",
+        f" ({names['library']}), images of {image}{alike}, batch {batch},"
+        f" {precision} on one {device}",
+        _of_layers([record for record in costs if _measured(record)]),
+    )
+
+
+def _of_layers(measured: Sequence[Record]) -> str:
+    """Where attention layers were measured, and what makes their times uncertain."""
+    if not measured:
+        return ""
+    where, precisions, batches = (
+        listed(map(machine, measured)),
+        *(
+            listed(at(one, path) for one in measured)
+            for path in ("latency.precision", "latency.batch_size")
+        ),
+    )
+    notes = [note.split(": ")[2] for one in measured for note in at(one, "latency.notes") or ()]
+    kinds = listed(note.partition(" after ")[0] for note in notes)
+    doubts = f" Some of the times are uncertain ({kinds}); see the records." if notes else ""
+    return (
+        f"Attention layers were measured on {where} (inference, precision {precisions}, batch"
+        f" {batches}): their time is the median of one layer of each stage, times its layers, their"
+        f" memory the largest peak of one layer.{doubts}"
     )
 
 
 def at_reference(records: Sequence[Record], costs: Sequence[Record]) -> list[Record]:
     """Return `records` with the costs of their rows at full size in the place of their own.
 
-    Memory is what was predicted. `latency` stays as it was; its `layers` has the times of all
-    attention layers of a backbone together, where they were measured. A row that has no such costs
-    has none, and its notes say why.
+    Memory is what was predicted. `latency` stays as it was; where attention layers were measured,
+    its `layers` has the times of all those of a backbone together, and that of memory the largest
+    peak of one. A row that has no such costs has none, and its notes say why.
     """
     known: dict[tuple[Any, ...], Record] = {}
     for cost in sorted(costs, key=lambda one: one.created):
@@ -98,16 +124,19 @@ def _with(record: Record, counted: Record | None, layers: Record | None) -> Reco
     totals = {mode: at(counted, f"memory.predicted.{mode}.total") for mode in MODES}
     why = [f"not counted: {counted.error['message']}"] if counted.error else []
     latency: Mapping[str, Any] | None = record.latency
+    largest = None
     stages = at(layers, f"latency.by_part.{MODES[0]}") if layers else None
     if stages and len(stages) == str(counted.model["arch"]).count("_") + 1:
         every = {n: sum(one["layers"] * one[n] for one in stages.values()) for n in _TIMES}
         latency = {**(latency or {"unit": "s", "inference": None}), "layers": every}
+        peaks = (at(layers, f"memory.by_part.{MODES[0]}") or {}).values() if layers else ()
+        largest = max((peak for peak in peaks if peak is not None), default=None)
     own = {name: at(record, f"flops.{name}") for name in ("total", "image_size")}
     return replace(
         record,
         parameters=counted.parameters,
         flops=counted.flops and {**counted.flops, "trained": own},
-        memory=counted.memory and {**counted.memory, **totals, "kind": KIND},
+        memory=counted.memory and {**counted.memory, **totals, "kind": KIND, "layers": largest},
         latency=latency,
         notes=[*counted.notes, *why, *(layers.notes if layers else ())],
     )
@@ -138,18 +167,27 @@ def _table(library: Library, about: Conditions) -> Table:
         ),
         Column("flops_uncounted"),
         *(
-            Column(f"memory_{mode}_bytes", f"{mode} memory {{}} (predicted)", f"memory_{mode}", Unit.GB)
+            Column(
+                f"memory_{mode}_bytes", f"{mode} memory {{}} (predicted)", f"memory_{mode}", Unit.GB
+            )
             for mode in MODES
         ),
         *(Column(f"attention_layers_{end}_s", values=name) for end, name in _LAYERS.items()),
         Column("", "attention layers {} (measured)", "layers", Unit.MS, optional=True),
+        Column(
+            "attention_layer_largest_bytes",
+            "largest attention layer {} (measured)",
+            "layers_memory",
+            memory_unit(data["layers_memory"]),
+            optional=True,
+        ),
     ]
     if trained and trained != about.image_size:
         heading = f"FLOPs {{}} at {trained}, the size of training"
         columns.append(Column("flops_as_trained", heading, "trained", Unit.GIGA))
     notes = [
         f"{about.sentence}. Parameters and FLOPs (multiply-adds of one image, without the mask"
-        " head) are counted, memory is predicted from shapes: nothing was trained or run at this"
+        " head) are counted, memory is predicted from shapes: no model was trained or run at this"
         " size.",
         *(
             f"{row}: {note}."
@@ -158,7 +196,7 @@ def _table(library: Library, about: Conditions) -> Table:
         ),
     ]
     if data["layers"].notna().any():
-        notes.append("Attention layers: the median of one layer of each stage, times its layers.")
+        notes.append(about.layers)
     return table("reference_costs", f"Costs at {about.image_size}", data, columns, notes)
 
 

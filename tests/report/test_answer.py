@@ -189,6 +189,44 @@ def test_the_size_of_costs_and_the_most_memory_stand_on_the_first_screen(
     assert f"images of 800{X}1344 (as many pixels as 1037{X}1037), batch 2" in found.table.notes[0]
 
 
+def test_measured_layers_stand_beside_the_costs_with_their_machine(
+    records: list[Record], costs: list[Record]
+) -> None:
+    one = cost("ViL", 0, None)
+    names = [f"stage{n}" for n, _ in enumerate(one.model["arch"].split("_"))]
+    stages = {name: {"median": 1, "q1": 1, "q3": 4, "layers": 20 / len(names)} for name in names}
+    measured = replace(
+        one,
+        config={**one.config, "layers": {"name": "cpu"}},
+        memory={
+            **(one.memory or {}),
+            "by_part": {"inference": {"stage1": 7 * 10**6, "stage2": 3 * 10**6}},
+        },
+        latency={
+            **(one.latency or {}),
+            "by_part": {"inference": stages},
+            "precision": "32-true",
+            "batch_size": 2,
+            "notes": ["stage1: inference: still changing after 2 warm-up calls"],
+        },
+        environment={"cpu": "EPYC", "cores": 2, "device": "cpu"},
+    )
+    (found,) = answer.first(records[:2], [*costs, measured])
+    where = (
+        "Attention layers were measured on EPYC, 2 cores (inference, precision 32-true, batch 2):"
+        " their time is the median of one layer of each stage, times its layers, their memory the"
+        " largest peak of one layer. Some of the times are uncertain (still changing); see the"
+        " records."
+    )
+    assert where in found.table.notes[0]
+    assert f"latency of whole models at 800{X}1344" in found.sentences[2]
+    assert "and ViL needs the least time in attention layers (20,000 ms" in found.sentences[0]
+    (table,) = reference.tables(records[:2], [*costs, measured])
+    assert where in table.notes
+    assert table.shown["attention layers ms (measured)"].tolist() == ["20,000", MISSING]
+    assert table.shown["largest attention layer MB (measured)"].tolist() == ["7.00", MISSING]
+
+
 def test_a_search_and_a_row_without_costs(records: list[Record], costs: list[Record]) -> None:
     config: dict[str, Any] = {**records[0].config, "model": {"drop_path": 0.1}}
     searched = store.Record(**vars(records[0]) | {"row": "ViL (drop_path=0.1)", "config": config})
