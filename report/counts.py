@@ -23,7 +23,7 @@ from report.columns import (
     table,
 )
 from report.load import Library, family, labels, per_library, published
-from report.plots import Look, Plot, looks, render
+from report.plots import WIDTH, Look, Plot, looks, render
 
 # Differences below this share of the whole are not explained: they vanish in the digits shown.
 EXPLAINED = 1e-3
@@ -199,21 +199,20 @@ def conventions_plot(lines: Sequence[Mapping[str, Any]]) -> Plot:
 
 
 def _dumbbells(lines: Sequence[Mapping[str, Any]], style: Mapping[str, Look]) -> Figure:
-    figure = Figure(figsize=(7.5, 1.1 + 0.3 * len(lines)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.8 + 0.22 * len(lines)), layout="constrained")
     ax = figure.subplots()
     for place, line in enumerate(lines):
         published, actual = line["published"] / Unit.GIGA.size, line["actual"] / Unit.GIGA.size
         look = style[line["family"]]
         ax.plot([published, actual], [place, place], color=look.colour, linewidth=2, zorder=2)
-        ax.plot(published, place, "|", color="#222222", markersize=11, markeredgewidth=2, zorder=3)
-        ax.plot(actual, place, **look.mark(line["row"]), markersize=8, zorder=4)
+        ax.plot(published, place, "|", color="#222222", markersize=8, markeredgewidth=2, zorder=3)
+        ax.plot(actual, place, **look.mark(line["row"]), markersize=6, zorder=4)
         ax.annotate(
             f"{number(1, sign=True)(100 * (actual / published - 1))} %",
             (max(published, actual), place),
             xytext=(9, 0),
             textcoords="offset points",
             va="center",
-            fontsize=8,
         )
     ax.set_yticks(range(len(lines)), [line["row"] for line in lines])
     ax.invert_yaxis()
@@ -277,9 +276,9 @@ def sizes_plot(lines: Sequence[Mapping[str, Any]]) -> Plot:
 
 
 def _histograms(lines: Sequence[Mapping[str, Any]]) -> Figure:
-    columns = min(3, len(lines))
+    columns = min(2, len(lines))
     rows = -(-len(lines) // columns)
-    figure = Figure(figsize=(max(3.6 * columns, 5), 0.6 + 1.6 * rows), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.5 + 1.2 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for ax in panels.flat[len(lines) :]:
         ax.set_visible(False)
@@ -291,11 +290,9 @@ def _histograms(lines: Sequence[Mapping[str, Any]]) -> Figure:
         weights = [size["images"] for size in line["by_size"]]
         ax.hist(totals, bins=30, weights=weights, color=colour)
         ax.axvline(line["mean"] / Unit.GIGA.size, color="#222222", linewidth=1.2)
-        ax.set_title(
-            f"{line['row']}, mean {line['mean'] / Unit.GIGA.size:.1f}", fontsize=9, loc="left"
-        )
-    figure.supxlabel("FLOPs (G multiply-adds, one image); line: mean", fontsize=9)
-    figure.supylabel("Images", fontsize=9)
+        ax.set_title(f"{line['row']}, mean {line['mean'] / Unit.GIGA.size:.1f}", loc="left")
+    figure.supxlabel("FLOPs (G multiply-adds, one image); line: mean", fontsize=8)
+    figure.supylabel("Images", fontsize=8)
     return figure
 
 

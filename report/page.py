@@ -314,10 +314,10 @@ def _origin(records: Sequence[Record]) -> list[Section]:
 
 _LEGEND = (
     "Colour and marker say the mechanism; hollow marks and bars are rows with full attention in"
-    " their later stages. mAP is drawn with its interval, where it has one, and of several"
-    " seeds with a stroke for each; rows share a rank that cannot be told apart. Latencies are"
-    " medians, with their quartiles. Losses are drawn raw (light), of every seed, and as a moving"
-    " average of their mean (dark)."
+    " their later stages. Against a cost, rows are numbered from the highest mAP. mAP is drawn with"
+    " its interval, where it has one, and of several seeds with a stroke for each; rows share a"
+    " rank that cannot be told apart. Latencies are medians, with their quartiles. Losses are"
+    " drawn raw (light), of every seed, and as a moving average of their mean (dark)."
 )
 _SAME = "The configurations of all rows are the same."
 _DIFFERENT = "Settings that are not listed are the same in all rows; each record has all of them."

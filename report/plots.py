@@ -16,6 +16,7 @@ import pandas as pd
 from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from bench.record import Record
@@ -28,17 +29,25 @@ from report.tables import marked
 # Okabe and Ito's colours, told apart with any colour vision; their yellow is too light on white.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#666666", "#56B4E9", "#8C6D1F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h", "p")
-DPI = 150
+# Inches of every figure: text of 8 points then has 5.4 in a column of 85 mm; journals ask for 5.
+WIDTH = 5.0
+DPI = 200
 SMOOTHING = 5
 LEAST_AP = 1.0
-FRONT = "#BBBBBB"
+FRONT = "#999999"
 
 # Characters of a title that fit over a panel of costs.
-_TITLE = 32
+_TITLE = 28
 # Points around a mark that a label keeps free.
-_CLEAR = 6
+_CLEAR = 4
+# Pixels of a page for an inch: larger than in print.
+_PAGE = 144
+# Costs further apart than this, largest over least, are drawn on a logarithm.
+_WIDE = 5
 _STYLE: dict[Any, Any] = {
-    "font.size": 9,
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -127,24 +136,23 @@ def ranks(library: Library, style: Looks) -> Figure | str:
     data = data.dropna(subset=["box_AP"]).sort_values("box_AP", ascending=False, kind="stable")
     if data.empty:
         return "No row has a box AP, so there is no plot of them."
-    figure = Figure(figsize=(7.5, 0.9 + 0.26 * len(data)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.7 + 0.2 * len(data)), layout="constrained")
     ax = figure.subplots()
     for place, (index, row) in enumerate(data.iterrows()):
         look = style[row["family"]]
         if pd.notna(row["box_low"]):
             ax.hlines(place, row["box_low"], row["box_high"], colors=look.colour, linewidth=1.4)
         of_seeds = seeds.of(library.records[int(str(index))]).get("box_AP", [])
-        ax.plot(of_seeds, [place] * len(of_seeds), "|", color=look.colour, markersize=9)
-        ax.plot(row["box_AP"], place, **look.mark(row["row"]), markersize=7)
+        ax.plot(of_seeds, [place] * len(of_seeds), "|", color=look.colour, markersize=7)
+        ax.plot(row["box_AP"], place, **look.mark(row["row"]), markersize=5.5)
         if pd.notna(row["rank"]):
             ax.annotate(
                 f"{row['rank']}",
                 (1.01, place),
                 xycoords=ax.get_yaxis_transform(),
                 va="center",
-                fontsize=8,
             )
-    ax.set_title("rank", fontsize=8, loc="right")
+    ax.set_title("rank", loc="right")
     ax.set_yticks(range(len(data)), data["label"])
     ax.set_ylim(len(data) - 0.5, -0.5)
     ax.set_xlabel("Box AP (%)")
@@ -187,19 +195,24 @@ def accuracy(library: Library, style: Looks, cost: Cost) -> Figure | str:
     if data.empty:
         return f"No row has both box AP and {cost.name}, so there is no plot of them."
     data[["left", "right"]] = data[["left", "right"]].apply(lambda end: end.fillna(data["x"]))
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    data = data.sort_values("box_AP", ascending=False, kind="stable")
+    figure = Figure(figsize=(WIDTH, max(3.4, 0.7 + 0.16 * len(data))), layout="constrained")
     ax = figure.subplots()
     ax.margins(0.12)
     steps = _draw_front(ax, data, places)
-    for row in data.to_dict("records"):
-        look = style[row["family"]]
-        ax.plot(row["x"], row["box_AP"], **look.mark(row["row"]), markersize=8, zorder=3)
+    for place, row in enumerate(data.to_dict("records"), start=1):
+        mark = {**style[row["family"]].mark(row["row"]), "linestyle": "none", "markersize": 6}
+        ax.plot(row["x"], row["box_AP"], **mark, zorder=3, label=f"{place} {row['label']}")
+    figure.legend(loc="outside right center", handletextpad=0.2, borderpad=0)
     colours = [style[family].colour for family in data["family"]]
     ax.hlines(data["box_AP"], data["left"], data["right"], colors=colours, linewidth=1.2, zorder=2)
     low, high = data["box_low"].astype(float), data["box_high"].astype(float)
     ax.vlines(data["x"], low, high, colors=colours, linewidth=1.2, alpha=0.45, zorder=2)
-    if data["x"].max() > 20 * data["x"].min():
+    if data["x"].max() > _WIDE * data["x"].min():
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel(cost.label)
     ax.set_ylabel("Box AP (%)")
     bottom, top = ax.get_ylim()
@@ -216,13 +229,14 @@ def costs(data: pd.DataFrame, style: Looks) -> Figure | str:
     panels = [parameters, *front.costs(data).values()]
     if data[[cost.column for cost in panels]].isna().all(axis=None):
         return "No row has a cost yet, so there is no plot of costs."
-    figure = Figure(figsize=(12, 1.1 + 0.3 * len(data)), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True)
+    lines = -(-len(panels) // 2)
+    figure = Figure(figsize=(WIDTH, lines * (0.6 + 0.2 * len(data))), layout="constrained")
+    axes = figure.subplots(lines, 2, sharey=True)
     places = range(len(data))
-    for ax, cost in zip(axes, panels, strict=True):
+    for ax, cost in zip(axes.flat, panels, strict=True):
         values = data[cost.column].astype("Float64") / cost.unit.size
         lengths = values.astype(float)
-        bars = ax.barh(places, lengths, height=0.68, linewidth=1.4)
+        bars = ax.barh(places, lengths, height=0.68, linewidth=1.2)
         for bar, row, mechanism in zip(bars, data["row"], data["family"], strict=True):
             bar.set_facecolor(style[mechanism].fill(row))
             bar.set_edgecolor(style[mechanism].colour)
@@ -231,13 +245,13 @@ def costs(data: pd.DataFrame, style: Looks) -> Figure | str:
             ends = _draw_quartiles(ax, data)
         top = max(float(ends.max()), 1e-12)
         for place, (text, end) in enumerate(zip(aligned(values), ends, strict=True)):
-            ax.text(end + 0.03 * top, place, text, va="center", fontsize=8)
-        ax.set_xlim(0, 1.28 * top)
-        ax.set_title(textwrap.fill(cost.label, _TITLE), fontsize=9, loc="left")
+            ax.text(end + 0.03 * top, place, text, va="center")
+        ax.set_xlim(0, 1.35 * top)
+        ax.set_title(textwrap.fill(cost.label, _TITLE), loc="left")
         ax.grid(visible=False, axis="y")
         ax.tick_params(axis="y", length=0)
-    axes[0].set_yticks(places, marked(data))
-    axes[0].invert_yaxis()
+    axes[0, 0].set_yticks(places, marked(data))
+    axes[0, 0].invert_yaxis()
     return figure
 
 
@@ -249,9 +263,9 @@ def losses(library: Library, style: Looks) -> Figure | str:
     ]
     if not drawn:
         return "No row has been trained, so there is no plot of losses."
-    columns = min(4, len(drawn))
+    columns = min(3, len(drawn))
     lines = -(-len(drawn) // columns)
-    figure = Figure(figsize=(max(2.6 * columns, 4.5), 0.5 + 1.8 * lines), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.5 + 1.2 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for ax, (name, record, series) in zip(axes.flat, drawn, strict=False):
         colour = style[family(record)].colour
@@ -259,7 +273,7 @@ def losses(library: Library, style: Looks) -> Figure | str:
         window = max(SMOOTHING, len(series) // 20)
         smooth = series.mean(axis=1).rolling(window, center=True, min_periods=1).mean()
         ax.plot(series.index, smooth, color=colour, linewidth=1.6)
-        ax.set_title(name, fontsize=9, loc="left")
+        ax.set_title(name, loc="left")
     for ax in axes.flat[len(drawn) :]:
         ax.set_visible(False)
         # The panel above is then the lowest of its column and needs the numbers.
@@ -267,8 +281,8 @@ def losses(library: Library, style: Looks) -> Figure | str:
         shown = [ax for ax in axes[:, column] if ax.get_visible()]
         shown[-1].tick_params(labelbottom=True)
     axes[0, 0].set_ylim(bottom=0)
-    figure.supxlabel("Step", fontsize=9)
-    figure.supylabel("Training loss", fontsize=9)
+    figure.supxlabel("Step", fontsize=8)
+    figure.supylabel("Training loss", fontsize=8)
     return figure
 
 
@@ -276,7 +290,7 @@ def _draw_front(ax: Axes, data: pd.DataFrame, places: Sequence[Place]) -> list[t
     """Draw the front as a line of steps, ring the rows that could be on it, return its corners."""
     rows = [place.row for place in places if place.on_front]
     could = data.loc[[place.row for place in places if place.could_be]]
-    ax.scatter(could["x"], could["box_AP"], s=220, facecolors="none", edgecolors=FRONT, zorder=1)
+    ax.scatter(could["x"], could["box_AP"], s=110, facecolors="none", edgecolors=FRONT, zorder=1)
     points = [(float(x), float(y)) for x, y in data.loc[rows, ["x", "box_AP"]].to_numpy()]
     corners = [(after[0], before[1]) for before, after in itertools.pairwise(points)]
     steps = [point for pair in itertools.zip_longest(points, corners) for point in pair if point]
@@ -284,14 +298,17 @@ def _draw_front(ax: Axes, data: pd.DataFrame, places: Sequence[Place]) -> list[t
         ax.plot(*zip(*steps, strict=True), color=FRONT, linewidth=1.4, zorder=1)
     about = ["Grey line: rows told apart from all that cost no more"] * (len(points) > 1)
     about += ["ringed: could be on the front"] * (len(could) > 0)
-    ax.set_title("; ".join(about), fontsize=8, loc="right", color="#777777")
+    ax.set_title("; ".join(about), loc="right", color="#555555")
     return steps
 
 
 def _label(
     figure: Figure, ax: Axes, data: pd.DataFrame, steps: Sequence[tuple[float, float]]
 ) -> None:
-    """Write each point's name beside it, where it covers no mark, line or other name."""
+    """Write each point's number in the legend beside it, where it covers no mark or line.
+
+    A name is too long to be nearer to its own mark than to the others.
+    """
     figure.draw_without_rendering()
     # Frozen, so that what was measured stays where it is.
     figure.set_layout_engine("none")
@@ -301,9 +318,9 @@ def _label(
     lines = [_around(ax, corners, 1) for corners in itertools.pairwise(steps)]
     adjust_text(
         [
-            # The margin above the highest mark has room for a name, that to the right has not.
-            ax.text(row["x"], mark.y1, f" {row['label']}", va="bottom", fontsize=8)
-            for row, mark in zip(points, marks, strict=True)
+            # The margin above the highest mark has room for a number.
+            ax.text(row["x"], mark.y1, f"{place}", va="bottom", ha="center")
+            for place, (row, mark) in enumerate(zip(points, marks, strict=True), start=1)
         ],
         target_x=data["x"].to_numpy(),
         target_y=data["box_AP"].to_numpy(),
@@ -311,13 +328,13 @@ def _label(
         avoid_self=False,
         force_explode=(0.5, 1.0),
         force_text=(0.2, 0.4),
-        # Two lines that cross are easier to read than two names in one place.
+        # Two lines that cross are easier to read than two numbers in one place.
         prevent_crossings=False,
         ax=ax,
         # Not the default limit of time, which would draw other pictures on a slower machine.
         iter_lim=300,
-        min_arrow_len=12,
-        arrowprops={"arrowstyle": "-", "color": "#999999", "lw": 0.6, "shrinkB": 4},
+        min_arrow_len=8,
+        arrowprops={"arrowstyle": "-", "color": "#666666", "lw": 0.6, "shrinkB": 2},
     )
 
 
@@ -368,5 +385,5 @@ def render(name: str, title: str, make: Callable[[], Figure | str]) -> Plot:
         # No date and no version: the same records give the same bytes.
         figure.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    width = round(96 * figure.get_figwidth())
+    width = round(_PAGE * figure.get_figwidth())
     return Plot(name, title, png.getvalue(), svg.getvalue(), "", width)

@@ -41,12 +41,17 @@ def merged(records: Sequence[Record]) -> list[Record]:
     "box" and "mask" the AP of each seed (`box_AP`) and their standard deviation (`box_sd`), in
     percent; its `training.by_seed` what each seed's training was.
     """
+    return [_mean(row) for row in rows(records)]
+
+
+def rows(records: Sequence[Record]) -> list[list[Record]]:
+    """Return the records of each row, one a seed, in the order of its first."""
     groups: dict[str, list[Record]] = defaultdict(list)
     for place, record in enumerate(records):
         groups[f"{place}" if of(record) else alike(record)].append(record)
     parts = [part for group in groups.values() for part in _parts(group)]
     places = {id(record): number for number, record in enumerate(records)}
-    return [_mean(part) for part in sorted(parts, key=lambda part: places[id(part[0])])]
+    return sorted(parts, key=lambda part: places[id(part[0])])
 
 
 def of(record: Record) -> Mapping[str, Any]:
@@ -62,14 +67,14 @@ def listed(record: Record) -> str:
 
 def sentence(records: Sequence[Record]) -> str:
     """Say which seeds the rows are means of, or that seeds were not varied."""
-    rows = merged(records)
-    several = [record for record in rows if of(record)]
+    means = merged(records)
+    several = [record for record in means if of(record)]
     if not several:
         return (
             "Each row was trained with one seed: what another seed would change was not measured."
         )
-    usual = Counter(map(listed, rows)).most_common(1)[0][0]
-    others = [f"{record.row}: {listed(record)}" for record in rows if listed(record) != usual]
+    usual = Counter(map(listed, means)).most_common(1)[0][0]
+    others = [f"{record.row}: {listed(record)}" for record in means if listed(record) != usual]
     failed = [
         f" Seed {seed} of {record.row} failed and is not in its mean."
         for record in several

@@ -7,12 +7,13 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from bench import record as store
 from bench.errors import InputError
 from bench.record import Record
-from report import answer, export, load, page, plots, probes, recommend, reference
+from report import answer, export, front, load, page, plots, probes, recommend, reference
 from report.columns import MISSING, Unit
 from report.recommend import Limit
 from tests.report.test_confidence import common, evaluated
@@ -140,21 +141,34 @@ def test_costs_at_the_size_of_training_stand_beside_under_their_name(
     assert text.index("## Answer") < text.index("## Costs at 800") < text.index("## Comparison")
 
 
-def test_titles_of_costs_at_full_size_do_not_overlap(
-    records: list[Record], costs: list[Record]
+@pytest.mark.parametrize("name", ["accuracy", "ranks", "costs", "losses"])
+def test_plots_are_legible_in_the_column_of_a_paper(
+    name: str, records: list[Record], costs: list[Record]
 ) -> None:
-    data = load.frame(reference.at_reference(records, costs))
-    figure = plots.costs(data, plots.looks(list(data["family"])))
-    assert not isinstance(figure, str)
-    figure.draw_without_rendering()
-    titles = [
-        text.get_window_extent()
-        for ax in figure.axes
-        for text in ax.findobj(Text)
-        if isinstance(text, Text) and text.get_text() == ax.get_title(loc="left") != ""
-    ]
-    assert len(titles) == len(figure.axes) > 2
-    assert all(one.x1 < other.x0 for one, other in itertools.pairwise(titles))
+    full = reference.at_reference(records, costs)
+    library = load.Library(full, load.frame(full))
+    style = plots.looks(list(library.data["family"]))
+    of = {
+        "accuracy": lambda: plots.accuracy(library, style, front.costs(library.data)["memory"]),
+        "ranks": lambda: plots.ranks(library, style),
+        "costs": lambda: plots.costs(library.data, style),
+        "losses": lambda: plots.losses(library, style),
+    }
+    figures: list[Figure] = []
+
+    def keep() -> Figure:
+        figure = of[name]()
+        assert isinstance(figure, Figure)
+        figures.append(figure)
+        return figure
+
+    assert plots.render(name, name, keep).png
+    texts = [one for one in figures[0].findobj(Text) if isinstance(one, Text) and one.get_text()]
+    column = 85 / 25.4
+    assert min(one.get_fontsize() for one in texts) * column / figures[0].get_figwidth() > 5
+    headings = {ax.get_title(loc="left") for ax in figures[0].axes}
+    boxes = [one.get_window_extent() for one in texts if one.get_text() in headings]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
 def test_what_rows_see_stands_before_their_accuracy(

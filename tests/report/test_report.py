@@ -379,7 +379,10 @@ def test_labels_of_near_points_do_not_overlap(cost: str) -> None:
         record.evaluation["box"]["AP"] = 20 + 0.3 * np.sin(number)
     ax = drawn(near, cost)
     boxes = [text.get_window_extent() for text in ax.texts]
-    assert len(boxes) == 16
+    names = [text.get_text() for text in ax.figure.legends[0].get_texts()]
+    assert len(boxes) == len(names) == 16
+    # The highest is the first, in the plot and in its legend.
+    assert [name.split(" ")[0] for name in names] == [text.get_text() for text in ax.texts]
     for i, one in enumerate(boxes):
         assert not any(one.shrunk(0.98, 0.9).overlaps(other) for other in boxes[i + 1 :])
         assert ax.bbox.x0 <= one.x0 < one.x1 <= ax.bbox.x1 + 1

@@ -1,15 +1,19 @@
 """Rows of several seeds: what is merged, and how sure it then is."""
 
+import base64
+import io
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib import image as images
 
 from bench import record as store
-from bench.record import Record
-from report import confidence, load, page, plots, seeds, tables
+from bench.record import PICTURES, SCHEMA, Record, done_name
+from report import confidence, load, page, pictures, plots, seeds, tables
 from tests.report.test_confidence import common, evaluated
 from tests.report.test_report import drawn, failed, make
 
@@ -148,3 +152,28 @@ def test_accuracy_has_error_bars_and_losses_a_line_a_seed() -> None:
         assert len(lines) == 4
     assert [text.get_text() for text in figure.axes[0].texts] == ["1", "1"]
     assert len(lines[0].get_xdata()) == 3
+
+
+def test_pictures_are_of_one_seed_and_outline_what_a_query_sees(tmp_path: Path) -> None:
+    records = [seeded(row, seed, 0) for row in ("ViL", "full") for seed in range(3)]
+    png = io.BytesIO()
+    images.imsave(png, np.zeros((12, 16)), format="png")
+    shown = {"png": base64.b64encode(png.getvalue()).decode(), "truth": [], "found": []}
+    values = np.zeros((3, 4))
+    values[1:, 1:3] = 1
+    for record in records:
+        if record.seed == 0:
+            continue
+        content = {"schema": SCHEMA, "key": record.key, "least_score": record.seed}
+        content |= {"images": [shown], "sees": {"query": [1, 1], "values": values.tolist()}}
+        path = tmp_path / PICTURES / done_name(record.row, record.key)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content), encoding="utf-8")
+    found = pictures.load(records, tmp_path)
+    assert {name: one["least_score"] for name, one in found.items()} == {"ViL": 1, "full": 1}
+    # Cells are 4 pixels wide; the border is that of 2 by 2 of them.
+    ax = pictures.sight(found).axes[0]
+    ends = [line for part in ax.collections for line in part.get_segments()]
+    assert len(ends) == 8
+    assert np.concatenate(ends).min(axis=0).tolist() == [4, 4]
+    assert np.concatenate(ends).max(axis=0).tolist() == [12, 12]
