@@ -37,7 +37,9 @@ def _dates(records: Sequence[Record]) -> str:
 def _library(record: Record) -> str:
     torch = (record.environment.get("packages") or {}).get("torch")
     names = [(record.model["library"], record.model.get("library_version")), ("torch", torch)]
-    return " and ".join(f"{name} {version}" for name, version in names if version)
+    return " and ".join(
+        f"{name} {version}" for name, version in names if version and name != "none"
+    )
 
 
 def machine(record: Record) -> str:

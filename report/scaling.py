@@ -64,7 +64,7 @@ class Crossover:
     often: bool = False
 
     def __str__(self) -> str:
-        side = f"{math.sqrt(self.pixels):.0f}" if self.kind != "unknown" else ""
+        side = f"{math.sqrt(self.pixels):.0f} px" if self.kind != "unknown" else ""
         return {
             "from": f"from {side}",
             "below": f"below {side}",

@@ -120,7 +120,7 @@ def _summary(data: pd.DataFrame, name: str, title: str) -> Table:
     for quantity in quantities:
         columns += [Column(f"{quantity}_crossover_{name}") for name in _CROSSOVER]
         columns.append(Column("", f"{QUANTITIES[quantity]} below full", f"{quantity}_below"))
-    columns.append(Column("measured_up_to", "measured up to"))
+    columns.append(Column("measured_up_to", "measured up to, px"))
     notes = [_ABOUT_EXPONENTS, _ABOUT_CROSSOVERS if BASELINE in rows.groups else _NO_BASELINE]
     return table(f"growth-{name}", f"Growth and crossover, {title}", lines, columns, notes)
 
@@ -153,7 +153,7 @@ def _complete(data: pd.DataFrame) -> pd.DataFrame:
 
 _ABOUT_EXPONENTS = (
     "Exponents are of the number of pixels, fitted by least squares to the upper half of the sizes"
-    " (at least three), with their standard error."
+    " (three or more where there are as many), with their standard error."
 )
 _ABOUT_CROSSOVERS = (
     "Sizes are the sides of squares with as many pixels; between two measured sizes, crossovers are"
@@ -181,7 +181,7 @@ def points(data: pd.DataFrame) -> Table:
         Column("mode", "mode"),
         Column("height"),
         Column("width"),
-        Column("", "size", "size"),
+        Column("", "size px", "size"),
         Column("batch", "batch" if data["batch"].nunique() > 1 else ""),
         Column(
             *("flops_multiply_adds", "FLOPs {}", "flops", Unit.GIGA, _three_digits),
@@ -231,8 +231,8 @@ def write(points_measured: Sequence[Record], directory: Path) -> Path:
 
 _LEGEND = (
     "Lines are straight where cost grows as a power of the number of pixels, p. Beside each line"
-    " stands that power, fitted to the larger sizes, and the size from which on it is below full"
-    " attention; a ring marks where they cross. Dashed lines are rows with full attention in their"
+    " stands that power, fitted to the larger sizes; a ring marks where it crosses full attention,"
+    " with the size from which on it is below. Dashed lines are rows with full attention in their"
     " later stages. A point that could not be measured stands where the growth before it would put"
     " it."
 )
@@ -263,7 +263,7 @@ def _making(points_measured: Sequence[Record]) -> list[str]:
         )
     # Without the numbers, which differ from point to point.
     doubts = Counter(
-        re.split(r":| after | between ", note)[0]
+        re.split(r":| after | between ", note.removeprefix(f"{p.config['sweep']['mode']}: "))[0]
         for p in points_measured
         for note in at(p, "latency.notes") or ()
     )

@@ -6,14 +6,13 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
-from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from report.columns import Unit, memory_unit, reason
 from report.load import PARTIAL
-from report.plots import Looks, Plot, looks, render
+from report.plots import WIDTH, Looks, Plot, looks, render
 from report.scaling import BASELINE, QUANTITIES, crossover_of, growth_of, known, parts
 
 _AXES = {
@@ -48,9 +47,10 @@ def against_resolution(data: pd.DataFrame, style: Looks, quantity: str) -> Figur
     unit = _unit(data, quantity)
     data = data.assign(cost=data[quantity].astype(float) / unit.size)
     # The labels stand to the right of the axes.
-    figure = Figure(figsize=(10, 5.2))
+    height = max(3.4, 0.6 + 0.15 * data["row"].nunique())
+    figure = Figure(figsize=(WIDTH, height))
     ax = figure.subplots()
-    figure.subplots_adjust(left=0.09, right=0.66, top=0.95, bottom=0.11)
+    figure.subplots_adjust(left=0.15, right=0.56, top=1 - 0.15 / height, bottom=0.5 / height)
     ax.set_xscale("log")
     ax.set_yscale("log")
     ends = []
@@ -98,9 +98,9 @@ def _draw_row(
         measured["cost"],
         color=look.colour,
         marker=look.marker,
-        markersize=5.5,
+        markersize=4,
         markerfacecolor="white" if partial_row else look.colour,
-        linewidth=2.4 if part["row"].iloc[0] == BASELINE else 1.4,
+        linewidth=2.2 if part["row"].iloc[0] == BASELINE else 1.1,
         linestyle="--" if partial_row else "-",
         # Where lines coincide, what is compared lies above what it is compared with.
         zorder=2.5 if part["row"].iloc[0] == BASELINE else 3,
@@ -114,15 +114,15 @@ def _draw_row(
 
 
 def _label(data: pd.DataFrame, part: pd.DataFrame, quantity: str) -> str:
-    """Name, exponent and crossover of a row."""
+    """Name and exponent of a row, and where it crosses full attention."""
     parts = [str(part["label"].iloc[0])]
     fitted = growth_of(part, quantity)
     if fitted is not None:
         parts[0] += f" $\\propto p^{{{fitted.exponent:.2f}}}$"
     crossed = crossover_of(data, part, quantity)
-    if crossed and part["row"].iloc[0] != BASELINE:
+    if crossed and crossed.after_pixels is not None:
         parts.append(str(crossed))
-    return ", ".join(filter(None, parts))
+    return ", ".join(parts)
 
 
 def _draw_crossover(
@@ -138,10 +138,10 @@ def _draw_crossover(
         math.sqrt(crossed.pixels),
         np.exp(np.interp(math.log(crossed.pixels), x, y)),
         marker="o",
-        markersize=11,
+        markersize=9,
         markerfacecolor="none",
         markeredgecolor=style[part["family"].iloc[0]].colour,
-        markeredgewidth=1.6,
+        markeredgewidth=1.2,
         zorder=4,
     )
 
@@ -165,7 +165,7 @@ def _draw_failures(ax: Axes, data: pd.DataFrame, style: Looks, quantity: str) ->
                 _FAILURES[line["error"]],
                 color=colour,
                 markeredgecolor="black",
-                markersize=9,
+                markersize=7,
                 zorder=4,
             )
             kinds.add(line["error"])
@@ -185,20 +185,27 @@ def _draw_failures(ax: Axes, data: pd.DataFrame, style: Looks, quantity: str) ->
 def _draw_labels(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Write each line's label beside the axes, at its height or as near as the others allow."""
     beside = ax.get_xlim()[1] * 1.05
-    texts = [
-        ax.text(beside, y, f" {text}", va="center", fontsize=8.5, color="#222222")
-        for _, y, text, _ in ends
-    ]
-    adjust_text(
-        texts,
-        ax=ax,
-        only_move="y",
-        avoid_self=False,
-        prevent_crossings=False,
-        ensure_inside_axes=False,
-        iter_lim=300,
-    )
+    ends = sorted(ends, key=lambda end: end[1])
+    texts = [ax.text(beside, y, f" {text}", va="center", color="#222222") for _, y, text, _ in ends]
+    high = max((text.get_window_extent().height for text in texts), default=0.0)
+    places = ax.transData.transform(np.array([(x, y) for x, y, _, _ in ends]).reshape(-1, 2))
+    wanted: list[float] = places[:, 1].tolist()
     ax.autoscale(enable=False)
-    for text, (x, y, _, colour) in zip(texts, ends, strict=True):
-        to = text.get_position()[1]
-        ax.plot([x * 1.01, beside], [y, to], color=colour, linewidth=0.9, clip_on=False)
+    for text, (x, y, _, colour), to in zip(
+        texts, ends, _spread(wanted, high, ax.bbox.y0, ax.bbox.y1), strict=True
+    ):
+        height = ax.transData.inverted().transform((0, to))[1]
+        text.set_y(height)
+        ax.plot([x * 1.01, beside], [y, height], color=colour, linewidth=0.9, clip_on=False)
+
+
+def _spread(wanted: Sequence[float], apart: float, low: float, high: float) -> list[float]:
+    """Move rising places as little as leaves `apart` between them, and inside where they fit."""
+    steps = apart * np.arange(len(wanted))
+    level = np.asarray(wanted, dtype=float) - steps
+    # Halfway between where all moves go up and where all go down.
+    up = np.maximum.accumulate(level)
+    down = np.minimum.accumulate(level[::-1])[::-1]
+    room = max(high - low - steps[-1], 0.0) if len(steps) else 0.0
+    found: list[float] = (np.clip((up + down) / 2, low, low + room) + steps).tolist()
+    return found

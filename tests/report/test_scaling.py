@@ -61,12 +61,12 @@ def test_powers_cross_where_they_are_equal():
     assert found.kind == "from"
     assert found.pixels == pytest.approx(1e5)
     assert (found.after_pixels, found.before_pixels) == (224**2, 320**2)
-    assert str(found) == "from 316"
+    assert str(found) == "from 316 px"
 
 
 @pytest.mark.parametrize(
     ("factor", "kind", "text"),
-    [(1.0, "below", "below 224"), (1e9, "never", "not up to 1280")],
+    [(1.0, "below", "below 224 px"), (1e9, "never", "not up to 1280 px")],
 )
 def test_no_crossing(factor, kind, text):
     found = crossover(PIXELS, power(1.0, factor), power(2.0))
@@ -79,7 +79,7 @@ def test_an_equal_cost_is_no_smaller_cost():
 
 def test_what_becomes_larger_is_smaller_only_before():
     found = crossover(PIXELS, power(2.0), power(1.0, 1e5))
-    assert str(found) == "only before 316"
+    assert str(found) == "only before 316 px"
 
 
 def test_several_changes_are_said_and_the_last_counts():
@@ -87,7 +87,7 @@ def test_several_changes_are_said_and_the_last_counts():
     assert found.often
     assert (found.after_pixels, found.before_pixels) == (640**2, 896**2)
     # Halfway on logarithms.
-    assert str(found) == f"from {math.sqrt(640 * 896):.0f} (more than once)"
+    assert str(found) == f"from {math.sqrt(640 * 896):.0f} px (more than once)"
 
 
 def test_nothing_in_common():

@@ -53,6 +53,7 @@ def point(row, side, mode="inference", *, batch=1, what=QUANTITIES, error=None, 
         model={
             **dict.fromkeys(("arch", "schedule"), ""),
             **dict.fromkeys(("method", "library"), "none"),
+            "library_version": "0.26",
             "backbone": "ViL-Tiny",
             "drop_path": 0.0,
             "attention": FAMILY.get(row, row),
@@ -101,13 +102,13 @@ def test_growth_and_crossover_of_each_quantity():
         "1.00 ± 0.00",
         "1.00 ± 0.00",
         "1.00 ± 0.00",
-        "from 316",
-        "not up to 896",
-        "not up to 896",
+        "from 316 px",
+        "not up to 896 px",
+        "not up to 896 px",
         "896",
     ]
-    assert shown.loc["ViL (longformer)", "memory below full"] == "below 224"
-    assert shown.loc["ViL (longformer)", "latency below full"] == "from 447"
+    assert shown.loc["ViL (longformer)", "memory below full"] == "below 224 px"
+    assert shown.loc["ViL (longformer)", "latency below full"] == "from 447 px"
     assert (shown.loc["full"].filter(like="below full") == MISSING).all()
 
 
@@ -131,10 +132,10 @@ def test_without_full_attention_there_are_no_crossovers():
 def test_out_of_memory_is_said_and_compared_only_where_both_were_measured():
     (table,) = summaries(frame(out_of_memory()))
     shown = table.shown.set_index("row")
-    assert shown.loc["full", "measured up to"] == "448; 640 out of memory"
+    assert shown.loc["full", "measured up to, px"] == "448; 640 out of memory"
     # Nothing is claimed of sizes at which full attention has no latency.
-    assert shown.loc["performer", "latency below full"] == "not up to 448"
-    assert shown.loc["ViL (longformer)", "latency below full"] == "from 447"
+    assert shown.loc["performer", "latency below full"] == "not up to 448 px"
+    assert shown.loc["ViL (longformer)", "latency below full"] == "from 447 px"
     raw = point_table(frame(out_of_memory())).raw
     assert raw["error"].dropna().tolist() == ["out_of_memory", "skipped"]
     assert raw["flops_multiply_adds"].notna().all()
@@ -168,12 +169,17 @@ def test_only_points_under_the_same_conditions_share_a_page(tmp_path):
 
 def test_the_page_has_everything_and_the_same_bytes_twice(tmp_path):
     data = out_of_memory()
+    for one in data[:3]:
+        assert one.latency is not None
+        one.latency["notes"] = ["inference: loaded machine: others kept 1 of 2 cores busy"]
     page = write_page(data, tmp_path / "one")
     write_page(data, tmp_path / "two")
     text = page.read_text()
     assert text.startswith("# Cost against resolution: ViL-Tiny, 32-true, cpu\n")
     assert "out of memory" in text
     assert "made for one size" in text
+    assert "Measured 2025-01-01 with torch 2.11;" in text
+    assert "Doubts about latencies, and of how many points: loaded machine (3)." in text
     assert re.search(r"full +\| inference +\| +640 .*\| out of memory +\| why 640", text)
     names = {path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*")}
     assert len([name for name in names if name.suffix == ".png"]) == 3
@@ -197,8 +203,8 @@ def test_a_plot_marks_crossovers_failures_and_labels(axes):
     texts = sorted(ax.texts, key=lambda text: text.get_window_extent().y0)
     labels = [text.get_text() for text in texts]
     assert [label.split()[0] for label in labels] == ["full", "ViL", "performer"]
-    assert "from 447" in labels[1]
-    rings = [line for line in ax.lines if line.get_markersize() == 11]
+    assert "from 447 px" in labels[1]
+    rings = [line for line in ax.lines if line.get_markersize() == 9]
     assert [round(float(ring.get_xdata()[0])) for ring in rings] == [447]
     # 200 ns for each of 2e5 pixels, as full attention's 1e-3 ns for each pair.
     assert [float(ring.get_ydata()[0]) for ring in rings] == [pytest.approx(40, rel=1e-3)]
@@ -224,6 +230,8 @@ def test_labels_of_many_lines_do_not_overlap(axes):
     assert all(low.y1 <= high.y0 + 1 for low, high in pairwise(boxes))
     assert {round(box.x0) for box in boxes} == {round(boxes[0].x0)}
     assert boxes[0].x0 > ax.bbox.x1
+    figure = ax.figure.bbox
+    assert all(figure.y0 <= box.y0 < box.y1 <= figure.y1 for box in boxes)
 
 
 def test_an_output_that_cannot_be_written(tmp_path):
