@@ -12,10 +12,12 @@ from report import answer, confidence, reference
 from report.answer import Answer, Standing
 from report.columns import Unit, number, three_digits
 from report.load import Library, at, per_library
+from report.probes import Profile
 from report.reference import Conditions
 
 # More of what was measured than this tells rows apart in no time that anyone has.
 _FUTILE = 100
+_LITTLE = 1.5
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,12 @@ class Limit:
 
 
 def recommend(
-    records: Sequence[Record], costs: Sequence[Record], limits: Sequence[Limit], *, mode: str
+    records: Sequence[Record],
+    costs: Sequence[Record],
+    limits: Sequence[Limit],
+    *,
+    mode: str,
+    sees: Profile | None = None,
 ) -> list[Answer]:
     """Return for each library the rows under all limits, the best first, and what to know of them.
 
@@ -50,17 +57,22 @@ def recommend(
         costs: of their rows at the size that is asked about.
         limits: on costs at that size.
         mode: of memory, "inference" or "training".
+        sees: what each row sees, of `report.probes.profile`.
 
     Raises:
         InputError: for limits that no row meets, naming the nearest.
     """
     about = reference.conditions(costs)
-    build = per_library(partial(_recommend, about=about, limits=limits, mode=mode))
+    build = per_library(partial(_recommend, about=about, limits=limits, mode=mode, sees=sees))
     return build(reference.at_reference(records, costs))
 
 
 def _recommend(
-    library: Library, about: Conditions | None, limits: Sequence[Limit], mode: str
+    library: Library,
+    about: Conditions | None,
+    limits: Sequence[Limit],
+    mode: str,
+    sees: Profile | None,
 ) -> Answer:
     meets = {limit.option: _meets(library.data, limit) for limit in limits}
     inside = pd.Series(True, index=library.data.index) & library.data["box_AP"].notna()
@@ -72,16 +84,16 @@ def _recommend(
     if not within.any():
         raise InputError(_nearest(library.data[inside], limits, about))
     standing = Standing(_only(library, within), about, mode)
-    sentences = [standing.best()]
+    sentences = [standing.best(sees)]
     for limit in limits:
         others = inside.copy()
         for option, met in meets.items():
             others &= met if option != limit.option else True
         sentences.append(_cost_of(limit, library, within, others))
-    sentences += [_decide(standing), *_unknown(library.data, limits)]
+    sentences += [_decide(standing, probed=sees is not None), *_unknown(library.data, limits)]
     size = "" if about is None else f" at {about.image_size}"
     asked = " and ".join(limit.option for limit in limits) or "no limits"
-    found = answer.rows(standing)
+    found = answer.rows(standing, sees)
     return Answer("recommend", f"Rows under {asked}{size}", tuple(filter(None, sentences)), found)
 
 
@@ -135,7 +147,7 @@ def _places(standing: Standing, names: set[str]) -> list[int]:
     return [place for place, name in enumerate(standing.data["label"]) if name in names]
 
 
-def _decide(standing: Standing) -> str:
+def _decide(standing: Standing, *, probed: bool) -> str:
     """Say what would have to be measured to decide between the rows that tie."""
     if standing.leader is None or len(standing.ties) < 2:
         return ""
@@ -151,6 +163,7 @@ def _decide(standing: Standing) -> str:
         half = (limits[1] - limits[0]) / 2
         times = (half / difference) ** 2 if difference else float("inf")
         more = f"about {times:.0f} times" if times < _FUTILE else f"over {_FUTILE} times"
+        more = "a little more" if times < _LITTLE else more
         needs.append(
             f"{more} for {standing.name(place)} (now {number(1)(difference)} ± {number(1)(half)})"
         )
@@ -159,7 +172,8 @@ def _decide(standing: Standing) -> str:
         return f"To tell {leader} from the others, evaluate them on the same images, with draws."
     return (
         f"To tell {leader} from the rows that tie with it takes more test images and seeds than"
-        f" were measured, if the differences stay: {'; '.join(needs)}. Until then choose by cost."
+        f" were measured, if the differences stay: {'; '.join(needs)}. Until then choose by cost"
+        f"{' and by the probes' * probed}."
     )
 
 

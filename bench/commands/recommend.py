@@ -41,12 +41,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Count what is not known, and print."""
-    from report import recommend
+    from report import probes, recommend
 
     limits = _limits(options)
     records = _records(options.folders)
     costs = _costs(records, options)
-    found = recommend.recommend(records, costs, limits, mode=options.mode)
+    sees = probes.profile([one for folder in options.folders for one in probes.load(folder)])
+    found = recommend.recommend(records, costs, limits, mode=options.mode, sees=sees)
     shown = [
         replace(one.table, title=one.title, notes=(*one.sentences, *one.table.notes))
         for one in found

@@ -261,6 +261,12 @@ def test_limits_choose_rows_and_say_what_they_cost(
     assert "not considered, as its cost is not known: srformer/32" in text.lower()
     (free,) = recommend.recommend(records, costs, [], mode="training")
     assert any("To tell full from the rows that tie with it" in one for one in free.sentences)
+    assert free.sentences[1].endswith("Until then choose by cost.")
+    scores = pd.DataFrame({"bind": {"ViL": 0.9, "full": 1.0, "performer": 0.5}})
+    sees = probes.Profile(scores, frozenset({frozenset({"ViL", "full"})}), seeds=1)
+    (seen,) = recommend.recommend(records, costs, [], mode="training", sees=sees)
+    assert "by the mean over probes are ViL (0.90 at 255 G) and full" in seen.sentences[0]
+    assert seen.table.shown["bind"].tolist() == ["0.90", "1.00", "0.50", MISSING]
 
 
 def test_limits_that_nothing_meets_name_the_nearest(
