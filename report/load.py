@@ -4,13 +4,13 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 
+from bench.errors import InputError
 from bench.record import LATENCIES, Record, newest, read, read_all, read_latencies, slug
 from report import searches, seeds
 
@@ -23,8 +23,6 @@ PARTIAL = "Partial "
 TEXT = pd.StringDtype("python")
 
 log = logging.getLogger(__name__)
-
-_LEFT_OUT = "left out of the report: %s"
 
 _QUARTILES = {"": "median", "_q1": "q1", "_q3": "q3"}
 # Column: where its value stands in a record.
@@ -173,7 +171,7 @@ def load_one(path: Path) -> Record:
     return record
 
 
-def load(directory: Path) -> list[Record]:
+def load(directory: Path, *, needed: bool = False) -> list[Record]:
     """Read the records in `directory/records`, or in `directory` itself if it has no such folder.
 
     Of the records of one run (same row and configuration) the newest success is returned, or,
@@ -181,14 +179,23 @@ def load(directory: Path) -> list[Record]:
     rows were timed together (`latency/` beside `records/`), that is their latency. The rows come in
     the order of the published ablation, the others after it by name, each mechanism before its
     partial form, so that the order does not depend on which run ended first.
+
+    Raises:
+        InputError: with the reason of the first, if it is `needed` and none of them can be read.
     """
     folder = directory / "records" if (directory / "records").is_dir() else directory
-    return ordered(_timed(load_newest(folder), folder.parent))
+    return ordered(_timed(load_newest(folder, needed=needed), folder.parent))
 
 
-def load_newest(folder: Path) -> list[Record]:
+def load_newest(folder: Path, *, needed: bool = False) -> list[Record]:
     """Return the newest success of each run in a folder, or else its newest failure."""
-    return newest(read_all(folder.glob("*.json"), partial(log.warning, _LEFT_OUT)))
+    errors: list[InputError] = []
+    found = newest(read_all(folder.glob("*.json"), errors.append))
+    if needed and errors and not found:
+        raise errors[0]
+    for error in errors:
+        log.warning("left out of the report: %s", error)
+    return found
 
 
 def _timed(records: Iterable[Record], output: Path) -> list[Record]:

@@ -90,7 +90,8 @@ def run(options: argparse.Namespace) -> int:
             print(f"{line}\n" if markdown else textwrap.fill(line, _output.WIDTH))
         table = compare.shown(found)
         if not len(table.shown):
-            print("\n".join(table.notes))
+            for note in table.notes:
+                print(note if markdown else textwrap.fill(note, _output.WIDTH))
             return 1 if regressions else 0
         print()
         _output.show(options.format if markdown else "table", [], [table])
@@ -123,15 +124,13 @@ def _records(path: Path) -> "list[Record]":
     Raises:
         InputError: for a path without a record that can be read.
     """
-    from bench.record import read
     from report import load
 
     if path.is_file():
         return [load.load_one(path)]
     if not path.is_dir():
         raise InputError(f"{path} is neither a folder nor a record; name an output folder")
-    folder = path / "records" if (path / "records").is_dir() else path
-    files = sorted(folder.glob("*.json"))
-    if not files:
+    found = load.load(path, needed=True)
+    if not found:
         raise InputError(f"no record in {path}")
-    return load.load(path) or [read(file) for file in files]
+    return found

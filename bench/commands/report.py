@@ -36,7 +36,9 @@ def run(options: argparse.Namespace) -> int:
     for folder in options.folders:
         if not folder.is_dir():
             raise InputError(f"{folder} is not a folder; name the output folder of a run")
-    records = load.ordered(entry for folder in options.folders for entry in load.load(folder))
+    records = load.ordered(
+        entry for folder in options.folders for entry in load.load(folder, needed=True)
+    )
     probed = [entry for folder in options.folders for entry in probes.load(folder)]
     if not records and not probed:
         raise InputError(f"no record in {', '.join(map(str, options.folders))}")

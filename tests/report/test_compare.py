@@ -113,15 +113,17 @@ def test_two_records_are_compared_whatever_their_rows(
 
 
 def test_what_cannot_be_compared_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     a, b = write([row("ViL")], tmp_path / "a"), write([row("full"), row("swin")], tmp_path / "b")
-    older = tmp_path / "older.json"
+    older = tmp_path / "old" / "records" / "vil.json"
+    older.parent.mkdir(parents=True)
     older.write_text(row("ViL").to_json().replace('"schema": 1', '"schema": 0'))
     (tmp_path / "empty").mkdir()
     for given, said in (
         ([b], "no row is in both: A has ViL; B has full, swin"),
         ([older], "schema 0; this version reads schema 1"),
+        ([tmp_path / "old"], "schema 0; this version reads schema 1"),
         ([tmp_path / "empty"], "no record in"),
         ([tmp_path / "none"], "neither a folder nor a record"),
         ([b, "--fail-over", "0.05"], "'0.05' is not a percentage"),
@@ -130,3 +132,6 @@ def test_what_cannot_be_compared_is_one_line(
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
+    assert cli.main(["report", str(tmp_path / "old")]) == 2
+    assert "schema 0" in capsys.readouterr().err
+    assert not caplog.records
