@@ -22,7 +22,7 @@ from bench.record import Record
 from report import load as records_of
 from report.columns import Column, Table, Unit, decimals, letters_of, number, table
 from report.load import PARTIAL, published
-from report.plots import COLOURS, Plot, render
+from report.plots import COLOURS, WIDTH, Plot, render
 
 FOLDER = "probes"
 KINDS = {"mechanism": "mechanisms", "row": "rows"}
@@ -40,7 +40,7 @@ _CAUTION = (
     " task in this time, not that it cannot."
 )
 _ABOUT_LETTERS = (
-    "Mean over levels \N{PLUS-MINUS SIGN} standard deviation over seeds. Within a probe, {kind}"
+    "Mean over levels{spread}. Within a probe, {kind}"
     " that share a letter cannot be told apart (two-sided t tests of all pairs, family-wise error"
     f" {LEVEL:.0%} by Holm's correction). The error of a difference has two parts: the variance"
     " over seeds, for each of the two its own or the mean of all {kind} where that is larger, and"
@@ -206,7 +206,7 @@ def heat_map(records: Sequence[Record]) -> Figure | str:
     lines = _lines(records)
     tasks = list(dict.fromkeys(lines["task"]))
     names = _ordered(lines)
-    figure = Figure(figsize=(1.6 + 1.45 * len(tasks), 1.0 + 0.3 * len(names)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.0 + 0.2 * len(names)), layout="constrained")
     ax = figure.subplots()
     grid = lines.pivot(index="name", columns="task", values="score").loc[names, tasks]
     shades = mpl.colormaps["Blues"]
@@ -216,16 +216,14 @@ def heat_map(records: Sequence[Record]) -> Figure | str:
         place = tasks.index(one["task"]), names.index(one["name"])
         text = _said(one) + (f"  {one['letters']}" if one["letters"] else "")
         dark = one["score"] > chance + 0.6 * (1 - chance)
-        ax.text(
-            *place, text, ha="center", va="center", fontsize=8, color="white" if dark else "black"
-        )
+        ax.text(*place, text, ha="center", va="center", color="white" if dark else "black")
     ax.set_xticks(range(len(tasks)), tasks)
     ax.set_yticks(range(len(names)), names)
     ax.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
-    bar = figure.colorbar(drawn, ax=ax, fraction=0.04, pad=0.02)
-    bar.set_label(f"accuracy, from chance ({chance}) to 1", fontsize=8)
+    bar = figure.colorbar(drawn, ax=ax, location="bottom", aspect=40, pad=0.02)
+    bar.set_label(f"accuracy, from chance ({chance}) to 1")
     bar.outline.set_visible(False)
     return figure
 
@@ -242,13 +240,13 @@ def curves(records: Sequence[Record]) -> Figure | str:
         return "No probe here has several levels, so there are no curves."
     names = _ordered(_lines(records))
     shown = sorted(records, key=lambda one: names.index(one.row))
-    columns = min(5, len(shown))
+    columns = min(3, len(shown))
     lines = -(-len(shown) // columns)
-    figure = Figure(figsize=(max(1.75 * columns, 5.5), 1.1 + 1.5 * lines), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.0 + 1.05 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for ax, one in zip(axes.flat, shown, strict=False):
         _draw_levels(ax, one, list(tasks))
-        ax.set_title(one.row, fontsize=9, loc="left")
+        ax.set_title(one.row, loc="left")
     for ax in axes.flat[len(shown) :]:
         ax.set_visible(False)
     for column in range(columns):
@@ -257,16 +255,16 @@ def curves(records: Sequence[Record]) -> Figure | str:
     most = max(len(task["levels"]) for task in tasks.values())
     axes[0, 0].set_ylim(0.15, 1.05)
     axes[0, 0].set_xticks(range(1, most + 1))
-    figure.supxlabel("Level, from easy to hard", fontsize=9)
-    figure.supylabel("Accuracy, mean ± standard deviation over seeds", fontsize=9)
+    figure.supxlabel("Level, from easy to hard", fontsize=8)
+    several = any(len((one.probes or {})["seeds"]) > 1 for one in shown)
+    spread = ", mean ± standard deviation over seeds" * several
+    figure.supylabel(f"Accuracy{spread}", fontsize=8)
     said = [
         f"{name}: {', '.join(map(str, task['levels']))} ({task['level']})"
         for name, task in tasks.items()
     ]
     handles = axes[0, 0].get_legend_handles_labels()[0]
-    figure.legend(
-        handles, said, loc="outside upper left", fontsize=8, ncols=1 if columns < 4 else 2
-    )
+    figure.legend(handles, said, loc="outside upper left")
     return figure
 
 
@@ -285,8 +283,8 @@ def _draw_levels(ax: Axes, one: Record, tasks: Sequence[str]) -> None:
             color=COLOURS[place],
             marker=_MARKS[place % len(_MARKS)],
             linestyle=_LINES[place % len(_LINES)],
-            markersize=4,
-            linewidth=1.2,
+            markersize=3,
+            linewidth=1.0,
             elinewidth=0.8,
             label=name,
         )
@@ -385,6 +383,7 @@ def _table(kind: str, records: Sequence[Record]) -> Table:
     counts = {len((one.probes or {})["seeds"]) for one in records}
     note = _ABOUT_LETTERS.format(
         kind=KINDS[kind],
+        spread=" \N{PLUS-MINUS SIGN} standard deviation over seeds" * (counts != {1}),
         images=" or ".join(map(str, sorted(images))),
         seeds=_ONE_SEED if counts == {1} else f"Seeds: {' or '.join(map(str, sorted(counts)))}.",
     )
