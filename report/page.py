@@ -63,6 +63,7 @@ def write(
     costs: Sequence[Record] = (),
     probes: Sequence[Record] = (),
     drawn: Mapping[str, Mapping[str, Any]] | None = None,
+    profiled: Sequence[Table] = (),
 ) -> Path:
     """Write the page of `records` into `directory` and return its `index.md`.
 
@@ -77,6 +78,7 @@ def write(
         costs: of the rows at full size, see `report/reference.py`.
         probes: records of the suite `probes`, which may be all there is.
         drawn: what rows find and see, of `report.pictures.load`.
+        profiled: of `report.profiles`, which come first.
 
     Raises:
         InputError: without records, or if the folder cannot be written.
@@ -94,7 +96,10 @@ def write(
     shown = Section("Pictures", pictures.blocks(drawn or {}))
     if records:
         sees = small_tasks.profile(probes)
-        sections = _sections(records, costs, sees=sees, probes=asked, shown=shown)
+        sections = [
+            Section("Profile", profiled),
+            *_sections(records, costs, sees=sees, probes=asked, shown=shown),
+        ]
     else:
         sections = [asked, *_origin(probes)]
     return publish(sections, directory, title=title, made=made)
@@ -135,9 +140,22 @@ def write_suite(
     return 1 if failed else 0
 
 
+def write_folder(output: Path, *, title: str) -> Path:
+    """Write the page of all that an output folder has, and return its `index.md`."""
+    records = load(output)
+    return write(
+        records,
+        output,
+        title=title,
+        costs=reference.load(output),
+        probes=small_tasks.load(output),
+        drawn=pictures.load(records, output),
+    )
+
+
 def write_probes(records: Sequence[Record], output: Path, *, title: str) -> None:
     """Write the page of a folder that has probes, and print the tables of `records`."""
-    path = write(load(output), output, title=title, probes=small_tasks.load(output))
+    path = write_folder(output, title=title)
     for table in small_tasks.tables(records):
         print(tables.to_text(table.shown))
     print(f"report: {_both(path)}")
@@ -264,12 +282,14 @@ def _sections(
     failures = [(name, record) for name, record in named if record.status == "failed"]
     rows = seeds.merged(records)
     failed = sum(row.status == "failed" for row in rows)
-    how_many = f"{len(rows)} rows, of which {failed} failed."
+    how_many = f"{len(rows)} row{'s' * (len(rows) != 1)}, of which {failed} failed."
+    learnt = any(one.training or one.evaluation or one.error for one in records)
     how_many += " The rows that failed stay in the table; see Failures." if failed else ""
     further, different = tables.further_splits(rows), provenance.differences(rows)
     about = reference.conditions(costs)
     full = reference.at_reference(rows, costs) if about else rows
-    drawn = [*plots.draw(full), *counts.conventions_plots(rows)]
+    every = [*plots.draw(full), *counts.conventions_plots(rows)]
+    drawn = [plot for plot in every if learnt or not plot.skipped]
     return [
         *(
             Section(one.title, [*one.sentences, one.table])
@@ -278,17 +298,20 @@ def _sections(
         ),
         Section(f"Costs at {about.image_size}" if about else "", reference.tables(rows, costs)),
         Section("Rows that no other beats", front.tables(full)),
-        Section(_as_trained(rows), [how_many, seeds.sentence(records), *tables.comparison(rows)]),
+        Section(
+            _as_trained(rows),
+            [how_many, *[seeds.sentence(records)] * learnt, *tables.comparison(rows)],
+        ),
         probes,
         Section("Searched settings", tables.searches(records)),
         Section("Plots", [_LEGEND, *drawn]),
         shown,
-        Section("All COCO figures, %", tables.figures(records)),
+        Section("All COCO figures, %", tables.figures(records) if learnt else []),
         Section(
             "How sure mAP is", [*confidence.intervals(records), *confidence.differences(records)]
         ),
         Section("Further splits, %", [further] if further else []),
-        Section("Details", tables.latencies(rows) + tables.details(records)),
+        Section("Details", tables.details(records) + tables.latencies(rows)),
         Section("Published numbers", _published(rows)),
         Section("How the numbers were counted", _counting(rows)),
         Section("Differences in configuration", [_DIFFERENT, different] if different else [_SAME]),

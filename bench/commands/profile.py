@@ -17,7 +17,7 @@ from bench.cli import (
     on_gpu,
     precision,
 )
-from bench.commands._output import FORMATS, show, write
+from bench.commands._output import FORMATS, show
 from bench.config.schema import LIBRARIES, ON_DEMAND, QUANTITIES
 from bench.errors import InputError
 from bench.files import check_writable
@@ -148,15 +148,15 @@ def _profile(options: argparse.Namespace, configs: Sequence[Any]) -> int:
     if options.output is not None:
         for entry in records:
             record.write(entry, options.output / "records")
-        page.write(load.load(options.output), options.output, title="Profile")
     parts = [table for table in map(profiles.parts, records) if table is not None]
     rates = profiles.throughput(records)
-    tables_shown = [profiles.costs(records), *([rates] if rates else [])]
-    tables_shown += parts if len(records) == 1 else []
+    costs = [profiles.costs(records), *([rates] if rates else [])]
     lines = [json.loads(entry.to_json()) for entry in records]
-    show(options.format, lines, tables_shown)
+    show(options.format, lines, costs + (parts if len(records) == 1 else []))
     if options.output is not None:
-        write(options.output / "tables", [tables_shown[0], *parts])
+        found = load.load(options.output)
+        path = page.write(found, options.output, title="Profile", profiled=costs + parts)
+        print(f"report: {path} and {path.with_suffix('.html')}", file=sys.stderr)
     return 1 if any(errors) else 0
 
 

@@ -3,9 +3,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from bench import record as store
 from bench.record import Record
 from report import page, probes
 from report.load import published
+from tests.report.test_report import make
 
 
 def accuracies(mean, *, seeds=3, images=64, spread=0.01, seed=0):
@@ -177,3 +179,13 @@ def test_plots_show_the_scores_under_their_names():
             assert line.get_ydata() == pytest.approx(right.mean(axis=0))
             (low, high) = spread.get_segments()[0][:, 1]
             assert high - low == pytest.approx(2 * right[:, 0].std(ddof=1))
+
+
+def test_probes_in_the_folder_of_a_suite_leave_its_page_whole(tmp_path):
+    store.write(make("ViL"), tmp_path / "records")
+    records = [entry(row, "row", {"bind": score}) for row, score in (("ViL", 0.9), ("full", 0.5))]
+    for one in records:
+        store.write(one, tmp_path / "probes")
+    page.write_probes(records, tmp_path, title="T")
+    text = (tmp_path / "index.md").read_text()
+    assert text.index("## Answer") < text.index("## Probes") < text.index("## Environment")

@@ -1,6 +1,7 @@
 """The report over made-up records: twelve rows that look like a suite's."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -396,6 +397,18 @@ def test_a_plot_without_numbers_is_skipped_with_a_sentence(tmp_path: Path) -> No
     assert not (tmp_path / "plots").exists()
     for plot in drawn:
         assert plot.skipped in text
+
+
+def test_the_page_of_a_profile_begins_with_it_and_says_nothing_of_training(tmp_path: Path) -> None:
+    bare = replace(make("ViL"), training=None, evaluation=None)
+    cell = pd.DataFrame({"row": ["ViL"]})
+    costs = Table("costs", "Costs of ViL", cell, cell, ())
+    text = page.write([bare], tmp_path, title="Profile", profiled=[costs]).read_text()
+    assert text.index("## Profile") < text.index(costs.title) < text.index("## Comparison")
+    assert "1 row, of which 0 failed." in text
+    assert (tmp_path / "plots" / "cost.png").is_file()
+    for absent in ("trained with", "No row has", "COCO figures"):
+        assert absent not in text
 
 
 def test_a_loss_that_is_no_number_leaves_a_gap() -> None:

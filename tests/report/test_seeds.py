@@ -91,7 +91,7 @@ def test_a_seed_that_failed_is_said_and_left_out(tmp_path: Path) -> None:
     assert row.status == "done"
     assert seeds.listed(row) == "0, 1"
     text = page.write(records, tmp_path, title="Suite").read_text()
-    assert "1 rows, of which 0 failed" in text
+    assert "1 row, of which 0 failed" in text
     assert "Seed 2 of ViL failed and is not in its mean" in text
     assert "ViL (seed 2) failed, out of memory" in text
 
