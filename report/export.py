@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from bench.record import Record
+from report import probes
 from report.load import at, size
 
 NAME = "results.parquet"
@@ -33,7 +34,8 @@ def tidy(records: Sequence[Record]) -> pd.DataFrame:
     """Return one line for each record and figure, in the units of the records.
 
     A figure is a dotted name below its section, such as `box.AP` of `evaluation` or
-    `inference.median` of `latency`. Lists, such as samples and draws, are in the records alone.
+    `inference.median` of `latency`. Lists, such as samples and draws, are in the records alone; of
+    probes there is the mean accuracy of a task, of each of its levels and of each seed.
     """
     lines = [line for record in records for line in _lines(record)]
     columns = ["seed", *_FACTS, "image_size", "batch_size", "section", "figure", "value", "unit"]
@@ -50,6 +52,8 @@ def parquet(records: Sequence[Record]) -> bytes:
 
 def _lines(record: Record) -> Iterator[dict[str, Any]]:
     facts = {name: at(record, path) for name, path in _FACTS.items()} | {"seed": record.seed}
+    for figure, value in probes.figures(record).items():
+        yield facts | {"section": "probes", "figure": figure, "value": value, "unit": "1"}
     for name in SECTIONS:
         section: Mapping[str, Any] = getattr(record, name) or {}
         unit = str(section.get("unit") or _UNIT_OF.get(name, ""))

@@ -316,6 +316,20 @@ def _scores_of(one: Record) -> Scores:
     }
 
 
+def figures(one: Record) -> dict[str, float]:
+    """Return the accuracy in each probe, from 0 to 1, its levels and its seeds, by dotted names."""
+    found = {}
+    for task, scores in _scores_of(one).items() if one.probes else ():
+        levels = map(str, _tasks(one)[task]["levels"])
+        found[task] = float(scores.mean())
+        for name, keys, means in (
+            ("level", levels, scores.mean(axis=(0, 2))),
+            ("seed", map(str, (one.probes or {})["seeds"]), scores.mean(axis=(1, 2))),
+        ):
+            found |= {f"{task}.{name}.{k}": float(v) for k, v in zip(keys, means, strict=True)}
+    return found
+
+
 def _comparable(scores: Mapping[str, Scores]) -> dict[str, Scores]:
     """By probe and name, accuracies (seeds, images); others than the first's have no pairs."""
     found: dict[str, Scores] = {}

@@ -14,6 +14,7 @@ from rich.table import Table as RichTable
 
 from bench.record import Record
 from report.columns import (
+    AT_LEAST,
     METHODS,
     MISSING,
     Column,
@@ -364,8 +365,8 @@ def to_latex(shown: pd.DataFrame, *, caption: str = "", label: str = "") -> str:
     booktabs and adjustbox.
     """
     align = "".join("r" if is_numeric(shown[name]) else "l" for name in shown.columns)
-    plain = shown.map(lambda value: " ".join(value.split()))
-    body = plain.to_latex(index=False, escape=True, column_format=align)
+    plain = shown.map(lambda value: _latex(" ".join(value.split()))).rename(columns=_latex)
+    body = plain.to_latex(index=False, escape=False, column_format=align)
     if not caption:
         return body
     lines = (
@@ -394,6 +395,19 @@ def is_numeric(column: pd.Series) -> bool:
     return len(column) > 0 and bool(column.str.fullmatch(pattern).all())
 
 
+_NAMED = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    AT_LEAST: r"$\geq$",
+    "\N{MULTIPLICATION SIGN}": r"$\times$",
+    "\N{PLUS-MINUS SIGN}": r"$\pm$",
+    "\N{EN DASH}": "--",
+}
+
+
 def _latex(text: str) -> str:
-    named = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(named.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)
+    """Return text as LaTeX of any engine and font encoding writes it."""
+    return "".join(_NAMED.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)

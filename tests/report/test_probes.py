@@ -1,11 +1,12 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from bench import record as store
 from bench.record import Record
-from report import page, probes
+from report import export, page, probes
 from report.load import published
 from tests.report.test_report import make
 
@@ -189,3 +190,9 @@ def test_probes_in_the_folder_of_a_suite_leave_its_page_whole(tmp_path):
     page.write_probes(records, tmp_path, title="T")
     text = (tmp_path / "index.md").read_text()
     assert text.index("## Answer") < text.index("## Probes") < text.index("## Environment")
+    data = pd.read_parquet(tmp_path / export.NAME)
+    own = data[(data["section"] == "probes") & (data["row"] == "ViL")].set_index("figure")["value"]
+    assert own["bind"] == pytest.approx(0.9, abs=0.02)
+    assert own[["bind.level.1", "bind.level.2"]].mean() == pytest.approx(own["bind"])
+    assert own.filter(like="seed").mean() == pytest.approx(own["bind"])
+    assert own.filter(like="seed").index.tolist() == [f"bind.seed.{n}" for n in (0, 1, 2)]

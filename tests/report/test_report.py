@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from bench import record as store
 from bench.record import Record
 from report import front, load, page, plots, provenance, tables
-from report.columns import MISSING, Table
+from report.columns import AT_LEAST, MISSING, Table
 
 ROWS = [
     "srformer/64",
@@ -486,6 +486,16 @@ def test_provenance_lists_what_differs() -> None:
     assert "commit 0123456789, unknown." in said
     dirty = make("full", environment={**first.environment, "dirty": True})
     assert "0123456789 with changes" in provenance.sentence([dirty])
+
+
+def test_latex_is_ascii_for_any_engine_and_font() -> None:
+    shown = pd.DataFrame(
+        {"at 8\N{MULTIPLICATION SIGN}8": ["1 ± 2", MISSING, f"{AT_LEAST} 3", "a<b>~^"]}
+    )
+    latex = tables.to_latex(shown, caption=f"± {MISSING} \N{MULTIPLICATION SIGN}")
+    assert latex.isascii()
+    for one in (r"at 8$\times$8", r"1 $\pm$ 2", r"$\geq$ 3", r"a\textless{}b\textgreater{}"):
+        assert one in latex
 
 
 def test_latex_with_a_caption_is_a_float_that_escapes_it() -> None:
