@@ -1,4 +1,4 @@
-"""The table of pretrained classifiers."""
+"""The page of pretrained classifiers: its tables and its plot."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,22 @@ import pandas as pd
 
 from bench.record import Record
 from report.columns import Column, Table, Unit, decimals, number, table
+from report.load import Library, at, family, frame, size
+from report.plots import Plot, looks, losses, render
+from report.provenance import listed
+
+
+def are(records: Sequence[Record]) -> bool:
+    """Whether records are of classifiers."""
+    return bool(records) and records[0].model["method"] == "classifier"
+
+
+def loss(records: Sequence[Record]) -> list[Plot]:
+    """Return the plot of training losses; nothing where there are none."""
+    library = Library(list(records), frame(records))
+    style = looks([family(record) for record in records])
+    found = render("loss", "Training loss over steps", lambda: losses(library, style))
+    return [] if found.skipped else [found]
 
 
 def comparison(records: Sequence[Record]) -> Table:
@@ -24,7 +40,20 @@ def comparison(records: Sequence[Record]) -> Table:
         Column("key"),
     ]
     data = pd.DataFrame([_line(entry) for entry in records])
-    return table("classifiers", "Pretrained classifiers", data, columns)
+    return table("classifiers", "Pretrained classifiers", data, columns, [_about(records)])
+
+
+def _about(records: Sequence[Record]) -> str:
+    done = [one for one in records if one.evaluation]
+    images, split = (
+        listed(at(one, f"evaluation.{name}") for one in done) for name in ("images", "split")
+    )
+    folders = listed(at(one, "config.data.path") or "generated" for one in records)
+    sizes = listed(size(at(one, "flops.image_size")) for one in records if one.flops)
+    return (
+        f"Top-1 and top-5 are of {images} images of {split} ({folders}), with Wilson's interval;"
+        f" FLOPs are multiply-adds of one image of {sizes}."
+    )
 
 
 def _line(entry: Record) -> dict[str, object]:

@@ -94,7 +94,14 @@ def write(
         ) from error
     asked = Section("Probes", small_tasks.blocks(probes))
     shown = Section("Pictures", pictures.blocks(drawn or {}))
-    if records:
+    if classifiers.are(records):
+        sections = [
+            Section("Pretrained classifiers", [classifiers.comparison(records)]),
+            Section("Plots", classifiers.loss(records)),
+            _failures(records),
+            *_origin(records),
+        ]
+    elif records:
         sees = small_tasks.profile(probes)
         sections = [
             Section("Profile", profiled),
@@ -116,28 +123,31 @@ def write_suite(
         title: of the page.
         costs: of the rows at full size.
     """
-    if records and records[0].model["method"] == "classifier":
-        shown, path = [classifiers.comparison(records)], output / "classifiers.md"
-        text = f"# {shown[0].title}\n\n{tables.to_markdown(shown[0].shown)}"
-        path.write_text(text, encoding="utf-8")
-        where = str(path)
-    else:
-        probed, drawn = small_tasks.load(output), pictures.load(records, output)
-        path = write(records, output, title=title, costs=costs, probes=probed, drawn=drawn)
-        for found in answer.first(records, costs, small_tasks.profile(probed)):
-            print(answer.to_text(found))
-        shown = [*tables.comparison(records), *tables.searches(records)]
-        where = _both(path)
-    for table in shown:
-        print(tables.to_text(table.shown))
+    probed, drawn = small_tasks.load(output), pictures.load(records, output)
+    path = write(records, output, title=title, costs=costs, probes=probed, drawn=drawn)
+    show(records, costs, probed)
     failed = [entry for entry in records if entry.status == "failed"]
     for label, entry in zip(labels(records), records, strict=True):
         if entry in failed:
             print(f"{label}: failed, {(entry.error or {}).get('message')}")
     if failed:
         print("Failed rows are run again with --retry-failed.")
-    print(f"report: {where}")
+    print(f"report: {_both(path)}")
     return 1 if failed else 0
+
+
+def show(records: Sequence[Record], costs: Sequence[Record], probed: Sequence[Record]) -> None:
+    """Print the answer of records and their main tables; those of probes without any."""
+    if classifiers.are(records):
+        found = [classifiers.comparison(records)]
+    elif records:
+        for one in answer.first(records, costs, small_tasks.profile(probed)):
+            print(answer.to_text(one))
+        found = [*tables.comparison(records), *tables.searches(records)]
+    else:
+        found = small_tasks.tables(probed)
+    for table in found:
+        print(tables.to_text(table.shown))
 
 
 def write_folder(output: Path, *, title: str) -> Path:
@@ -278,8 +288,6 @@ def _sections(
     probes: Section,
     shown: Section,
 ) -> list[Section]:
-    named = zip(labels(records), records, strict=True)
-    failures = [(name, record) for name, record in named if record.status == "failed"]
     rows = seeds.merged(records)
     failed = sum(row.status == "failed" for row in rows)
     how_many = f"{len(rows)} row{'s' * (len(rows) != 1)}, of which {failed} failed."
@@ -316,7 +324,7 @@ def _sections(
         Section("How the numbers were counted", _counting(rows)),
         Section("Differences in configuration", [_DIFFERENT, different] if different else [_SAME]),
         Section("Environment", [provenance.environment(records)]),
-        Section("Failures", [block for name, one in failures for block in _failure(name, one)]),
+        _failures(records),
         run_again(records, "The same command again runs only what has no record yet."),
     ]
 
@@ -412,6 +420,12 @@ def _facts(parts: Sequence[Mapping[str, Any]], **names: str) -> str:
         if any(part.get(field) is not None for part in parts)
     ]
     return "; ".join(facts) or "not measured"
+
+
+def _failures(records: Sequence[Record]) -> Section:
+    named = zip(labels(records), records, strict=True)
+    failed = [(name, one) for name, one in named if one.status == "failed"]
+    return Section("Failures", [block for name, one in failed for block in _failure(name, one)])
 
 
 def _failure(name: str, record: Record) -> Iterable[Block]:

@@ -46,7 +46,7 @@ def costs(records: Sequence[Record]) -> Table:
             Column(f"predicted_{mode}_bytes", values=f"predicted_{mode}"),
             Column(
                 "",
-                f"{mode} {unit.symbol} (predicted)",
+                f"{mode} memory {unit.symbol} (predicted)",
                 partial(_memory, mode=mode, unit=unit),
                 optional=True,
             ),
@@ -88,7 +88,8 @@ def parts(record: Record) -> Table | None:
             Column(f"memory_{mode}_bytes", f"{mode} memory {{}}", unit=unit, optional=True),
             Column(f"latency_{mode}_s", f"{mode} {{}}", unit=Unit.MS, optional=True),
         ]
-    notes = ["Memory of a part is its peak above what was there before it ran."]
+    measured = data[[f"memory_{mode}_bytes" for mode in MODES]].notna().any(axis=None)
+    notes = ["Memory of a part is its peak above what was there before it ran."] * bool(measured)
     if phases := at(record, "latency.phases"):
         said = ", ".join(f"{name} {1e3 * of['median']:.1f} ms" for name, of in phases.items())
         notes.append(f"A training step by its phases: {said} (clipping is the optimizer's).")
@@ -232,7 +233,8 @@ def _rois(record: Record) -> str | None:
 
 
 def _notes(records: Sequence[Record]) -> list[str]:
-    notes = ["FLOPs are multiply-adds of one image, without the mask head."]
+    masked = any(record.model["method"] == "mask_rcnn" for record in records)
+    notes = [f"FLOPs are multiply-adds of one image{', without the mask head' * masked}."]
     kinds = {at(record, "memory.kind") for record in records} - {None, "", "not measured"}
     if kinds:
         notes.append(f"Peak memory is of a batch, measured as {', '.join(sorted(kinds))}.")

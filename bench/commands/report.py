@@ -31,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the report and print its table."""
-    from report import answer, load, page, pictures, probes, reference, tables
+    from report import load, page, pictures, probes, reference
 
     for folder in options.folders:
         if not folder.is_dir():
@@ -48,9 +48,6 @@ def run(options: argparse.Namespace) -> int:
     for folder in options.folders:
         drawn |= pictures.load(records, folder)
     path = page.write(records, output, title=options.title, costs=costs, probes=probed, drawn=drawn)
-    for found in answer.first(records, costs, probes.profile(probed)) if records else ():
-        print(answer.to_text(found))
-    for table in tables.comparison(records) if records else probes.tables(probed):
-        print(tables.to_text(table.shown))
+    page.show(records, costs, probed)
     print(f"report: {path} and {path.with_suffix('.html')}")
     return 0

@@ -411,6 +411,23 @@ def test_the_page_of_a_profile_begins_with_it_and_says_nothing_of_training(tmp_p
         assert absent not in text
 
 
+def test_the_page_of_classifiers_says_of_what_images_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = make("ViL")
+    found = {"split": "val", "images": 1000, "box": None, "top1": 71.23, "top5": 90.1}
+    found["top1_interval"] = {"top1": [69.8, 72.6]}
+    classifier = replace(one, model={**one.model, "method": "classifier"}, evaluation=found)
+    assert page.write_suite([classifier], tmp_path, title="Suite pretrain") == 0
+    text = (tmp_path / "index.md").read_text()
+    assert "Top-1 and top-5 are of 1000 images of val (generated)" in text
+    assert "image of 128\N{MULTIPLICATION SIGN}160." in text
+    for part in ("plots/loss.png", "Where it ran", "Run it again"):
+        assert part in text
+    assert "box" not in text
+    assert "71.2" in capsys.readouterr().out
+
+
 def test_a_loss_that_is_no_number_leaves_a_gap() -> None:
     losses = [{"step": step, "total": None if step > 20 else 2.0} for step in (10, 20, 30)]
     training = {"steps": 30, "seconds": 3.0, "losses": losses}
