@@ -90,7 +90,9 @@ def differences(library: Library) -> Table | None:
     for kind in KINDS:
         signed = decimals(1, sign=True)
         columns += [
-            Column(f"{kind}_difference", f"{kind} mAP", "", Unit.PERCENT, signed, optional=True),
+            Column(
+                f"{kind}_difference", f"{kind} mAP {{}}", "", Unit.PERCENT, signed, optional=True
+            ),
             *_interval_columns(kind, sign=True),
             Column(f"{kind}_verdict", f"{kind} verdict", optional=True),
         ]

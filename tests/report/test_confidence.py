@@ -75,7 +75,7 @@ def test_rows_are_told_apart_draw_by_draw() -> None:
     assert raw.loc["performer", "box_high"] == pytest.approx(-1 + 0.4, abs=0.15)
     assert "why not compared" not in table.shown
     shown = table.shown.set_index("row")
-    assert shown.loc["linformer", "box mAP"].startswith("+")
+    assert shown.loc["linformer", "box mAP %"].startswith("+")
     assert shown.loc["performer", "box 95% interval"].startswith("-")
 
 
