@@ -61,8 +61,8 @@ class NeighborhoodAttention(WindowedAttention):
         self.kernel, self.dilation, self.stride = kernel, dilation, stride
 
     def plan(self, grid: Grid) -> Plan:
-        # As many queries at a time as there are keys to one of them, in whole strides. A side of few
-        # such tiles is cut in two: tiles at a border and inside each need products of their own.
+        # As many queries at a time as there are keys to one of them, in whole strides. A side of
+        # few such tiles is cut in two: those at a border and inside need products of their own.
         longest = -(-max(grid) // self.dilation)
         tiles = -(-longest // self._strides(self.kernel))
         tile = self._strides(-(-longest // 2) if tiles in _FEW else self.kernel)

@@ -28,8 +28,8 @@ class RandomFeatureAttention(torch.autograd.Function):
     """What `FastAttention` computes, with features that live for one piece of the tokens at a time.
 
     Saved for the backward pass are queries, keys, values and the output, as by fused attention, and
-    the sums over keys in the same dtype. The features' constant factor cancels and is left out; `KERNEL_EPS` is added
-    to sums of features and not to each.
+    the sums over keys in the same dtype. The features' constant factor cancels and is left out;
+    `KERNEL_EPS` is added to sums of features and not to each.
 
     Shapes: qkv (B, N, 3 C), projection (F, M) -> (B, N, C).
     """
