@@ -29,14 +29,16 @@ class Recipe:
         lr: peak rate of mechanisms; a tenth of the steps warms up, a cosine falls to `last_lr` of
             it.
         row_lr: the same of rows.
+        row_steps: steps of rows, for each of mechanisms.
         images: evaluation images of each level.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
     batch_size: int = 8
     steps: float = 1.0
-    lr: float = 6e-3
-    row_lr: float = 3e-3
+    lr: float = 1.1e-2
+    row_lr: float = 4e-3
+    row_steps: float = 1.4
     last_lr: float = 0.05
     warm_up: float = 0.1
     betas: tuple[float, float] = (0.9, 0.98)
@@ -58,7 +60,7 @@ class Recipe:
             isinstance(value, float | int) and 0 <= value < 1 for value in self.betas
         ):
             raise InputError(f"betas={list(self.betas)} must be two numbers in [0, 1)")
-        for name in ("steps", "lr", "row_lr", "clip_norm"):
+        for name in ("steps", "lr", "row_lr", "row_steps", "clip_norm"):
             value = getattr(self, name)
             if not isinstance(value, float | int) or not 0 < value < float("inf"):
                 raise InputError(f"{name}={value!r} must be a positive number")

@@ -195,7 +195,7 @@ TASKS: Mapping[str, Task] = {
         "keys",
         (1, 2, 4, 8, 16, 32),
         bind,
-        220,
+        140,
     ),
     "regions": Task(
         "detail",
@@ -204,7 +204,7 @@ TASKS: Mapping[str, Task] = {
         "side of a block",
         (16, 8, 4, 2),
         regions,
-        220,
+        140,
         0.4,
     ),
     "bindup": Task(
@@ -214,7 +214,7 @@ TASKS: Mapping[str, Task] = {
         "keys",
         (1, 2, 4, 8),
         bindup,
-        220,
+        140,
     ),
     "majority": Task(
         "aggregation",
@@ -223,7 +223,7 @@ TASKS: Mapping[str, Task] = {
         "lead",
         (15,),
         majority,
-        100,
+        60,
     ),
 }
 """The tasks by name."""

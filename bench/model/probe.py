@@ -19,6 +19,9 @@ HEADS = 2
 MLP_RATIO = 2
 # The longest of the wavelengths of the positions, in cells over 2 pi.
 _LONGEST = 100.0
+# Weights of the embeddings at first, of what PyTorch draws. Where what a cell shows outweighs where
+# it is, two thirds of the steps do.
+_OF_CELLS, _OF_PLACES = 3.0, 0.5
 
 
 class ProbeModel(nn.Module):
@@ -31,7 +34,7 @@ class ProbeModel(nn.Module):
 
     def __init__(self, stages: Sequence[StageConfig]) -> None:
         super().__init__()
-        self.embed = nn.Linear(CHANNELS, stages[0].dim)
+        self.embed = _scaled(nn.Linear(CHANNELS, stages[0].dim), _OF_CELLS)
         grids = [(SIDE >> number, SIDE >> number) for number in range(len(stages))]
         self.stages = nn.ModuleList(map(_Stage, stages, grids))
         dims = [stage.dim for stage in stages]
@@ -57,7 +60,7 @@ class _Stage(nn.Module):
         self.num_global = spec.num_global
         self.tokens = nn.Parameter(0.02 * torch.randn(1, spec.num_global, spec.dim))
         self.register_buffer("sines", _sines(grid, spec.dim), persistent=False)
-        self.place = nn.Linear(spec.dim, spec.dim)
+        self.place = _scaled(nn.Linear(spec.dim, spec.dim), _OF_PLACES)
         self.blocks = nn.ModuleList(_Block(spec, index, grid) for index in range(spec.blocks))
         self.norm = nn.LayerNorm(spec.dim)
 
@@ -108,6 +111,13 @@ class _Merge(nn.Module):
         squares = x.unflatten(1, (side // 2, 2, side // 2, 2)).transpose(2, 3)
         merged: Tensor = self.proj(squares.flatten(3).flatten(1, 2))
         return merged
+
+
+def _scaled(layer: nn.Linear, factor: float) -> nn.Linear:
+    """The same, with its weight times `factor`."""
+    with torch.no_grad():
+        layer.weight *= factor
+    return layer
 
 
 def _to_cells(scores: Tensor) -> Tensor:

@@ -66,10 +66,9 @@ def train(subject: Subject, task: str, seed: int) -> Outcome:
     begun, recipe, asked = time.process_time(), subject.recipe, TASKS[task]
     torch.manual_seed(seed)
     model = ProbeModel(subject.stages).train()
-    steps = max(1, round(recipe.steps * asked.steps))
-    optimizer = _Optimizer(
-        model, recipe, steps, recipe.row_lr if subject.kind == ROW else recipe.lr
-    )
+    lr, share = (recipe.row_lr, recipe.row_steps) if subject.kind == ROW else (recipe.lr, 1.0)
+    steps = max(1, round(recipe.steps * share * asked.steps))
+    optimizer = _Optimizer(model, recipe, steps, lr)
     redrawing = [part for part in model.modules() if isinstance(part, Redrawing)]
     losses = []
     generator = torch.Generator().manual_seed(seed)
