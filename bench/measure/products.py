@@ -18,13 +18,15 @@ from bench.measure.formulas import is_complex, varying
 aten = torch.ops.aten
 # How products are made, kept, moved, added up and summed. What is multiplied in place has other
 # uses, as weighed features have.
-_FUSED = (aten.addcmul, aten.addcmul_)
+_MIXED = (aten.lerp, aten.lerp_)
+_FUSED = (aten.addcmul, aten.addcmul_, *_MIXED)
 _PRODUCTS = (aten.mul, *_FUSED)
 _COPIES = (aten.clone, aten._to_copy, aten.copy_)
-_MULTIPLES = (aten.mul, aten.div, *_COPIES)
+_MULTIPLES = (aten.mul, aten.div, aten.where, aten.masked_fill, *_COPIES)
 _JOINED = (aten.cat, aten.stack)
 _MOVED = (aten.roll, aten.constant_pad_nd, *_JOINED)
 _ADDED = (aten.add, aten.add_, aten.sub, aten.sub_, *_FUSED)
+_CONSTANTS = (aten.zeros, aten.zeros_like, aten.new_zeros, aten.zero_, aten.full, aten.full_like)
 _SUMS = (aten.sum, aten.mean, aten.nansum, aten.cumsum)
 # Products an element that are added up and yet no sum over neighbours: one of a gate, two where
 # positions are turned.
@@ -46,6 +48,16 @@ class Seen(NamedTuple):
     added: int = 0
 
 
+class _Chain:
+    """A sum of products as it goes on from tensor to tensor.
+
+    Attributes:
+        complete: whether something else read it, as each layer of a residual does.
+    """
+
+    complete = False
+
+
 @dataclass(frozen=True)
 class _Product:
     """Products that a tensor holds, each in an element, or added up there.
@@ -55,18 +67,21 @@ class _Product:
         each: multiply-adds of one, more than 1 of complex numbers.
         axes: those, counted from the last (-1), along which no factor is broadcast: a sum over
             others is one of a single tensor. None where they are not known.
-        is_sum: whether it is what a sum, element by element, has come to.
+        chain: the sum, element by element, that has come to it.
         counted: whether the products of that sum are counted, as are those that are still added.
         again: whether a factor is such a sum, as in a recurrence.
+        rescaled: that sum, if the other factor is one number for several of its elements, as an
+            online softmax rescales what it has added up.
         elements: of the additions of that sum, as long as it is not counted.
     """
 
     count: float
     each: int
     axes: frozenset[int] | None
-    is_sum: bool = False
+    chain: _Chain | None = None
     counted: bool = False
     again: bool = False
+    rescaled: "_Product | None" = None
     elements: float = 0
 
     def summed(self) -> Seen:
@@ -89,6 +104,7 @@ class _Product:
             count=self.count * share,
             elements=self.elements * share,
             axes=_axes_of_view(self.axes, tensor, other) if is_view else self.axes,
+            rescaled=self.rescaled and self.rescaled.seen_as(tensor, other, is_view=is_view),
         )
 
 
@@ -97,6 +113,8 @@ class Products:
 
     def __init__(self) -> None:
         self._held: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._chains: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._constants: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def see(self, func: Any, args: tuple[Any, ...], result: Any) -> Seen:
         """Follow one operator.
@@ -115,14 +133,21 @@ class Products:
                 return Seen()
             few = product.axes is None and product.count <= _FEW * results[0].numel()
             return Seen() if few else product.summed()
-        factors = tensors[-2:] if operator in _PRODUCTS and len(tensors) > 1 else []
-        made = _made(*factors, again=any(map(self._is_sum, factors))) if factors else None
+        for one in results if operator in _CONSTANTS or func._schema.is_mutable else ():
+            self._constants[one] = operator in _CONSTANTS
+        enough = 3 if operator in _FUSED else 2
+        factors = tensors[-2:] if operator in _PRODUCTS and len(tensors) >= enough else []
+        made = self._made(*factors) if factors else None
         goes_on = operator in (*_ADDED, *_MULTIPLES) or func.is_view
+        if operator is aten.mul_ and self._rescales(tensors[-1], tensors[0]):
+            goes_on, factors = True, []
         # A sum that something else reads is complete, as before each layer of a residual.
         for tensor in factors if goes_on else tensors:
-            for one in (tensor, tensor._base):
-                if one is not None and self._is_sum(one):
+            for one in (tensor, *([] if tensor._base is None else [tensor._base])):
+                if self._chain(one):
                     del self._held[one]
+                if one in self._chains and not goes_on:
+                    self._chains[one].complete = True
         is_copy = operator in _COPIES or torch.Tag.pointwise not in func.tags
         elements = 0 if is_copy else sum(out.numel() for out in results)
         if operator in _ADDED:
@@ -133,9 +158,32 @@ class Products:
                 elements = 0
         return Seen(elements=elements)
 
-    def _is_sum(self, tensor: Tensor) -> bool:
+    def _hold(self, tensor: Tensor, product: _Product) -> None:
+        self._held[tensor] = product
+        if product.chain:
+            self._chains[tensor] = product.chain
+
+    def _chain(self, tensor: Tensor) -> _Chain | None:
         product = self._held.get(tensor)
-        return product is not None and product.is_sum
+        return product and product.chain
+
+    def _rescales(self, factor: Tensor, total: Tensor) -> bool:
+        """Whether `total` is a sum that is multiplied by one number for several elements."""
+        return bool(self._chain(total)) and varying(factor) < varying(total)
+
+    def _made(self, left: Tensor, right: Tensor) -> _Product | None:
+        """The products of two tensors; none where they are one, or one is constant."""
+        constant = self._constants.get(left) or self._constants.get(right)
+        if constant or left is right or min(left.numel(), right.numel()) < 2:
+            return None
+        count = torch.broadcast_shapes(left.shape, right.shape).numel()
+        each = 4 if is_complex((left, right)) else 1
+        made = _Product(count, each, varying(left) & varying(right))
+        for one, other in ((left, right), (right, left)):
+            if self._chain(one) and not varying(one) < varying(other):
+                rescaled = self._held[one] if self._rescales(other, one) else None
+                made = replace(made, again=True, rescaled=rescaled)
+        return made
 
     def _carry(
         self, func: Any, tensors: Sequence[Tensor], made: _Product | None, out: Tensor
@@ -153,7 +201,9 @@ class Products:
         product = _merged(found, count=sum if operator in _JOINED else max)
         if operator is aten.stack:
             product = replace(product, axes=None)
-        self._held[out] = product
+        if made and not made.again:
+            product = replace(product, chain=None)
+        self._hold(out, product)
         whole = out._base
         if operator is aten.copy_ and whole is not None and tensors[-1]._base is not whole:
             # It was put in a part of another tensor.
@@ -170,37 +220,47 @@ class Products:
         elements: int,
     ) -> Seen:
         """Count products that are added up one after the other, once there are many."""
-        terms = tensors[:1] if operator in _FUSED else tensors
+        terms = tensors[:1] if operator in _FUSED and len(tensors) > 2 else tensors
         where = out._base if terms[0] is out and out._base is not None else out
+        weighed = operator in _MIXED and len(tensors) > 2
+        if weighed and self._chain(terms[0]) and not self._rescales(tensors[2], terms[0]):
+            terms = terms[:0]
         parts = [
             self._held[term].seen_as(term, out, is_view=False)
             for term in terms
             if term in self._held and not (term is out and where is not out)
         ]
         parts += [made] if made else []
-        parts = [part for part in parts if not part.again]
+        parts = _continued(parts, out)
         if where is not out and where in self._held:
             parts.append(self._held[where])
         if not parts:
             return Seen(elements=elements)
-        total = replace(_merged(parts, count=sum), is_sum=True)
+        total = replace(_merged(parts, count=sum), chain=_Chain())
         if operator not in _FUSED and len(parts) < len(terms):
             # Pooled, a residual with a gate is that of its parts.
             total = replace(total, axes=frozenset())
         if total.counted or total.count > _FEW * where.numel():
-            self._held[where] = replace(total, count=0, counted=True, elements=0)
+            self._hold(where, replace(total, count=0, counted=True, elements=0))
             return total.summed()
-        self._held[where] = replace(total, elements=total.elements + elements)
+        self._hold(where, replace(total, elements=total.elements + elements))
         return Seen(0, elements, elements)
 
 
-def _made(left: Tensor, right: Tensor, *, again: bool) -> _Product | None:
-    """The products of two tensors; none where they are one, or one is a number."""
-    if left is right or min(left.numel(), right.numel()) < 2:
-        return None
-    count = torch.broadcast_shapes(left.shape, right.shape).numel()
-    each = 4 if is_complex((left, right)) else 1
-    return _Product(count, each, varying(left) & varying(right), again=again)
+def _continued(parts: Sequence[_Product], out: Tensor) -> list[_Product]:
+    """What of the terms of an addition a sum goes on with.
+
+    That is a sum as it was rescaled, or the product by which it is moved to the next term, as in
+    `mean + weight * (term - mean)`. A recurrence begins anew with each addition.
+    """
+    moved = any(part.chain and not part.again for part in parts)
+    found = []
+    for part in parts:
+        if not part.again:
+            found.append(part)
+        elif part.rescaled and part.rescaled.chain and not part.rescaled.chain.complete:
+            found.append(_Product(out.numel(), part.each, part.axes) if moved else part.rescaled)
+    return found
 
 
 def _axes_of_view(
@@ -229,8 +289,9 @@ def _merged(products: Sequence[_Product], *, count: Any) -> _Product:
         count(product.count for product in products),
         max(product.each for product in products),
         None if None in axes else frozenset().union(*filter(None, axes)),
-        is_sum=any(product.is_sum for product in products),
+        chain=next((product.chain for product in products if product.chain), None),
         counted=any(product.counted for product in products),
         again=any(product.again for product in products),
+        rescaled=next((product.rescaled for product in products if product.rescaled), None),
         elements=count(product.elements for product in products),
     )

@@ -491,6 +491,33 @@ def without_a_softmax_of_all(q, around):
     return sum(e * v for e, v in terms) / sum(e for e, _ in terms)
 
 
+def online(add):
+    """What is added up is rescaled whenever there is a greater score."""
+
+    def product(q, around):
+        out, total = torch.zeros_like(q), torch.zeros_like(q[..., :1])
+        greatest = torch.full_like(total, -torch.inf)
+        for k, v in around:
+            score = (q * k).sum(-1, keepdim=True)
+            greater = torch.maximum(greatest, score)
+            scale, weight = (greatest - greater).exp(), (score - greater).exp()
+            total, greatest = total * scale + weight, greater
+            out = add(out, scale, weight, v, total)
+        return out / total
+
+    return product
+
+
+ONLINE = {
+    "online": lambda out, scale, weight, v, _: out * scale + weight * v,
+    "in place": lambda out, scale, weight, v, _: out.mul_(scale).add_(weight * v),
+    "fused": lambda out, scale, weight, v, _: torch.addcmul(weight * v, out, scale),
+    "borders": lambda out, scale, weight, v, _: (out * scale).where(scale > 0, out) + weight * v,
+    "mean": lambda out, _scale, weight, v, total: out + weight / total * (v - out),
+    "lerp": lambda out, _scale, weight, v, total: out.lerp(v, weight / total),
+}
+
+
 @pytest.mark.parametrize("neighbours", [3, 9, 25])
 @pytest.mark.parametrize(
     "product",
@@ -502,6 +529,7 @@ def without_a_softmax_of_all(q, around):
         put_in_a_buffer,
         by_pairs,
         without_a_softmax_of_all,
+        *(pytest.param(online(add), id=name) for name, add in ONLINE.items()),
     ],
 )
 def test_a_loop_over_neighbours_is_counted(product, neighbours):
@@ -529,11 +557,27 @@ def recurrence(x, y, scale):
     return torch.stack(found, 1)
 
 
+def rescaled_residual(x, y, scale):
+    for gate in (scale, y[..., :1], scale, scale):
+        x = x * gate + scale * F.layer_norm(x, x.shape[-1:])
+    return x.mean(1)
+
+
+def moved_to_each_token(x, y, _):
+    h, found = torch.zeros_like(x[:, 0]), []
+    for t in range(x.shape[1]):
+        h = h.lerp(x[:, t], y[:, t])
+        found.append(h)
+    return torch.stack(found, 1)
+
+
 @pytest.mark.parametrize(
     "run",
     [
         gated,
         recurrence,
+        rescaled_residual,
+        moved_to_each_token,
         # Positions turned, GELU, tokens mixed as RWKV does, and the mean of shifted copies.
         lambda x, y, _: x * y + torch.cat([-x[..., 4:], x[..., :4]], -1) * y.sin(),
         lambda x, *_: 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.045 * x * x * x))),
