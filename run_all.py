@@ -6,17 +6,17 @@ A row that has its record is not run again, so the same command continues what w
 import argparse
 import dataclasses
 import functools
+import gc
 import json
 import logging
 import os
-import signal
 import sys
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.system.interrupt import EXIT_CODE, ending_at_once
+from bench.system.interrupt import EXIT_CODE, SIGNALS, ending_at_once, raised_where_it_arrives
 
 with ending_at_once():
     from rich.console import Console
@@ -257,18 +257,18 @@ def main(arguments: Sequence[str] | None = None, prog: str = "run_all.py") -> in
     processes.end_with_parent()
     logs.tolerate_encoding()
     _set_up_logging()
-    # A preempted job gets SIGTERM; it ends as an interrupted one does. Not by way of SIGINT,
-    # which shells make processes in the background ignore.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     first = True
     try:
         options = parser().parse(given)
         choose(options.suite, (*suites(), SUITE), "suite")
-        if options.suite == SUITE:
-            return _probe(options, _command(given))
-        world = processes.world()
-        first = world.is_first
-        return _run(options, given, world)
+        # A preempted job gets SIGTERM; it ends as an interrupted one does. Not by way of SIGINT,
+        # which shells make processes in the background ignore.
+        with raised_where_it_arrives(*SIGNALS):
+            if options.suite == SUITE:
+                return _probe(options, _command(given))
+            world = processes.world()
+            first = world.is_first
+            return _run(options, given, world)
     except InputError as error:
         if first:
             print(f"{prog}: error: {error}", file=sys.stderr)
@@ -504,4 +504,7 @@ def _set_up_logging() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    # What libraries hold would be collected for seconds.
+    gc.freeze()
+    sys.exit(code)

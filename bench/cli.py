@@ -11,6 +11,7 @@ import math
 import os
 import pkgutil
 import re
+import signal
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ from bench import commands
 from bench.config.schema import METHODS, MODES, POSITIONS, PRECISIONS
 from bench.data import DataError
 from bench.errors import InputError, nearest
-from bench.system.interrupt import EXIT_CODE, ending_at_once
+from bench.system.interrupt import EXIT_CODE, ending_at_once, raised_where_it_arrives
 from bench.system.logs import tolerate_encoding
 
 PROG = "python -m bench"
@@ -115,7 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         while hasattr(command, "COMMANDS"):
             name = parser_of(prog, command).parse(words[:1]).command
             prog, command, words = f"{prog} {name}", command.COMMANDS[name], words[1:]
-        code: int = command.run(parser_of(prog, command).parse(words))
+        options = parser_of(prog, command).parse(words)
+        with raised_where_it_arrives(signal.SIGINT):
+            code: int = command.run(options)
     except InputError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.precision import MixedPrecision
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.config.schema import DataConfig, RunConfig, TrainConfig
 from bench.data.coco import CocoDataset
@@ -26,7 +28,7 @@ from bench.errors import InputError
 from bench.run.checkpoints import Checkpoints
 from bench.run.train import DivergedError, TrainingLog, train
 from bench.system.devices import make_fabric
-from bench.system.interrupt import EXIT_CODE, StopRequest
+from bench.system.interrupt import EXIT_CODE, StopRequest, raised_where_it_arrives
 
 ROOT = Path(__file__).parents[3]
 HERE = Path(__file__).parent
@@ -376,6 +378,48 @@ def test_a_second_signal_ends_at_once() -> None:
     _, status = os.waitpid(child, 0)
     assert os.WEXITSTATUS(status) == EXIT_CODE
     assert time.monotonic() - start < 10
+
+
+class Interrupted(TorchDispatchMode):
+    """Interrupts each operator, where an error can end the process."""
+
+    def __init__(self, done: list[str]) -> None:
+        super().__init__()
+        self.done = done
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        self.done.append("within")
+        return func(*args, **(kwargs or {}))
+
+
+def interrupted_operator(done: list[str]) -> None:
+    with Interrupted(done):
+        torch.ones(2)
+
+
+def interrupted_callback(done: list[str]) -> None:
+    done.append("within")
+    weakref.finalize(torch.ones(2), signal.raise_signal, signal.SIGINT)
+
+
+@pytest.mark.parametrize("interrupted", [interrupted_operator, interrupted_callback])
+def test_an_interrupt_is_neither_lost_nor_raised_within_an_operator(
+    interrupted: Callable[[list[str]], None],
+) -> None:
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    done: list[str] = []
+    try:
+        with raised_where_it_arrives(signal.SIGINT):
+            interrupted(done)
+            time.sleep(30)
+            done.append("lost")
+    except KeyboardInterrupt:
+        done.append("arrived")
+    finally:
+        after = signal.signal(signal.SIGINT, usual)
+    assert after is signal.default_int_handler
+    assert done == ["within", "arrived"]
 
 
 @pytest.mark.parametrize("command", [("-m", "bench"), (str(ROOT / "run_all.py"),)])
