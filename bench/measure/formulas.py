@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 aten = torch.ops.aten
 
+_UNTAGGED = "elementwise, without torch's tag"
 FREE = {
     "normalisation": (
         "native_layer_norm native_group_norm native_batch_norm _fused_rms_norm"
@@ -49,6 +50,7 @@ FREE = {
         " _sparse_compressed_tensor_unsafe _validate_sparse_compressed_tensor_args"
         " sparse_compressed_tensor sparse_mask _sparse_softmax _nnz _indices _values"
     ),
+    "questions": "equal is_same_size _has_same_storage_numel",
     "sorting": (
         "sort topk kthvalue median nanmedian mode histc bincount isin argsort searchsorted"
         " bucketize unique_consecutive _unique2"
@@ -61,19 +63,19 @@ FREE = {
         " slice_backward select_backward"
     ),
     "scans": "cumsum cumprod cummax cummin _cummax_helper _cummin_helper logcumsumexp",
-    "reductions": "var_mean std_mean aminmax linalg_vector_norm equal",
+    "reductions": "var_mean std_mean aminmax linalg_vector_norm",
     "random numbers": (
         "rand randn randint randperm rand_like randn_like randint_like bernoulli bernoulli_"
         " native_dropout uniform_ normal_ random_ exponential_ geometric_ multinomial normal"
     ),
-    "elementwise, without torch's tag": (
+    _UNTAGGED: (
         "glu hardswish leaky_relu log_sigmoid_forward _prelu_kernel rrelu_with_noise complex polar"
         " _weight_norm_interface mse_loss smooth_l1_loss binary_cross_entropy_with_logits"
     ),
     "creation": (
         "empty empty_like empty_strided empty_permuted new_empty new_empty_strided new_zeros"
         " new_ones new_full zeros zeros_like ones ones_like full full_like fill_ zero_ arange"
-        " linspace eye scalar_tensor tril_indices triu_indices"
+        " linspace eye scalar_tensor tril_indices triu_indices _efficientzerotensor"
     ),
 }
 """Operators of aten without products of matrices, by the reason, besides those that torch tags as
@@ -88,12 +90,24 @@ def is_free(operator: torch._ops.OpOverload) -> bool:
     if operator.is_view or any(tag in operator.tags for tag in _FREE_TAGS):
         return True
     space, _, name = operator.overloadpacket._qualified_op_name.partition("::")
-    if space == "aten" and name.endswith("_") and operator._schema.is_mutable:
+    other = _not_in_place(operator.overloadpacket)
+    if other is not None and name not in _FREE_NAMES:
         # Not all that write in place have the tags of those that do not, as hardswish_.
-        other = getattr(aten, name.removesuffix("_"), None)
-        if other is not None and name not in _FREE_NAMES:
-            return is_free(getattr(other, other.overloads()[0]))
+        return is_free(getattr(other, other.overloads()[0]))
     return space == "prim" or (space == "aten" and name in _FREE_NAMES)
+
+
+def is_elementwise(operator: torch._ops.OpOverload) -> bool:
+    """Whether it computes each element of its result from those at the same place."""
+    name = operator.overloadpacket.__name__
+    return torch.Tag.pointwise in operator.tags or name in FREE[_UNTAGGED].split()
+
+
+def _not_in_place(operator: Any) -> Any:
+    """The operator that does not write in place what this one does; None if this one does not."""
+    space, _, name = operator._qualified_op_name.partition("::")
+    writes = space == "aten" and name.endswith("_") and not name.endswith("__")
+    return getattr(aten, name.removesuffix("_"), None) if writes else None
 
 
 Shape = tuple[int, ...]
@@ -184,7 +198,8 @@ def formula_of(operator: Any) -> Callable[..., int | None] | None:
     """
     dense = _WRAPPED.get(operator) or flop_registry.get(operator)
     if dense is None:
-        return None
+        other = _not_in_place(operator)
+        return None if other is None else formula_of(other)
 
     def formula(*args: Any, out_val: Any, **kwargs: Any) -> int | None:
         sparse = [arg for arg in args if isinstance(arg, Tensor) and arg.layout != torch.strided]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from bench.measure.formulas import is_complex, varying
+from bench.measure.formulas import is_complex, is_elementwise, varying
 
 aten = torch.ops.aten
 # How products are made, kept, moved, added up and summed. What is multiplied in place has other
@@ -23,10 +23,21 @@ _FUSED = (aten.addcmul, aten.addcmul_, *_MIXED)
 _PRODUCTS = (aten.mul, *_FUSED)
 _COPIES = (aten.clone, aten._to_copy, aten.copy_)
 _MULTIPLES = (aten.mul, aten.div, aten.where, aten.masked_fill, *_COPIES)
-_JOINED = (aten.cat, aten.stack)
+_PUT = (
+    *(aten.stack, aten.index_put, aten.index_put_, aten.index_copy, aten.index_copy_),
+    *(aten.scatter, aten.scatter_, aten.slice_scatter, aten.select_scatter),
+)
+_JOINED = (aten.cat, *_PUT)
 _MOVED = (aten.roll, aten.constant_pad_nd, *_JOINED)
 _ADDED = (aten.add, aten.add_, aten.sub, aten.sub_, *_FUSED)
 _CONSTANTS = (aten.zeros, aten.zeros_like, aten.new_zeros, aten.zero_, aten.full, aten.full_like)
+_SCATTERED = (
+    *(aten.index_add, aten.index_add_, aten.scatter_add, aten.scatter_add_),
+    *(aten.index_reduce, aten.index_reduce_, aten.scatter_reduce, aten.scatter_reduce_),
+)
+# Axes that pooling adds up in, the last ones.
+_POOLS = {aten.avg_pool1d: 1, aten.avg_pool2d: 2, aten._adaptive_avg_pool2d: 2, aten.col2im: 2}
+_POOLS |= {aten.avg_pool3d: 3, aten._adaptive_avg_pool3d: 3}
 _SUMS = (aten.sum, aten.mean, aten.nansum, aten.cumsum)
 # Products an element that are added up and yet no sum over neighbours: one of a gate, two where
 # positions are turned.
@@ -127,18 +138,22 @@ class Products:
             [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
             for tree in (args, result)
         )
-        if operator in _SUMS:
+        if operator in _SUMS or operator in _POOLS:
             product = self._held.pop(args[0], None)
-            if product is None or not product.is_summed(args[0].dim(), *args[1:2]):
+            over = [range(-_POOLS[operator], 0)] if operator in _POOLS else args[1:2]
+            if product is None or not product.is_summed(args[0].dim(), *over):
                 return Seen()
-            few = product.axes is None and product.count <= _FEW * results[0].numel()
+            could_be_few = product.axes is None or operator in _POOLS
+            few = could_be_few and product.count <= _FEW * results[0].numel()
             return Seen() if few else product.summed()
         for one in results if operator in _CONSTANTS or func._schema.is_mutable else ():
             self._constants[one] = operator in _CONSTANTS
         enough = 3 if operator in _FUSED else 2
         factors = tensors[-2:] if operator in _PRODUCTS and len(tensors) >= enough else []
         made = self._made(*factors) if factors else None
-        goes_on = operator in (*_ADDED, *_MULTIPLES) or func.is_view
+        puts = operator in (aten.index_put, aten.index_put_)
+        is_added = operator in (*_ADDED, *_SCATTERED) or (puts and args[3:4] == (True,))
+        goes_on = is_added or operator in _MULTIPLES or _is_view(func)
         if operator is aten.mul_ and self._rescales(tensors[-1], tensors[0]):
             goes_on, factors = True, []
         # A sum that something else reads is complete, as before each layer of a residual.
@@ -148,9 +163,9 @@ class Products:
                     del self._held[one]
                 if one in self._chains and not goes_on:
                     self._chains[one].complete = True
-        is_copy = operator in _COPIES or torch.Tag.pointwise not in func.tags
+        is_copy = operator in _COPIES or not is_elementwise(func)
         elements = 0 if is_copy else sum(out.numel() for out in results)
-        if operator in _ADDED:
+        if is_added:
             return self._add_up(operator, tensors, made, results[0], elements)
         if goes_on or operator in _MOVED:
             held = [self._carry(func, tensors, made, out) for out in results]
@@ -191,7 +206,7 @@ class Products:
         """Remember what `out` holds: a view, a multiple, or what was moved or put together."""
         operator = func.overloadpacket
         found = [
-            self._held[tensor].seen_as(tensor, out, is_view=func.is_view)
+            self._held[tensor].seen_as(tensor, out, is_view=_is_view(func))
             for tensor in tensors
             if tensor in self._held
         ]
@@ -199,7 +214,7 @@ class Products:
         if not found:
             return None
         product = _merged(found, count=sum if operator in _JOINED else max)
-        if operator is aten.stack:
+        if operator in _PUT or (operator is aten.cat and _is_stack(tensors, out)):
             product = replace(product, axes=None)
         if made and not made.again:
             product = replace(product, chain=None)
@@ -226,7 +241,10 @@ class Products:
         if weighed and self._chain(terms[0]) and not self._rescales(tensors[2], terms[0]):
             terms = terms[:0]
         parts = [
+            # Where they are scattered, one element may get several.
             self._held[term].seen_as(term, out, is_view=False)
+            if operator in _ADDED
+            else self._held[term]
             for term in terms
             if term in self._held and not (term is out and where is not out)
         ]
@@ -245,6 +263,17 @@ class Products:
             return total.summed()
         self._hold(where, replace(total, elements=total.elements + elements))
         return Seen(0, elements, elements)
+
+
+def _is_view(func: Any) -> bool:
+    """Whether the result has the elements of the first argument, as a reshaped copy has too."""
+    return func.is_view or func.overloadpacket is aten._unsafe_view
+
+
+def _is_stack(parts: Sequence[Tensor], out: Tensor) -> bool:
+    """Whether tensors are put together along an axis in which each has one place."""
+    sides = zip(*(part.shape for part in parts), out.shape, strict=True)
+    return any(len(parts) == whole and {*each} == {1} for *each, whole in sides)
 
 
 def _continued(parts: Sequence[_Product], out: Tensor) -> list[_Product]:

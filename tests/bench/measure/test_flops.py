@@ -381,6 +381,12 @@ WRITTEN = {
         ),
         True,
     ),
+    "baddbmm in place": (
+        lambda q, k, v: torch.zeros_like(q).baddbmm_(
+            q.new_zeros(len(q), *[q.shape[1]] * 2).baddbmm_(q, k.mT).softmax(-1), v
+        ),
+        True,
+    ),
     "baddbmm": (
         lambda q, k, v: torch.baddbmm(v, torch.baddbmm(q.new_zeros(1), q, k.mT).softmax(-1), v),
         True,
@@ -427,6 +433,11 @@ def test_the_same_mathematics_costs_the_same(way):
 
 def squared_distances(q, k, v):
     return (-(q.unsqueeze(2) - k.unsqueeze(1)).pow(2).sum(-1)).softmax(-1) @ v
+
+
+def squared_by_a_loss(q, k, v):
+    pairs = torch.broadcast_tensors(q.unsqueeze(2), k.unsqueeze(1))
+    return (-F.mse_loss(*pairs, reduction="none").sum(-1)).softmax(-1) @ v
 
 
 def one_query_after_the_other(q, k, v):
@@ -479,6 +490,60 @@ def put_in_a_buffer(q, around):
     return buffer.sum(0)
 
 
+def put_by_indices(q, around):
+    buffer = q.new_zeros(len(around), *q.shape)
+    for place, (weight, (_, v)) in enumerate(zip(weights(q, around), around, strict=True)):
+        buffer[torch.tensor([place], device=q.device)] = (weight * v)[None]
+    return buffer.sum(0)
+
+
+def put_one_after_the_other(q, around):
+    parts = [w * v for w, (_, v) in zip(weights(q, around), around, strict=True)]
+    return torch.cat([part[None] for part in parts]).sum(0)
+
+
+def pooled(q, around):
+    parts = [w * v for w, (_, v) in zip(weights(q, around), around, strict=True)]
+    return F.avg_pool1d(torch.stack(parts, -1).flatten(1, 2), len(around)).view(q.shape)
+
+
+def copied(q, around):
+    parts = torch.cat([v for _, v in around]) * torch.cat(list(weights(q, around)))
+    return parts.view(len(around), *q.shape).mT.reshape(len(around), -1).sum(0).view(q.mT.shape).mT
+
+
+def scattered(add):
+    """As along the edges of a graph: each token gets what its neighbours send."""
+
+    def product(q, around):
+        sent = torch.cat([w * v for w, (_, v) in zip(weights(q, around), around, strict=True)], 1)
+        places = torch.arange(q.shape[1], device=q.device).repeat(len(around))
+        return add(torch.zeros_like(q), places, sent)
+
+    return product
+
+
+def scattered_in_turns(q, around):
+    out, places = torch.zeros_like(q), torch.arange(q.shape[1], device=q.device)
+    for weight, (_, v) in zip(weights(q, around), around, strict=True):
+        out.index_add_(1, places, weight * v)
+    return out
+
+
+SCATTERED = {
+    "index_add": lambda out, places, sent: out.index_add(1, places, sent),
+    "scatter_add": lambda out, places, sent: out.scatter_add_(
+        1, places[None, :, None].expand_as(sent), sent
+    ),
+    "scatter_reduce": lambda out, places, sent: out.scatter_reduce(
+        1, places[None, :, None].expand_as(sent), sent, "sum"
+    ),
+    "index_put": lambda out, places, sent: out[0].index_put_((places,), sent[0], accumulate=True)[
+        None
+    ],
+}
+
+
 def by_pairs(q, around):
     parts = [w * v for w, (_, v) in zip(weights(q, around), around, strict=True)]
     while len(parts) > 1:
@@ -529,6 +594,12 @@ ONLINE = {
         put_in_a_buffer,
         by_pairs,
         without_a_softmax_of_all,
+        put_by_indices,
+        put_one_after_the_other,
+        pooled,
+        copied,
+        scattered_in_turns,
+        *(pytest.param(scattered(add), id=name) for name, add in SCATTERED.items()),
         *(pytest.param(online(add), id=name) for name, add in ONLINE.items()),
     ],
 )
@@ -607,6 +678,7 @@ def test_recurrent_layers_are_counted():
     "product",
     [
         squared_distances,
+        squared_by_a_loss,
         one_query_after_the_other,
         multiplied_in_place,
     ],
