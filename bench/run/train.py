@@ -233,6 +233,9 @@ def train_task(
             progress(step, entry["total"])
             if stop:
                 raise KeyboardInterrupt(f"stopped after step {step}")
+    if request.requested:
+        # During the last step, after which no other one asks.
+        raise KeyboardInterrupt(f"stopped after step {training.log.steps}")
     # What is measured later is of the same size whether or not this process did the last step.
     optimizer.zero_grad(set_to_none=True)
     return model, training.log

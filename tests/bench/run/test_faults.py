@@ -343,25 +343,31 @@ def test_on_a_full_disk_the_checkpoints_before_stay(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+# In the middle of the third step, and of the last.
+@pytest.mark.parametrize(("told", "after"), [(5, 4), (2 * STEPS - 1, STEPS)])
 def test_told_to_stop_it_finishes_the_step_and_leaves_a_checkpoint(
-    dataset: CocoDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture, number: signal.Signals
+    dataset: CocoDataset,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    number: signal.Signals,
+    told: int,
+    after: int,
 ) -> None:
     def tell(call: int, loss: Tensor) -> Tensor:
-        # In the middle of the third step.
-        if call == 5:
+        if call == told:
             os.kill(os.getpid(), number)
         return loss
 
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(KeyboardInterrupt, match="stopped after step 4"):
+    with pytest.raises(KeyboardInterrupt, match=f"stopped after step {after}"):
         run(dataset, tmp_path, Meddled(tell), checkpoint_every=1000)
     assert "stopping after this step" in caplog.text
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
-    assert [path.name[:13] for path in tmp_path.iterdir()] == ["step-00000004"]
+    assert [path.name[:13] for path in tmp_path.iterdir()] == [f"step-{after:08}"]
     resumed, undisturbed = Meddled(), Meddled()
     log = run(dataset, tmp_path, resumed, checkpoint_every=1000)
     run(dataset, tmp_path / "undisturbed", undisturbed)
-    assert (log.resumed, resumed.calls) == (1, 2 * (STEPS - 4))
+    assert (log.resumed, resumed.calls) == (int(after < STEPS), 2 * (STEPS - after))
     assert same(weights(resumed), weights(undisturbed))
 
 
