@@ -209,7 +209,7 @@ def _context() -> "ForkServerContext | SpawnContext":
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(["bench.measure.forked_from", __name__])
     return context
 
 

@@ -428,6 +428,18 @@ def test_an_interrupt_is_neither_lost_nor_raised_within_an_operator(
     assert done == ["within", "arrived"]
 
 
+def test_ctrl_c_ends_what_workers_are_forked_from_in_silence() -> None:
+    meddled = "import bench.measure.forked_from, os, time; os.kill(os.getpid(), 2); time.sleep(30)"
+    done = subprocess.run(
+        [sys.executable, "-c", meddled],
+        env=ONE_THREAD,
+        capture_output=True,
+        timeout=100,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
+
+
 @pytest.mark.parametrize("command", [("-m", "bench"), (str(ROOT / "run_all.py"),)])
 def test_ctrl_c_while_libraries_are_imported_is_one_line(
     tmp_path: Path, command: tuple[str, ...]
