@@ -13,6 +13,8 @@ from pathlib import Path
 from bench.files import sha256
 
 _OURS = Path(__file__).resolve().parents[2]
+# Names of folders that one path is put together of, and that of its file.
+_DEPTH = 3
 _INSTALLED = tuple(
     Path(sysconfig.get_path(name)).resolve()
     for name in ("purelib", "platlib", "stdlib", "platstdlib")
@@ -39,7 +41,8 @@ def mechanism_sources(attention: str) -> list[Source]:
 
     They are the files that `file.py:Class` or `package.module:Class` names, the modules that these
     import from their own folder or package, or from elsewhere if it is not installed, theirs too,
-    and the files beside each that it names in a text. Mechanisms of this package have none: their
+    and the files that each names in texts: beside it, in folders that it names, or by an absolute
+    path. Mechanisms of this package have none: their
     version is the commit in the record.
 
     Args:
@@ -85,15 +88,13 @@ def _imported(path: Path) -> Iterator[Path]:
     # Where absolute names start: the folder beside the file, and the one its package lies in.
     top = path.parent
     while (top / "__init__.py").is_file():
+        if not any(map(top.is_relative_to, _INSTALLED)):
+            # It runs before the file does.
+            yield top / "__init__.py"
         top = top.parent
+    yield from _named(path.parent, tree)
     for node in ast.walk(tree):
-        # Settings, weights and kernels are read by the names that they have there.
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            beside = path.parent / node.value
-            with suppress(OSError, ValueError):
-                if beside.is_file() and not Path(node.value).is_absolute():
-                    yield beside.resolve()
-        elif isinstance(node, ast.Import):
+        if isinstance(node, ast.Import):
             for alias in node.names:
                 yield from _modules({path.parent, top}, alias.name)
         elif isinstance(node, ast.ImportFrom) and node.level:
@@ -105,8 +106,25 @@ def _imported(path: Path) -> Iterator[Path]:
                 yield from _modules({path.parent, top}, f"{node.module}.{alias.name}")
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             match node.args:
-                case [ast.Constant(value=str(name)), *_] if not name.startswith("."):
-                    yield from _modules({path.parent, top}, name)
+                case [ast.Constant(value=str(name)), *_]:
+                    level = len(name) - len(name.lstrip("."))
+                    roots = {path.parents[level - 1]} if level else {path.parent, top}
+                    yield from _modules(roots, name[level:])
+
+
+def _named(folder: Path, tree: ast.AST) -> Iterator[Path]:
+    """Settings, weights and kernels that are read by the names that they have in the source."""
+    constants = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    texts = [text for text in constants if isinstance(text, str) and text.strip("/.")]
+    folders = {folder}
+    for _ in range(_DEPTH):
+        for place in [place / text for place in folders for text in texts]:
+            with suppress(OSError, ValueError):
+                if place.is_dir():
+                    folders.add(place)
+                # What the system makes up as it is read, in /proc, has no size.
+                found = place.parent.glob(place.name) if place.name[:2] == "*." else [place]
+                yield from (one.resolve() for one in found if one.is_file() and one.stat().st_size)
 
 
 def _modules(roots: set[Path], name: str) -> Iterator[Path]:

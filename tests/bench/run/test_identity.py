@@ -206,11 +206,29 @@ def test_a_file_imports_from_beside_it_and_from_where_it_says(tmp_path: Path) ->
         attentions.find(other)
 
 
+def test_files_are_found_by_the_parts_of_their_paths(tmp_path: Path) -> None:
+    text = (
+        "from pathlib import Path\n"
+        "FOLDER, WEIGHTS = Path(__file__).parent / 'settings', Path('{}/kept/weights.pt')\n"
+        "READ = [*(FOLDER / 'deep').glob('*.json'), FOLDER / 'one.yaml', Path('/proc/cpuinfo')]\n"
+    )
+    for file in ("code/settings/deep/a.json", "code/settings/one.yaml", "kept/weights.pt"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("1")
+    (tmp_path / "code" / "settings" / "other.yaml").write_text("1")
+    name = mechanism(tmp_path / "code", text.format(tmp_path))
+    assert [source.name for source in mechanism_sources(name)] == [
+        *("helper.py", "mine.py", "settings/deep/a.json", "settings/one.yaml"),
+        "../kept/weights.pt",
+    ]
+
+
 def test_modules_of_a_package_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "pack_of_tests"
     (package / "inner").mkdir(parents=True)
     files = {
-        "__init__.py": "", "core.py": "import torch, json\nfrom .inner import part\n",
+        "__init__.py": "", "core.py": "import torch, json, importlib\nfrom .inner import part\n"
+        "importlib.import_module('.late', __package__)\n", "late.py": "",
         "inner/__init__.py": "from .. import other as o\n", "inner/part.py": "", "other.py": "",
         "aside.py": "",
     }  # fmt: skip
@@ -218,7 +236,9 @@ def test_modules_of_a_package_are_followed(tmp_path: Path, monkeypatch: pytest.M
         (package / name).write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     found = {source.name for source in mechanism_sources("pack_of_tests.core:X")}
-    assert found == {"core.py", "inner/__init__.py", "inner/part.py", "other.py"}
+    assert found == {
+        *("__init__.py", "core.py", "inner/__init__.py", "inner/part.py", "late.py", "other.py")
+    }
 
 
 def test_an_edited_mechanism_is_run_again_and_says_so(tmp_path: Path) -> None:
