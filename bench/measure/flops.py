@@ -13,7 +13,7 @@ biases, reductions, normalisation, softmax, pooling, interpolation, indexing, co
 random numbers and creation (`formulas.FREE`). Every other operator that ran without a formula is
 listed in `uncounted`, and the count is then incomplete. So are elementwise operators where their
 results hold far more elements than what is counted and what a module gets account for, as those of
-distances that are squared by hand.
+distances that are squared by hand, and threads that a module starts.
 
 A copy of the module runs on the meta device, so nothing is allocated or computed, whatever the size
 of the image, and nothing is left in the module. A mechanism that cannot run there, since it reads a
@@ -22,6 +22,8 @@ backbone that is still on the meta device.
 """
 
 import copy
+import sys
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -48,6 +50,8 @@ UNIT = "multiply-adds"
 WRITTEN_OUT = "aten.mul, aten.sum"
 # Elementwise operators among those that are not counted, by the elements of their results.
 ELEMENTWISE = "elements of elementwise operators"
+# Threads that a module starts, whatever runs in them.
+THREADS = "threads"
 # Such elements that may be left out: as a share of what is counted, and for each element that a
 # module gets; and those of sums with a product, as a recurrence adds up. No mechanism here that is
 # linear in its tokens has 70 each, or adds up more than a sixth of what is counted.
@@ -292,7 +296,7 @@ def _run(counter: "_Counter", run: Callable[[], object]) -> OperatorCount:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.compiler.set_stance("force_eager"), counter:
+        with torch.compiler.set_stance("force_eager"), _new_threads_marked(counter), counter:
             run()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -304,6 +308,22 @@ def _run(counter: "_Counter", run: Callable[[], object]) -> OperatorCount:
                 counter.uncounted[ELEMENTWISE] += elements
                 break
     return OperatorCount(by_part, dict(counter.uncounted), tuple(counter.notes))
+
+
+@contextmanager
+def _new_threads_marked(counter: "_Counter") -> Iterator[None]:
+    """A mode sees the operators of its own thread alone."""
+
+    def mark(*_: object) -> None:
+        sys.setprofile(None)
+        counter.uncounted[THREADS] += 1
+
+    before = threading.getprofile()
+    threading.setprofile(mark)
+    try:
+        yield
+    finally:
+        threading.setprofile(before)
 
 
 class _Counter(TorchDispatchMode):

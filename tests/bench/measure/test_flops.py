@@ -1,5 +1,7 @@
 import csv
 import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -660,6 +662,19 @@ def test_elementwise_work_is_neither_counted_nor_marked(run):
     x, y, scale = torch.zeros(2, 31, 8), torch.zeros(2, 31, 8), torch.zeros(8)
     counted = flops.count_operators(lambda: run(x, y, scale))
     assert (counted.total, counted.uncounted) == (0, {})
+
+
+def test_a_count_lacks_what_other_threads_do():
+    module = Attention()
+    own = module.product
+
+    def product(q, k, v):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(own, q, k, v).result()
+
+    module.product = product
+    assert flops.count_flops(module, grid=GRID).uncounted == {flops.THREADS: 1}
+    assert threading.getprofile() is None
 
 
 def test_parts_of_a_product_are_counted_once():
