@@ -25,6 +25,7 @@ FREE = {
     "pooling": (
         "avg_pool2d _adaptive_avg_pool2d max_pool2d_with_indices adaptive_max_pool2d"
         " avg_pool1d avg_pool3d _adaptive_avg_pool3d max_pool3d_with_indices max_unpool2d"
+        " fractional_max_pool2d"
     ),
     "interpolation": (
         "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact2d"
@@ -55,22 +56,19 @@ FREE = {
         "sort topk kthvalue median nanmedian mode histc bincount isin argsort searchsorted"
         " bucketize unique_consecutive _unique2"
     ),
-    "gradients of the above": (
-        "native_layer_norm_backward native_group_norm_backward native_batch_norm_backward"
-        " _softmax_backward_data _log_softmax_backward_data avg_pool2d_backward"
-        " _adaptive_avg_pool2d_backward max_pool2d_with_indices_backward embedding_dense_backward"
-        " upsample_nearest2d_backward upsample_bilinear2d_backward native_dropout_backward"
-        " slice_backward select_backward"
+    "gradients, besides those that are called as their operator": (
+        "_softmax_backward_data _log_softmax_backward_data embedding_dense_backward"
+        " log_sigmoid_backward nll_loss_forward nll_loss_backward"
     ),
     "scans": "cumsum cumprod cummax cummin _cummax_helper _cummin_helper logcumsumexp",
-    "reductions": "var_mean std_mean aminmax linalg_vector_norm",
+    "reductions": "var_mean std_mean aminmax linalg_vector_norm renorm",
     "random numbers": (
         "rand randn randint randperm rand_like randn_like randint_like bernoulli bernoulli_"
         " native_dropout uniform_ normal_ random_ exponential_ geometric_ multinomial normal"
     ),
     _UNTAGGED: (
         "glu hardswish leaky_relu log_sigmoid_forward _prelu_kernel rrelu_with_noise complex polar"
-        " _weight_norm_interface mse_loss smooth_l1_loss binary_cross_entropy_with_logits"
+        " linalg_cross _weight_norm_interface mse_loss smooth_l1_loss binary_cross_entropy_with_logits"
     ),
     "creation": (
         "empty empty_like empty_strided empty_permuted new_empty new_empty_strided new_zeros"
@@ -91,6 +89,9 @@ def is_free(operator: torch._ops.OpOverload) -> bool:
         return True
     space, _, name = operator.overloadpacket._qualified_op_name.partition("::")
     other = _not_in_place(operator.overloadpacket)
+    if space == "aten" and name.endswith("_backward"):
+        # What is no product of matrices has no gradient that is one.
+        other = getattr(aten, name.removesuffix("_backward"), None)
     if other is not None and name not in _FREE_NAMES:
         # Not all that write in place have the tags of those that do not, as hardswish_.
         return is_free(getattr(other, other.overloads()[0]))

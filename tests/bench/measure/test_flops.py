@@ -151,8 +151,11 @@ def test_sums_of_scaled_tokens_are_no_products():
     activations = (F.hardswish, F.glu, nn.PReLU(), F.logsigmoid)
     # Networks of others use them, in place.
     activations += (nn.Hardswish(inplace=True), nn.LeakyReLU(inplace=True), nn.RReLU(inplace=True))
+    activations += (nn.ReLU6(), nn.ELU(), nn.Softplus(), nn.Hardsigmoid(), nn.AdaptiveMaxPool1d(2))
+    leaf = x.clone().requires_grad_()
     for run in activations:
-        assert flops.count_operators(lambda run=run: run(x)).uncounted == {}
+        counted = flops.count_operators(lambda run=run: run(leaf * scale).sum().backward())
+        assert counted.uncounted == {}
 
 
 def test_operators_free_by_nature_are_not_listed():
