@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from faster_coco_eval.core import mask as mask_api
@@ -33,8 +33,12 @@ _LOOKED_AT_WHOLE, _LOOKED_AT = 2000, 200
 # An area or box that differs from its mask's by more is taken for a mistake, not for rounding.
 _AREA_FACTOR, _AREA_PIXELS = 2.0, 50.0
 _BOX_OVERLAP, _BOX_PIXELS = 0.5, 3.0
-# The share of boxes that has to fit better in another format before that is said.
+# The share of boxes that has to fit better in another format, or to lie beside their masks alike,
+# before that is said.
 _MANY = 0.5
+# Boxes whose edges are all off those of their masks by the same pixels lie beside them, from so
+# many boxes and pixels on; rounding moves a single edge by half a pixel.
+_BESIDE, _OFF, _ALIKE = 16, 0.75, 0.5
 
 # Kinds by Pillow's modes; RGB is the ordinary one.
 _MODES = {
@@ -134,10 +138,12 @@ def check(
         absent = {f.image for f in found if f.kind == "image missing"}
         decoding = decode and dataset.folder.is_dir()
         decoded = 0
-        for more, digest in _inspect(dataset, seen, absent, decode=decoding, workers=workers):
-            found += more
-            decoded += bool(digest)
-        found += [*_of_the_whole(dataset, found), *_unlisted(dataset)]
+        offsets = []
+        for one in _inspect(dataset, seen, absent, decode=decoding, workers=workers):
+            found += one.found
+            offsets.append(one.offsets)
+            decoded += bool(one.digest)
+        found += [*_of_the_whole(dataset, found, offsets), *_unlisted(dataset)]
         found += _other_classes(dataset, reports)
         reports.append(
             SplitReport(
@@ -169,19 +175,26 @@ def remarks(datasets: Iterable[CocoDataset]) -> list[str]:
         tally = Tally.of(dataset.tally)
         most = len(dataset) if len(dataset) <= _LOOKED_AT_WHOLE else _LOOKED_AT
         found: list[Finding] = []
-        for more, _ in _inspect(dataset, seen, set(), most=most):
-            found += more
-            error = next((f for f in more if f.is_error), None)
+        offsets = []
+        for one in _inspect(dataset, seen, set(), most=most):
+            found += one.found
+            offsets.append(one.offsets)
+            error = next((f for f in one.found if f.is_error), None)
             if error is not None:
                 raise InputError(f"{dataset.annotation_file}: {error.text}")
-        for one in [*found, *_of_the_whole(dataset, found)]:
-            tally.add(one)
+        for each in [*found, *_of_the_whole(dataset, found, offsets)]:
+            tally.add(each)
         part = "" if most == len(dataset) else f" (pixels of {most} of {len(dataset)} images)"
         lines += tally.lines(f"{dataset.annotation_file}{part}")
     return lines
 
 
-_Inspection = tuple[list[Finding], str]
+class _Inspection(NamedTuple):
+    """Of an image what is found, a digest of its file, and `_offsets`."""
+
+    found: list[Finding]
+    digest: str
+    offsets: NDArray[np.float64]
 
 
 class _Seen:
@@ -204,7 +217,7 @@ class _Seen:
 
 
 class _Inspections(Dataset[_Inspection]):
-    """For each image what is found in it and its annotations, and a digest of its file."""
+    """What is found in each image and its annotations."""
 
     def __init__(self, dataset: CocoDataset, absent: set[int | None], *, decode: bool) -> None:
         self.dataset, self.absent, self.decode = dataset, absent, decode
@@ -220,7 +233,7 @@ class _Inspections(Dataset[_Inspection]):
             digest = _inspect_file(self.dataset, entry, found)
         for annotation in annotations:
             found += _inspect_mask(annotation, entry)
-        return found, digest
+        return _Inspection(found, digest, _offsets(annotations, entry))
 
 
 def _inspect(
@@ -246,9 +259,10 @@ def _inspect(
     with Bar(f"checking {dataset.split}", count, console=console) as bar, clear_worker_errors():
         places = iter(chosen)
         for batch in loader:
-            for found, digest in batch:
+            for one in batch:
                 entry, _ = dataset.entry(next(places))
-                yield [*found, *(seen.again(dataset, entry, digest) if digest else ())], digest
+                again = seen.again(dataset, entry, one.digest) if one.digest else ()
+                yield one._replace(found=[*one.found, *again])
             bar.advance(len(batch))
 
 
@@ -332,6 +346,24 @@ def _inspect_mask(annotation: Entry, entry: Entry) -> Iterator[Finding]:
         yield finding(kind, area=area, pixels=pixels, **own)
 
 
+def _offsets(annotations: Iterable[Entry], entry: Entry) -> NDArray[np.float64]:
+    """How far the edges of boxes, (n, 4) as x1, y1, x2, y2, are off those of their outlines."""
+    found = []
+    for annotation in annotations:
+        outlined = annotation["segmentation"]
+        if isinstance(outlined, list):
+            # Not of its pixels, which are a rounding away from it.
+            points = np.concatenate([np.reshape(part, (-1, 2)) for part in outlined])
+            extent = np.concatenate([points.min(axis=0), points.max(axis=0)])
+        elif outlined is not None:
+            runs = outline(annotation, entry["height"], entry["width"])
+            extent = _corners(mask_api.toBbox(runs).tolist())
+        else:
+            continue
+        found.append(_corners(annotation["bbox"]) - extent)
+    return np.reshape(found, (-1, 4))
+
+
 def _corners(box: Sequence[float]) -> NDArray[np.float64]:
     x, y, width, height = box
     return np.array([x, y, x + width, y + height], dtype=float)
@@ -348,7 +380,9 @@ def _fits(box: NDArray[np.float64], extent: NDArray[np.float64], height: int, wi
     return common / max(both - common, 1e-9) >= _BOX_OVERLAP
 
 
-def _of_the_whole(dataset: CocoDataset, found: Sequence[Finding]) -> Iterator[Finding]:
+def _of_the_whole(
+    dataset: CocoDataset, found: Sequence[Finding], offsets: Sequence[NDArray[np.float64]]
+) -> Iterator[Finding]:
     """What only a whole split shows, from what was found in its parts."""
     deep = [f.values["top"] for f in found if f.kind == "16-bit image"]
     top = max(deep, default=dataset.deep_white)
@@ -361,10 +395,13 @@ def _of_the_whole(dataset: CocoDataset, found: Sequence[Finding]) -> Iterator[Fi
         f.values["format"] for f in found if f.kind == "box that does not fit its mask"
     )
     formats.pop("", None)
-    for format_, count in formats.most_common(1):
-        if count >= max(2, _MANY * dataset.num_annotations):
-            values = {"count": count, "all": dataset.num_annotations, "format": format_}
-            yield finding("boxes in another format than the masks", **values)
+    format_, count = formats.most_common(1)[0] if formats else ("", 0)
+    if count >= max(2, _MANY * dataset.num_annotations):
+        whole = dataset.num_annotations
+        kind = "boxes in another format than the masks"
+        yield finding(kind, count=count, all=whole, format=format_)
+    else:
+        yield from _beside(np.concatenate([np.empty((0, 4)), *offsets]))
     wrong = {f.image for f in found if f.annotation is not None and f.is_error}
     for kind, ids in (
         ("image without annotations", dataset.empty_images()),
@@ -376,6 +413,21 @@ def _of_the_whole(dataset: CocoDataset, found: Sequence[Finding]) -> Iterator[Fi
     names = Counter(name for _, name in dataset.categories)
     for name in (name for name, count in names.items() if count > 1):
         yield finding("class name used twice", name=repr(name), count=names[name])
+
+
+def _beside(offsets: NDArray[np.float64]) -> Iterator[Finding]:
+    """Whether boxes lie beside their masks or end before them, all alike."""
+    if len(offsets) < _BESIDE:
+        return
+    usual = np.median(offsets, axis=0)
+    alike = int((np.abs(offsets - usual).max(axis=1) <= _ALIKE).sum())
+    # Outlines through the middles of the outer pixels end a pixel before boxes around them.
+    off = np.abs(usual[:2]).max() >= _OFF or usual[2:].min() <= -_OFF
+    if off and alike >= _MANY * len(offsets):
+        edges = [f"{value + 0.0:+.1f}".removesuffix(".0") for value in usual]
+        begin, end = ", ".join(edges[:2]), ", ".join(edges[2:])
+        kind, whole = "boxes beside their masks", len(offsets)
+        yield finding(kind, count=alike, all=whole, begin=begin, end=end)
 
 
 def _unlisted(dataset: CocoDataset) -> Iterator[Finding]:

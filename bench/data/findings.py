@@ -74,6 +74,11 @@ KINDS: Mapping[str, Kind] = {
         "{count} of {all} boxes fit their masks if they are read as {format}",
         "taken as x, y, width, height",
     ),
+    "boxes beside their masks": Kind(
+        "{count} of {all} boxes begin {begin} and end {end} pixels (x, y) off their masks: are both"
+        " counted from the same first pixel?",
+        "both are used as they are",
+    ),
     "annotations with a score": Kind(
         "{count} of {all} annotations have a score, {under} of them under 1: are they predictions?",
         "taken as the truth",

@@ -479,6 +479,47 @@ def test_boxes_that_begin_at_1_are_suspected(tmp_path: Path) -> None:
     assert "begin at 1" not in " ".join(remarks([CocoDataset(tmp_path, "train2017")]))
 
 
+@pytest.mark.parametrize("runs", [False, True])
+@pytest.mark.parametrize(
+    ("moved", "said"),
+    [
+        ((1, 1, 0, 0), "begin +1, +1 and end +1, +1 pixels"),
+        ((0, -1, 0, 0), "begin +0, -1 and end +0, -1 pixels"),
+        ((0, 0, -1, -1), "begin +0, +0 and end -1, -1 pixels"),
+        ((5, 0, 0, 0), "begin +5, +0 and end +5, +0 pixels"),
+        ((0, 0, 0, 0), ""),
+        ((0.4, -0.4, 0, 0), ""),
+        # Contours run through the middles of pixels.
+        ((0, 0, 1, 1), ""),
+    ],
+)
+def test_boxes_beside_their_masks_are_suspected(
+    tmp_path: Path, moved: tuple[float, ...], said: str, runs: bool
+) -> None:
+    data = content(16)
+    draw = np.random.default_rng(0)
+    for number, one in enumerate(data["annotations"]):
+        x, y, w, h = draw.integers([4, 4, 8, 8], [20, 12, 30, 20]).tolist()
+        corners = [x, y, x + w, y, x + w, y + h, x, y + h]
+        one["segmentation"] = [corners]
+        if runs:
+            mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+            mask[y : y + h, x : x + w] = 1
+            lengths = np.diff(np.flatnonzero(np.diff(mask.T.ravel())) + 1, prepend=0).tolist()
+            counts = [*lengths, HEIGHT * WIDTH - sum(lengths)]
+            one["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": counts}
+        # Some boxes are drawn by hand.
+        loose = (-1, -2, 3, 3) if number % 4 == 0 else (0, 0, 0, 0)
+        one["bbox"] = [v + m + n for v, m, n in zip((x, y, w, h), moved, loose, strict=True)]
+        one["area"] = w * h
+    write(tmp_path, data)
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    found = [finding.text for finding in only(tmp_path).odd]
+    for texts in (lines, found):
+        off = [text.split(" boxes ")[1] for text in texts if "off their masks" in text]
+        assert [text.split(" (x")[0] for text in off] == [said] * bool(said)
+
+
 def test_files_whose_names_another_system_wrote_are_found(tmp_path: Path) -> None:
     data = content()
     names = ("bäum.png", "2.PNG", "3.png", "a.png")
