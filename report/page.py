@@ -34,6 +34,8 @@ from report.plots import Plot
 from report.provenance import listed, said
 
 HERE = Path(__file__).resolve().parent
+# What makes more than a paragraph of a line of Markdown that starts with it.
+_STARTS = re.compile(r"^(\d{0,9})(#{1,6} |[-+=>]|(?<=\d)[.)] )")
 
 
 @dataclass(frozen=True)
@@ -216,8 +218,9 @@ def write_tables(found: Iterable[Table], folder: Path, made: str = "") -> None:
     for table in found:
         base = folder / table.name
         notes = [*table.notes, *filter(None, [made])]
+        title = tables.in_markdown(table.title)
         _replace(base.with_suffix(".csv"), tables.to_csv(table.raw))
-        text = "\n\n".join([f"**{table.title}**", _markdown(table), *notes])
+        text = "\n\n".join([f"**{title}**", _markdown(table), *map(_paragraph, notes)])
         _replace(base.with_suffix(".md"), f"{text}\n")
         caption = " ".join([f"{table.title}.", *notes])
         latex = tables.to_latex(table.shown, caption=caption, label=table.name)
@@ -245,6 +248,8 @@ def _render(template: str, title: str, sections: Sequence[Section], made: str) -
         lstrip_blocks=True,
     )
     environment.filters["markdown"] = _markdown
+    environment.filters["inline"] = tables.in_markdown
+    environment.filters["paragraph"] = _paragraph
     environment.filters["classes"] = _classes
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     environment.filters["fence"] = _fence
@@ -262,6 +267,11 @@ def _classes(shown: pd.DataFrame) -> list[str]:
 
 def _markdown(table: Table) -> str:
     return tables.to_markdown(table.shown).strip()
+
+
+def _paragraph(text: str) -> str:
+    """A text as a paragraph of Markdown, which its first letters make no heading or list."""
+    return _STARTS.sub(r"\1\\\2", tables.in_markdown(text))
 
 
 def _fence(text: str) -> str:

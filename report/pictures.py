@@ -123,7 +123,12 @@ def sight(rows: Mapping[str, Mapping[str, Any]]) -> Figure:
         ax.set_title(f"{name}: {share:.0%}", loc="left")
     if drawn is not None:
         figure.colorbar(
-            drawn, ax=axes, location="bottom", aspect=40, label="gradient / largest gradient"
+            drawn,
+            ax=axes,
+            location="bottom",
+            aspect=40,
+            label="gradient / largest gradient",
+            format="%g",
         )
     return figure
 

@@ -56,6 +56,8 @@ _STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.6,
     "legend.frameon": False,
     "svg.hashsalt": "report",
+    # A name with dollars is not a formula.
+    "text.parse_math": False,
     "savefig.facecolor": "white",
 }
 

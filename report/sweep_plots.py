@@ -114,8 +114,8 @@ def _draw_row(
 
 
 def _label(data: pd.DataFrame, part: pd.DataFrame, quantity: str) -> str:
-    """Name and exponent of a row, and where it crosses full attention."""
-    parts = [str(part["label"].iloc[0])]
+    """Name and exponent of a row, and where it crosses full attention, with formulas."""
+    parts = [str(part["label"].iloc[0]).replace("$", r"\$")]
     fitted = growth_of(part, quantity)
     if fitted is not None:
         parts[0] += f" $\\propto p^{{{fitted.exponent:.2f}}}$"
@@ -186,7 +186,10 @@ def _draw_labels(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
     """Write each line's label beside the axes, at its height or as near as the others allow."""
     beside = ax.get_xlim()[1] * 1.05
     ends = sorted(ends, key=lambda end: end[1])
-    texts = [ax.text(beside, y, f" {text}", va="center", color="#222222") for _, y, text, _ in ends]
+    texts = [
+        ax.text(beside, y, f" {text}", va="center", color="#222222", parse_math=True)
+        for _, y, text, _ in ends
+    ]
     high = max((text.get_window_extent().height for text in texts), default=0.0)
     places = ax.transData.transform(np.array([(x, y) for x, y, _, _ in ends]).reshape(-1, 2))
     wanted: list[float] = places[:, 1].tolist()

@@ -37,6 +37,29 @@ WIDTH = 120
 PUBLISHED_SPLIT, PUBLISHED_IMAGES = "val2017", 5000
 PUBLISHED_MEMORY = "allocator"
 
+# What GitHub's Markdown takes for markup: anywhere, at the edge of a word, before a link or a name
+# of a character.
+_MARKDOWN = re.compile(
+    r"[|*`<~$\\]|(?<![^\W_])_|_(?![^\W_])|\[(?=[^\]]*\][(\[:])|&(?=#?\w+;)", flags=re.ASCII
+)
+_LATEX = {
+    **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    # After the end of a line they belong to it.
+    "[": "{[}",
+    "*": "{*}",
+    # What not every engine and font encoding has.
+    AT_LEAST: r"$\geq$",
+    "\N{MULTIPLICATION SIGN}": r"$\times$",
+    "\N{PLUS-MINUS SIGN}": r"$\pm$",
+    MISSING: "--",
+}
+
 # Latency, and of a training step.
 _LATENCIES = {"latency": "inference", "latency_training": "training step"}
 
@@ -218,7 +241,7 @@ def latencies(library: Library) -> Table | None:
         ),
         Column("images_per_second", "images/s", "latency_rate", Unit.ONE),
     ]
-    note = "Of 10 calls 9 take no longer than p90; `profile --what throughput` tries other batches."
+    note = "Of 10 calls 9 take no longer than p90; profile --what throughput tries other batches."
     return table("latencies", "Latency of inference", data, columns, [note])
 
 
@@ -353,7 +376,7 @@ def to_text(shown: pd.DataFrame, width: int = WIDTH) -> str:
 
 def to_markdown(shown: pd.DataFrame) -> str:
     """Return the table as a pipe table of GitHub's Markdown."""
-    cells = shown.map(lambda value: re.sub(r"([|*`<\\])", r"\\\1", " ".join(value.split())))
+    cells = shown.map(in_markdown).rename(columns=in_markdown)
     align = ["right" if is_numeric(shown[name]) else "left" for name in shown.columns]
     return cells.to_markdown(index=False, disable_numparse=True, colalign=align) + "\n"
 
@@ -365,15 +388,15 @@ def to_latex(shown: pd.DataFrame, *, caption: str = "", label: str = "") -> str:
     booktabs and adjustbox.
     """
     align = "".join("r" if is_numeric(shown[name]) else "l" for name in shown.columns)
-    plain = shown.map(lambda value: _latex(" ".join(value.split()))).rename(columns=_latex)
-    body = plain.to_latex(index=False, escape=False, column_format=align)
+    cells = shown.map(in_latex).rename(columns=in_latex)
+    body = cells.to_latex(index=False, escape=False, column_format=align)
     if not caption:
         return body
     lines = (
         "% Needs \\usepackage{booktabs,adjustbox}.",
         r"\begin{table*}",
         r"\centering",
-        rf"\caption{{{_latex(caption)}}}",
+        rf"\caption{{{in_latex(caption)}}}",
         rf"\label{{tab:{label}}}",
         r"\begin{adjustbox}{max width=\textwidth}",
         body.rstrip(),
@@ -395,19 +418,11 @@ def is_numeric(column: pd.Series) -> bool:
     return len(column) > 0 and bool(column.str.fullmatch(pattern).all())
 
 
-_NAMED = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    AT_LEAST: r"$\geq$",
-    "\N{MULTIPLICATION SIGN}": r"$\times$",
-    "\N{PLUS-MINUS SIGN}": r"$\pm$",
-    "\N{EN DASH}": "--",
-}
+def in_markdown(text: str) -> str:
+    """Return a text in one line of GitHub's Markdown that shows it as it is, within a line."""
+    return _MARKDOWN.sub(r"\\\g<0>", " ".join(text.split()))
 
 
-def _latex(text: str) -> str:
-    """Return text as LaTeX of any engine and font encoding writes it."""
-    return "".join(_NAMED.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)
+def in_latex(text: str) -> str:
+    """Return a text in one line of LaTeX that shows it as it is."""
+    return "".join(_LATEX.get(letter, letter) for letter in " ".join(text.split()))

@@ -43,7 +43,7 @@ def show(
 
     writers: dict[str, Callable[[Any], str]] = {
         "table": lambda t: f"{t.title}\n\n{tables.to_text(t.shown, WIDTH)}",
-        "markdown": lambda t: f"## {t.title}\n\n{tables.to_markdown(t.shown)}",
+        "markdown": lambda t: f"## {tables.in_markdown(t.title)}\n\n{tables.to_markdown(t.shown)}",
         "csv": lambda t: tables.to_csv(t.raw).rstrip(),
     }
     if form == "json":
@@ -52,7 +52,8 @@ def show(
         for table in shown:
             print(writers[form](table))
             for note in table.notes if form != "csv" else ():
-                print(textwrap.fill(note, WIDTH) if form == "table" else f"- {note}")
+                plain = form == "table"
+                print(textwrap.fill(note, WIDTH) if plain else f"- {tables.in_markdown(note)}")
             if form != "csv" or table is not shown[-1]:
                 print()
         if form == "table" and text:

@@ -67,7 +67,7 @@ def percentage(text: str) -> float:
 
 def run(options: argparse.Namespace) -> int:
     """Compare and print."""
-    from report import compare
+    from report import compare, tables
 
     found = compare.compare(_records(options.a), _records(options.b))
     limit = options.fail_over
@@ -87,7 +87,8 @@ def run(options: argparse.Namespace) -> int:
     else:
         markdown = options.format == "markdown"
         for line in _summary(found, options, regressions):
-            print(f"{line}\n" if markdown else textwrap.fill(line, _output.WIDTH))
+            text = f"{tables.in_markdown(line)}\n"
+            print(text if markdown else textwrap.fill(line, _output.WIDTH))
         table = compare.shown(found)
         if not len(table.shown):
             for note in table.notes:

@@ -1,5 +1,7 @@
 """The report over made-up records: twelve rows that look like a suite's."""
 
+import html
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from markdown_it import MarkdownIt
 from matplotlib.axes import Axes
 
 from bench import record as store
@@ -280,6 +283,48 @@ def test_formats_escape_what_would_break_them() -> None:
     assert r"\& 5\_\%" in latex
     assert r"\toprule" in latex
     assert r"box mAP \%" in latex
+
+
+NAMES = [
+    "<b>a</b>",
+    "a < b > c",
+    "R&D &amp; &lt;x>",
+    "_first_ __all__ in_between",
+    "a|b",
+    "c:\\new\\table",
+    "*x* `y` ~~z~~ 1~2~3",
+    "[a](b) [c] ![d](e)",
+    "$x$ and $\\frac$",
+    "{x}^2 #1 5%",
+    "- no list",
+    "# no heading",
+    "1. no number",
+    "> no quote",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_shown_as_they_are_in_markdown(name: str) -> None:
+    table = pd.DataFrame({name: [name], "AP": ["1.0"]})
+    reader = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    shown = reader.render(tables.to_markdown(table))
+    heading, _, cell, _ = re.findall(r"<t[hd].*?>(.*?)</t[hd]>", shown)
+    assert html.unescape(heading) == html.unescape(cell) == name
+    text = page._render("page.md.jinja", name, [page.Section(name, [name])], name)
+    first, made, second, block = reader.render(text).splitlines()
+    for shown, tag in ((first, "h1"), (made, "p"), (second, "h2"), (block, "p")):
+        assert html.unescape(shown) == f"<{tag}>{name}</{tag}>"
+
+
+def test_names_are_shown_as_they_are_in_latex_and_pictures(tmp_path: Path) -> None:
+    latex = tables.to_latex(pd.DataFrame({"a<b": ["[x] | c\\d > 1"], "*": ["*~^"]}), caption="e<f")
+    cell = r"{[}x] \textbar{} c\textbackslash{}d \textgreater{} 1"
+    assert rf"{cell} & {{*}}\textasciitilde{{}}\textasciicircum{{}} \\" in latex
+    assert r"a\textless{}b & {*} \\" in latex
+    assert r"\caption{e\textless{}f}" in latex
+    name = r"a$\frac$b"
+    page.write([make(name)], tmp_path, title=name)
+    assert (tmp_path / "plots" / "ranks.png").is_file()
 
 
 def test_libraries_never_share_a_table_or_plot(records: list[Record]) -> None:
