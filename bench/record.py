@@ -69,6 +69,8 @@ COSTS = "costs"
 """The folder beside `records` that holds records of what rows cost at full size."""
 
 _CODE = ("attentions", "bench", "configs", "run_all.py")
+# How the names of records end, see `write`.
+_OURS = re.compile(r"-[0-9a-f]{10}(-failed-\d+)?\.json$")
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -183,8 +185,13 @@ class Record:
                 f"{source} is not a record: missing {', '.join(missing) or 'nothing'},"
                 f" unknown {', '.join(unknown) or 'nothing'}"
             )
+        # Those that only write records do without pydantic.
+        from bench import sections
+
         try:
-            return cls(**values)
+            made = cls(**values)
+            sections.check(values)
+            return made
         except ValueError as error:
             raise InputError(f"{source} is not a record: {error}") from error
 
@@ -205,19 +212,26 @@ def read(path: Path) -> Record:
 
 
 def read_all(
-    paths: Iterable[Path], skipped: Callable[[InputError], object] = lambda _error: None
+    paths: Iterable[Path], skipped: Callable[[InputError], object] | None = None
 ) -> Iterator[Record]:
     """Yield the records in files, by the names of the files.
 
     Args:
-        skipped: called with the error of a file that cannot be read or holds no record. Whoever
-            looks for a record passes over such files; the report warns of them.
+        skipped: called with the error of a file that cannot be read or holds no record, as the
+            report warns of it. Without it such a file is passed over, but for one with a name that
+            `write` gives: what it holds would be made again, and then have no place.
+
+    Raises:
+        InputError: for such a file.
     """
     for path in sorted(paths):
         try:
             yield read(path)
         except InputError as error:
-            skipped(error)
+            if skipped is not None:
+                skipped(error)
+            elif _OURS.search(path.name):
+                raise InputError(f"{error}; restore it, or delete it to make it again") from error
 
 
 def newest(records: Iterable[Record]) -> list[Record]:
@@ -267,13 +281,26 @@ def read_latencies(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """Return the newest `latency` section of each record, by its row and key.
 
     Args:
-        folder: `latency` beside `records`; a file there that is not ours is passed over.
+        folder: `latency` beside `records`.
+
+    Raises:
+        InputError: for a file there that cannot be read or holds something else.
     """
+    from bench import sections
+
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        try:
             rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+            for row in rows:
+                sections.check({"latency": row["latency"]})
             found |= {(row["row"], row["key"]): dict(row["latency"]) for row in rows}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InputError(
+                f"{path} holds no latencies of rows ({why}); restore it, or delete it to measure"
+                " again"
+            ) from error
     return found
 
 

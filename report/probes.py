@@ -56,7 +56,7 @@ Scores = dict[str, NDArray[np.float64]]
 
 def load(folder: Path) -> list[Record]:
     """Return the records of probes in an output folder; mechanisms first, as they were planned."""
-    found = records_of.load(folder / FOLDER)
+    found = [one for one in records_of.load(folder / FOLDER) if "kind" in one.config]
     place = {row: number for number, row in enumerate(published()["row"])}
     return sorted(
         found,

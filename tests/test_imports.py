@@ -56,7 +56,18 @@ def test_imports_go_one_way(package):
 
 # The rooms of bench, each importing only of itself and of those before it; `integrations` stands on
 # `model`, and `conformance` on `measure`.
-LINE = ("errors", "files", "record", "config", "system", "data", "model", "measure", "run")
+LINE = (
+    "errors",
+    "files",
+    "sections",
+    "record",
+    "config",
+    "system",
+    "data",
+    "model",
+    "measure",
+    "run",
+)
 BRANCHES = {"conformance": "measure", "integrations": "model"}
 ABOVE = ("cli", "commands", "__main__", "__init__")
 

@@ -1,6 +1,9 @@
 """The report over made-up records: twelve rows that look like a suite's."""
 
+import functools
 import html
+import json
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +16,9 @@ import pytest
 from markdown_it import MarkdownIt
 from matplotlib.axes import Axes
 
+from bench import cli
 from bench import record as store
+from bench.errors import InputError
 from bench.record import Record
 from report import front, load, page, plots, provenance, tables
 from report.columns import AT_LEAST, MISSING, Table
@@ -325,6 +330,65 @@ def test_names_are_shown_as_they_are_in_latex_and_pictures(tmp_path: Path) -> No
     name = r"a$\frac$b"
     page.write([make(name)], tmp_path, title=name)
     assert (tmp_path / "plots" / "ranks.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (
+            "evaluation.box.AP",
+            [15.0],
+            "evaluation.box.AP is [15.0]: Input should be a valid number",
+        ),
+        ("evaluation.box.AP", "15", "evaluation.box.AP is '15': Input should be a valid number"),
+        ("evaluation.also", [{"split": "x"}], "evaluation.also.0.box"),
+        ("latency.inference.samples", 0.3, "latency.inference.samples is 0.3"),
+        ("flops.image_size", "128x160", "flops.image_size is '128x160'"),
+        ("memory.training", 1.5, "memory.training is 1.5"),
+        ("training.losses", {"total": 1}, "training.losses is {'total': 1}"),
+        ("config.train", [], "config.train is []"),
+        ("environment.packages", "torch", "environment.packages is 'torch'"),
+        ("model.drop_path", "0.1", "model.drop_path is '0.1'"),
+        ("created", "yesterday", "created is 'yesterday'"),
+        ("notes", [1], "notes.0 is 1"),
+    ],
+)
+def test_a_record_edited_by_hand_is_one_line(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+    value: Any,
+    said: str,
+) -> None:
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    store.write(make("full"), good / "records")
+    path = store.write(make("ViL", 1), bad / "records")
+    values = json.loads(path.read_text())
+    *above, last = place.split(".")
+    functools.reduce(operator.getitem, above, values)[last] = value
+    path.write_text(json.dumps(values))
+    assert cli.main(["recommend", str(bad)]) == 2
+    assert said in capsys.readouterr().err
+    for arguments in (["report", bad], ["compare", good, bad]):
+        assert cli.main(list(map(str, arguments))) == 2
+        assert "Traceback" not in capsys.readouterr().err
+    assert load.load(bad) == []
+    assert said in caplog.text
+    with pytest.raises(InputError, match="delete it to make it again"):
+        list(store.read_all((bad / "records").iterdir()))
+
+
+def test_latencies_edited_by_hand_are_named(tmp_path: Path) -> None:
+    record = make("full")
+    store.write(record, tmp_path / "records")
+    latency = {**(record.latency or {}), "inference": {"median": "3"}}
+    path = tmp_path / "latency" / "20250102T030405.json"
+    path.parent.mkdir()
+    rows = [{"row": record.row, "key": record.key, "latency": latency}]
+    path.write_text(json.dumps({"rows": rows}))
+    with pytest.raises(InputError, match=r"0405\.json .*latency\.inference\.median is '3'"):
+        load.load(tmp_path)
 
 
 def test_libraries_never_share_a_table_or_plot(records: list[Record]) -> None:

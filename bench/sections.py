@@ -1,0 +1,239 @@
+"""The parts of a record as types: what is read from a file is checked against them.
+
+Only what tables, plots and searches read is here; a part may have more.
+"""
+
+from collections.abc import Mapping
+from datetime import datetime
+from functools import cache
+from reprlib import repr as shortened
+from typing import Annotated, Any, Required
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
+
+Text = str | None
+# What was not finite is null.
+Real = float | None
+Whole = int | None
+Reals = dict[str, Real]
+_SIZE = list[int] | None
+
+
+@with_config(ConfigDict(strict=True))
+class _Train(TypedDict, total=False):
+    precision: str
+    init: Text
+
+
+@with_config(ConfigDict(strict=True))
+class _Config(TypedDict, total=False):
+    train: _Train
+    model: dict[str, Any]
+    data: dict[str, Any]
+    evaluate: dict[str, Any]
+    profile: dict[str, Any]
+
+
+class _Inputs(TypedDict, total=False):
+    mechanism: dict[str, str] | None
+    init: Text
+    data: dict[str, dict[str, Any] | None] | None
+
+
+class _Environment(TypedDict, total=False):
+    python: Text
+    platform: Text
+    cpu: Text
+    cores: Whole
+    memory_bytes: Whole
+    device: Text
+    packages: dict[str, Text]
+    threads: Whole
+    inputs: _Inputs | None
+    commit: Text
+    dirty: bool | None
+    command: Text
+
+
+class _Model(TypedDict, total=False):
+    backbone: str
+    method: str
+    library: str
+    library_version: Text
+    attention: str
+    arch: Text
+    drop_path: Real
+    schedule: Text
+    pretrain: Text
+
+
+class _Parameters(TypedDict, total=False):
+    total: Whole
+    by_part: Reals
+
+
+class _Difference(TypedDict, total=False):
+    attention: str
+    published: Real
+    actual: Real
+    reason: Text
+
+
+class _Published(TypedDict, total=False):
+    total: Whole
+    differences: list[_Difference]
+
+
+class _Flops(TypedDict, total=False):
+    unit: str
+    convention: str
+    image_size: _SIZE
+    proposals: Whole
+    total: Whole
+    by_part: Reals
+    by_operator: Reals
+    uncounted: dict[str, int]
+    notes: list[str]
+    published: _Published | None
+
+
+class _Measured(TypedDict, total=False):
+    unit: str
+    device: Text
+    batch_size: Whole
+    image_size: _SIZE
+    precision: Text
+
+
+class _Predicted(TypedDict, total=False):
+    total: Whole
+
+
+class _Memory(_Measured, total=False):
+    kind: str
+    inference: Whole
+    training: Whole
+    predicted: dict[str, _Predicted | None]
+    by_part: dict[str, Any]
+
+
+class _Times(TypedDict, total=False):
+    samples: list[float]
+    median: Real
+    q1: Real
+    q3: Real
+
+
+class _Latency(_Measured, total=False):
+    threads: Whole
+    inference: _Times | None
+    training: _Times | None
+    layers: _Times | None
+    group: dict[str, Text]
+    by_part: dict[str, Any]
+    notes: list[str]
+
+
+class _Training(TypedDict, total=False):
+    steps: Whole
+    seconds: Real
+    batch_size: Whole
+    images_per_second: Real
+    losses: list[Reals]
+    weights: dict[str, Any] | None
+    classes: list[Any] | None
+
+
+class _Interval(TypedDict, total=False):
+    AP: Annotated[list[Real], Field(min_length=2, max_length=2)] | None
+    level: Real
+
+
+class _Draws(TypedDict, total=False):
+    seed: Whole
+    resamples: Whole
+    box_AP: list[Real] | None
+    mask_AP: list[Real] | None
+
+
+class _Evaluation(TypedDict, total=False):
+    split: Required[str]
+    images: Whole
+    annotations_sha256: Text
+    box: Required[Reals | None]
+    mask: Reals | None
+    box_interval: _Interval | None
+    mask_interval: _Interval | None
+    bootstrap: _Draws | None
+
+
+class _Evaluated(_Evaluation, total=False):
+    also: list[_Evaluation]
+
+
+class _Error(TypedDict, total=False):
+    kind: str
+    message: str
+    traceback: Text
+
+
+class _Task(TypedDict):
+    asks: str
+    about: str
+    level: str
+    levels: list[Any]
+    asked: list[list[int]]
+    right: list[list[list[int]]]
+    losses: list[list[Real]]
+    seconds: list[float]
+
+
+class _Probes(TypedDict, total=False):
+    kind: str
+    seeds: list[int]
+    chance: float
+    tasks: dict[str, _Task]
+
+
+def _is_date(text: str) -> str:
+    datetime.fromisoformat(text)
+    return text
+
+
+@with_config(ConfigDict(strict=True))
+class Sections(TypedDict, total=False):
+    """The parts of a record that have parts of their own, and when it was made."""
+
+    created: Annotated[str, AfterValidator(_is_date)]
+    config: _Config
+    environment: _Environment
+    model: _Model
+    error: _Error | None
+    parameters: _Parameters | None
+    flops: _Flops | None
+    memory: _Memory | None
+    latency: _Latency | None
+    training: _Training | None
+    evaluation: _Evaluated | None
+    probes: _Probes | None
+    notes: list[str]
+
+
+@cache
+def _sections() -> TypeAdapter[Sections]:
+    return TypeAdapter(Sections)
+
+
+def check(values: Mapping[str, Any]) -> None:
+    """Compare the parts of a record with their types.
+
+    Raises:
+        ValueError: naming the first value of another type and where it stands.
+    """
+    try:
+        _sections().validate_python(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{place} is {shortened(first['input'])}: {first['msg']}") from error
