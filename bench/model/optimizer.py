@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from bench.config.schema import TrainConfig
+from bench.config.schema import CLASSIFIER, RunConfig, TrainConfig
 from bench.errors import InputError, choose, some
 
 # The published ones, by method.
@@ -45,17 +45,33 @@ def effective(config: TrainConfig, method: str) -> TrainConfig:
     )
 
 
-def scaling_note(config: TrainConfig) -> str | None:
-    """What `effective` scales, in a line; None where it scales nothing."""
-    if config.scale_from_batch in (None, config.batch_size):
-        return None
-    scaled = effective(config, "mask_rcnn")
-    return (
-        f"recipe for {config.scale_from_batch} images a step scaled to {config.batch_size} by the"
-        f" linear rule: rate {config.lr:g} to {scaled.lr:g}, steps {config.steps} to"
-        f" {scaled.steps}, warm-up {config.warmup_steps} to {scaled.warmup_steps}, milestones"
-        f" {list(config.milestones)} to {list(scaled.milestones)}"
-    )
+def schedule_notes(run: RunConfig) -> list[str]:
+    """Return what `effective` scales, and that a training ends within its warm-up; a line each."""
+    config, how, notes = run.train, run.classify, []
+    scaled = effective(config, run.model.method)
+    if run.model.method == CLASSIFIER and how.epochs is not None:
+        if how.warmup_epochs < how.epochs:
+            return []
+        return [
+            f"training ends within its warm-up (classify.epochs={how.epochs:g},"
+            f" classify.warmup_epochs={how.warmup_epochs:g}): the rate never reaches"
+            f" train.lr={scaled.lr:g}"
+        ]
+    if config.scale_from_batch not in (None, config.batch_size):
+        notes.append(
+            f"recipe for {config.scale_from_batch} images a step scaled to {config.batch_size} by"
+            f" the linear rule: rate {config.lr:g} to {scaled.lr:g}, steps {config.steps} to"
+            f" {scaled.steps}, warm-up {config.warmup_steps} to {scaled.warmup_steps}, milestones"
+            f" {list(config.milestones)} to {list(scaled.milestones)}"
+        )
+    if scaled.warmup_steps >= scaled.steps:
+        last = learning_rate(scaled.steps - 1, scaled)
+        notes.append(
+            f"training ends within its warm-up (train.steps={scaled.steps},"
+            f" train.warmup_steps={scaled.warmup_steps}): the rate ends at {last:.3g} and never"
+            f" reaches train.lr={scaled.lr:g}"
+        )
+    return notes
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

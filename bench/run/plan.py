@@ -23,7 +23,7 @@ from bench.measure.predict import NotPredictedError, predict
 from bench.measure.workload import COCO_CLASSES, Workload
 from bench.model import build as models
 from bench.model import classifier, detectors
-from bench.model.optimizer import effective, learning_rate, scaling_note
+from bench.model.optimizer import effective, learning_rate, schedule_notes
 from bench.system import devices
 
 UNKNOWN = "-"
@@ -123,8 +123,8 @@ def lines(planned: Sequence[Planned], measure_steps: int) -> list[str]:
         *_each(planned, lambda run: f"library: {run.library}, precision {run.recipe.precision}"),
     ]
     for run in planned:
-        note = None if _classifies(run) else scaling_note(run.config.train)
-        found += [line for line in (note, _rates(run)) if line and line not in found]
+        said = [*schedule_notes(run.config), _rates(run)]
+        found += [line for line in said if line not in found]
     found += _each(planned, _about_memory)
     if not measure_steps:
         return [*found, "time: --measure-steps N times training steps and predicts it"]

@@ -21,6 +21,7 @@ from bench.data.loader import clear_worker_errors
 from bench.measure.flops import NotCountedError, count_flops
 from bench.model import build as models
 from bench.model import classifier
+from bench.model.optimizer import schedule_notes
 from bench.model.weights import load_file, load_published, save_file
 from bench.run.evaluate import Progress
 from bench.run.runner import Run
@@ -42,6 +43,7 @@ class Pretraining(Run):
         self.images, val = classes.open_splits(root)
         self.splits: list[Any] = [val]
         self.recipe = classifier.recipe(self.config, len(self.images))
+        self.notes += schedule_notes(self.config)
         if self.step_log is not None:
             self.step_log.total = self.recipe.steps
 

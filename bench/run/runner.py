@@ -22,7 +22,7 @@ from bench.errors import InputError
 from bench.files import sha256
 from bench.measure.costs import flops_section, run_sections
 from bench.model import build as models
-from bench.model.optimizer import effective, scaling_note
+from bench.model.optimizer import effective, schedule_notes
 from bench.model.weights import load_detector, load_file, load_origin, save_file
 from bench.record import Record, error_section
 from bench.run.checkpoints import Checkpoints
@@ -527,8 +527,7 @@ def _checkpoints(config: RunConfig, identity: Identity, output: Path) -> Checkpo
 
 def _remarks(config: RunConfig, splits: Sequence[CocoDataset]) -> list[str]:
     """What a reader of the numbers should know before anything is trained."""
-    scaled = scaling_note(config.train)
-    remarks = [scaled] if scaled else []
+    remarks = schedule_notes(config)
     remarks += inputs.remarks(config, splits) if splits else []
     if config.data.fixed_size:
         size = "x".join(map(str, config.data.fixed_size))

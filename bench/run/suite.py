@@ -20,6 +20,7 @@ from bench.data import split
 from bench.errors import InputError
 from bench.files import check_writable
 from bench.measure import reference
+from bench.model.optimizer import schedule_notes
 from bench.record import Record
 from bench.run import identity, pictures, runner, timing
 from bench.run.identity import Standing
@@ -160,11 +161,12 @@ def survey(
             soft_wrap=True,
         )
     check_free(missing, output)
-    notes = list(dict.fromkeys(standing.note for standing in missing if standing.note))
+    notes = [standing.note for standing in missing if standing.note]
+    notes += [note for standing in missing for note in schedule_notes(standing.config)]
     if missing and check:
         configs = [standing.config for standing in missing]
         notes += split.check_data(configs, output, processes=processes)
-    for note in notes:
+    for note in dict.fromkeys(notes):
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     return standings
 

@@ -16,7 +16,7 @@ from bench.data.coco import CocoDataset
 from bench.data.generated import generate
 from bench.errors import InputError
 from bench.model.backbone import ViL
-from bench.model.optimizer import build_optimizer, effective, learning_rate, scaling_note
+from bench.model.optimizer import build_optimizer, effective, learning_rate, schedule_notes
 from bench.run.checkpoints import Checkpoints
 from bench.run.train import step_seed, train
 from bench.system.devices import make_fabric
@@ -121,10 +121,26 @@ def test_half_the_batch_takes_half_the_rate_and_twice_the_steps() -> None:
         assert learning_rate(2 * step, scaled) == pytest.approx(learning_rate(step, recipe) / 2)
     # It is the same whether it was scaled before or not.
     assert effective(scaled, "mask_rcnn") == scaled
-    note = scaling_note(config)
-    assert note is not None
+    (note,) = schedule_notes(RunConfig(train=config))
     assert "0.0001 to 5e-05" in note
-    assert scaling_note(recipe) is None
+    assert schedule_notes(RunConfig(train=recipe)) == []
+
+
+@pytest.mark.parametrize("steps", [200, 1000])
+def test_a_training_that_ends_within_its_warm_up_is_said(steps: int) -> None:
+    config = TrainConfig(steps=steps, lr=1e-4, warmup_steps=1000)
+    (note,) = schedule_notes(RunConfig(train=config))
+    assert f"train.steps={steps}, train.warmup_steps=1000" in note
+    assert f"ends at {learning_rate(steps - 1, config):.3g} and never reaches" in note
+    longer = dataclasses.replace(config, steps=1001)
+    assert schedule_notes(RunConfig(train=longer)) == []
+    # A small batch stretches both.
+    small = dataclasses.replace(config, steps=1000, batch_size=8, scale_from_batch=16)
+    (_, note) = schedule_notes(RunConfig(train=small))
+    assert "train.steps=2000, train.warmup_steps=2000" in note
+    (run,) = load_suite("pretrain", rows=["full"], overrides=["classify.epochs=5"]).runs
+    (note,) = schedule_notes(run)
+    assert "classify.epochs=5, classify.warmup_epochs=5" in note
 
 
 def groups_of(model: nn.Module, config: TrainConfig) -> dict[str, tuple[float, float]]:
