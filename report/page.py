@@ -153,12 +153,18 @@ def show(records: Sequence[Record], costs: Sequence[Record], probed: Sequence[Re
 
 
 def write_folder(output: Path, *, title: str) -> Path:
-    """Write the page of all that an output folder has, and return its `index.md`."""
+    """Write the page of all that an output folder has, and return its `index.md`.
+
+    Args:
+        output: the folder.
+        title: of the page, where the folder has no suite.
+    """
     records = load(output)
+    suites = listed(record.suite for record in records)
     return write(
         records,
         output,
-        title=title,
+        title=f"Suite {suites}" if records else title,
         costs=reference.load(output),
         probes=small_tasks.load(output),
         drawn=pictures.load(records, output),

@@ -401,6 +401,22 @@ def test_probes_are_a_suite_and_a_section_of_a_page(
     assert cli.main(["report", output]) == 0
 
 
+def test_probes_in_the_folder_of_a_suite_leave_its_page(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(ROOT / "results/measured/cpu-2-cores/quick", output)
+    for path in output.glob("records/*.json"):
+        if not path.name.startswith(("vil-", "full-")):
+            path.unlink()
+    assert cli.main(["report", str(output), "--title", "Suite quick"]) == 0
+    before = (output / "index.md").read_text()
+    tiny = ["steps=0.02", "images=4", "seeds=[0]", "--output", str(output)]
+    assert cli.main(["probe", "--attention", "identity", *tiny]) == 0
+    page = (output / "index.md").read_text()
+    headings = [line for line in page.splitlines() if line.startswith("#")]
+    assert headings == [line for line in before.splitlines() if line.startswith("#")]
+    assert "Suite quick" in headings[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
