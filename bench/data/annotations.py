@@ -230,6 +230,8 @@ class AnnotationReader:
         if not kept:
             self._say(raw, "annotation without a valid polygon")
             return None
+        if all(min(polygon) >= -1 and max(polygon) <= 1 for polygon in kept):
+            self._say(raw, "mask within the first pixel")
         return kept
 
     def _is_polygon(self, raw: Entry, polygon: list[Any], image: Entry) -> bool | None:

@@ -327,6 +327,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         count = self.num_annotations
         kinds = {
             "boxes that look like fractions": "box smaller than a pixel",
+            "polygons that look like fractions": "mask within the first pixel",
             "boxes that look like corners": "box over the image's edge",
         }
         for kind, single in kinds.items():

@@ -57,6 +57,11 @@ KINDS: Mapping[str, Kind] = {
         "{count} of {all} boxes are smaller than a pixel: are they fractions of the image?",
         "taken as pixels",
     ),
+    "polygons that look like fractions": Kind(
+        "{count} of {all} masks lie within the first pixel: are their polygons fractions of the"
+        " image?",
+        "taken as pixels",
+    ),
     "boxes that look like percentages": Kind(
         "all {all} boxes end within the first 100 pixels of larger images: are they percentages?",
         "taken as pixels",
@@ -133,6 +138,7 @@ KINDS: Mapping[str, Kind] = {
     "box smaller than a pixel": Kind("has the box {box}", "used as it is"),
     "crowd outlined by polygons": Kind("is a crowd and has polygons", "it is a crowd"),
     "marked 'ignore'": Kind("is marked 'ignore'", "only 'iscrowd' is read; it counts"),
+    "mask within the first pixel": Kind("has a mask within the first pixel", "used as it is"),
     "mask without a pixel": Kind(
         "has a mask without a pixel", "its box is used, with an empty mask"
     ),
@@ -177,6 +183,7 @@ KINDS: Mapping[str, Kind] = {
 # What is said of a whole split, and the kinds of single places that then need no line.
 _COVERED = {
     "boxes that look like fractions": ("box smaller than a pixel", "mask without a pixel"),
+    "polygons that look like fractions": ("mask within the first pixel", "mask without a pixel"),
     "boxes that look like corners": ("box over the image's edge",),
     "no masks at all": ("annotation without a segmentation",),
 }

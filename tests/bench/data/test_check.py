@@ -444,6 +444,26 @@ def test_boxes_of_another_format_are_suspected(
     assert len(suspected) == len({f.text for f in only(tmp_path).odd if " of 4 boxes " in f.text})
 
 
+@pytest.mark.parametrize("pairs", [False, True])
+def test_polygons_as_shares_of_the_image_are_suspected(tmp_path: Path, pairs: bool) -> None:
+    data = content()
+    for a in data["annotations"]:
+        a["segmentation"] = [[0.17, 0.12, 0.5, 0.12, 0.5, 0.43, 0.17, 0.43]]
+        if pairs:
+            a["segmentation"] = [[[0.17, 0.12], [0.5, 0.12], [0.5, 0.43]]]
+    write(tmp_path, data)
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    (said,) = [line for line in lines if "fractions" in line]
+    assert "4 of 4 masks lie within the first pixel: are their polygons fractions" in said
+    assert not any("without a pixel" in line for line in lines)
+    for a in data["annotations"][1:]:
+        a["segmentation"] = [POLYGON]
+    (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(data))
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    assert any("1 of: mask within the first pixel (annotations 101)" in line for line in lines)
+    assert not any("fractions" in line for line in lines)
+
+
 def test_percentages_are_suspected(tmp_path: Path) -> None:
     data = content(16)
     for image, a in zip(data["images"], data["annotations"], strict=True):
