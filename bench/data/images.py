@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -91,18 +92,23 @@ def read(
             not known or beyond `white`.
     """
     try:
-        with _limit(expected), Image.open(path if raw is None else io.BytesIO(raw)) as image:
+        # Given its name, Pillow maps TIFF into memory by its upright size, not by the stored one.
+        opened: IO[bytes] = path.open("rb") if raw is None else io.BytesIO(raw)
+        with opened as file, _limit(expected), Image.open(file) as image:
             # Before the pixels are read, which empties the list.
             cut = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
             orientation = _orientation(image)
-            turn = _UPRIGHT.get(orientation)
+            # TIFF is turned as it is loaded, and then says so.
+            image.load()
+            turn = _UPRIGHT.get(_orientation(image))
             upright = image if turn is None else image.transpose(turn)
             rgb, top = _to_rgb(upright, white)
+            turned = orientation > 4
             return Picture(
                 pixels=pil_to_tensor(rgb),
                 mode=image.mode,
                 orientation=orientation,
-                stored=(image.height, image.width),
+                stored=(rgb.width, rgb.height) if turned else (rgb.height, rgb.width),
                 animated=bool(getattr(image, "is_animated", False)),
                 top=top,
                 cut=cut and image.mode not in DEEP_MODES,

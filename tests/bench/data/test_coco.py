@@ -613,7 +613,7 @@ def test_pixels_of_unknown_range_are_refused(tmp_path: Path, values: np.ndarray)
         put(tmp_path, Image.fromarray(values), "odd.tif")
 
 
-@pytest.mark.parametrize("name", ["turned.png", "turned.jpg"])
+@pytest.mark.parametrize("name", ["turned.png", "turned.jpg", "turned.tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(tmp_path: Path, name: str, orientation: int) -> None:
     """The top of the scene is white and so is its left edge; the file holds it turned."""
