@@ -33,6 +33,9 @@ _LOOKED_AT_WHOLE, _LOOKED_AT = 2000, 200
 # An area or box that differs from its mask's by more is taken for a mistake, not for rounding.
 _AREA_FACTOR, _AREA_PIXELS = 2.0, 50.0
 _BOX_OVERLAP, _BOX_PIXELS = 0.5, 3.0
+# An area within the first share of its box's is that of the box, where the mask leaves more than
+# the second free; polygons that share more than that of their mask do so on purpose.
+_ROUNDED, _SPARE = 0.01, 0.05
 # The share of boxes that has to fit better in another format, or to lie beside their masks alike,
 # before that is said.
 _MANY = 0.5
@@ -344,6 +347,15 @@ def _inspect_mask(annotation: Entry, entry: Entry) -> Iterator[Finding]:
         whole = area == height * width
         kind = "area of the whole image" if whole else "area that does not fit its mask"
         yield finding(kind, area=area, pixels=pixels, **own)
+    elif annotation["segmentation"] is not None:
+        around = float(np.prod(annotation["bbox"][2:]))
+        if abs(area - around) <= _ROUNDED * around and around - pixels > _SPARE * around:
+            yield finding("area of the box", area=area, pixels=pixels, **own)
+    parts = annotation["segmentation"]
+    if isinstance(parts, list) and len(parts) > 1:
+        shared = float(mask_api.area(mask_api.frPyObjects(parts, height, width)).sum()) - pixels
+        if shared > _SPARE * pixels:
+            yield finding("polygons within each other", pixels=shared, **own)
 
 
 def _offsets(annotations: Iterable[Entry], entry: Entry) -> NDArray[np.float64]:
@@ -413,6 +425,11 @@ def _of_the_whole(
     names = Counter(name for _, name in dataset.categories)
     for name in (name for name, count in names.items() if count > 1):
         yield finding("class name used twice", name=repr(name), count=names[name])
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault("".join(name.split()).casefold(), name)
+        if other != name:
+            yield finding("class names alike", name=f"class {name!r}", other=other)
 
 
 def _beside(offsets: NDArray[np.float64]) -> Iterator[Finding]:

@@ -42,6 +42,7 @@ Categories = tuple[tuple[int, str], ...]
 
 # A share of boxes that ordinary data does not come near.
 _MANY, _FEW, _SOME = 0.1, 0.01, 2
+_SECTIONS = ("images", "annotations", "categories")
 _ONE_OBJECT = "annotations are one JSON object with lists images, annotations and categories"
 _PERCENT = 100
 
@@ -421,6 +422,20 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+def _twice(raw: bytes) -> set[str]:
+    """The names that stand twice in an object, of any depth."""
+    found: set[str] = set()
+
+    def pairs(values: list[tuple[str, Any]]) -> dict[str, Any]:
+        once = dict(values)
+        if len(once) < len(values):
+            found.update(name for name in once if sum(name == key for key, _ in values) > 1)
+        return once
+
+    json.loads(raw, object_pairs_hook=pairs)
+    return found
+
+
 def _read(path: Path) -> tuple[dict[str, Any], str]:
     try:
         raw = path.read_bytes()
@@ -433,6 +448,10 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
         lines = text.startswith("Extra data")
         hint = f"; {_ONE_OBJECT}, not lines of objects" if lines else ""
         raise InputError(f"{path} is not valid JSON: {text}{hint}") from error
+    for section in _SECTIONS:
+        # Of two lists of one name the last is kept.
+        if raw.count(f'"{section}"'.encode()) > 1 and section in _twice(raw):
+            raise InputError(f"{path} has two lists {section!r}; {_ONE_OBJECT}, each once")
     if not isinstance(content, dict):
         what = "a list, as files of detections are" if isinstance(content, list) else "no object"
         raise InputError(f"{path} holds {what}; {_ONE_OBJECT}")

@@ -145,6 +145,14 @@ KINDS: Mapping[str, Kind] = {
     "box that does not fit its mask": Kind(
         "has the box {box}, but its mask's is {extent} (x, y, width, height)", _BOTH_USED
     ),
+    "polygons within each other": Kind(
+        "has polygons that share {pixels:g} pixels",
+        "they are added: what is meant as a hole is filled",
+    ),
+    "area of the box": Kind(
+        "has the area of its box, {area:g}, but its mask has {pixels:g} pixels",
+        "the area decides whether it counts as small, medium or large",
+    ),
     "area of the whole image": Kind(
         "has the area of its whole image, {area:g}, but its mask has {pixels:g} pixels",
         "the area decides whether it counts as small, medium or large",
@@ -163,6 +171,9 @@ KINDS: Mapping[str, Kind] = {
         "it keeps its label; its AP is left out of the mean",
     ),
     "class name used twice": Kind("is the name of {count} classes", "they stay apart"),
+    "class names alike": Kind(
+        "differs from {other!r} in case or blanks alone", "they are two classes"
+    ),
     "file that no image names": Kind("is named by no image", "not used"),
     "black-and-white image": Kind(_MODE, _GREY),
     "grey image": Kind(_MODE, _GREY),

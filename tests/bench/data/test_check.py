@@ -464,6 +464,38 @@ def test_polygons_as_shares_of_the_image_are_suspected(tmp_path: Path, pairs: bo
     assert not any("fractions" in line for line in lines)
 
 
+def test_what_areas_holes_and_names_make_of_a_mask_is_said(tmp_path: Path) -> None:
+    data = content()
+    data["categories"][1]["name"] = "Train "
+    outer = [10, 5, 30, 5, 30, 17, 20, 17, 10, 11]
+    inner = [14, 7, 26, 7, 26, 11, 14, 11]
+    first, second, *_ = data["annotations"]
+    # The area is that of the box, whose corner the mask leaves out.
+    first["segmentation"] = [outer]
+    second |= {"segmentation": [POLYGON, inner], "area": 240 - 48}
+    write(tmp_path, data)
+    found = {(f.kind, f.annotation, f.name) for f in only(tmp_path).odd}
+    assert found == {
+        ("area of the box", 101, ""),
+        ("polygons within each other", 102, ""),
+        ("class names alike", None, "class 'Train '"),
+    }
+    assert len(remarks([CocoDataset(tmp_path, "train2017")])) == 3
+
+
+def test_a_list_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
+    """As where files were put together as text; Python keeps the last one alone."""
+    write(tmp_path, content())
+    path = tmp_path / "annotations" / "instances_train2017.json"
+    text = path.read_text()
+    path.write_text(f'{text[:-1]}, "annotations": []}}')
+    with pytest.raises(InputError, match="has two lists 'annotations'"):
+        CocoDataset(tmp_path, "train2017")
+    # What annotations say of themselves is theirs.
+    path.write_text(text.replace('"iscrowd": 0', '"iscrowd": 0, "images": 1'))
+    assert len(CocoDataset(tmp_path, "train2017")) == 4
+
+
 def test_percentages_are_suspected(tmp_path: Path) -> None:
     data = content(16)
     for image, a in zip(data["images"], data["annotations"], strict=True):
