@@ -21,6 +21,8 @@ DEEPEST = 65535
 # Pillow's limit guards against files from strangers; `read` has the annotation file's word.
 _MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 0
 _ORIENTATION = 0x0112
+# A tag of TIFF, of which Pillow heeds the value below in grey of 8 bits alone.
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
 # How an image is put upright, by its EXIF orientation; 1 is upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -102,7 +104,8 @@ def read(
             image.load()
             turn = _UPRIGHT.get(_orientation(image))
             upright = image if turn is None else image.transpose(turn)
-            rgb, top = _to_rgb(upright, white)
+            inverted = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+            rgb, top = _to_rgb(upright, white, inverted=inverted)
             turned = orientation > 4
             return Picture(
                 pixels=pil_to_tensor(rgb),
@@ -176,8 +179,12 @@ def _orientation(image: Image.Image) -> int:
     return value if value in _UPRIGHT else 1
 
 
-def _to_rgb(image: Image.Image, white: int) -> tuple[Image.Image, int]:
-    """The image in RGB, and its highest value where that is of 16 bits."""
+def _to_rgb(image: Image.Image, white: int, *, inverted: bool) -> tuple[Image.Image, int]:
+    """The image in RGB, and its highest value where that is of 16 bits.
+
+    Args:
+        inverted: whether 0 is white, of 16 bits.
+    """
     if image.mode == "F":
         raise ValueError("the range of floating-point pixels is not known; 8 or 16 bit are needed")
     top = 0
@@ -189,6 +196,7 @@ def _to_rgb(image: Image.Image, white: int) -> tuple[Image.Image, int]:
             raise ValueError(f"pixels of {low} to {top}, which are not of 8 or 16 bit")
         if top > white:
             raise ValueError(f"pixels up to {top}; data.deep_white={white} must not be less")
+        values = white - values if inverted else values
         image = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
     # Straight to RGB, Pillow warns of the transparency that it drops.
     rgb = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")

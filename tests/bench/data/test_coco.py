@@ -605,6 +605,14 @@ def test_deep_grey_is_scaled(tmp_path: Path, name: str, top: int) -> None:
         np.testing.assert_allclose(channel, values / 257.0, atol=0.5)
 
 
+def test_deep_grey_whose_white_is_0_is_no_negative(tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.uint16)
+    white_is_zero = {262: 0}
+    image = Image.fromarray(65535 - values)
+    pixels = put(tmp_path, image, "negative.tif", tiffinfo=white_is_zero)
+    np.testing.assert_allclose(pixels[0], values / 257.0, atol=0.5)
+
+
 @pytest.mark.parametrize(
     "values", [np.full((HEIGHT, WIDTH), 0.5, np.float32), np.full((HEIGHT, WIDTH), -1, np.int32)]
 )
