@@ -247,12 +247,9 @@ def _figures(sections: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The first of some sections, with the mean of their figures."""
     found = dict(sections[0])
     for kind in KINDS:
-        parts = [section.get(kind) for section in sections]
-        if all(parts):
-            found[kind] = {
-                name: _average([(part or {}).get(name) for part in parts])
-                for name in parts[0] or ()
-            }
+        parts = [section.get(kind) or {} for section in sections]
+        means = {name: _average([part.get(name) for part in parts]) for name in parts[0]}
+        found[kind] = means if all(parts) else None
     return found
 
 

@@ -43,6 +43,11 @@ def test_a_row_is_the_mean_of_its_seeds() -> None:
     (table,) = tables.comparison(trained)
     assert table.raw["row"].tolist() == ["ViL"]
     assert seeds.merged([row]) == [row]
+    # Of masks that one seed lacks there is no mean.
+    last = trained[2]
+    boxes = replace(last, evaluation={**(last.evaluation or {}), "mask": None})
+    (row,) = seeds.merged([*trained[:2], boxes])
+    assert (row.evaluation or {})["mask"] is None
 
 
 def test_what_is_no_seed_of_the_same_row_stays_apart() -> None:
