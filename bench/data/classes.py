@@ -10,6 +10,7 @@ training, as for detection.
 
 import functools
 import io
+import os
 import random
 import tarfile
 from collections.abc import Iterator
@@ -100,10 +101,27 @@ def _folders(folder: Path) -> tuple[tuple[str, ...], list[tuple[Place, int]]]:
         reader: Any = create_reader("", root=str(folder))
     except RuntimeError as error:
         raise InputError(f"{folder}: no images in folders of classes; {error}") from error
-    own = tuple(reader.class_to_idx)
-    if "" in own:
-        raise InputError(f"{folder}: images must lie in a folder for each class")
-    return own, [((str(path), 0, -1), label) for path, label in reader.samples]
+    # Of the folder of each image its way from here; none where a program hid it from view.
+    below: dict[str, Path | None] = {}
+    kept: list[tuple[str, int]] = []
+    for path, label in reader.samples:
+        parent, name = os.path.split(path)
+        if parent not in below:
+            place = Path(parent).relative_to(folder)
+            hidden = any(part.startswith(".") for part in place.parts)
+            below[parent] = None if hidden else place
+        if below[parent] is not None and not name.startswith("."):
+            kept.append((path, label))
+    used = {label for _, label in kept}
+    own = tuple(name for name, label in reader.class_to_idx.items() if label in used)
+    places = [place for place in below.values() if place is not None]
+    depths = {len(place.parts) for place in places}
+    if 0 in depths or len(depths) > 1 or len(places) > len(own):
+        deepest = max(places, key=lambda place: len(place.parts))
+        which = f", not in {deepest}" if len(deepest.parts) > 1 else ""
+        raise InputError(f"{folder}: images must lie in a folder for each class{which}")
+    number = {reader.class_to_idx[name]: place for place, name in enumerate(own)}
+    return own, [((path, 0, -1), number[label]) for path, label in kept]
 
 
 def _shards(shards: list[Path]) -> tuple[tuple[str, ...], list[tuple[Place, int]]]:

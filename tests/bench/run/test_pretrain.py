@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from timm.data.distributed_sampler import RepeatAugSampler
 
 import run_all
@@ -319,6 +320,24 @@ def test_wrong_input_is_one_line(words, said, tmp_path, capsys):
     assert said in error
     assert "\n" not in error
     assert error.startswith("python -m bench pretrain: error: ")
+
+
+def test_hidden_files_are_no_images_and_folders_within_no_classes(tmp_path):
+    """Jupyter and macOS leave copies; timm's reader takes the innermost folder for the class."""
+    picture = Image.new("RGB", (8, 8))
+    for place in ("a/1.png", "b/2.png", ".ipynb_checkpoints/1.png", "a/.ipynb_checkpoints/1.png"):
+        (tmp_path / "train" / place).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / "train" / place)
+    (tmp_path / "train" / "a" / "._1.png").write_bytes(b"attributes")
+    found = classes.ClassDataset(tmp_path, "train")
+    assert found.classes == ("a", "b")
+    assert [(Path(place[0]).name, label) for place, label in found.samples] == [
+        ("1.png", 0), ("2.png", 1),
+    ]  # fmt: skip
+    (tmp_path / "train" / "a" / "more").mkdir()
+    picture.save(tmp_path / "train" / "a" / "more" / "3.png")
+    with pytest.raises(InputError, match=r"a folder for each class, not in a.more"):
+        classes.ClassDataset(tmp_path, "train")
 
 
 def test_validation_of_other_classes_is_refused(tmp_path):
