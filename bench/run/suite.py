@@ -143,6 +143,9 @@ def survey(
         check: read the data of the rows that are to be run.
     """
     check_writable(output)
+    # What could not be read after the last run is said before the first.
+    record.read_latencies(output / record.LATENCIES)
+    list(record.read_all((output / record.COSTS).rglob("*.json")))
     standings = identity.survey(suite.runs, output, retry_failed=retry_failed)
     missing = [standing for standing in standings if standing.record is None]
     have, rows = len(standings) - len(missing), len({run.row for run in suite.runs})
