@@ -205,7 +205,7 @@ def _timed(records: Iterable[Record], output: Path) -> list[Record]:
 
 
 def ordered(records: Iterable[Record]) -> list[Record]:
-    """Return `records` in the order of the tables; see `load`."""
+    """Return `records` in the order of the tables, see `load`; copies of one count once."""
     known = published()["row"].tolist()
     place = {row: number for number, row in enumerate(known)}
 
@@ -222,7 +222,11 @@ def ordered(records: Iterable[Record]) -> list[Record]:
             record.key,
         )
 
-    return sorted(records, key=position)
+    once: list[Record] = []
+    for record in sorted(records, key=position):
+        if record not in once[-1:]:
+            once.append(record)
+    return once
 
 
 def published() -> pd.DataFrame:

@@ -5,6 +5,7 @@ import html
 import json
 import operator
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -200,6 +201,13 @@ def test_load_takes_the_newest_success(tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text(one.to_json())
     assert [record.created for record in load.load(tmp_path)] == [times[1]]
+
+
+def test_a_copied_folder_adds_no_rows(tmp_path: Path) -> None:
+    save([make("ViL"), make("global", 1)], tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    found = [one for name in ("run", "copy") for one in load.load(tmp_path / name)]
+    assert [record.row for record in load.ordered(found)] == ["global", "ViL"]
 
 
 def test_load_leaves_out_a_corrupt_file_with_a_warning(
