@@ -68,7 +68,8 @@ FREE = {
     ),
     _UNTAGGED: (
         "glu hardswish leaky_relu log_sigmoid_forward _prelu_kernel rrelu_with_noise complex polar"
-        " linalg_cross _weight_norm_interface mse_loss smooth_l1_loss binary_cross_entropy_with_logits"
+        " _weight_norm_interface mse_loss smooth_l1_loss binary_cross_entropy_with_logits"
+        " linalg_cross"
     ),
     "creation": (
         "empty empty_like empty_strided empty_permuted new_empty new_empty_strided new_zeros"
