@@ -8,8 +8,8 @@ columns apart. `stride` (Hassani et al., "Generalized Neighborhood Attention",
 https://arxiv.org/abs/2504.16922, section 3.1): tokens in steps of `s` share the window of the
 token in their middle. Cost with windows of one size: `2 (P (2k - 1)² + g N + g P) C` at most for
 attention, with `P` grid tokens, since a tile of `k x k` queries is multiplied with all keys that
-one of them sees (tiles are up to twice as wide on grids of at most `4k` tokens a side); and
-`4 N C²` for projections.
+one of them sees (or `8 x 8` queries on grids of at most 16 tokens a side); and `4 N C²` for
+projections.
 
 Deviations: a window is as large as the grid where that is smaller, which published code refuses.
 Global tokens are an extension of ours, by longformer's rule: each grid token attends to them too,
@@ -26,8 +26,8 @@ from attentions.registry import register
 from attentions.windowed import WindowedAttention
 from attentions.windows import AROUND, Plan
 
-# Tiles along a side that are not worth their products.
-_FEW = (3, 4)
+# Tokens along a tile's side that are worth its products.
+_SMALL = 8
 
 
 @register("neighborhood")
@@ -61,16 +61,13 @@ class NeighborhoodAttention(WindowedAttention):
         self.kernel, self.dilation, self.stride = kernel, dilation, stride
 
     def plan(self, grid: Grid) -> Plan:
-        # As many queries at a time as there are keys to one of them, in whole strides. A side of
-        # few such tiles is cut in two: those at a border and inside need products of their own.
-        longest = -(-max(grid) // self.dilation)
-        tiles = -(-longest // self._strides(self.kernel))
-        tile = self._strides(-(-longest // 2) if tiles in _FEW else self.kernel)
+        # As many queries at a time as there are keys to one of them, in whole strides; a small grid
+        # in two tiles a side, since those at a border and inside need products of their own.
+        half = -(-max(grid) // self.dilation // 2)
+        tokens = max(half, self.kernel) if half <= _SMALL else self.kernel
+        tile = -(-tokens // self.stride) * self.stride
         how = (self.kernel, self.dilation, self.stride)
         return Plan(grid, self.num_heads, self.num_global, AROUND, tile, how)
-
-    def _strides(self, tokens: int) -> int:
-        return -(-tokens // self.stride) * self.stride
 
     def seen(self, places: Tensor, grid: Grid) -> Tensor:
         k, d, s = self.kernel, self.dilation, self.stride
