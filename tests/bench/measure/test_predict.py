@@ -139,9 +139,12 @@ def test_mechanism(name, mode, precision):
             name, grid=grid, position=position, dim=16, num_heads=2, num_global=2, **given
         )
         x = torch.randn(batch, 2 + grid[0] * grid[1], 16, requires_grad=mode == "training")
+        cache.clear()
         peak = measured(module, x, grid, mode=mode, precision=precision)
         found = predict(module, grid=grid, batch_size=batch, mode=mode, precision=precision)
-        assert found.total == pytest.approx(peak.bytes, rel=EXACT, abs=KEPT)
+        # A prediction makes masks anew and forgets them; a call keeps them.
+        least = peak.bytes - cache.cached_bytes()
+        assert (1 - EXACT) * least - KEPT <= found.total <= (1 + EXACT) * peak.bytes + KEPT
 
 
 @pytest.mark.parametrize("name", ["longformer", "performer"])
