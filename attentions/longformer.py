@@ -110,18 +110,18 @@ class GlobalQueries(torch.autograd.Function):
             *_keys_and_values(grad_keys_values, q.shape[1]),
             strict=True,
         )
-        # Image by image, heads are a batch of matrices, which need no copy.
+        # Image by image, heads are a batch of matrices, of which none is copied to be multiplied.
         for query, out, grad_query, k, v, grad_k, grad_v in images:
             scores = (query @ k.transpose(-2, -1)).to(wide)
             weights = (scores if mask is None else scores + mask).softmax(dim=-1)
-            torch.bmm(weights.to(q.dtype).transpose(-2, -1), out, out=grad_v)
+            grad_v.copy_(weights.to(q.dtype).transpose(-2, -1) @ out)
             change = out @ v.transpose(-2, -1)
             change = weights * (change - (change * weights).sum(dim=-1, keepdim=True))
             if grad_mask is not None:
                 grad_mask += change
             change = change.to(q.dtype)
-            torch.bmm(change.transpose(-2, -1), query, out=grad_k)
-            torch.mul(change @ k, scale, out=grad_query)
+            grad_k.copy_(change.transpose(-2, -1) @ query)
+            grad_query.copy_((change @ k).mul_(scale))
         return grad_q, grad_keys_values, grad_mask, None, None, None
 
 
