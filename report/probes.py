@@ -214,7 +214,7 @@ def heat_map(records: Sequence[Record]) -> Figure | str:
     drawn = ax.imshow(grid, cmap=shades, vmin=chance, vmax=1, aspect="auto")
     for one in lines.to_dict("records"):
         place = tasks.index(one["task"]), names.index(one["name"])
-        text = _said(one) + (f"  {one['letters']}" if one["letters"] else "")
+        text = f"{_said(one)}  {_short(one['letters'])}".rstrip()
         dark = one["score"] > chance + 0.6 * (1 - chance)
         ax.text(*place, text, ha="center", va="center", color="white" if dark else "black")
     ax.set_xticks(range(len(tasks)), tasks)
@@ -226,6 +226,13 @@ def heat_map(records: Sequence[Record]) -> Figure | str:
     bar.set_label(f"accuracy, from chance ({chance}) to 1")
     bar.outline.set_visible(False)
     return figure
+
+
+def _short(letters: str) -> str:
+    """Three letters and more that follow each other as the first and the last: "cdef" as "c-f"."""
+    numbered = itertools.groupby(enumerate(letters), lambda one: ord(one[1]) - one[0])
+    runs = ["".join(letter for _, letter in run) for _, run in numbered]
+    return "".join(run if len(run) < 3 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def curves(records: Sequence[Record]) -> Figure | str:

@@ -196,3 +196,10 @@ def test_probes_in_the_folder_of_a_suite_leave_its_page_whole(tmp_path):
     assert own[["bind.level.1", "bind.level.2"]].mean() == pytest.approx(own["bind"])
     assert own.filter(like="seed").mean() == pytest.approx(own["bind"])
     assert own.filter(like="seed").index.tolist() == [f"bind.seed.{n}" for n in (0, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("letters", "short"), [("", ""), ("a", "a"), ("bc", "bc"), ("cdefg", "c-g"), ("abce", "a-ce")]
+)
+def test_letters_that_follow_each_other_fit_a_cell(letters, short):
+    assert probes._short(letters) == short
