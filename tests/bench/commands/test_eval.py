@@ -199,9 +199,13 @@ def test_the_checkpoint_of_a_run_with_its_record(capsys, data, tmp_path):
         config=config.as_dict(),
         environment={},
         model={
-            **dict.fromkeys(("backbone", "method", "attention", "drop_path", "schedule")),
+            "backbone": "ViL-Tiny",
+            "method": "mask_rcnn",
+            "attention": "longformer",
             "arch": ARCH,
             "library": "torchvision",
+            "drop_path": 0.0,
+            "schedule": "quick",
         },
     )
     written = record.write(made, tmp_path)
