@@ -16,7 +16,7 @@ import pandas as pd
 from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from bench.record import Record
@@ -213,7 +213,7 @@ def accuracy(library: Library, style: Looks, cost: Cost) -> Figure | str:
     if data["x"].max() > _WIDE * data["x"].min():
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        ax.xaxis.set_major_formatter("{x:,g}")
         ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel(cost.label)
     ax.set_ylabel("Box AP (%)")

@@ -20,7 +20,7 @@ MLP_RATIO = 2
 # The longest of the wavelengths of the positions, in cells over 2 pi.
 _LONGEST = 100.0
 # Weights of the embeddings at first, of what PyTorch draws. Where what a cell shows outweighs where
-# it is, two thirds of the steps do.
+# it is, fewer steps do.
 _OF_CELLS, _OF_PLACES = 3.0, 0.5
 
 
