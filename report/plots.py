@@ -299,8 +299,8 @@ def _draw_front(ax: Axes, data: pd.DataFrame, places: Sequence[Place]) -> list[t
     if steps:
         ax.plot(*zip(*steps, strict=True), color=FRONT, linewidth=1.4, zorder=1)
     about = ["Grey line: rows told apart from all that cost no more"] * (len(points) > 1)
-    about += ["ringed: could be on the front"] * (len(could) > 0)
-    ax.set_title("; ".join(about), loc="right", color="#555555")
+    about += ["Ringed: could be on the front"] * (len(could) > 0)
+    ax.set_title("\n".join(about), loc="right", color="#555555")
     return steps
 
 
