@@ -128,13 +128,13 @@ class RotaryLinearAttention(torch.autograd.Function):
                 context[part[0]] += key.transpose(-2, -1) @ piece(v, part, wide)
             context /= tokens
             total /= tokens
-            out = packed.new_zeros(batch, tokens, heads * width)
-            add_convolution_(out, v, weight, bias, grid, num_global)
+            out = packed.new_empty(batch, tokens, heads * width)
             for part in pieces(packed, size):
                 query = positive(piece(q, part, wide))
                 below = (query @ total[part[0]]).add_(WEIGHT_EPS)
                 query = rotate(query, rotations.at(part[1], tokens))
-                out[part] += merge_heads((query @ context[part[0]]).div_(below))
+                out[part] = merge_heads((query @ context[part[0]]).div_(below))
+            add_convolution_(out, v, weight, bias, grid, num_global)
         ctx.save_for_backward(packed, values, weight, frequencies, context, total, weights, mean)
         return out
 
@@ -144,23 +144,22 @@ class RotaryLinearAttention(torch.autograd.Function):
         packed, values, weight, frequencies, context, total, weights, mean = ctx.saved_tensors
         grid, num_heads, num_global = ctx.options
         with full_precision(packed):
-            grads = torch.zeros_like(packed)
-            grad_values = None if values is None else torch.zeros_like(values)
+            grads = torch.empty_like(packed)
+            grad_values = None if values is None else torch.empty_like(values)
             q, k, v = _heads(packed, values, num_heads)
             grad_q, grad_k, grad_v = _heads(grads, grad_values, num_heads)
             _, heads, tokens, width = q.shape
             wide = total.dtype
             rotations = Rotations(frequencies, grid, num_global, total)
             size = heads * width * total.element_size()
-            of_filters = convolve_backward(grad, v, grad_v, weight, grid, num_global)
-            grad = split_heads(grad, heads)
+            grad_heads = split_heads(grad, heads)
             grad_context, grad_total = _sums(q, wide)
             for part in pieces(packed, size):
                 turns = rotations.at(part[1], tokens)
                 query = positive(piece(q, part, wide))
                 rotated = rotate(query, turns)
                 below = (query @ total[part[0]]).add_(WEIGHT_EPS)
-                above = piece(grad, part, wide).div_(below)
+                above = piece(grad_heads, part, wide) / below
                 lower = -(above * (rotated @ context[part[0]])).div_(below).sum(-1, keepdim=True)
                 grad_context[part[0]] += rotated.transpose(-2, -1) @ above
                 grad_total[part[0]] += query.transpose(-2, -1) @ lower
@@ -180,7 +179,7 @@ class RotaryLinearAttention(torch.autograd.Function):
                 if weights is not None:
                     used = key * weights[part[0], :, part[1]]
                 value = rotate(used, turns) @ grad_context[part[0]]
-                grad_v[part[0], :, part[1]] += value
+                grad_v[part[0], :, part[1]] = value
                 found = piece(v, part, wide) @ grad_context[part[0]].transpose(-2, -1)
                 found = rotate(found, turns.conj())
                 found += grad_total[part[0]].transpose(-2, -1)
@@ -196,6 +195,7 @@ class RotaryLinearAttention(torch.autograd.Function):
                     found = slope(positive(piece(q, part, wide)))
                     found *= grad_mean[part[0]].transpose(-2, -1) / tokens
                     grad_q[part[0], :, part[1]] += found
+            of_filters = convolve_backward(grad, v, grad_v, weight, grid, num_global)
         return grads, grad_values, *of_filters, *[None] * 5
 
 
