@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from attentions.contract import Attention, Grid
-from attentions.depthwise import add_convolution_, convolve_backward, image_of, plain_local
+from attentions.depthwise import add_convolution_, convolve_backward, plain_local
 from attentions.parts import dropout_factors, full_precision, merge_heads, split_heads
 from attentions.pieces import apply, budget, piece, qkv_heads
 from attentions.registry import register
@@ -37,9 +37,9 @@ class Biases(NamedTuple):
     """Biases of agents and tokens in parts, which are resized and summed for a piece at a time.
 
     Attributes:
-        image: (H, n, 7, columns), to be resized to all rows; those of columns are added already.
-        rows: (H, n, rows).
-        first: of the global tokens, (H, n, g).
+        image: (H, 7, columns, n), to be resized to all rows; those of columns are added already.
+        rows: (H, rows, n).
+        first: of the global tokens, (H, g, n).
         resize: (rows, 7), what resizes the image.
     """
 
@@ -49,10 +49,11 @@ class Biases(NamedTuple):
     resize: Tensor
 
     def of(self, rows: slice | None) -> Tensor:
-        """Biases of some rows of the grid, or of the global tokens: (H, n, T)."""
+        """Biases of some rows of the grid, or of the global tokens: (H, T, n)."""
         if rows is None:
             return self.first
-        return (self.resize[rows] @ self.image).add_(self.rows[..., rows, None]).flatten(-2)
+        resized = (self.resize[rows] @ self.image.flatten(2)).unflatten(2, self.image.shape[2:])
+        return resized.add_(self.rows[:, rows, None]).flatten(1, 2)
 
     def zeros(self) -> "Biases":
         """Gradients of nothing yet."""
@@ -60,13 +61,13 @@ class Biases(NamedTuple):
         return Biases(image, rows, first, self.resize)
 
     def add_gradient(self, found: Tensor, rows: slice | None) -> None:
-        """Add the gradient of what `of` gives: (H, n, T)."""
+        """Add the gradient of what `of` gives: (H, T, n)."""
         if rows is None:
             self.first.add_(found)
             return
-        found = found.unflatten(-1, (-1, self.image.shape[-1]))
-        self.image.add_(self.resize[rows].T @ found)
-        self.rows[..., rows] += found.sum(dim=-1)
+        found = found.unflatten(1, (-1, self.image.shape[2]))
+        self.image.add_((self.resize[rows].T @ found.flatten(2)).view_as(self.image))
+        self.rows[:, rows] += found.sum(dim=2)
 
 
 class Part(NamedTuple):
@@ -104,30 +105,30 @@ class AgentTokens(torch.autograd.Function):
                 Biases(tables[0], tables[1], tables[2], resize),
                 Biases(tables[3], tables[4], tables[5], resize),
             )
-            agent = _agents(q, grid, g, agents, wide) * width**-0.5
-            largest = agent.new_full((batch, heads, agents**2, 1), float("-inf"))
+            agent = _agents(q, grid, agents, wide) * width**-0.5
+            largest = agent.new_full((batch, heads, 1, agents**2), float("-inf"))
             total, value = torch.zeros_like(largest), torch.zeros_like(agent)
             for i, part in enumerate(_parts(qkv, grid, g, heads * agents**2)):
                 key = piece(k, part[:2], wide)
-                scores = (agent[part.images] @ key.transpose(-2, -1)).add_(of_keys.of(part.rows))
+                scores = (key @ agent[part.images].mT).add_(of_keys.of(part.rows))
                 before = largest[part.images]
-                now = before.maximum(scores.amax(dim=-1, keepdim=True))
+                now = before.maximum(scores.amax(dim=-2, keepdim=True))
                 scores = scores.sub_(now).exp_()
                 rescale = (before - now).exp()
-                total[part.images] = total[part.images] * rescale + scores.sum(-1, keepdim=True)
+                total[part.images] = total[part.images] * rescale + scores.sum(-2, keepdim=True)
                 if dropout:
                     scores *= dropout_factors(scores, dropout, int(seed) + 2 * i)
-                found = scores @ piece(v, part[:2], wide)
-                value[part.images] = value[part.images].mul_(rescale).add_(found)
+                found = scores.mT @ piece(v, part[:2], wide)
+                value[part.images] = value[part.images].mul_(rescale.mT).add_(found)
                 largest[part.images] = now
-            value /= total
-            out = qkv.new_zeros(batch, tokens, heads * width)
-            add_convolution_(out, v, weight, bias, grid, g)
+            value /= total.mT
+            out = qkv.new_empty(batch, tokens, heads * width)
             for i, part in enumerate(_parts(qkv, grid, g, heads * agents**2)):
                 weights = _query_weights(piece(q, part[:2], wide), agent, of_queries, part)
                 if dropout:
                     weights *= dropout_factors(weights, dropout, int(seed) + 2 * i + 1)
-                out[part[:2]] += merge_heads(weights @ value[part.images])
+                out[part[:2]] = merge_heads(weights @ value[part.images])
+            add_convolution_(out, v, weight, bias, grid, g)
         ctx.save_for_backward(qkv, weight, *tables, resize, agent, value, largest, total)
         return out
 
@@ -137,7 +138,7 @@ class AgentTokens(torch.autograd.Function):
         qkv, weight, *tables, resize, agent, value, largest, total = ctx.saved_tensors
         grid, num_heads, g, agents, dropout, seed = ctx.options
         with full_precision(qkv):
-            grads = torch.zeros_like(qkv)
+            grads = torch.empty_like(qkv)
             q, k, v = qkv_heads(qkv, num_heads)
             grad_q, grad_k, grad_v = qkv_heads(grads, num_heads)
             _, heads, _, width = q.shape
@@ -147,11 +148,10 @@ class AgentTokens(torch.autograd.Function):
                 Biases(tables[3], tables[4], tables[5], resize),
             )
             grad_keys, grad_queries = of_keys.zeros(), of_queries.zeros()
-            of_filters = convolve_backward(grad, v, grad_v, weight, grid, g)
-            grad = split_heads(grad, heads)
+            grad_heads = split_heads(grad, heads)
             grad_agent, grad_value = torch.zeros_like(agent), torch.zeros_like(value)
             for i, part in enumerate(_parts(qkv, grid, g, heads * agents**2)):
-                query, above = piece(q, part[:2], wide), piece(grad, part[:2], wide)
+                query, above = piece(q, part[:2], wide), piece(grad_heads, part[:2], wide)
                 weights = used = _query_weights(query, agent, of_queries, part)
                 scores = above @ value[part.images].transpose(-2, -1)
                 if dropout:
@@ -161,28 +161,24 @@ class AgentTokens(torch.autograd.Function):
                 scores = torch._softmax_backward_data(scores, weights, -1, wide)
                 grad_q[part.images, :, part.tokens] = scores @ agent[part.images]
                 grad_agent[part.images] += scores.transpose(-2, -1) @ query
-                grad_queries.add_gradient(scores.sum(dim=0).transpose(-2, -1), part.rows)
-            shared = (grad_value * value).sum(dim=-1, keepdim=True)
+                grad_queries.add_gradient(scores.sum(dim=0), part.rows)
+            shared = (grad_value * value).sum(dim=-1)[..., None, :]
             for i, part in enumerate(_parts(qkv, grid, g, heads * agents**2)):
                 key = piece(k, part[:2], wide)
-                weights = (agent[part.images] @ key.transpose(-2, -1)).add_(of_keys.of(part.rows))
+                weights = (key @ agent[part.images].mT).add_(of_keys.of(part.rows))
                 weights = weights.sub_(largest[part.images]).exp_().div_(total[part.images])
                 used, above = weights, grad_value[part.images]
-                scores = above @ piece(v, part[:2], wide).transpose(-2, -1)
+                scores = piece(v, part[:2], wide) @ above.mT
                 if dropout:
                     factors = dropout_factors(weights, dropout, int(seed) + 2 * i)
                     used, scores = weights * factors, scores.mul_(factors)
-                grad_v[part.images, :, part.tokens] += used.transpose(-2, -1) @ above
+                grad_v[part.images, :, part.tokens] = used @ above
                 scores = scores.sub_(shared[part.images]).mul_(weights)
-                grad_k[part.images, :, part.tokens] = scores.transpose(-2, -1) @ agent[part.images]
-                grad_agent[part.images] += scores @ key
+                grad_k[part.images, :, part.tokens] = scores @ agent[part.images]
+                grad_agent[part.images] += scores.mT @ key
                 grad_keys.add_gradient(scores.sum(dim=0), part.rows)
-            pooled = grad_agent.mul_(scale).transpose(-2, -1).flatten(1, 2)
-            found = torch.ops.aten._adaptive_avg_pool2d_backward(
-                pooled.unflatten(2, (agents, agents)).to(q.dtype),
-                image_of(q, grid, g).flatten(1, 2),
-            )
-            image_of(grad_q, grid, g).add_(found.unflatten(1, (heads, width)))
+            of_filters = convolve_backward(grad, v, grad_v, weight, grid, g)
+            _add_agents_gradient(grad_agent.mul_(scale), grad_q, grid, agents)
         return grads, *of_filters, *grad_keys[:3], *grad_queries[:3], None, None
 
 
@@ -203,16 +199,34 @@ def _parts(qkv: Tensor, grid: Grid, num_global: int, scores: int) -> Iterator[Pa
             yield Part(some, place, slice(row, last))
 
 
-def _agents(q: Tensor, grid: Grid, num_global: int, agents: int, dtype: torch.dtype) -> Tensor:
+def _agents(q: Tensor, grid: Grid, agents: int, dtype: torch.dtype) -> Tensor:
     """Queries of the grid, averaged to `agents` rows and columns: (B, H, N, M) -> (B, H, n, M)."""
-    image = image_of(q, grid, num_global).flatten(1, 2)
-    pooled = nn.functional.adaptive_avg_pool2d(image, (agents, agents))
-    return pooled.flatten(2).unflatten(1, (q.shape[1], -1)).transpose(-2, -1).to(dtype)
+    image, (rows, columns) = _image(q, grid), (_bins(side, agents) for side in grid)
+    strips = [image[:, first:last].mean(dim=1, dtype=dtype) for first, last in rows]
+    strip = torch.stack(strips, dim=1)
+    cells = [strip[:, :, first:last].mean(dim=2) for first, last in columns]
+    return split_heads(torch.stack(cells, dim=2).flatten(1, 2), q.shape[1])
+
+
+def _add_agents_gradient(grad: Tensor, grad_q: Tensor, grid: Grid, agents: int) -> None:
+    """Add the gradient of the queries that `_agents` averages."""
+    image, (rows, columns) = _image(grad_q, grid), (_bins(side, agents) for side in grid)
+    cells = merge_heads(grad).unflatten(1, (agents, agents))
+    strip = grad.new_zeros(len(grad), agents, grid[1], cells.shape[-1])
+    for i, (first, last) in enumerate(columns):
+        strip[:, :, first:last] += cells[:, :, i, None] / (last - first)
+    for i, (first, last) in enumerate(rows):
+        image[:, first:last] += strip[:, i, None] / (last - first)
+
+
+def _image(q: Tensor, grid: Grid) -> Tensor:
+    """Queries of the grid, a view: (B, H, N, M) -> (B, rows, columns, C)."""
+    return merge_heads(q)[:, q.shape[2] - grid[0] * grid[1] :].unflatten(1, grid)
 
 
 def _query_weights(query: Tensor, agent: Tensor, biases: Biases, part: Part) -> Tensor:
-    scores = query @ agent[part.images].transpose(-2, -1)
-    return scores.add_(biases.of(part.rows).transpose(-2, -1)).softmax(dim=-1)
+    scores = query @ agent[part.images].mT
+    return scores.add_(biases.of(part.rows)).softmax(dim=-1)
 
 
 @register("agent")
@@ -324,7 +338,8 @@ def _resized(tables: Tables, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     """The first three of `Biases` for a grid."""
     image, rows, columns, first = tables
     image = _resize(image, (IMAGE, grid[1])) + _resize(columns[..., None, :], (1, grid[1]))
-    return image, _resize(rows[..., None], (grid[0], 1))[..., 0], first
+    rows = _resize(rows[..., None], (grid[0], 1))[..., 0]
+    return image.permute(0, 2, 3, 1).contiguous(), rows.mT, first.mT
 
 
 def _resize(image: Tensor, grid: Grid) -> Tensor:

@@ -26,10 +26,9 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, grid: Grid) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.grid, g = grid, x.shape[1] - grid[0] * grid[1]
-        out = x.new_zeros(x.shape)
-        out[:, :g] = x[:, :g]
         with full_precision(x):
-            add_convolution_(out, x[:, None], weight, bias, grid, g)
+            out = convolution_of(x[:, None], weight, bias, grid, g)
+        out[:, :g] = x[:, :g]
         return out
 
     @staticmethod
@@ -44,20 +43,25 @@ class _Convolution(torch.autograd.Function):
         return grad_x, *found, None
 
 
-def image_of(v: Tensor, grid: Grid, num_global: int) -> Tensor:
-    """The values of the grid, a view: (B, H, N, M) -> (B, H, M, rows, columns)."""
-    return v[:, :, num_global:].transpose(-2, -1).unflatten(-1, grid)
+def convolution_of(
+    v: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid, num_global: int
+) -> Tensor:
+    """The depthwise convolution of the grid, (B, N, C); its global tokens are not set."""
+    v = merge_heads(v)
+    out = v.new_empty(v.shape)
+    target = _grid(out, grid, num_global)
+    for part, local in _convolved(_grid(v, grid, num_global), weight, bias):
+        target[part] = local
+    return out
 
 
 def add_convolution_(
     out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid, num_global: int
 ) -> None:
     """Add the depthwise convolution of the grid: out (B, N, C) += that of v (B, H, N, M)."""
-    filters, bias = weight.to(v.dtype), None if bias is None else bias.to(v.dtype)
     target = _grid(out, grid, num_global)
-    for part, around in _strips(_grid(merge_heads(v), grid, num_global), weight):
-        local = nn.functional.conv2d(around, filters, bias, groups=len(weight))
-        target[part] += local.movedim(1, -1)
+    for part, local in _convolved(_grid(merge_heads(v), grid, num_global), weight, bias):
+        target[part] += local
 
 
 def convolve_backward(
@@ -69,14 +73,23 @@ def convolve_backward(
     above, image, target = (
         _grid(x, grid, num_global) for x in (grad, merge_heads(v), merge_heads(grad_v))
     )
-    for part, around in _strips(above, weight):
-        local = nn.functional.conv2d(around, filters.flip(2, 3), groups=len(weight))
-        target[part] += local.movedim(1, -1)
+    for part, local in _convolved(above, weight.flip(2, 3), None):
+        target[part] += local
     grad_weight = torch.zeros_like(weight, dtype=wide)
     for part, around in _strips(image, weight):
         grad_weight += _of_filters(above[part], around, filters)
     grad_bias = above.sum(dim=(0, 1, 2), dtype=wide)
     return grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+
+
+def _convolved(
+    image: Tensor, weight: Tensor, bias: Tensor | None
+) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+    """Strips of images and rows, and their convolution (b, r, columns, C)."""
+    filters, bias = weight.to(image.dtype), None if bias is None else bias.to(image.dtype)
+    for part, around in _strips(image, weight):
+        local = nn.functional.conv2d(around, filters, bias, groups=len(weight))
+        yield part, local.movedim(1, -1)
 
 
 def _of_filters(grad: Tensor, around: Tensor, filters: Tensor) -> Tensor:
@@ -109,16 +122,25 @@ def _strips(image: Tensor, weight: Tensor) -> Iterator[tuple[tuple[slice, slice]
     """Strips of images and rows, and what a convolution sees there, padded by zeros.
 
     Shapes: image (B, rows, columns, C) -> (b, C, r + K - 1, columns + K - 1), a copy with channels
-    last in memory.
+    last in memory, which the next strip is written over.
     """
     batch, rows, columns, channels = image.shape
     row, reach = columns * channels * image.element_size(), weight.shape[-1] // 2
     for images in spans(batch, budget(image) // (rows * row)):
-        for strip in spans(rows, budget(image) // ((images.stop - images.start) * row)):
-            first, last = strip.start - reach, strip.stop + reach
-            padding = (0, 0, reach, reach, max(-first, 0), max(last - rows, 0))
-            seen = nn.functional.pad(image[images, max(first, 0) : last], padding)
-            yield (images, strip), seen.movedim(-1, 1)
+        strips = list(spans(rows, budget(image) // ((images.stop - images.start) * row)))
+        longest = max(strip.stop - strip.start for strip in strips)
+        # The one buffer of all strips: what lies outside of the grid stays zero.
+        window = image.new_zeros(
+            images.stop - images.start, longest + 2 * reach, columns + 2 * reach, channels
+        )
+        for strip in strips:
+            first, last = max(0, strip.start - reach), strip.stop + reach
+            seen = image[images, first:last]
+            around = window[:, : last - strip.start + reach]
+            top = first - (strip.start - reach)
+            around[:, top : top + seen.shape[1], reach : reach + columns] = seen
+            around[:, top + seen.shape[1] :] = 0
+            yield (images, strip), around.movedim(-1, 1)
 
 
 def plain_local(x: Tensor, convolution: nn.Conv2d, grid: Grid) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from attentions.contract import Attention, Grid
-from attentions.depthwise import add_convolution_, convolve_backward
+from attentions.depthwise import convolution_of, convolve_backward
 from attentions.parts import full_precision, merge_heads, spans, split_heads
 from attentions.pieces import apply, budget, pieces
 from attentions.registry import register
@@ -202,9 +202,8 @@ class _Group(NamedTuple):
         """Tokens as they are, then what the depthwise convolution makes of them."""
         yield _Scale(self.tokens, None)
         g, tokens = self._num_global, self.tokens.flatten(2)
-        cells = tokens.new_zeros(tokens.shape)
+        cells = convolution_of(tokens[:, None], self.filters, None, self.grid, g)
         cells[:, :g] = tokens[:, :g] * self._centres.to(tokens.dtype)
-        add_convolution_(cells, tokens[:, None], self.filters, None, self.grid, g)
         yield _Scale(cells.unflatten(2, self.tokens.shape[2:]), self.mix)
 
     def add_local_gradients(self, grad: Tensor, found: "_Group") -> None:
