@@ -61,6 +61,15 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
 """The parts of a record that may be null, with the fields that each has at least."""
 
 _MODEL = ("backbone", "method", "library", "attention", "arch", "drop_path", "schedule")
+MEMORY_KEPT = "glibc, which keeps what is freed"
+# What chooses another allocator, or another way of this one.
+_ALLOCATORS = (
+    "LD_PRELOAD",
+    "GLIBC_TUNABLES",
+    "MALLOC_MMAP_MAX_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
+)
 LATENCIES = "latency"
 """The folder beside `records` whose files hold latencies of many rows measured together."""
 PICTURES = "pictures"
@@ -368,11 +377,20 @@ def environment(*, command: str | Sequence[str], device: str) -> dict[str, Any]:
         "cores": cores(),
         "memory_bytes": _memory(),
         "device": device,
+        **({"allocator": allocator()} if device == "cpu" else {}),
         "packages": _versions(),
         "commit": commit,
         "dirty": dirty,
         "command": command if isinstance(command, str) else shlex.join(command),
     }
+
+
+def allocator() -> str:
+    """How memory of the CPU is allocated, on which times there depend; MEMORY_KEPT if by us."""
+    chosen = [f"{name}={os.environ[name]}" for name in _ALLOCATORS if os.environ.get(name)]
+    if chosen:
+        return ", ".join(chosen)
+    return MEMORY_KEPT if platform.libc_ver()[0] == "glibc" else "the system's"
 
 
 def checkout(root: Path) -> tuple[str | None, bool | None]:

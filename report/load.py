@@ -71,7 +71,7 @@ _REAL = {
 _LIMITS = tuple(f"{kind}_{end}" for kind in KINDS for end in ("low", "high"))
 # What rows have to share for a number of theirs to be compared.
 _CONDITIONS = ("device", "batch_size", "image_size", "precision")
-_PLACE = ("environment.cpu", "environment.device")
+_PLACE = ("environment.cpu", "environment.device", "environment.allocator")
 _COMPARED = {
     "flops_as": [f"flops.{name}" for name in ("convention", "image_size", "proposals")],
     "memory_as": [f"memory.{name}" for name in (*_CONDITIONS, "kind")],

@@ -31,6 +31,7 @@ _CONDITIONS = (
     "environment.device",
     "environment.cpu",
     "environment.threads",
+    "environment.allocator",
     "environment.packages.torch",
 )
 

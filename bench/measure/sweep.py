@@ -111,8 +111,12 @@ def _machine(device: str) -> dict[str, Any]:
     """What measurements on a device depend on."""
     kind = torch.device(device)
     name = record.cpu() if kind.type == "cpu" else device_name(kind)
-    threads = torch.get_num_threads() if kind.type == "cpu" else None
-    return {"name": name, "threads": threads, "torch": torch.__version__}
+    own = (
+        {"threads": torch.get_num_threads(), "allocator": record.allocator()}
+        if kind.type == "cpu"
+        else {"threads": None}
+    )
+    return {"name": name, **own, "torch": torch.__version__}
 
 
 def plan(

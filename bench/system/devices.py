@@ -22,6 +22,7 @@ from lightning_fabric.strategies import DDPStrategy
 from bench.config.schema import RunConfig
 from bench.errors import InputError
 from bench.system import processes as launch
+from bench.system.machine import keep_freed_memory
 
 # How long a process that failed waits for the others to fail too.
 _TIMEOUT = datetime.timedelta(seconds=10)
@@ -71,6 +72,8 @@ def make_fabric(config: RunConfig) -> Fabric:
     name, index = check_device(config, world)
     if world.size == 1:
         return _single(config, name, index)
+    if name == "cpu":
+        keep_freed_memory()
     environments: dict[str, Callable[[], ClusterEnvironment]] = {
         "torchrun": TorchElasticEnvironment,
         "slurm": lambda: SLURMEnvironment(auto_requeue=False),
@@ -114,6 +117,8 @@ def alone(config: RunConfig, fabric: Fabric) -> Fabric:
 
 def _single(config: RunConfig, accelerator: str, index: int | None) -> Fabric:
     """Fabric on one device, whatever started this process."""
+    if accelerator == "cpu":
+        keep_freed_memory()
     return Fabric(
         accelerator=accelerator,
         devices=1 if index is None else [index],

@@ -1,16 +1,35 @@
 """What else the machine does, and how fast its clocks run; None where the system does not say."""
 
+import ctypes
 import os
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from bench import record
+
 _PROC = Path("/proc")
 _CPUS = Path("/sys/devices/system/cpu")
 _CGROUP = Path("/sys/fs/cgroup")
 # Fields of a line of /proc/stat: user, nice, system, idle, iowait, irq, softirq, steal.
 _WORKING = (0, 1, 2, 5, 6, 7)
+# Of glibc's `mallopt`.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> None:
+    """Let the CPU keep the memory of freed tensors for the next ones, as CUDA's allocator does.
+
+    glibc gives tensors of more than 32 MB back to the system when they are freed, and to touch each
+    page of the next one anew takes longer than much of the arithmetic: costs of large images would
+    grow faster than their work. An allocator that the environment chose is left alone.
+    """
+    if record.allocator() == record.MEMORY_KEPT:
+        with suppress(AttributeError, OSError):
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(_M_TRIM_THRESHOLD, -1)
+            mallopt(_M_MMAP_MAX, 0)
 
 
 def load() -> float | None:
