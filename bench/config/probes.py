@@ -2,10 +2,14 @@
 
 import importlib.resources
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import dataclasses as checked
 
 import attentions
+from bench.config.schema import Fraction, Positive, PositiveNumber, Seed, Share, build
 from bench.config.suites import families, load_suite, row_stages
 from bench.config.values import assigned, read
 from bench.errors import InputError, nearest
@@ -18,7 +22,13 @@ _STAGES = ((DIM, 1), (2 * DIM, 2))
 _GLOBALS = 1
 
 
-@dataclass(frozen=True)
+def _different(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{list(seeds)} must be different numbers")
+    return seeds
+
+
+@checked.dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Recipe:
     """How every model of a probe is trained and evaluated.
 
@@ -33,41 +43,18 @@ class Recipe:
         images: evaluation images of each level.
     """
 
-    seeds: tuple[int, ...] = (0, 1, 2)
-    batch_size: int = 8
-    steps: float = 1.0
-    lr: float = 1.1e-2
-    row_lr: float = 4e-3
-    row_steps: float = 1.4
-    last_lr: float = 0.05
-    warm_up: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    images: int = 64
-
-    def __post_init__(self) -> None:
-        whole = all(type(seed) is int and 0 <= seed < 2**63 for seed in self.seeds)
-        if not (self.seeds and whole and len(set(self.seeds)) == len(self.seeds)):
-            raise InputError(
-                f"seeds={list(self.seeds)} must be different whole numbers of 0 or more"
-            )
-        for name in ("batch_size", "images"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise InputError(f"{name}={value!r} must be a whole number of 1 or more")
-        if len(self.betas) != 2 or not all(
-            isinstance(value, float | int) and 0 <= value < 1 for value in self.betas
-        ):
-            raise InputError(f"betas={list(self.betas)} must be two numbers in [0, 1)")
-        for name in ("steps", "lr", "row_lr", "row_steps", "clip_norm"):
-            value = getattr(self, name)
-            if not isinstance(value, float | int) or not 0 < value < float("inf"):
-                raise InputError(f"{name}={value!r} must be a positive number")
-        for name in ("last_lr", "warm_up", "weight_decay"):
-            value = getattr(self, name)
-            if not isinstance(value, float | int) or not 0 <= value <= 1:
-                raise InputError(f"{name}={value!r} must be a number from 0 to 1")
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_different)] = (0, 1, 2)
+    batch_size: Positive = 8
+    steps: PositiveNumber = 1.0
+    lr: PositiveNumber = 1.1e-2
+    row_lr: PositiveNumber = 4e-3
+    row_steps: PositiveNumber = 1.4
+    last_lr: Share = 0.05
+    warm_up: Share = 0.1
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    weight_decay: Share = 0.01
+    clip_norm: PositiveNumber = 1.0
+    images: Positive = 64
 
 
 @dataclass(frozen=True)
@@ -118,20 +105,9 @@ def build_recipe(overrides: Sequence[str]) -> Recipe:
     Raises:
         InputError: for an unknown key or a value that is not allowed.
     """
-    known = [one.name for one in fields(Recipe)]
     values = assigned(overrides)
-    for name in values:
-        if name not in known:
-            raise InputError(
-                f"unknown setting {name!r} of suite {SUITE}{nearest(name, known)}; allowed:"
-                f" {', '.join(known)}"
-            )
-    lists = {
-        name: tuple(v) if isinstance(v, list) else (v,)
-        for name, v in values.items()
-        if name in ("seeds", "betas")
-    }
-    return replace(Recipe(), **(values | lists))
+    seeds = values.get("seeds", [])
+    return build(Recipe, values | ({} if isinstance(seeds, list) else {"seeds": [seeds]}))
 
 
 def mechanisms() -> tuple[str, ...]:

@@ -35,6 +35,7 @@ Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 PositiveNumber = Annotated[Number, Field(gt=0)]
 Fraction = Annotated[Number, Field(lt=1)]
+Share = Annotated[Number, Field(le=1)]
 Size = tuple[Positive, Positive]
 # Keys are texts in a record.
 Stage = Annotated[int, Field(gt=0)]
@@ -226,8 +227,8 @@ class ClassifyConfig:
     warmup_epochs: Whole = 0
     warmup_lr: Number = 1e-6
     min_lr: Number = 1e-5
-    crop_area: Annotated[Number, Field(gt=0, le=1)] = 0.08
-    crop_share: Annotated[Number, Field(gt=0, le=1)] = 0.875
+    crop_area: Annotated[Share, Field(gt=0)] = 0.08
+    crop_share: Annotated[Share, Field(gt=0)] = 0.875
     augment: str = ""
     repeats: Positive = 1
     erasing: Fraction = 0.0

@@ -98,9 +98,10 @@ def test_records_are_kept_and_only_what_is_missing_is_done(tmp_path, monkeypatch
     ("make", "says"),
     [
         (lambda: build_recipe(["seedz=1"]), "did you mean 'seeds'"),
-        (lambda: build_recipe(["seeds=[]"]), "different whole numbers"),
-        (lambda: build_recipe(["lr=-1"]), "lr=-1 must be a positive number"),
-        (lambda: build_recipe(["images=x"]), "images='x' must be a whole number"),
+        (lambda: build_recipe(["seeds=[]"]), r"seeds=\[\] must have at least 1 item"),
+        (lambda: build_recipe(["seeds=[1,1]"]), r"seeds: \[1, 1\] must be different numbers"),
+        (lambda: build_recipe(["lr=-1"]), "lr=-1 must be greater than"),
+        (lambda: build_recipe(["images=x"]), "images='x' must be a valid integer"),
         (lambda: plan(["ful"], ["bind"], TINY), "did you mean 'full'"),
         (lambda: suite_plan(["Vil"], ["bind"], TINY), "did you mean 'ViL'"),
     ],
