@@ -289,10 +289,6 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
         "metavar": "RxC",
         "help": "rows and columns of tokens that a mechanism gets",
     },
-    "sizes": {
-        "metavar": "val2017",
-        "help": "FLOPs of whole detectors over the true image sizes of a data set",
-    },
     "batch-size": {"type": positive, "default": 1, "metavar": "N", "help": "images in a batch"},
     "device": {
         "default": "auto",

@@ -269,33 +269,6 @@ def histogram(line: Mapping[str, Any]) -> str:
     return "\n".join(text) + "\n"
 
 
-def sizes_plot(lines: Sequence[Mapping[str, Any]]) -> Plot:
-    """Draw a row's images by FLOPs, one panel a row, each with an axis of its own."""
-    title = f"Images of {lines[0]['dataset']} by FLOPs"
-    return render("sizes", title, lambda: _histograms(lines))
-
-
-def _histograms(lines: Sequence[Mapping[str, Any]]) -> Figure:
-    columns = min(2, len(lines))
-    rows = -(-len(lines) // columns)
-    figure = Figure(figsize=(WIDTH, 0.5 + 1.2 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
-    for ax in panels.flat[len(lines) :]:
-        ax.set_visible(False)
-    axes = panels.flat[: len(lines)]
-    style = looks([line["family"] for line in lines])
-    for ax, line in zip(axes, lines, strict=True):
-        colour = style[line["family"]].colour
-        totals = [size["total"] / Unit.GIGA.size for size in line["by_size"]]
-        weights = [size["images"] for size in line["by_size"]]
-        ax.hist(totals, bins=30, weights=weights, color=colour)
-        ax.axvline(line["mean"] / Unit.GIGA.size, color="#222222", linewidth=1.2)
-        ax.set_title(f"{line['row']}, mean {line['mean'] / Unit.GIGA.size:.1f}", loc="left")
-    figure.supxlabel("FLOPs (G multiply-adds, one image); line: mean", fontsize=8)
-    figure.supylabel("Images", fontsize=8)
-    return figure
-
-
 def _options(options: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in options.items())
 

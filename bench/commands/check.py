@@ -66,8 +66,9 @@ def run(options: argparse.Namespace) -> int:
         )
 
     from bench import conformance
+    from bench.config.suites import mechanisms
 
-    chosen = _names(options.mechanisms)
+    chosen = mechanisms(options.mechanisms)
     reports = [
         conformance.check(
             name, own, grid=options.grid, dim=options.dim, num_heads=options.num_heads
@@ -79,19 +80,6 @@ def run(options: argparse.Namespace) -> int:
     else:
         _print(reports)
     return 0 if all(report.passed for report in reports) else 1
-
-
-def _names(mechanisms: Sequence[str]) -> list[str]:
-    """Return the mechanisms that are named, or that stand in rows that are named."""
-    import attentions
-    from bench.config.suites import mechanism
-
-    every = [
-        own
-        for name in mechanisms
-        for own in (attentions.names() if name == "all" else [mechanism(name)])
-    ]
-    return list(dict.fromkeys(every))
 
 
 def _parsed(options: Sequence[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.cli import (
     add,
@@ -17,10 +17,14 @@ from bench.cli import (
     on_gpu,
     precision,
 )
-from bench.commands._output import FORMATS, show
+from bench.commands._output import FORMATS, progress, show
 from bench.config.schema import LIBRARIES, ON_DEMAND, QUANTITIES
 from bench.errors import InputError
 from bench.files import check_writable
+
+if TYPE_CHECKING:
+    from bench.config.schema import RunConfig
+    from bench.measure.sizes import SizesReport
 
 HELP = "measure parameters, FLOPs, memory and latency of one mechanism or many"
 EPILOG = """\
@@ -77,7 +81,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=V1,V2",
         help="each row once for each value of a setting, such as checkpoint=false,true",
     )
-    add(parser, "sizes")
+    add(
+        parser,
+        "sizes",
+        metavar="val2017",
+        help="FLOPs of whole detectors over the true image sizes of a data set",
+    )
     add(parser, "format", choices=FORMATS)
     add(parser, "output", help="write records and tables there too")
     add_overrides(parser)
@@ -210,9 +219,45 @@ def _fit(options: argparse.Namespace, configs: Sequence[Any]) -> int:
 
 
 def _over_sizes(options: argparse.Namespace) -> int:
-    """Count FLOPs over the image sizes of a data set."""
-    from bench.commands.audit import show_sizes
-    from bench.config.suites import profile_configs
+    """Count FLOPs over the image sizes of a data set.
 
+    Raises:
+        InputError: for an unknown data set.
+    """
+    from bench.config.suites import profile_configs
+    from bench.measure import sizes
+    from bench.measure.costs import build_on_meta
+    from report import counts
+
+    sizes.image_sizes(options.sizes)
     # Positions for the largest image of the data set, whatever size is profiled otherwise.
-    return show_sizes(options, profile_configs(options.attention, **_given(options)))
+    configs = profile_configs(options.attention, **_given(options))
+
+    def count(config: "RunConfig") -> dict[str, Any]:
+        proposals = config.profile.proposals
+        report = sizes.count_over(build_on_meta(config), options.sizes, proposals=proposals)
+        return _sizes_line(config, report)
+
+    lines = list(progress(map(count, configs), lambda line: line["row"]))
+    show(
+        options.format,
+        lines,
+        [counts.sizes(lines)],
+        text=[counts.histogram(line) for line in lines if not line["fixed_size"]],
+        output=options.output,
+    )
+    return 0
+
+
+def _sizes_line(config: "RunConfig", report: "SizesReport") -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(report),
+        "row": config.row,
+        "family": config.model.attention.partition(",")[0],
+        "images": report.images,
+        "mean": report.mean,
+        "deviation": report.deviation,
+        "minimum": report.minimum,
+        "maximum": report.maximum,
+        "histogram": report.histogram(),
+    }

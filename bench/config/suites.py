@@ -272,10 +272,12 @@ def reference_config(run: RunConfig, row: str, reference: Reference) -> RunConfi
     return _with_fixed_size(config, size)
 
 
-def mechanism(name: str) -> str:
-    """Return the mechanism of a row of `configs/rows.yaml`, or `name`, which is one itself."""
-    spec = _rows().get(name, {})
-    return str(name if name in attentions.names() else spec.get("attention", name))
+def mechanisms(names: Iterable[str]) -> list[str]:
+    """Return the mechanisms that are named, or that stand in rows that are named; "all" for all."""
+    table, own = _rows(), attentions.names()
+    every = [one for name in names for one in (own if name == "all" else (name,))]
+    known = {row: str(spec["attention"]) for row, spec in table.items() if row not in own}
+    return list(dict.fromkeys(known.get(name, name) for name in every))
 
 
 def row_stages() -> dict[str, Mapping[str, Any]]:

@@ -1,7 +1,6 @@
 """Three counts of multiply-adds that know nothing of each other, compared.
 
-- **declared**: closed forms. Of a mechanism, its `multiply_adds(grid)`; of a whole detector, those
-  of its mechanisms and, for every layer outside of them, the formula of its class.
+- **declared**: the closed form of the mechanism, its `multiply_adds(grid)`.
 - **operators**: `bench.measure.flops`, from the operators that the dispatcher runs.
 - **fvcore**: `fvcore.nn.FlopCountAnalysis`, from the traced graph, with `HANDLES` for operators
   that it has no formula for, or one that is not exact.
@@ -16,31 +15,22 @@ counts on the CPU, and so do the two that are taken as they come.
 
 import math
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import einsum_flop_jit, get_shape
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.flop_counter import FlopCounterMode
 
 import attentions
 from attentions.contract import Grid
-from bench.config.schema import RunConfig
-from bench.config.suites import profile_configs
 from bench.errors import InputError
 from bench.measure import flops
 from bench.measure.fake import copied
 from bench.measure.formulas import is_free
-from bench.measure.workload import COCO_CLASSES
-from bench.model.backbone import ViL
-from bench.model.build import build_detector
-from bench.model.detectors import Detector
 
 # Counts that differ by more than this share of the largest one do not agree.
 TOLERANCE = 0.01
@@ -48,8 +38,6 @@ TOLERANCE = 0.01
 DIM, NUM_HEADS, NUM_GLOBAL = 96, 3, 2
 # Tokens of a grid that a mechanism is still run on: full attention makes tables of their square.
 LARGEST_GRID = 2**13
-# The counters, by field of `Audit`.
-COUNTERS = ("declared", "operators", "fvcore", "fvcore_alone", "torch_on_cpu")
 _CPU = torch.device("cpu")
 
 
@@ -58,7 +46,7 @@ class Audit:
     """What each counter found in one module, for one image; unit: multiply-adds.
 
     Attributes:
-        declared: closed forms; None where a mechanism declares nothing.
+        declared: the closed form; None where the mechanism declares nothing.
         operators: from the operators that ran.
         fvcore: from the traced graph, with our handles; None where it cannot be traced.
         fvcore_alone: fvcore without our handles; None where it cannot be traced.
@@ -109,8 +97,8 @@ class Audited:
     """One line of an audit.
 
     Attributes:
-        name: of a mechanism or a row.
-        options: of the mechanism.
+        name: of a mechanism.
+        options: of it.
         counts: None where it could not be built or counted for this size.
         error: why.
     """
@@ -150,27 +138,6 @@ def audit(attention: nn.Module, grid: Grid) -> Audit:
     return _compare(_OnGrid(attention, grid), (tokens,), counted, declared)
 
 
-def audit_detector(
-    detector: Detector, *, image_size: tuple[int, int], proposals: int = 1000
-) -> Audit:
-    """Count a detector in three ways, part by part and added up, the mask head included.
-
-    Args:
-        detector: with real parameters on the CPU, where copies of its parts are run.
-        image_size: (height, width) in pixels.
-        proposals: boxes in the box head.
-    """
-    parts = []
-    for call in detector.part_calls(image_size, proposals=proposals, detections=100):
-        counted = flops.count_call(
-            call.module, call.make_inputs(torch.device("meta"), torch.float32)
-        )
-        inputs = call.make_inputs(_CPU, torch.float32)
-        declared = _declared(call.module, inputs)
-        parts.append(_compare(call.module, inputs, counted, declared))
-    return _sum(parts)
-
-
 def audit_mechanisms(names: Iterable[str], grid: Grid) -> Iterator[Audited]:
     """Audit each mechanism with each of its example options, on one grid.
 
@@ -184,57 +151,19 @@ def audit_mechanisms(names: Iterable[str], grid: Grid) -> Iterator[Audited]:
     except ValueError as error:
         raise InputError(str(error)) from error
     examples = [
-        (name, example) for name, factory in found.items() for example in _examples(factory)
+        (name, example)
+        for name, factory in found.items()
+        for example in getattr(factory, "examples", (dict[str, Any](),))
     ]
-    return (_line(*example, partial(_audit_example, *example, grid)) for example in examples)
+    return (_line(name, example, grid) for name, example in examples)
 
 
-def audit_rows(
-    names: Sequence[str],
-    *,
-    backbone: str,
-    method: str,
-    image_size: tuple[int, int],
-    proposals: int,
-) -> Iterator[Audited]:
-    """Audit the whole detector of each row, its backbone included.
-
-    Raises:
-        InputError: for an unknown row, backbone or method, before anything is counted.
-    """
-    configs = profile_configs(
-        names, backbone=backbone, image_size=image_size, values={"model": {"method": method}}
-    )
-    return (
-        _line(
-            config.row,
-            config.model.options,
-            partial(_audit_row, config, image_size, proposals),
-        )
-        for config in configs
-    )
-
-
-def _examples(factory: type[nn.Module]) -> Sequence[Mapping[str, Any]]:
-    examples: Sequence[Mapping[str, Any]] = getattr(factory, "examples", ({},))
-    return examples
-
-
-def _audit_example(name: str, options: Mapping[str, Any], grid: Grid) -> Audit:
-    attention = attentions.build_for(
-        name, grid=grid, dim=DIM, num_heads=NUM_HEADS, num_global=NUM_GLOBAL, **options
-    )
-    return audit(attention, grid)
-
-
-def _audit_row(config: RunConfig, image_size: tuple[int, int], proposals: int) -> Audit:
-    detector = build_detector(config, COCO_CLASSES)
-    return audit_detector(detector, image_size=image_size, proposals=proposals)
-
-
-def _line(name: str, options: Mapping[str, Any], count: Callable[[], Audit]) -> Audited:
+def _line(name: str, options: Mapping[str, Any], grid: Grid) -> Audited:
     try:
-        return Audited(name, options, count())
+        attention = attentions.build_for(
+            name, grid=grid, dim=DIM, num_heads=NUM_HEADS, num_global=NUM_GLOBAL, **options
+        )
+        return Audited(name, options, audit(attention, grid))
     except ValueError as error:
         return Audited(name, options, None, " ".join(str(error).split()))
     except Exception as error:
@@ -249,7 +178,7 @@ def _compare(
     found: dict[str, Any] = {}
     failures: dict[str, str] = {}
     uncounted = {"operators": dict(counted.uncounted), "fvcore": dict[str, int]()}
-    module = _on_cpu(module)
+    module = copied(module, lambda tensor: tensor.to(_CPU, copy=True)).eval()
     with torch.no_grad():
         try:
             found["fvcore"], uncounted["fvcore"] = count_graph(module, inputs, HANDLES)
@@ -269,26 +198,8 @@ def _compare(
     return Audit(declared, counted.total, **found, uncounted=uncounted, failures=failures)
 
 
-def _on_cpu(module: nn.Module) -> nn.Module:
-    copy: nn.Module = copied(module, lambda tensor: tensor.to(_CPU, copy=True))
-    return copy.eval()
-
-
 def _described(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def _sum(parts: Sequence[Audit]) -> Audit:
-    uncounted: dict[str, Counter[str]] = {}
-    for part in parts:
-        for counter, names in part.uncounted.items():
-            uncounted.setdefault(counter, Counter()).update(names)
-    totals: dict[str, Any] = {}
-    for counter in COUNTERS:
-        counts = [getattr(part, counter) for part in parts]
-        totals[counter] = None if None in counts else sum(counts)
-    failures = {name: why for part in parts for name, why in part.failures.items()}
-    return Audit(**totals, uncounted=uncounted, failures=failures)
 
 
 class _OnGrid(nn.Module):
@@ -302,42 +213,6 @@ class _OnGrid(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.attention(x, self.grid)
         return out
-
-
-_LAYERS: Mapping[type[nn.Module], Callable[[Any, Tensor, Tensor], int]] = {
-    nn.Linear: lambda layer, _, out: out.numel() * layer.in_features,
-    # Weights (in, out / groups, …): each input reaches a whole kernel of every output channel.
-    _ConvTransposeNd: lambda layer, x, _: x.numel() * layer.weight[0].numel(),
-    # Weights (out, in / groups, …): each output is one product with a kernel.
-    _ConvNd: lambda layer, _, out: out.numel() * layer.weight[0].numel(),
-}
-"""Multiply-adds of a layer, its input and its output, by its class; the first that fits."""
-
-
-def _declared(module: nn.Module, inputs: tuple[Any, ...]) -> int | None:
-    """Closed forms of a part, added up call by call; None where a mechanism declares nothing."""
-    counts: list[int | None] = []
-
-    def mechanism(module: nn.Module, inputs: Any, _output: Any) -> None:
-        declare = getattr(module, "multiply_adds", None)
-        counts.append(None if declare is None else declare(inputs[1]))
-
-    def layer(module: nn.Module, inputs: Any, output: Any) -> None:
-        formula = next(formula for kind, formula in _LAYERS.items() if isinstance(module, kind))
-        counts.append(formula(module, inputs[0], output))
-
-    module = _on_cpu(module)
-    backbones = [part for part in module.modules() if isinstance(part, ViL)]
-    places = [place.module for vil in backbones for place in vil.attention_places()]
-    inside = {part for place in places for part in place.modules()}
-    for place in places:
-        place.register_forward_hook(mechanism)
-    for part in module.modules():
-        if isinstance(part, tuple(_LAYERS)) and part not in inside:
-            part.register_forward_hook(layer)
-    with torch.no_grad():
-        module(*inputs)
-    return None if None in counts else sum(filter(None, counts))
 
 
 def count_graph(

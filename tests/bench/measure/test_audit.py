@@ -216,19 +216,8 @@ def test_handles_replace_what_fvcore_counts_by_itself():
     assert analysis.set_op_handle(**audit.HANDLES).total() == 0
 
 
-@pytest.mark.parametrize("method", ["mask_rcnn", "retinanet"])
-def test_three_counts_of_whole_detectors_agree(method):
-    (line,) = audit.audit_rows(
-        ["Partial ViL"], backbone="quick", method=method, image_size=(64, 96), proposals=10
-    )
-    assert line.error == ""
-    assert line.counts.declared == line.counts.operators
-    assert line.counts.agrees
-    assert line.counts.missed(line.counts.torch_on_cpu) > 0
-
-
 def test_command_prints_and_passes(capsys):
-    assert cli.main(["audit", "--attention", "swin,longformer", "--grid", "6x9"]) == 0
+    assert cli.main(["audit", "--attention", "swin,ViL", "--grid", "6x9"]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 120
     for words in ("multiply-adds", "grid 6x9", "shift=2", "padding=cyclic", "agree"):

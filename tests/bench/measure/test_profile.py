@@ -7,7 +7,6 @@ import torch
 from bench import cli
 from bench.config.suites import profile_configs
 from bench.measure import profile as profiler
-from bench.measure import sizes
 from bench.measure.workload import build
 from bench.record import Record, read
 from report import profiles
@@ -232,14 +231,6 @@ def test_data_that_is_not_there_is_wrong_input(tmp_path, capsys):
     arguments = ["--attention", "ViL", "--what", "memory", "--data", str(tmp_path / "none")]
     assert command(*arguments) == 2
     assert f"error: no data folder {tmp_path / 'none'}" in capsys.readouterr().err
-
-
-def test_flops_over_the_sizes_of_a_data_set(capsys, monkeypatch):
-    monkeypatch.setattr(sizes, "image_sizes", lambda _: {(480, 640): 2, (427, 640): 1})
-    assert command("--attention", "ViL", "--sizes", "val2017", "--format", "json") == 0
-    (found,) = json.loads(capsys.readouterr().out)
-    assert found["images"] == 3
-    assert found["minimum"] < found["mean"] < found["maximum"]
 
 
 @pytest.mark.parametrize("method", ["mask_rcnn", "retinanet"])
