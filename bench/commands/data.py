@@ -1,4 +1,4 @@
-"""`python -m bench data`: check, download and time a data set."""
+"""`python -m bench data`: check and download a data set."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.cli import add, count, names, several
+from bench.cli import add, count, names
 from bench.commands._output import WIDTH
 from bench.config.schema import DEGENERATE_BOXES
 from bench.config.suites import DATASETS_VARIABLE, named_root
@@ -17,14 +17,13 @@ from bench.files import cores
 if TYPE_CHECKING:
     from bench.data.check import SplitReport
 
-HELP = "check a data set, download COCO, or time how fast data is read"
+HELP = "check a data set, or download COCO"
 EPILOG = """\
 examples:
   python -m bench data check my_data
   python -m bench data check /datasets/coco --split val2017 --format json
   python -m bench data check export/result.json --images export/images
   python -m bench data coco --root /datasets/coco
-  python -m bench data speed /datasets/coco --workers 0,2,4,8
 
 `python -m bench data COMMAND --help` explains a command. A data set is a folder in COCO layout:
 annotations/instances_SPLIT.json and the images in SPLIT/, for example train2017; or Roboflow's,
@@ -96,22 +95,6 @@ def _configure_coco(parser: argparse.ArgumentParser) -> None:
         help="where it comes from; name a mirror here",
     )
     add(parser, "keep-archives", action="store_true", help="keep the zip files after extraction")
-
-
-def _configure_speed(parser: argparse.ArgumentParser) -> None:
-    _add_path(parser)
-    add(parser, "split", default="train2017", metavar="NAME", help="split to read")
-    add(
-        parser,
-        "workers",
-        type=several(count),
-        default="0,1,2,4",
-        metavar="A,B",
-        help="numbers of processes to try",
-    )
-    add(parser, "batch-size", default=16)
-    add(parser, "seconds", default="10", help="to measure each number for")
-    add(parser, "format")
 
 
 def _add_path(parser: argparse.ArgumentParser) -> None:
@@ -256,42 +239,6 @@ def coco(options: argparse.Namespace) -> int:
     return 0
 
 
-def speed(options: argparse.Namespace) -> int:
-    """Measure and print."""
-    root = _root(options.path)
-
-    from bench.data.coco import CocoDataset
-    from bench.data.speed import measure
-
-    dataset = CocoDataset(root, options.split, degenerate_boxes="drop")
-    speeds = measure(
-        dataset, options.workers, batch_size=options.batch_size, seconds=options.seconds
-    )
-    rows = [
-        {
-            "workers": str(found.workers),
-            "images/s": f"{found.images_per_second:.1f}",
-            "ms an image": f"{1000 / found.images_per_second:.2f}",
-            "images": str(found.images),
-            "seconds": f"{found.seconds:.1f}",
-        }
-        for found in speeds
-    ]
-    if options.format == "json":
-        print(json.dumps([{key: float(value) for key, value in row.items()} for row in rows]))
-        return 0
-
-    import pandas as pd
-
-    from report import tables
-
-    print(f"{root}, {options.split}: {len(dataset)} images, {cores()} cores\n")
-    print(tables.to_text(pd.DataFrame(rows), WIDTH))
-    print("0 workers: the process that trains reads. A GPU is kept fed where this is more than it")
-    print("trains with; the log of a training says how long it waited.")
-    return 0
-
-
 COMMANDS = {
     "check": argparse.Namespace(
         HELP="report everything wrong or odd in a data set",
@@ -304,10 +251,5 @@ COMMANDS = {
         EXIT_CODES="exit code: 0 all is there; 1 the download failed; run it again to go on",
         configure=_configure_coco,
         run=coco,
-    ),
-    "speed": argparse.Namespace(
-        HELP="measure how many images a second are read",
-        configure=_configure_speed,
-        run=speed,
     ),
 }

@@ -172,7 +172,7 @@ WRONG = {
     "audit --published --attention ViL": "leave --attention out",
     "profile --sizes val2018": "did you mean 'val2017'?",
     "convert --source a": "the following arguments are required: --output",
-    "data speed --workers 1,-2": "'-2' is not a whole number of 0 or more",
+    "data check --workers=-2": "'-2' is not a whole number of 0 or more",
     "check longfromer": "'longfromer' (did you mean 'longformer'?)",
     "check ViL --option windw=3": "--option windw: longformer has no such option (did you mean",
     "check ViL --option window": "--option 'window' is not of the form key=value",

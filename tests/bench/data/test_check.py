@@ -707,16 +707,3 @@ def test_a_folder_of_images_of_another_name_is_an_error(
     assert code == 1
     assert "for split 'train2017', where the images belong" in " ".join(out.split())
     assert "folders there: annotations, pictures" in " ".join(out.split())
-
-
-def test_speed_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(tmp_path, content())
-    options = ["data", "speed", str(tmp_path), "--seconds", "0.1", "--batch-size", "2"]
-    assert cli.main([*options, "--workers", "0,1"]) == 0
-    out = capsys.readouterr().out
-    assert "images/s" in out
-    assert cli.main([*options, "--workers", "0", "--format", "json"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)
-    assert row["workers"] == 0
-    assert row["images/s"] == pytest.approx(row["images"] / row["seconds"], rel=0.6)
-    assert row["images"] % 2 == 0
