@@ -47,10 +47,6 @@ _AFTER_TRAINING = (
     "evaluate",
     "profile",
 )
-_SINCE_E514C85 = (
-    *("data.train_file", "data.val_file", "data.images", "data.deep_white"),
-    *("model.dense", "model.compile", "model.channels_last", "model.checkpoint"),
-)
 # Not worth trying again before something changes: the same command would end the same way.
 _FINAL_ERRORS = ("error", "diverged", "out_of_memory")
 # What `build.initialise` notes.
@@ -173,16 +169,6 @@ def identify(
     return Identity(
         config.row, values, made, config.data.train_split, inputs, tuple(sources), place
     )
-
-
-def old_key(config: RunConfig) -> str:
-    """Return the key that e514c85 gave a run: of its whole configuration, as that was then."""
-    values = config.as_dict()
-    for name in _SINCE_E514C85:
-        group, _, last = name.partition(".")
-        del values[group][last]
-    del values["classify"]
-    return record.key(values)
 
 
 def records_of(row: str, folder: Path) -> list[Record]:

@@ -28,7 +28,7 @@ from bench.record import Record, error_section
 from bench.run.checkpoints import Checkpoints
 from bench.run.evaluate import Progress, evaluate
 from bench.run.evaluate import remarks as evaluation_remarks
-from bench.run.identity import Identity, done, identify, old_key, records_of
+from bench.run.identity import Identity, done, identify, records_of
 from bench.run.train import TrainingLog, train
 from bench.system import devices, locks, processes
 from bench.system.interrupt import StopRequest
@@ -247,7 +247,10 @@ class Run:
         self.sections: dict[str, Any] = {}
         self.notes: list[str] = []
         self.pretrain: str | None = None
-        self.checkpoints = _checkpoints(config, identity, output)
+        self.checkpoints = Checkpoints(
+            output / "checkpoints" / identity.stem,
+            identity={"configuration": identity.weights_key},
+        )
         self.phases: list[Callable[[], None]] = [
             self.open, self.build, self.train, self.evaluate, self.measure,
         ]  # fmt: skip
@@ -511,18 +514,6 @@ class Run:
         )
         for note in self.notes:
             run_log.info("note: %s", note)
-
-
-def _checkpoints(config: RunConfig, identity: Identity, output: Path) -> Checkpoints:
-    """The run's checkpoints, or those of e514c85 and before, named by its configuration."""
-    folder = output / "checkpoints"
-    own = folder / identity.stem
-    key = old_key(config)
-    old = folder / f"{record.slug(config.row)}-{key[:10]}"
-    # Of a user's files they say nothing.
-    if old.is_dir() and not own.is_dir() and not {"mechanism", "init"} & set(identity.inputs):
-        return Checkpoints(old, identity={"configuration": key})
-    return Checkpoints(own, identity={"configuration": identity.weights_key})
 
 
 def _remarks(config: RunConfig, splits: Sequence[CocoDataset]) -> list[str]:

@@ -18,8 +18,8 @@ from bench.data.fingerprint import fingerprint_images
 from bench.data.generated import generate
 from bench.files import sha256
 from bench.record import Record
-from bench.run.identity import identify, old_key, survey
-from bench.run.runner import Ending, Options, Run, ending
+from bench.run.identity import identify, survey
+from bench.run.runner import Ending, ending
 
 # Another value of every setting: of what the weights depend on, of what is made of them, and of
 # what is neither.
@@ -364,22 +364,6 @@ def test_a_record_of_another_version_of_the_settings_is_none_of_this_run(
     values = config.as_dict() | {"a setting of tomorrow": 1}
     assert identify(config).changed(a_record(config, config=values)) is None
     assert identify(build_config(config.as_dict())).changed(a_record(config)) == []
-
-
-def test_checkpoints_of_e514c85_are_taken_up_where_no_file_of_the_user_counts(
-    tmp_path: Path, config: RunConfig
-) -> None:
-    config = with_(config, train__steps=350, train__batch_size=4, train__lr=1e-3)
-    config = with_(config, model__detector__fpn_channels=64, model__detector__mask_width=64)
-    assert old_key(config) == "b44a79cc40b6b3d58403504f046be256d12fd5897937d0e2276609052948756a"
-    own = load_suite("quick", rows=[mechanism(tmp_path / "code")]).runs[0]
-    for run, expected in ((config, True), (own, False)):
-        key = old_key(run)
-        old = tmp_path / "checkpoints" / f"{record.slug(run.row)}-{key[:10]}"
-        old.mkdir(parents=True)
-        found = Run(run, identify(run), tmp_path, Options()).checkpoints
-        assert (found.folder == old) == expected
-        assert found.identity["configuration"] == (key if expected else identify(run).weights_key)
 
 
 @pytest.mark.parametrize(
