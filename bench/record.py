@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
 from importlib import metadata
 from itertools import count
 from pathlib import Path
@@ -203,6 +204,19 @@ class Record:
             return made
         except ValueError as error:
             raise InputError(f"{source} is not a record: {error}") from error
+
+
+def of_run(config: Any, /, *, error: Mapping[str, Any] | None = None, **values: Any) -> Record:
+    """Return the record, made now, of what was done with a configuration.
+
+    Args:
+        config: a `RunConfig`, which says suite, row, seed and configuration.
+        error: section of what ended it, None for a success.
+        values: all other fields, and what is to be said otherwise than `config` has it.
+    """
+    said = {name: getattr(config, name) for name in ("suite", "row", "seed")}
+    said |= {"config": config.as_dict(), "created": datetime.now(UTC).isoformat(timespec="seconds")}
+    return Record(**said | values, status="failed" if error else "done", error=error)
 
 
 def read(path: Path) -> Record:

@@ -8,7 +8,6 @@ them take turns, several times. A row that dies, for want of memory for one, har
 """
 
 import dataclasses
-import datetime
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -474,15 +473,10 @@ def _record(row: _Row, command: Sequence[str]) -> Record:
     device = "none"
     with row.kept():
         device = str(single_fabric(config).device)
-    return Record(
-        suite=config.suite,
-        row=config.row,
+    return record.of_run(
+        config,
         key=record.key(config.as_dict()),
-        status="failed" if row.error else "done",
         error=row.error,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        seed=config.seed,
-        config=config.as_dict(),
         environment=record.environment(command=command, device=device)
         | {"threads": torch.get_num_threads()},
         model=model_section(config),

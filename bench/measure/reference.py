@@ -6,7 +6,6 @@ its record there is neither counted nor measured again.
 """
 
 import dataclasses
-import datetime
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -95,7 +94,7 @@ def measure_layers(
     measured = profile.measure_layers([config for _, config in todo], progress=progress)
     for (key, config), (sections, notes) in zip(todo, measured, strict=True):
         values = config.as_dict() | {"layers": on}
-        known[key] = _record(config, key, command, device, values=values, notes=notes, **sections)
+        known[key] = _record(config, key, command, device, config=values, notes=notes, **sections)
         record.write(known[key], folder)
     return [known[key] for key in keys]
 
@@ -124,28 +123,11 @@ def _count(worker: Worker, key: str, config: RunConfig, command: Sequence[str]) 
 
 
 def _record(
-    config: RunConfig,
-    key: str,
-    command: Sequence[str],
-    device: str,
-    *,
-    values: dict[str, Any] | None = None,
-    error: dict[str, Any] | None = None,
-    **rest: Any,
+    config: RunConfig, key: str, command: Sequence[str], device: str, /, **values: Any
 ) -> Record:
-    return Record(
-        suite=config.suite,
-        row=config.row,
-        key=key,
-        status="failed" if error else "done",
-        error=error,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        seed=config.seed,
-        config=values or config.as_dict(),
-        environment=record.environment(command=command, device=device),
-        model=model_section(config),
-        **rest,
-    )
+    place = record.environment(command=command, device=device)
+    model = model_section(config)
+    return record.of_run(config, key=key, environment=place, model=model, **values)
 
 
 def _key(config: RunConfig, **on: Any) -> str:

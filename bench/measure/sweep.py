@@ -9,7 +9,6 @@ its larger points are recorded as skipped.
 Multiply-adds need no device and are counted for skipped points too.
 """
 
-import datetime
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -453,14 +452,10 @@ class Store:
         model = model_section(config)
         if point.scope != "detector":
             model |= {"method": "none", "library": "none"}
-        written = Record(
-            suite=SUITE,
-            row=config.row,
+        written = record.of_run(
+            config,
             key=point.key,
-            status="failed" if error else "done",
             error=error,
-            created=datetime.datetime.now(datetime.UTC).isoformat(),
-            seed=config.seed,
             config=point.values(),
             environment={
                 **record.environment(command=self.command, device=device_name(device)),

@@ -1,6 +1,5 @@
 """One run: open the data, build, train, evaluate, measure; and its record, whatever happens."""
 
-import datetime
 import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -440,15 +439,10 @@ class Run:
         fabric = getattr(self, "fabric", None)
         device = devices.device_name(None if fabric is None else fabric.device)
         place = record.environment(command=list(self.options.command or sys.argv), device=device)
-        return Record(
-            suite=config.suite,
-            row=config.row,
+        return record.of_run(
+            config,
             key=self.identity.key,
-            status="done" if error is None else "failed",
             error=None if error is None else error_section(error),
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            seed=config.seed,
-            config=config.as_dict(),
             environment=place
             | {"threads": torch.get_num_threads(), "inputs": self.identity.inputs},
             model=models.model_section(config) | {"pretrain": self.pretrain},
