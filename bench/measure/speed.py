@@ -258,13 +258,13 @@ def _compare(
     taken: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     order = list(sides)
     for process in sides.values():
-        process.ask("time")
+        process.ask("timed")
     while len(taken["base"]) < effort.max_repeats and any(
         len(found) < effort.min_repeats or sum(one["wall"] for one in found) < effort.min_seconds
         for found in taken.values()
     ):
         for side in order:
-            taken[side].append(sides[side].ask("time"))
+            taken[side].append(sides[side].ask("timed"))
         order.reverse()
     linear = sides["now"].ask("linear")
     peaks.append(sides["now"].ask("peaks"))

@@ -30,9 +30,22 @@ class Case:
         spec: keyword arguments of `attentions.build_for`, with its `name`.
         mode: "inference" or "training"; training is forward and backward.
         seed: of weights, input and incoming gradient.
+        weights: file of the weights, which both commits share.
+        save: write it, else read it.
+
+    Raises:
+        ValueError: for parameters that are not in the file.
     """
 
-    def __init__(self, spec: dict[str, Any], mode: str, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        mode: str,
+        batch_size: int,
+        seed: int,
+        weights: str,
+        save: bool,
+    ) -> None:
         torch.manual_seed(seed)
         self.grid = tuple(spec["grid"])
         spec = {**spec, "grid": self.grid}
@@ -44,6 +57,14 @@ class Case:
         self.gradient = torch.randn(shape, generator=generator)
         self.training = mode == "training"
         self.x.requires_grad_(self.training)
+        if save:
+            torch.save(self.module.state_dict(), weights)
+            return
+        given = torch.load(weights, weights_only=True)
+        missing = {name for name, _ in self.module.named_parameters()} - set(given)
+        if missing:
+            raise ValueError(f"parameters without a counterpart: {sorted(missing)}")
+        self.module.load_state_dict(given, strict=False)
 
     def call(self) -> Tensor:
         """Run it once; gradients are those of this call alone."""
@@ -56,13 +77,13 @@ class Case:
         y.backward(self.gradient)
         return y.detach()
 
-    def results(self) -> dict[str, Tensor]:
-        """Output and, of training, all gradients, by name."""
+    def results(self, path: str) -> None:
+        """Save output and, of training, all gradients, by name."""
         found = {"output": self.call()}
         if self.training:
             named = [("input", self.x), *self.module.named_parameters()]
             found |= {f"gradient of {n}": p.grad for n, p in named if p.grad is not None}
-        return found
+        torch.save(found, path)
 
     def timed(self) -> dict[str, float]:
         """Seconds of one call: on the clock and of this process's cores."""
@@ -122,39 +143,6 @@ def _least(call: Callable[[], object]) -> float:
     return min(taken)
 
 
-def _answer(request: dict[str, Any], case: Case | None) -> tuple[Any, Case | None]:
-    match request["do"]:
-        case "build":
-            case = Case(request["spec"], request["mode"], request["batch_size"], request["seed"])
-            weights = request["weights"]
-            if request["save"]:
-                torch.save(case.module.state_dict(), weights)
-                return None, case
-            given = torch.load(weights, weights_only=True)
-            own = {name for name, _ in case.module.named_parameters()}
-            if not own <= set(given):
-                raise ValueError(f"parameters without a counterpart: {sorted(own - set(given))}")
-            case.module.load_state_dict(given, strict=False)
-            return None, case
-        case "results":
-            assert case is not None
-            torch.save(case.results(), request["path"])
-            return None, case
-        case "time":
-            assert case is not None
-            return case.timed(), case
-        case "peaks":
-            return peaks(), case
-        case "linear":
-            assert case is not None
-            return case.linear(), case
-        case "peak":
-            assert case is not None
-            return case.peak(), case
-        case other:
-            raise ValueError(f"unknown request {other!r}")
-
-
 def main() -> None:
     """Answer requests until standard input ends."""
     keep_freed_memory()
@@ -164,7 +152,12 @@ def main() -> None:
     case: Case | None = None
     for line in sys.stdin:
         try:
-            found, case = _answer(json.loads(line), case)
+            request = json.loads(line)
+            do, found = request.pop("do"), None
+            if do == "build":
+                case = Case(**request)
+            else:
+                found = peaks() if do == "peaks" else getattr(case, do)(**request)
             answer = {"found": found}
         except Exception as error:
             # Whatever a mechanism of either commit raises is the answer to this request.
