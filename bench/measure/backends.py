@@ -56,12 +56,6 @@ class Ran:
     compiled: bool
     notes: tuple[str, ...]
 
-    def __str__(self) -> str:
-        """In one line, for a table."""
-        calls = ", ".join(f"{name} {count}" for name, count in self.sdpa.items())
-        parts = [calls and f"SDPA {calls}", ", ".join(self.dtypes), "compiled" * self.compiled]
-        return "; ".join(filter(None, parts)) or "no product"
-
 
 def what_ran(fn: Callable[[], object], *, device: torch.device | str = "cpu") -> Ran:
     """Run `fn` once, untimed, and say what ran.

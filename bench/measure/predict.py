@@ -104,14 +104,6 @@ class MemoryPrediction:
     kind: str = KIND
     unit: str = UNIT
 
-    def __str__(self) -> str:
-        """In one line."""
-        height, width = self.image_size
-        return (
-            f"{self.total / 1e9:.2f} GB ({self.kind}: {self.mode} of {self.batch_size} x"
-            f" {height}x{width}, {self.precision}, {self.device}; peak: {self.phase}, {self.part})"
-        )
-
 
 def predict(
     module: nn.Module,

@@ -19,7 +19,6 @@ def test_fused_attention_is_counted_by_back_end():
     assert ran.dtypes == ("float32",)
     assert not ran.compiled
     assert ran.notes == ()
-    assert str(ran) == "SDPA flash 2; float32"
 
 
 def test_a_silent_fallback_is_shown_with_what_sets_the_call_apart():
@@ -62,7 +61,6 @@ def test_dtypes_are_those_of_the_products_under_autocast():
 def test_nothing_ran():
     ran = what_ran(lambda: None)
     assert (ran.sdpa, ran.dtypes, ran.compiled) == ({}, (), False)
-    assert str(ran) == "no product"
 
 
 def test_a_compiled_module_is_told():
