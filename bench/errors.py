@@ -15,6 +15,12 @@ class InputError(ValueError):
     kind = "input"
 
 
+class DivergedError(RuntimeError):
+    """A loss or a gradient that is not a finite number."""
+
+    kind = "diverged"
+
+
 def nearest(value: str, allowed: Iterable[str]) -> str:
     """Return `" (did you mean 'x'?)"` for the closest of `allowed`, or nothing."""
     names = {name.lower(): name for name in allowed}

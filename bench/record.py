@@ -39,6 +39,8 @@ ERROR_KINDS = (
     "data_worker",
     "error",
 )
+FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+"""COCO's figures of boxes or masks, in the order of its evaluation."""
 PACKAGES = (
     "torch",
     "torchvision",

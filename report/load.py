@@ -11,11 +11,10 @@ import numpy as np
 import pandas as pd
 
 from bench.errors import InputError
-from bench.record import LATENCIES, Record, newest, read, read_all, read_latencies, slug
+from bench.record import FIGURES, LATENCIES, Record, newest, read, read_all, read_latencies, slug
 from report import searches, seeds
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 KINDS = seeds.KINDS
 MODES = ("inference", "training")
 PARTIAL = "Partial "

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from bench.record import Record
+from bench.record import FIGURES, Record
 from report.columns import (
     AT_LEAST,
     METHODS,
@@ -27,7 +27,7 @@ from report.columns import (
     table,
     words,
 )
-from report.load import FIGURES, KINDS, MODES, TEXT, Library, frame, per_library, published
+from report.load import KINDS, MODES, TEXT, Library, frame, per_library, published
 from report.searches import box_ap, find
 
 BEST = ", best"

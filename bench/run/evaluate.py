@@ -27,23 +27,10 @@ from bench.data.images import to_float
 from bench.data.loader import clear_worker_errors, evaluation_batches
 from bench.data.masks import encode_soft
 from bench.model.detectors import Detector, is_head
+from bench.record import FIGURES
 from bench.run import bootstrap
 from bench.run.bootstrap import ImageMatches, Matches
 
-FIGURES = (
-    "AP",
-    "AP50",
-    "AP75",
-    "APs",
-    "APm",
-    "APl",
-    "AR1",
-    "AR10",
-    "AR100",
-    "ARs",
-    "ARm",
-    "ARl",
-)
 RESAMPLES = 1000
 # The same for all runs, whatever their own seed: rows are compared on the same draws.
 BOOTSTRAP_SEED = 0

@@ -24,6 +24,7 @@ from bench import record
 from bench.config.probes import ROW, SUITE, Recipe, Subject
 from bench.config.sources import mechanism_sources
 from bench.data.symbols import CHANCE, TASKS, Task
+from bench.errors import DivergedError
 from bench.files import check_writable, cores
 from bench.model.probe import ProbeModel
 from bench.record import Record, error_section
@@ -34,12 +35,6 @@ FOLDER = "probes"
 TASK_NAMES = tuple(TASKS)
 # Of the steps, how many stand in the curve of the loss.
 _LOSSES = 25
-
-
-class DivergedError(RuntimeError):
-    """A loss that is not finite."""
-
-    kind = "diverged"
 
 
 @dataclass(frozen=True)

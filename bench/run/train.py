@@ -30,7 +30,7 @@ from bench.config.schema import DataConfig, TrainConfig
 from bench.data.coco import CocoDataset
 from bench.data.images import to_float
 from bench.data.loader import Batch, Pace, clear_worker_errors, training_batches
-from bench.errors import InputError, some
+from bench.errors import DivergedError, InputError, some
 from bench.model.backbone import ViL
 from bench.model.detectors import Detector
 from bench.model.optimizer import (
@@ -53,12 +53,6 @@ Progress = Callable[[int, float], None]
 # Gradients still overflow at this scale of the loss: they are not numbers at any.
 _LEAST_SCALE = 2.0**-20
 _MOST_IDS = 16
-
-
-class DivergedError(RuntimeError):
-    """The loss or the gradient was not a finite number."""
-
-    kind = "diverged"
 
 
 @dataclass

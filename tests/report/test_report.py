@@ -62,7 +62,7 @@ def make(row: str, number: int = 0, **changes: Any) -> Record:
         "data": {"path": None},
         "train": {"steps": 320, "precision": "32-true", "init": None},
     }
-    figures = {figure: box + 2 * place - 8 for place, figure in enumerate(load.FIGURES, 4)}
+    figures = {figure: box + 2 * place - 8 for place, figure in enumerate(store.FIGURES, 4)}
     values: dict[str, Any] = {
         "suite": "quick",
         "row": row,
@@ -286,7 +286,7 @@ def test_boxes_alone_have_one_line_a_row() -> None:
     assert evaluation is not None
     (table,) = tables.figures([make("ViL", evaluation={**evaluation, "mask": None})])
     assert table.shown["of"].tolist() == ["box"]
-    assert list(table.shown.columns) == ["row", "of", *load.FIGURES]
+    assert list(table.shown.columns) == ["row", "of", *store.FIGURES]
 
 
 def test_formats_escape_what_would_break_them() -> None:

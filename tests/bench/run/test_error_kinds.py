@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from bench.data.loader import DataWorkerError
-from bench.errors import InputError
+from bench.errors import DivergedError, InputError
 from bench.record import ERROR_KINDS, error_section
-from bench.run.train import DivergedError
 
 
 @pytest.mark.parametrize(

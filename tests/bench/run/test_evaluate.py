@@ -12,8 +12,9 @@ from pycocotools import mask as pycoco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from bench.record import FIGURES
 from bench.run import bootstrap
-from bench.run.evaluate import FIGURES, RESAMPLES, CocoEvaluator
+from bench.run.evaluate import RESAMPLES, CocoEvaluator
 
 CATEGORIES = ((3, "disc"), (7, "box"), (90, "bar"))
 SIZE = (220, 260)

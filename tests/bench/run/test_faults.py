@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.config.schema import DataConfig, RunConfig, TrainConfig
 from bench.data.coco import CocoDataset
 from bench.data.generated import generate
-from bench.errors import InputError
+from bench.errors import DivergedError, InputError
 from bench.run.checkpoints import Checkpoints
-from bench.run.train import DivergedError, TrainingLog, train
+from bench.run.train import TrainingLog, train
 from bench.system.devices import make_fabric
 from bench.system.interrupt import EXIT_CODE, StopRequest, raised_where_it_arrives
 
