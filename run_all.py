@@ -42,7 +42,6 @@ with ending_at_once():
     from bench.record import Record, slug
     from bench.system import logs, processes
 
-LAUNCHERS = ("none", "local", "slurm")
 # Settings of what --pretrain runs, such as pretrain.classify.epochs=100.
 _PRETRAIN = "pretrain."
 
@@ -136,12 +135,7 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
         " that have it",
     )
     add(result, "method", default=None, help="method of detection (default: the suite's), likewise")
-    add(
-        result,
-        "retry-failed",
-        action="store_true",
-        help="run again the rows whose record is a failure",
-    )
+    add(result, "retry-failed")
     add(
         result,
         "init",
@@ -183,29 +177,7 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
         " which is best",
     )
     processes = result.add_argument_group("processes and machines")
-    add(
-        processes,
-        "devices",
-        metavar="N",
-        type=positive,
-        help="devices of this machine that share each run, a process each; under torchrun or srun"
-        " it is their number of processes (default: 1)",
-    )
-    add(
-        processes,
-        "launcher",
-        choices=LAUNCHERS,
-        default="none",
-        help="none runs one row after the other; local runs --jobs of them side by side; slurm"
-        " submits each as a job, which requeues and resumes when preempted",
-    )
-    add(processes, "jobs", metavar="N", type=positive, default=2, help="rows side by side")
-    add(
-        processes,
-        "slurm",
-        metavar="KEY=VALUE,…",
-        help="parameters of submitit's executor, such as slurm_partition=gpu,timeout_min=4320",
-    )
+    add(processes, "devices", "launcher", "jobs", "slurm")
     full_size = result.add_argument_group("costs at full size")
     add(
         full_size,
@@ -225,25 +197,7 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
         " as ViL-Small with the published detector",
     )
     look = result.add_argument_group("looking")
-    add(
-        look,
-        "dry-run",
-        action="store_true",
-        help="print what would run, its schedule, memory and time, and run nothing",
-    )
-    add(
-        look,
-        "measure-steps",
-        metavar="N",
-        type=positive,
-        help="in a dry run, time N training steps of each row on one device here",
-    )
-    add(
-        look,
-        "tensorboard",
-        action="store_true",
-        help="write TensorBoard's events, to tensorboard/",
-    )
+    add(look, "dry-run", "measure-steps", "tensorboard")
     # Of a row that was started for a suite, which measures latency and writes its report itself.
     result.add_argument("--no-report", action="store_true", help=argparse.SUPPRESS)
     result.add_argument("--no-latency", action="store_true", help=argparse.SUPPRESS)

@@ -308,6 +308,37 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
         "help": "fewest seconds that these samples take together",
     },
     "seed": {"type": seed, "default": 0, "metavar": "N", "help": "seed of weights and images"},
+    "devices": {
+        "type": positive,
+        "metavar": "N",
+        "help": "devices of this machine that share each run, a process each; under torchrun or"
+        " srun it is their number of processes (default: 1)",
+    },
+    "launcher": {
+        "choices": ("none", "local", "slurm"),
+        "default": "none",
+        "help": "none runs one row after the other; local runs --jobs of them side by side; slurm"
+        " submits each as a job, which requeues and resumes when preempted",
+    },
+    "jobs": {"type": positive, "default": 2, "metavar": "N", "help": "rows side by side"},
+    "slurm": {
+        "metavar": "KEY=VALUE,…",
+        "help": "parameters of submitit's executor, such as slurm_partition=gpu,timeout_min=4320",
+    },
+    "dry-run": {
+        "action": "store_true",
+        "help": "print what would run, its schedule, memory and time, and run nothing",
+    },
+    "measure-steps": {
+        "type": positive,
+        "metavar": "N",
+        "help": "in a dry run, time N training steps of each row on one device here",
+    },
+    "retry-failed": {"action": "store_true", "help": "run again what has failed"},
+    "tensorboard": {
+        "action": "store_true",
+        "help": "write TensorBoard's events, to tensorboard/",
+    },
     "format": {"choices": ("table", "json"), "default": "table", "help": "what is printed"},
     "output": {"type": Path, "metavar": "DIR"},
 }

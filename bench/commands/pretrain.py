@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from bench.cli import PROG, add, add_overrides, as_arguments, names, positive
+from bench.cli import PROG, add, add_overrides, as_arguments, names
 from bench.errors import InputError
 
 HELP = "pretrain the backbone of rows as classifiers, by the recipe of DeiT, or evaluate one"
@@ -26,7 +26,6 @@ record are not run again, and the same command continues what was stopped. --ini
 leaves, OUTPUT/ROW.pth.
 
 """
-LAUNCHERS = ("none", "local", "slurm")
 _ROW = "ViL"
 
 
@@ -55,14 +54,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(parser, "output", help="where everything goes (default: results/pretrain)")
     add(parser, "device", default=None)
     add(parser, "seed", default=None)
-    add(parser, "devices", metavar="N", type=positive, help="processes that share each run")
-    add(parser, "launcher", choices=LAUNCHERS, default="none", help="as of run_all.py")
-    add(parser, "jobs", metavar="N", type=positive, default=2, help="rows side by side")
-    add(parser, "slurm", metavar="KEY=VALUE,…", help="parameters of submitit's executor")
-    add(parser, "dry-run", action="store_true", help="print what would run, its memory and time")
-    add(parser, "measure-steps", metavar="N", type=positive, help="time N steps in a dry run")
-    add(parser, "retry-failed", action="store_true", help="run again the rows that failed")
-    add(parser, "tensorboard", action="store_true", help="write TensorBoard's events")
+    add(parser, "devices", "launcher", "jobs", "slurm")
+    add(parser, "dry-run", "measure-steps", "retry-failed", "tensorboard")
     one = parser.add_argument_group("evaluation of a checkpoint")
     add(one, "eval", action="store_true", help="evaluate --weights on val, and train nothing")
     add(one, "weights", type=Path, metavar="FILE", help="a classifier of ours or a published one")

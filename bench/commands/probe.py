@@ -45,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help=f"some of {', '.join(TASKS)}, for mechanisms",
     )
-    add(parser, "retry-failed", action="store_true", help="run again what has failed")
+    add(parser, "retry-failed")
     add(parser, "output", default="results/probes", help="folder of records and report")
     add(parser, "format", choices=("table", "json"))
     add_overrides(parser)
