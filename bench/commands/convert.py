@@ -4,7 +4,7 @@ import argparse
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +24,8 @@ examples:
   python -m bench convert --source cls.pth --output det.pth --attention "Partial global"
 
 Global tokens are expanded, position tables resized, and qkv split where the backbone keeps queries
-apart. The file holds {"model": tensors by their published names}. The source is read without
-running any code that it may hold.
+apart; --format json says what became of each tensor. The file holds {"model": tensors by their
+published names}. The source is read without running any code that it may hold.
 
 """
 _MANY_KINDS = 12
@@ -42,7 +42,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(parser, "position")
     add(parser, "image-size", help="of the images to come (default: 1333x1333)")
     add(parser, "force", action="store_true", help="overwrite the output")
-    add(parser, "every", action="store_true", help="one line for each tensor, not for each kind")
     add(parser, "format")
     add_overrides(parser)
 
@@ -114,10 +113,7 @@ def _print(conversion: "Conversion", config: "RunConfig", options: argparse.Name
 
     model = config.model
     print(f"{options.source} → {options.output}, for {model.backbone} with {config.row}\n")
-    if options.every:
-        rows = [_row([step], named=str) for step in conversion.steps]
-    else:
-        rows = [_row(group, named=_kind) for group in _groups(conversion.steps)]
+    rows = [_row(group) for group in _groups(conversion.steps)]
     print(tables.to_text(pd.DataFrame(rows, dtype=str), WIDTH))
     counts = ", ".join(f"{conversion.count(action)} {action}" for action in ACTIONS)
     print(f"{len(conversion.tensors)} tensors written: {counts}")
@@ -150,11 +146,11 @@ def _groups(steps: Sequence["Step"]) -> list[list["Step"]]:
     return list(groups.values())
 
 
-def _row(steps: Sequence["Step"], *, named: Callable[[str], str]) -> dict[str, str]:
+def _row(steps: Sequence["Step"]) -> dict[str, str]:
     """Return the line of some steps of one action."""
     action = steps[0].action
-    sources = list(dict.fromkeys(named(step.source) for step in steps))
-    places = list(dict.fromkeys(named(step.target) for step in steps))
+    sources = list(dict.fromkeys(_kind(step.source) for step in steps))
+    places = list(dict.fromkeys(_kind(step.target) for step in steps))
     shapes = [
         list(dict.fromkeys(map(_shape, found)))
         for found in ((step.source_shape for step in steps), (step.target_shape for step in steps))

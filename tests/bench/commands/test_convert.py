@@ -77,13 +77,6 @@ def test_the_table_says_what_was_copied_expanded_resized_split_or_left_out(
     assert "layer3.*.attn.query.weight left out 2 128x128 the backbone has no such tensor" in lines
 
 
-def test_every_tensor_on_a_line(classifiers, tmp_path, capsys):
-    assert convert(classifiers / "full.pth", tmp_path / "det.pth", "--every") == 0
-    printed = capsys.readouterr().out
-    assert "layer3.3.attn.query_global.weight" in printed
-    assert "*" not in printed
-
-
 def test_json_lists_every_tensor(classifiers, tmp_path, capsys):
     output = tmp_path / "det.pth"
     assert convert(classifiers / "full.pth", output, "--format", "json") == 0
