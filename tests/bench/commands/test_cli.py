@@ -185,6 +185,10 @@ WRONG = {
     "check ViL --format yaml": "allowed: table, json",
     "check ViL --dim 7": "--dim 7 must be a multiple of --num-heads 3",
     "report /nowhere": "/nowhere is not a folder",
+    "report .": "no record in .",
+    "profile --attention ViL --what memory --data none": "error: no data folder none",
+    # A budget needs no device.
+    "profile --attention ViL --backbone quick --image-size 64 --memory-budget 1MB": "too small",
     "profile --output=": "error: --output is empty; give it a value or leave it out",
 }
 
@@ -220,11 +224,6 @@ def test_a_command_ends_by_its_exit_code(error, monkeypatch, capsys):
 def test_a_row_is_checked_by_its_mechanism(capsys):
     assert cli.main(["check", "Partial ViL", "--option", "window=3"]) == 0
     assert "Conformance of longformer with window=3" in capsys.readouterr().out
-
-
-def test_a_report_of_no_record(tmp_path, capsys):
-    assert cli.main(["report", str(tmp_path)]) == 2
-    assert "no record in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["profile", "--device", "cpu"], ["audit"]])

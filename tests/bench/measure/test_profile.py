@@ -221,18 +221,6 @@ def test_the_largest_batch_within_a_budget(capsys):
     assert found["largest"] == found["prediction"]["batch_size"] > 1
 
 
-def test_a_budget_needs_no_device(capsys):
-    fit = ["--backbone", "quick", "--image-size", "64", "--mode", "inference", "--attention", "ViL"]
-    assert cli.main(["profile", *fit, "--memory-budget", "1MB"]) == 2
-    assert "too small" in capsys.readouterr().err
-
-
-def test_data_that_is_not_there_is_wrong_input(tmp_path, capsys):
-    arguments = ["--attention", "ViL", "--what", "memory", "--data", str(tmp_path / "none")]
-    assert command(*arguments) == 2
-    assert f"error: no data folder {tmp_path / 'none'}" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("method", ["mask_rcnn", "retinanet"])
 def test_mixed_precision_trains_and_keeps_coordinates(method):
     (config,) = profile_configs(
