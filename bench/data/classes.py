@@ -219,13 +219,9 @@ class _Samples(Samples):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int] | int) -> Sample | InputError:
+    def __getitem__(self, key: tuple[int, int] | int) -> Sample:
         index, place = key if isinstance(key, tuple) else (key, 0)
-        try:
-            image, label = self.dataset.read(index)
-        except InputError as error:
-            # Returned, not raised: a worker would wrap it in its traceback.
-            return error
+        image, label = self.dataset.read(index)
         with random_from(self.seed, place):
             pixels: Any = self.transform(image)
         return pixels, {"label": torch.tensor(label), "image_id": torch.tensor(index)}

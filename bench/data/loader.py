@@ -100,13 +100,17 @@ class _Order:
                 waiting.clear()
 
 
-class Samples(Dataset[Sample | InputError]):
+class Samples(Dataset[Sample]):
     """Samples that are read a batch at a time, by a clock."""
 
     def __getitems__(self, keys: Sequence[Any]) -> list[Any]:
-        """The samples of a batch and, last, the seconds that this process took for them."""
+        """The samples of a batch, or the error of one; last, the seconds that they took here."""
         start = time.perf_counter()
-        samples = [self[key] for key in keys]
+        try:
+            samples: list[Any] = [self[key] for key in keys]
+        except InputError as error:
+            # Returned, not raised: a worker would wrap it in its traceback.
+            samples = [error]
         return [*samples, time.perf_counter() - start]
 
 
@@ -125,7 +129,7 @@ class _TrainingSamples(Samples):
         self.dataset, self.seed, self.flip, self.masks = dataset, seed, flip, masks
         self.network_size = network_size
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample | InputError:
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
         index, place = key
         flip = np.random.default_rng([self.seed, place, 1]).random() < _FLIP
         size = None
@@ -135,13 +139,9 @@ class _TrainingSamples(Samples):
                 len(self.network_size.min_sizes),
             )
             size = self.network_size.of(*self.dataset.size(index), int(rng.integers(count)))
-        try:
-            image, target = self.dataset.read(
-                index, size=size, flip=self.flip and flip, crowds=False, masks=self.masks
-            )
-        except InputError as error:
-            # Returned, not raised: a worker would wrap it in its traceback.
-            return error
+        image, target = self.dataset.read(
+            index, size=size, flip=self.flip and flip, crowds=False, masks=self.masks
+        )
         return (image, target) if size is None else fitted(image, target, size)
 
 
@@ -154,11 +154,8 @@ class _EvaluationSamples(Samples):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Sample | InputError:
-        try:
-            return self.dataset.read(index, masks=False)
-        except InputError as error:
-            return error
+    def __getitem__(self, index: int) -> Sample:
+        return self.dataset.read(index, masks=False)
 
 
 def fitted(image: Tensor, target: Target, size: tuple[int, int]) -> Sample:
@@ -359,10 +356,7 @@ def prepare_worker(_: int) -> None:
 def _collate(read: list[Any]) -> tuple[list[Tensor], list[Target], float] | InputError:
     """A batch, and the seconds that it took to read."""
     *samples, seconds = read
-    images, targets = [], []
-    for sample in samples:
-        if isinstance(sample, InputError):
-            return sample
-        images.append(sample[0])
-        targets.append(sample[1])
-    return images, targets, seconds
+    if isinstance(samples[0], InputError):
+        return samples[0]
+    images, targets = zip(*samples, strict=True)
+    return list(images), list(targets), seconds
