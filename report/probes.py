@@ -144,20 +144,6 @@ def profile(records: Sequence[Record]) -> Profile | None:
     )
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How the order of rows by a score agrees with that by published mAP.
-
-    Attributes:
-        correlation: Spearman's.
-        p: the share of permutations of the rows with a correlation as large.
-    """
-
-    score: str
-    correlation: float
-    p: float
-
-
 def agreement(records: Sequence[Record]) -> list[Table]:
     """Return the table of rank agreement with published mAP; none where too few rows are there."""
     seen, rows = profile(records), published()
@@ -170,7 +156,7 @@ def agreement(records: Sequence[Record]) -> list[Table]:
     if scores.shape[1] > 1:
         scores["mean"] = scores.mean(axis="columns")
     scores[f"rule: {_RULE}"] = [float(row.startswith(PARTIAL) or row == "ViL") for row in shared]
-    lines = [vars(_agreement(str(name), scores[name], truth)) for name in scores]
+    lines = [_agreement(str(name), scores[name], truth) for name in scores]
     columns = [
         Column("score", "rows ordered by"),
         Column("correlation", "Spearman", "", Unit.ONE, decimals(2)),
@@ -188,7 +174,8 @@ def agreement(records: Sequence[Record]) -> list[Table]:
     ]
 
 
-def _agreement(name: str, score: pd.Series, truth: pd.Series) -> Agreement:
+def _agreement(name: str, score: pd.Series, truth: pd.Series) -> dict[str, Any]:
+    """Spearman's correlation, and the share of permutations of the rows with one as large."""
     # Imported here: it takes as long as the rest of a report, which few commands write.
     from scipy import stats
 
@@ -198,7 +185,7 @@ def _agreement(name: str, score: pd.Series, truth: pd.Series) -> Agreement:
     generator = np.random.default_rng(0)
     shuffled = generator.permuted(np.tile(theirs, (_PERMUTATIONS, 1)), axis=1)
     as_large = int((shuffled @ ours / len(ours) >= found - 1e-9).sum())
-    return Agreement(name, found, (1 + as_large) / (1 + _PERMUTATIONS))
+    return {"score": name, "correlation": found, "p": (1 + as_large) / (1 + _PERMUTATIONS)}
 
 
 def heat_map(records: Sequence[Record]) -> Figure | str:
