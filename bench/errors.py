@@ -2,7 +2,8 @@
 
 import difflib
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 
 
@@ -19,6 +20,15 @@ class DivergedError(RuntimeError):
     """A loss or a gradient that is not a finite number."""
 
     kind = "diverged"
+
+
+@contextmanager
+def saying(what: str) -> Iterator[None]:
+    """Turn what the system refuses into an InputError: `what` could not be done, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{what}: {error.strerror or error}") from error
 
 
 def nearest(value: str, allowed: Iterable[str]) -> str:

@@ -24,7 +24,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from bench.errors import InputError
+from bench.errors import InputError, saying
 from bench.files import cores, sync_folder
 
 SCHEMA = 1
@@ -228,9 +228,8 @@ def read(path: Path) -> Record:
         InputError: naming the file, if it cannot be read or holds no record.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+        with saying(f"cannot read {path}"):
+            text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error.reason}") from error
     return Record.from_json(text, source=str(path))
@@ -284,7 +283,7 @@ def write(record: Record, directory: Path) -> Path:
     """
     text = record.to_json()
     temporary = directory / f".{slug(record.row)}-{uuid.uuid4().hex}.tmp"
-    try:
+    with saying(f"cannot write the record of {record.row} to {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("x", encoding="utf-8") as file:
@@ -295,10 +294,6 @@ def write(record: Record, directory: Path) -> Path:
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(directory)
-    except OSError as error:
-        raise InputError(
-            f"cannot write the record of {record.row} to {directory}: {error.strerror or error}"
-        ) from error
     return target
 
 

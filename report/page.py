@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from bench.errors import InputError
+from bench.errors import InputError, saying
 from bench.record import Record
 from report import (
     answer,
@@ -88,12 +88,8 @@ def write(
     if not records and not probes:
         raise InputError(f"there are no records to report in {directory}")
     made = provenance.sentence(records or probes)
-    try:
+    with saying(f"cannot write the report to {directory}"):
         _replace(directory / export.NAME, export.parquet([*records, *costs, *probes]))
-    except OSError as error:
-        raise InputError(
-            f"cannot write the report to {directory}: {error.strerror or error}"
-        ) from error
     asked = Section("Probes", small_tasks.blocks(probes))
     shown = Section("Pictures", pictures.blocks(drawn or {}))
     if classifiers.are(records):
@@ -195,7 +191,7 @@ def publish(sections: Sequence[Section], directory: Path, *, title: str, made: s
     Raises:
         InputError: if the folder cannot be written.
     """
-    try:
+    with saying(f"cannot write the report to {directory}"):
         found = [block for section in sections for block in section.blocks]
         shown = [block for block in found if isinstance(block, Table)]
         write_tables(shown, directory / "tables", made)
@@ -205,10 +201,6 @@ def publish(sections: Sequence[Section], directory: Path, *, title: str, made: s
         markdown = _render("page.md.jinja", title, sections, made)
         page = directory / "index.md"
         _replace(page, markdown)
-    except OSError as error:
-        raise InputError(
-            f"cannot write the report to {directory}: {error.strerror or error}"
-        ) from error
     return page
 
 

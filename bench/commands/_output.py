@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.errors import InputError
+from bench.errors import saying
 
 if TYPE_CHECKING:
     from report.plots import Plot
@@ -70,11 +70,9 @@ def write(folder: Path, shown: "Sequence[Table]", drawn: "Sequence[Plot]" = ()) 
     """
     from report import page
 
-    try:
+    with saying(f"--output {folder}"):
         page.write_tables(shown, folder)
         page.write_plots(drawn, folder)
-    except OSError as error:
-        raise InputError(f"--output {folder}: {error.strerror or error}") from error
     print(f"tables and plots: {folder}", file=sys.stderr)
 
 

@@ -35,7 +35,7 @@ from bench.data.annotations import (
     outline,
 )
 from bench.data.findings import Finding, Report, Tally, finding
-from bench.errors import InputError, choose
+from bench.errors import InputError, choose, saying
 
 Target = dict[str, Tensor]
 Categories = tuple[tuple[int, str], ...]
@@ -437,10 +437,8 @@ def _twice(raw: bytes) -> set[str]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str]:
-    try:
+    with saying(f"cannot read {path}"):
         raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
     try:
         content = json.loads(raw)
     except (ValueError, RecursionError) as error:

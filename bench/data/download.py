@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.data import DataError
-from bench.errors import InputError, choose
+from bench.errors import InputError, choose, saying
 
 BASE_URL = "http://images.cocodataset.org"
 SPLITS = ("train2017", "val2017")
@@ -71,7 +71,7 @@ def download(
     jobs = {"annotations": [name for name in files if not (root / name).is_file()]}
     jobs |= {split: [] if _has_images(root, split) else [split] for split in splits}
     jobs = {name: targets for name, targets in jobs.items() if targets}
-    try:
+    with saying(f"cannot write to {root}"):
         root.mkdir(parents=True, exist_ok=True)
         _check_space(root, [ARCHIVES[name] for name in jobs])
         for name, targets in jobs.items():
@@ -80,8 +80,6 @@ def download(
             log(f"{', '.join(targets)}: loaded, verified and extracted")
             if not keep_archives:
                 path.unlink()
-    except OSError as error:
-        raise InputError(f"cannot write to {root}: {error.strerror or error}") from error
 
 
 def _has_images(root: Path, split: str) -> bool:

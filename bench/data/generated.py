@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from bench.config.schema import CLASSIFIER, RunConfig
-from bench.errors import InputError
+from bench.errors import InputError, saying
 from bench.system import locks
 
 Array = NDArray[np.float64]
@@ -102,7 +102,7 @@ def generate(
     # Of a link, the folder behind it.
     place = root.resolve()
     lock = place.with_name(f".{place.name}.lock")
-    try:
+    with saying(f"cannot write generated data to {root}"):
         if _mark(place) == arguments:
             return root
         _refuse_foreign(place)
@@ -115,9 +115,6 @@ def generate(
             finally:
                 # Who waits for it sees that it is gone, and takes a new one.
                 lock.unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"cannot write generated data to {root}: {reason}") from error
     return root
 
 

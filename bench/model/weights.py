@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attentions.parts import resize_square_table
-from bench.errors import InputError, some
+from bench.errors import InputError, saying, some
 from bench.files import write_whole
 from bench.model.backbone import ViL
 from bench.model.detectors import Detector
@@ -76,10 +76,8 @@ def load_origin(path: Path) -> str | None:
 def _load(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    try:
+    with saying(f"{path}: cannot read it"):
         file = path.open("rb")
-    except OSError as error:
-        raise InputError(f"{path}: cannot read it: {error.strerror}") from error
     with file, warnings.catch_warnings():
         # Of other protocols of pickle, as soon as a file turns out not to be a checkpoint.
         warnings.simplefilter("ignore")

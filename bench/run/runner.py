@@ -17,7 +17,7 @@ from bench.config.schema import CLASSIFIER, RunConfig, TrainConfig
 from bench.data import split as inputs
 from bench.data.coco import CocoDataset
 from bench.data.generated import data_root
-from bench.errors import InputError
+from bench.errors import InputError, saying
 from bench.files import sha256
 from bench.measure.costs import flops_section, run_sections
 from bench.model import build as models
@@ -151,10 +151,8 @@ def claimed(identity: Identity, output: Path) -> Iterator[None]:
     """
     path = _lock(identity, output)
     with ExitStack() as stack:
-        try:
+        with saying(f"cannot write {path}"):
             stack.enter_context(locks.locked(path, timeout=_LOCK_TIMEOUT))
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
         yield
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from bench.errors import InputError, import_optional
+from bench.errors import import_optional, saying
 from bench.files import write_whole
 
 TENSORBOARD_INSTALL = "pip install '.[tensorboard]'"
@@ -62,10 +62,8 @@ class StepLog:
         """Go on after `step`: later lines, of steps that are done again, and half lines go."""
         kept = [line for line in read_steps(self.path) if line["step"] <= step]
         write_whole(self.path, "".join(map(_line, kept)))
-        try:
+        with saying(f"cannot write {self.path}"):
             self._file = self.path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Add the line of a step.
@@ -75,12 +73,10 @@ class StepLog:
         """
         if self._file is None:
             self.begin(int(entry["step"]) - 1)
-        try:
+        with saying(f"cannot write {self.path}"):
             if self._file is not None:
                 self._file.write(_line(entry))
                 self._file.flush()
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error
         if self._board is not None:
             for name, value in entry.items():
                 if name != "step":
@@ -107,11 +103,9 @@ def readable(path: Path) -> Iterator[None]:
     Raises:
         InputError: where it cannot be written.
     """
-    try:
+    with saying(f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(path, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     loggers = (run_log, logging.getLogger("bench"))
     for logger in loggers:
