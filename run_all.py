@@ -38,8 +38,7 @@ with ending_at_once():
     from bench.config.suites import Reference, Suite, check_needs, families, load_suite, suites
     from bench.data.generated import SPLITS
     from bench.errors import InputError, choose
-    from bench.files import check_writable
-    from bench.record import Record, slug
+    from bench.record import Record, check_output, slug
     from bench.system import logs, processes
 
 # Settings of what --pretrain runs, such as pretrain.classify.epochs=100.
@@ -402,8 +401,7 @@ def _dry_run(suite: Suite, output: Path, retry_failed: bool, measure_steps: int)
     from bench.run import identity, plan
     from report import tables
 
-    if measure_steps:
-        check_writable(output)
+    check_output(output, suite.name, make=measure_steps > 0)
     print(f"suite {suite.name}: what would run, to {output}", flush=True)
     standings = identity.survey(suite.runs, output, retry_failed=retry_failed)
     for standing in standings:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import InputError, saying
-from bench.files import cores, sync_folder
+from bench.files import check_writable, cores, sync_folder
 
 SCHEMA = 1
 STATUSES = ("done", "failed")
@@ -62,6 +62,13 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "probes": ("kind", "seeds", "chance", "tasks"),
 }
 """The parts of a record that may be null, with the fields that each has at least."""
+
+RECORDS = "records"
+"""The folder of records in an output folder."""
+PROBES = "probes"
+"""The folder beside `records` that holds records of probes, and their suite."""
+ALONE = ("profile", "sweep")
+"""Suites whose page shows nothing but their own records."""
 
 _MODEL = ("backbone", "method", "library", "attention", "arch", "drop_path", "schedule")
 MEMORY_KEPT = "glibc, which keeps what is freed"
@@ -256,6 +263,24 @@ def read_all(
                 skipped(error)
             elif _OURS.search(path.name):
                 raise InputError(f"{error}; restore it, or delete it to make it again") from error
+
+
+def check_output(folder: Path, suite: str, *, make: bool = True) -> None:
+    """Make the folder of --output, before anything is done that would then not be written there.
+
+    Raises:
+        InputError: where it cannot be written, or has records that are not for one page with those
+            of `suite`.
+    """
+    if make:
+        check_writable(folder)
+    there = [path for name in (RECORDS, PROBES) for path in folder.glob(f"{name}/*.json")]
+    for one in read_all(there):
+        if one.suite != suite and {one.suite, suite} & {*ALONE}:
+            raise InputError(
+                f"--output {folder} has records of {one.suite}, whose page that of {suite} would"
+                " replace; name another folder"
+            )
 
 
 def newest(records: Iterable[Record]) -> list[Record]:

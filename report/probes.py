@@ -18,13 +18,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from bench.record import Record
+from bench.record import PROBES, Record
 from report import load as records_of
 from report.columns import Column, Table, Unit, decimals, letters_of, number, table
 from report.load import PARTIAL, published
 from report.plots import COLOURS, WIDTH, Plot, render
 
-FOLDER = "probes"
 KINDS = {"mechanism": "mechanisms", "row": "rows"}
 LEVEL = 0.05
 # The one rule that the probes are compared with.
@@ -56,7 +55,7 @@ Scores = dict[str, NDArray[np.float64]]
 
 def load(folder: Path) -> list[Record]:
     """Return the records of probes in an output folder; mechanisms first, as they were planned."""
-    found = [one for one in records_of.load(folder / FOLDER) if "kind" in one.config]
+    found = [one for one in records_of.load(folder / PROBES) if "kind" in one.config]
     place = {row: number for number, row in enumerate(published()["row"])}
     return sorted(
         found,
@@ -251,7 +250,7 @@ def curves(records: Sequence[Record]) -> Figure | str:
     axes[0, 0].set_xticks(range(1, most + 1))
     figure.supxlabel("Level, from easy to hard", fontsize=8)
     several = any(len((one.probes or {})["seeds"]) > 1 for one in shown)
-    spread = ", mean ± standard deviation over seeds" * several
+    spread = ": mean and standard\ndeviation over seeds" * several
     figure.supylabel(f"Accuracy{spread}", fontsize=8)
     said = [
         f"{name}: {', '.join(map(str, task['levels']))} ({task['level']})"

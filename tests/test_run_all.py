@@ -1010,6 +1010,22 @@ def test_each_row_starts_from_a_checkpoint_of_its_own(
         assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["sweep", "--attention", "full", "--image-sizes", "32,64", "--what", "flops"],
+        ["profile", "--attention", "full", "--what", "flops"],
+    ],
+)
+def test_the_page_of_a_suite_is_not_replaced(
+    finished: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(finished.rglob("*"))
+    assert cli.main([*command, "--backbone", "tiny", "--output", str(finished)]) == 2
+    assert "has records of quick" in capsys.readouterr().err
+    assert sorted(finished.rglob("*")) == before
+
+
 def test_a_dry_run_names_rows_with_a_record_and_refuses_what_the_run_would(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1019,7 +1035,11 @@ def test_a_dry_run_names_rows_with_a_record_and_refuses_what_the_run_would(
     assert "ViL has its record" in out
     assert [line.split()[0] for line in out.splitlines() if "mask_rcnn" in line] == ["performer"]
     root = generate(tmp_path / "data", train_images=2, val_images=1)
-    (root / "annotations" / "instances_val2017.json").write_text("{")
+    file = root / "annotations" / "instances_val2017.json"
+    file.write_text(file.read_text().replace('"iscrowd"', '"ignore": 1, "iscrowd"'))
+    assert run_all.main([*arguments, str(tmp_path / "out"), "--data", str(root)]) == 0
+    assert "marked 'ignore'" in " ".join(capsys.readouterr().out.split())
+    file.write_text("{")
     assert run_all.main([*arguments, str(tmp_path / "out"), "--data", str(root)]) == 2
     assert "instances_val2017.json is" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

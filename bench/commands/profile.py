@@ -20,7 +20,6 @@ from bench.cli import (
 from bench.commands._output import FORMATS, progress, show
 from bench.config.schema import LIBRARIES, ON_DEMAND, QUANTITIES
 from bench.errors import InputError
-from bench.files import check_writable
 
 if TYPE_CHECKING:
     from bench.config.schema import RunConfig
@@ -137,11 +136,10 @@ def _profile(options: argparse.Namespace, configs: Sequence[Any]) -> int:
     from bench.system.progress import Bar
     from report import load, page, profiles
 
-    if options.output is not None:
-        _check_new(options.output / "records", configs)
     make_fabric(configs[0])
     if options.output is not None:
-        check_writable(options.output)
+        record.check_output(options.output, configs[0].suite)
+        _check_new(options.output / record.RECORDS, configs)
     with Bar("profiling", 100, unit=" %") as bar:
         records = profiler.profile(
             configs,
@@ -156,7 +154,7 @@ def _profile(options: argparse.Namespace, configs: Sequence[Any]) -> int:
         raise InputError((errors[0] or {})["message"])
     if options.output is not None:
         for entry in records:
-            record.write(entry, options.output / "records")
+            record.write(entry, options.output / record.RECORDS)
     parts = [table for table in map(profiles.parts, records) if table is not None]
     rates = profiles.throughput(records)
     costs = [profiles.costs(records), *([rates] if rates else [])]

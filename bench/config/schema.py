@@ -31,6 +31,7 @@ DEGENERATE_BOXES = ("error", "drop")
 # Strict: neither true nor "1" is the number 1.
 Whole = Annotated[int, Field(strict=True, ge=0)]
 Positive = Annotated[int, Field(strict=True, gt=0)]
+Repeats = Annotated[int, Field(strict=True, ge=2, le=1000)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 PositiveNumber = Annotated[Number, Field(gt=0)]
@@ -259,7 +260,7 @@ class ProfileConfig:
     image_size: Size = (800, 1344)
     batch_size: Positive = 1
     proposals: Positive = 1000
-    repeats: Positive = 10
+    repeats: Repeats = 10
     seconds: Number = 1.0
     training: bool = True
 

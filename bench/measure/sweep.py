@@ -24,7 +24,6 @@ from bench.config.arch import parse
 from bench.config.schema import MODES, SWEPT, RunConfig
 from bench.config.sources import mechanism_sources
 from bench.config.suites import profile_configs
-from bench.files import check_writable
 from bench.measure.costs import effort, flops_of_one
 from bench.measure.worker import Worker
 from bench.model.build import model_section
@@ -234,8 +233,8 @@ def sweep(
         InputError: if the folder cannot be written.
         KeyboardInterrupt: when interrupted; all points measured before are written.
     """
-    check_writable(output)
-    store = Store(output / "records", limits, command)
+    record.check_output(output, SUITE)
+    store = Store(output / record.RECORDS, limits, command)
     todo = [(walk, tasks) for walk in walks if (tasks := unfinished(walk, store))]
     points = [point for walk in walks for point in walk]
     missing = sum(len(tasks) for _, tasks in todo)

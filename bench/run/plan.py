@@ -4,7 +4,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Planned:
         on_gpu: whether memory is that of a GPU.
         seconds: of its training steps, or None if none was timed.
         seeds: that it would be run with.
+        remarks: what is odd but usable in its data, as the run would say it.
     """
 
     config: RunConfig
@@ -57,6 +58,7 @@ class Planned:
     on_gpu: bool
     seconds: float | None
     seeds: tuple[int, ...]
+    remarks: tuple[str, ...] = ()
 
     @property
     def images_of_a_part(self) -> int:
@@ -81,7 +83,7 @@ def plan(
         progress: called with each row before it is planned, which takes seconds.
     """
     # Runs share their data, and reading COCO's annotations takes long.
-    opened: dict[str, CocoDataset | ClassDataset | None] = {}
+    opened: dict[str, tuple[CocoDataset | ClassDataset | None, list[str]]] = {}
     planned: list[Planned] = []
     for config in suite.runs:
         if any(run.config.row == config.row for run in planned):
@@ -90,7 +92,9 @@ def plan(
         name = repr((config.data.path, config.data.generated, config.data.train_split))
         if name not in opened:
             opened[name] = _dataset(config, output, needed=measure_steps > 0)
-        planned.append(_plan(config, suite, opened[name], measure_steps))
+        dataset, remarks = opened[name]
+        run = _plan(config, suite, dataset, measure_steps)
+        planned.append(replace(run, remarks=tuple(remarks)))
     return planned
 
 
@@ -126,6 +130,7 @@ def lines(planned: Sequence[Planned], measure_steps: int) -> list[str]:
         said = [*schedule_notes(run.config), _rates(run)]
         found += [line for line in said if line not in found]
     found += _each(planned, _about_memory)
+    found += dict.fromkeys(f"note: {remark}" for run in planned for remark in run.remarks)
     if not measure_steps:
         return [*found, "time: --measure-steps N times training steps and predicts it"]
     found += _each(planned, lambda run: _about_time(run, measure_steps))
@@ -307,22 +312,23 @@ def _rates(run: Planned) -> str:
     )
 
 
-def _dataset(config: RunConfig, output: Path, *, needed: bool) -> CocoDataset | ClassDataset | None:
-    """The training images, if they are there or have to be; generated ones are made if needed.
+def _dataset(
+    config: RunConfig, output: Path, *, needed: bool
+) -> tuple[CocoDataset | ClassDataset | None, list[str]]:
+    """The training images, if they are there or have to be, and what is odd in all splits.
+
+    Generated ones are made if needed.
 
     Raises:
         InputError: for data that is there and that the run would refuse.
     """
     path = config.data.path
     if not needed and (path is None or not Path(path).is_dir()):
-        return None
+        return None, []
     if config.model.method == CLASSIFIER:
-        return classes.open_splits(data_root(config, output))[0]
-    root = data_root(config, output)
-    names = dict.fromkeys([config.data.train_split, *config.evaluate.splits])
-    splits = [inputs.open_split(config, root, name) for name in names]
-    inputs.check_categories({split.split: split.categories for split in splits}, root)
-    return splits[0]
+        return classes.open_splits(data_root(config, output))[0], []
+    splits = inputs.open_splits(config, data_root(config, output))
+    return splits[0], inputs.remarks(config, splits)
 
 
 def _seconds(

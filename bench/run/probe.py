@@ -25,12 +25,9 @@ from bench.config.probes import ROW, SUITE, Recipe, Subject
 from bench.config.sources import mechanism_sources
 from bench.data.symbols import CHANCE, TASKS, Task
 from bench.errors import DivergedError
-from bench.files import check_writable, cores
+from bench.files import cores
 from bench.model.probe import ProbeModel
 from bench.record import Record, error_section
-
-FOLDER = "probes"
-"""The folder of the records, in an output folder."""
 
 TASK_NAMES = tuple(TASKS)
 # Of the steps, how many stand in the curve of the loss.
@@ -179,8 +176,8 @@ def run(
         InputError: if the folder cannot be written.
         KeyboardInterrupt: when interrupted; what was done before is written.
     """
-    check_writable(output)
-    folder = output / FOLDER
+    record.check_output(output, SUITE)
+    folder = output / record.PROBES
     known = {one.key: one for one in record.newest(record.read_all(folder.glob("*.json")))}
     standings = [_standing(subject) for subject in subjects]
     missing = [

@@ -18,7 +18,6 @@ from bench.config.suites import Suite, families
 from bench.config.variants import Costs
 from bench.data import split
 from bench.errors import InputError
-from bench.files import check_writable
 from bench.measure import reference
 from bench.model.optimizer import schedule_notes
 from bench.record import Record
@@ -142,7 +141,7 @@ def survey(
         processes: of each run, if they are not started yet.
         check: read the data of the rows that are to be run.
     """
-    check_writable(output)
+    record.check_output(output, suite.name)
     # What could not be read after the last run is said before the first.
     record.read_latencies(output / record.LATENCIES)
     list(record.read_all((output / record.COSTS).rglob("*.json")))
@@ -242,4 +241,4 @@ def _outcome(result: Record) -> str:
     if "top1" in evaluation:
         return f"done, top-1 {evaluation['top1']:.1f} %"
     box = evaluation.get("box") or {}
-    return f"done, box AP {box['AP']:.1f}" if box.get("AP") is not None else "done"
+    return f"done, box mAP {box['AP']:.1f}" if box.get("AP") is not None else "done"

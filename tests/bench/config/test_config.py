@@ -344,6 +344,7 @@ WRONG = {
     "train.steps=": ["train.steps=None must be"],
     "train.steps=[": ["cannot read 'train.steps=['"],
     "train.steps=0": ["train.steps=0 must be greater than 0"],
+    "profile.repeats=1": ["profile.repeats=1 must be greater than or equal to 2"],
     "train.lr=1e999": ["train.lr=inf must be"],
     "train.lr=.nan": ["train.lr=nan must be"],
     "train.warmup_steps=-1": ["train.warmup_steps=-1 must be greater than or equal to 0"],
