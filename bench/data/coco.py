@@ -44,7 +44,8 @@ Categories = tuple[tuple[int, str], ...]
 _MANY, _FEW, _SOME = 0.1, 0.01, 2
 _SECTIONS = ("images", "annotations", "categories")
 _ONE_OBJECT = "annotations are one JSON object with lists images, annotations and categories"
-_PERCENT = 100
+# Half of an image, and what rounding adds.
+_NEAR = 0.52
 
 
 class Packed(Sequence[Any]):
@@ -309,8 +310,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         found = [a for own in groups.values() for a in own]
         outlined = [a["segmentation"] is not None for a in found if not a["iscrowd"]]
         self.has_masks = not outlined or any(outlined)
-        ends = [(a["bbox"][0] + a["bbox"][2], a["bbox"][1] + a["bbox"][3]) for a in found]
-        self._farthest = max(map(max, ends), default=0)
+        self._reach = max((_reach(a["bbox"], entries[a["image_id"]]) for a in found), default=1)
         starts = [a["bbox"][:2] for a in found]
         first = min(map(min, starts), default=0)
         self._at_one = sum(1 in start for start in starts) if first == 1 else 0
@@ -335,9 +335,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             wrong = self.tally.counts[single]
             if wrong >= max(_SOME, _MANY * count):
                 self._report(finding(kind, count=wrong, all=count))
-        within = count >= _SOME**4 and 1 < self._farthest <= _PERCENT
-        if within and self._sizes.min() > 2 * _PERCENT:
-            self._report(finding("boxes that look like percentages", all=count))
+        if count >= _SOME**4 and self._reach <= _NEAR:
+            self._report(finding("boxes near the origin alone", all=count, reach=self._reach))
         if self._at_one >= max(_SOME**2, _FEW * count):
             kind = "boxes that look counted from 1"
             self._report(finding(kind, count=self._at_one, all=count))
@@ -392,6 +391,12 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
                 f"{picture.hint(expected)}"
             )
         return picture.pixels
+
+
+def _reach(box: Sequence[float], image: Entry) -> float:
+    """Where a box ends, as a share of the image's width or height, whichever is more."""
+    x, y, width, height = box
+    return max((x + width) / image["width"], (y + height) / image["height"])
 
 
 def _stacked(

@@ -62,8 +62,9 @@ KINDS: Mapping[str, Kind] = {
         " image?",
         "taken as pixels",
     ),
-    "boxes that look like percentages": Kind(
-        "all {all} boxes end within the first 100 pixels of larger images: are they percentages?",
+    "boxes near the origin alone": Kind(
+        "all {all} boxes end within {reach:.0%} of the width and height of their images: are they"
+        " percentages, or of smaller images?",
         "taken as pixels",
     ),
     "boxes that look like corners": Kind(
@@ -193,7 +194,9 @@ KINDS: Mapping[str, Kind] = {
 
 # What is said of a whole split, and the kinds of single places that then need no line.
 _COVERED = {
-    "boxes that look like fractions": ("box smaller than a pixel", "mask without a pixel"),
+    "boxes that look like fractions": (
+        *("box smaller than a pixel", "mask without a pixel", "boxes near the origin alone"),
+    ),
     "polygons that look like fractions": ("mask within the first pixel", "mask without a pixel"),
     "boxes that look like corners": ("box over the image's edge",),
     "no masks at all": ("annotation without a segmentation",),

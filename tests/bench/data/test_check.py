@@ -496,18 +496,28 @@ def test_a_list_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
     assert len(CocoDataset(tmp_path, "train2017")) == 4
 
 
-def test_percentages_are_suspected(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("box", "said"),
+    [
+        ([10, 5, 60, 70], "all 16 boxes end within 25% of"),
+        ([40, 5, 160, 145], "all 16 boxes end within 50% of"),
+        ([40, 5, 160, 155], ""),
+    ],
+)
+def test_percentages_and_boxes_of_smaller_images_are_suspected(
+    tmp_path: Path, box: list[int], said: str
+) -> None:
     data = content(16)
     for image, a in zip(data["images"], data["annotations"], strict=True):
         image |= {"height": 300, "width": 400}
-        a |= {"bbox": [10, 5, 60, 70], "segmentation": []}
+        a |= {"bbox": box, "segmentation": []}
     (tmp_path / "train2017").mkdir(parents=True)
     for image in data["images"]:
         picture(image["id"]).resize((400, 300)).save(tmp_path / "train2017" / image["file_name"])
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(data))
     lines = remarks([CocoDataset(tmp_path, "train2017")])
-    assert any("all 16 boxes end within the first 100 pixels" in line for line in lines)
+    assert [said in line for line in lines if "boxes end within" in line] == [True] * bool(said)
 
 
 def test_annotations_that_are_there_twice_are_found(tmp_path: Path) -> None:
