@@ -1,4 +1,4 @@
-"""Rows that no other row beats: none has a higher box AP, told apart, for no more cost."""
+"""Rows that no other row beats: none has a higher box mAP, told apart, for no more cost."""
 
 from dataclasses import dataclass
 
@@ -92,7 +92,7 @@ def places(library: Library, cost: str) -> list[Place]:
     """Return where each row that can be compared stands, cheapest first.
 
     Compared are the rows with both numbers that were measured and evaluated as most of them were;
-    of a search the best row alone. Without draws of images a row is told apart by its box AP to a
+    of a search the best row alone. Without draws of images a row is told apart by its box mAP to a
     tenth, as tables show it: a difference that no reader sees should decide nothing.
 
     Args:

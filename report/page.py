@@ -2,7 +2,9 @@
 
 import base64
 import re
+import shlex
 import uuid
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,10 @@ from report.provenance import listed, said
 HERE = Path(__file__).resolve().parent
 # What makes more than a paragraph of a line of Markdown that starts with it.
 _STARTS = re.compile(r"^(\d{0,9})(#{1,6} |[-+=>]|(?<=\d)[.)] )")
+
+
+# What a command line says of its rows, as a shell reads it.
+_ROWS = re.compile(r"(.*? --rows )('[^']*'|\S+)(.*)")
 
 
 @dataclass(frozen=True)
@@ -363,8 +369,20 @@ _DIFFERENT = "Settings that are not listed are the same in all rows; each record
 
 
 def run_again(records: Sequence[Record], about: str) -> Section:
-    """Return the section with the commands that `records` were made with."""
-    commands = dict.fromkeys(str(record.environment.get("command")) for record in records)
+    """Return the section with the commands that `records` were made with.
+
+    Those that differ in their rows alone, as of --launcher local, are one.
+    """
+    rows: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
+    for record in records:
+        command = str(record.environment.get("command"))
+        found = _ROWS.match(command)
+        before, row, after = found.groups() if found else (command, "", "")
+        rows[before, after] |= dict.fromkeys(shlex.split(row))
+    commands = [
+        f"{before}{shlex.quote(','.join(own)) if own else ''}{after}"
+        for (before, after), own in rows.items()
+    ]
     return Section("Run it again", [about, Code("\n".join(commands))])
 
 

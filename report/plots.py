@@ -3,9 +3,12 @@
 Colour and marker say the mechanism of a row, hollow says that its later stages have full attention.
 """
 
+import functools
 import io
 import itertools
+import re
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +17,7 @@ from typing import Any
 import matplotlib as mpl
 import pandas as pd
 from adjustText import adjust_text
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -44,6 +48,12 @@ _CLEAR = 4
 _PAGE = 144
 # Costs further apart than this, largest over least, are drawn on a logarithm.
 _WIDE = 5
+# Fonts with more scripts than Matplotlib's own, where they are installed: of Linux, Windows, macOS.
+_MORE_FONTS = (
+    *("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Droid Sans Fallback"),
+    *("Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Arial Unicode MS", "Hiragino Sans"),
+)
+_GLYPH = re.compile(r"Glyph (\d+) .* missing from")
 _STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -123,7 +133,7 @@ def draw(records: Sequence[Record]) -> list[Plot]:
     style = looks([family(record) for record in records])
     makers: list[Callable[[Library], Plot]] = [
         lambda library: render(
-            "ranks", "Box AP and rank of each row", lambda: ranks(library, style)
+            "ranks", "Box mAP and rank of each row", lambda: ranks(library, style)
         ),
         *(partial(_draw_accuracy, name, style) for name in ("flops", "memory", "latency")),
         lambda library: render("cost", "Cost per row", lambda: costs(library.data, style)),
@@ -133,11 +143,11 @@ def draw(records: Sequence[Record]) -> list[Plot]:
 
 
 def ranks(library: Library, style: Looks) -> Figure | str:
-    """Draw box AP of every row, the highest first, with its interval, its seeds and its rank."""
+    """Draw box mAP of every row, the highest first, with its interval, its seeds and its rank."""
     data = library.data.assign(rank=pd.Series(confidence.ranks(library), dtype="Int64"))
     data = data.dropna(subset=["box_AP"]).sort_values("box_AP", ascending=False, kind="stable")
     if data.empty:
-        return "No row has a box AP, so there is no plot of them."
+        return "No row has a box mAP, so there is no plot of them."
     figure = Figure(figsize=(WIDTH, 0.7 + 0.2 * len(data)), layout="constrained")
     ax = figure.subplots()
     for place, (index, row) in enumerate(data.iterrows()):
@@ -157,7 +167,7 @@ def ranks(library: Library, style: Looks) -> Figure | str:
     ax.set_title("rank", loc="right")
     ax.set_yticks(range(len(data)), data["label"])
     ax.set_ylim(len(data) - 0.5, -0.5)
-    ax.set_xlabel("Box AP (%)")
+    ax.set_xlabel("Box mAP (%)")
     ax.grid(visible=False, axis="y")
     ax.tick_params(axis="y", length=0)
     left, right = ax.get_xlim()
@@ -173,13 +183,13 @@ def _draw_accuracy(name: str, style: Looks, library: Library) -> Plot:
     could = [data["label"][p.row] for p in front.places(library, cost.column) if p.could_be]
     notes = [f"Could be on the front or not (ringed): {', '.join(could)}."] * bool(could)
     notes += [f"Not drawn, as a number is missing: {', '.join(rows)}."] * bool(rows)
-    title = f"Box AP against {cost.name}"
+    title = f"Box mAP against {cost.name}"
     plot = render(f"accuracy_{name}", title, lambda: accuracy(library, style, cost))
-    return replace(plot, note=" ".join(notes))
+    return replace(plot, note=" ".join([*notes, *filter(None, [plot.note])]))
 
 
 def accuracy(library: Library, style: Looks, cost: Cost) -> Figure | str:
-    """Draw box AP with its interval against a cost, and the front of rows that are told apart.
+    """Draw box mAP with its interval against a cost, and the front of rows that are told apart.
 
     Args:
         library: the rows.
@@ -195,7 +205,7 @@ def accuracy(library: Library, style: Looks, cost: Cost) -> Figure | str:
         data = data[data["flops_uncounted"].isna()]
     data = data.dropna(subset=["x", "box_AP"]).astype(dict.fromkeys((*scaled, "box_AP"), float))
     if data.empty:
-        return f"No row has both box AP and {cost.name}, so there is no plot of them."
+        return f"No row has both box mAP and {cost.name}, so there is no plot of them."
     data[["left", "right"]] = data[["left", "right"]].apply(lambda end: end.fillna(data["x"]))
     data = data.sort_values("box_AP", ascending=False, kind="stable")
     figure = Figure(figsize=(WIDTH, max(3.4, 0.7 + 0.16 * len(data))), layout="constrained")
@@ -216,7 +226,7 @@ def accuracy(library: Library, style: Looks, cost: Cost) -> Figure | str:
         ax.xaxis.set_major_formatter("{x:,g}")
         ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel(cost.label)
-    ax.set_ylabel("Box AP (%)")
+    ax.set_ylabel("Box mAP (%)")
     bottom, top = ax.get_ylim()
     if top - bottom < LEAST_AP:
         # Drawn over the whole height, a difference within chance would look large.
@@ -377,9 +387,18 @@ def _draw_quartiles(ax: Axes, data: pd.DataFrame) -> pd.Series:
     return times.max(axis="columns").fillna(0.0)
 
 
+@functools.cache
+def _fonts() -> list[str]:
+    there = font_manager.get_font_names()
+    return ["DejaVu Sans", *(name for name in _MORE_FONTS if name in there)]
+
+
 def render(name: str, title: str, make: Callable[[], Figure | str]) -> Plot:
     """Return the plot that `make` draws, or its sentence where there is nothing to draw."""
-    with mpl.rc_context(_STYLE):
+    with (
+        mpl.rc_context(_STYLE | {"font.family": _fonts()}),
+        warnings.catch_warnings(record=True) as caught,
+    ):
         figure = make()
         if isinstance(figure, str):
             return Plot(name, title, b"", "", figure)
@@ -387,5 +406,8 @@ def render(name: str, title: str, make: Callable[[], Figure | str]) -> Plot:
         # No date and no version: the same records give the same bytes.
         figure.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    missing = [_GLYPH.match(str(one.message)) for one in caught]
+    letters = "".join(dict.fromkeys(chr(int(found[1])) for found in missing if found))
+    note = f"Drawn as boxes, as no font here has them: {letters}." if letters else ""
     width = round(_PAGE * figure.get_figwidth())
-    return Plot(name, title, png.getvalue(), svg.getvalue(), "", width)
+    return Plot(name, title, png.getvalue(), svg.getvalue(), "", width, note)

@@ -29,7 +29,7 @@ class Search:
 
     @property
     def best(self) -> tuple[str, Record] | None:
-        """The value with the highest box AP, the first of equal ones; None where no row has one."""
+        """The value with the highest box mAP, the first of equal ones; None without any."""
         known = [one for one in self.tried if box_ap(one[1]) is not None]
         return max(known, key=lambda one: box_ap(one[1]) or 0.0) if known else None
 
@@ -65,7 +65,7 @@ def base(record: Record) -> str:
 
 
 def box_ap(record: Record) -> float | None:
-    """Return the box AP of a record, in percent, or None where it has none."""
+    """Return the box mAP of a record, in percent, or None where it has none."""
     box = (record.evaluation or {}).get("box") or {}
     value: float | None = box.get("AP")
     return value

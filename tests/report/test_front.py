@@ -14,7 +14,7 @@ from tests.report.test_searches import tried
 
 
 def point(row: str, box_ap: float, flops: int, **changes: Any) -> Record:
-    """A record with a box AP (%) and multiply-adds; its other costs are those of all such rows."""
+    """A record with a box mAP (%) and multiply-adds; its other costs are those of all such rows."""
     record = make(row)
     assert record.evaluation is not None
     assert record.flops is not None

@@ -335,9 +335,20 @@ def test_names_are_shown_as_they_are_in_latex_and_pictures(tmp_path: Path) -> No
     assert rf"{cell} & {{*}}\textasciitilde{{}}\textasciicircum{{}} \\" in latex
     assert r"a\textless{}b & {*} \\" in latex
     assert r"\caption{e\textless{}f}" in latex
-    name = r"a$\frac$b"
-    page.write([make(name)], tmp_path, title=name)
+    name = "a$\\frac$b \U00013000"
+    text = page.write([make(name)], tmp_path, title=name).read_text()
     assert (tmp_path / "plots" / "ranks.png").is_file()
+    # No font of Matplotlib's has hieroglyphs.
+    assert text.count("Drawn as boxes, as no font here has them: \U00013000.") > 1
+
+
+def test_commands_that_differ_in_their_rows_alone_are_one() -> None:
+    say = "python run_all.py --rows {} --output x --seed {}"
+    found = [say.format(row, seed) for seed in (0, 1) for row in ("ViL", "'Partial ViL'", "a/b")]
+    made = [replace(make("ViL"), environment={"command": one}) for one in [*found, "other"]]
+    assert page.run_again(made, "").blocks[1] == page.Code(
+        "\n".join([*(say.format("'ViL,Partial ViL,a/b'", seed) for seed in (0, 1)), "other"])
+    )
 
 
 @pytest.mark.parametrize(
@@ -481,7 +492,7 @@ def test_every_mechanism_looks_different_and_published_ones_never_change() -> No
 
 
 def drawn(records: list[Record], cost: str = "flops") -> Axes:
-    """The axes of box AP against a cost."""
+    """The axes of box mAP against a cost."""
     library = load.Library(records, load.frame(records))
     style = plots.looks(list(library.data["family"]))
     figure = plots.accuracy(library, style, front.costs(library.data)[cost])

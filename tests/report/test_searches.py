@@ -12,7 +12,7 @@ from tests.report.test_report import failed, make
 
 
 def tried(row: str, value: float, box_ap: float | None, **changes: Any) -> Record:
-    """A record of `row` with a drop path, as a search names it; without box AP it failed."""
+    """A record of `row` with a drop path, as a search names it; without box mAP it failed."""
     config = {
         "row": f"{row} (drop_path={value})",
         "seed": 0,
