@@ -40,8 +40,8 @@ SMOOTHING = 5
 LEAST_AP = 1.0
 FRONT = "#999999"
 
-# Characters of a title that fit over a panel of costs.
-_TITLE = 28
+# Characters that fit across a figure, and most of them over a panel of costs.
+_LINE, _TITLE = 76, 28
 # Points around a mark that a label keeps free.
 _CLEAR = 4
 # Pixels of a page for an inch: larger than in print.
@@ -244,7 +244,8 @@ def costs(data: pd.DataFrame, style: Looks) -> Figure | str:
     lines = -(-len(panels) // 2)
     figure = Figure(figsize=(WIDTH, lines * (0.6 + 0.2 * len(data))), layout="constrained")
     axes = figure.subplots(lines, 2, sharey=True)
-    places = range(len(data))
+    places, names = range(len(data)), marked(data)
+    title = max(_TITLE // 2, min(_TITLE, (_LINE - max(map(len, names))) // 2))
     for ax, cost in zip(axes.flat, panels, strict=True):
         values = data[cost.column].astype("Float64") / cost.unit.size
         lengths = values.astype(float)
@@ -259,10 +260,10 @@ def costs(data: pd.DataFrame, style: Looks) -> Figure | str:
         for place, (text, end) in enumerate(zip(aligned(values), ends, strict=True)):
             ax.text(end + 0.03 * top, place, text, va="center")
         ax.set_xlim(0, 1.35 * top)
-        ax.set_title(textwrap.fill(cost.label, _TITLE), loc="left")
+        ax.set_title(textwrap.fill(cost.label, title), loc="left")
         ax.grid(visible=False, axis="y")
         ax.tick_params(axis="y", length=0)
-    axes[0, 0].set_yticks(places, marked(data))
+    axes[0, 0].set_yticks(places, names)
     axes[0, 0].invert_yaxis()
     return figure
 
