@@ -69,7 +69,7 @@ FREE = {
     _UNTAGGED: (
         "glu hardswish leaky_relu log_sigmoid_forward _prelu_kernel rrelu_with_noise complex polar"
         " _weight_norm_interface mse_loss smooth_l1_loss binary_cross_entropy_with_logits"
-        " linalg_cross"
+        " linalg_cross floor_divide"
     ),
     "creation": (
         "empty empty_like empty_strided empty_permuted new_empty new_empty_strided new_zeros"

@@ -39,6 +39,8 @@ _SCATTERED = (
 _POOLS = {aten.avg_pool1d: 1, aten.avg_pool2d: 2, aten._adaptive_avg_pool2d: 2, aten.col2im: 2}
 _POOLS |= {aten.avg_pool3d: 3, aten._adaptive_avg_pool3d: 3}
 _SUMS = (aten.sum, aten.mean, aten.nansum, aten.cumsum)
+# Whose results hold the same element several times where they are larger than what they got.
+_REPEATS = (aten.repeat, aten.cat, aten.stack, aten.index, aten.index_select, aten.gather)
 # Products an element that are added up and yet no sum over neighbours: one of a gate, two where
 # positions are turned.
 _FEW = 2
@@ -126,6 +128,7 @@ class Products:
         self._held: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._chains: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._constants: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._repeated: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def see(self, func: Any, args: tuple[Any, ...], result: Any) -> Seen:
         """Follow one operator.
@@ -138,6 +141,8 @@ class Products:
             [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
             for tree in (args, result)
         )
+        for one in results if tensors else ():
+            self._note_repeats(func, tensors, one)
         if operator in _SUMS or operator in _POOLS:
             product = self._held.pop(args[0], None)
             over = [range(-_POOLS[operator], 0)] if operator in _POOLS else args[1:2]
@@ -182,9 +187,29 @@ class Products:
         product = self._held.get(tensor)
         return product and product.chain
 
+    def _note_repeats(self, func: Any, tensors: Sequence[Tensor], out: Tensor) -> None:
+        """Remember the axes along which a copy or what is made of it is not broadcast."""
+        operator, axes = func.overloadpacket, None
+        if _is_view(func):
+            axes = _axes_of_view(self._varying(tensors[0]), tensors[0], out)
+        elif operator in _COPIES or is_elementwise(func):
+            axes = frozenset().union(*map(self._varying, tensors))
+        elif operator in _REPEATS:
+            parts = {id(one): one for one in tensors if one.dtype == out.dtype}.values()
+            if out.numel() > sum(part.numel() for part in parts):
+                sides = zip(out.shape[::-1], tensors[0].shape[::-1], strict=False)
+                axes = frozenset(~i for i, (side, other) in enumerate(sides) if side == other)
+        self._repeated.pop(out, None)
+        if axes is not None and (axes := axes & varying(out)) != varying(out):
+            self._repeated[out] = axes
+
+    def _varying(self, tensor: Tensor) -> frozenset[int]:
+        """Axes along which it is not broadcast, nor a copy of what is."""
+        return self._repeated.get(tensor, varying(tensor))
+
     def _rescales(self, factor: Tensor, total: Tensor) -> bool:
         """Whether `total` is a sum that is multiplied by one number for several elements."""
-        return bool(self._chain(total)) and varying(factor) < varying(total)
+        return bool(self._chain(total)) and self._varying(factor) < varying(total)
 
     def _made(self, left: Tensor, right: Tensor) -> _Product | None:
         """The products of two tensors; none where they are one, or one is constant."""
@@ -195,7 +220,7 @@ class Products:
         each = 4 if is_complex((left, right)) else 1
         made = _Product(count, each, varying(left) & varying(right))
         for one, other in ((left, right), (right, left)):
-            if self._chain(one) and not varying(one) < varying(other):
+            if self._chain(one) and not self._varying(one) < varying(other):
                 rescaled = self._held[one] if self._rescales(other, one) else None
                 made = replace(made, again=True, rescaled=rescaled)
         return made
@@ -296,7 +321,7 @@ def _axes_of_view(
     axes: frozenset[int] | None, tensor: Tensor, view: Tensor
 ) -> frozenset[int] | None:
     """Where axes of a tensor, counted from the last, are in a view; None where some were merged."""
-    if axes is None or view.layout != torch.strided:
+    if axes is None or {tensor.layout, view.layout} != {torch.strided}:
         return None
     sides = zip(tensor.shape, tensor.stride(), strict=True)
     places = {stride: axis - tensor.dim() for axis, (side, stride) in enumerate(sides) if side > 1}

@@ -586,6 +586,21 @@ ONLINE = {
     "mean": lambda out, _scale, weight, v, total: out + weight / total * (v - out),
     "lerp": lambda out, _scale, weight, v, total: out.lerp(v, weight / total),
 }
+# Ways to repeat one factor for all channels before the product.
+REPEATED = {
+    "repeat_interleave": lambda scale, v: scale.repeat_interleave(v.shape[-1], -1),
+    "clone": lambda scale, v: scale.expand_as(v).clone(),
+    "turned": lambda scale, v: scale.mT.repeat_interleave(v.shape[-1], 1).mT,
+    "repeat": lambda scale, v: scale.repeat(1, 1, v.shape[-1]),
+    "cat": lambda scale, v: torch.cat([scale] * v.shape[-1], -1),
+    "index": lambda scale, v: scale[..., torch.arange(v.shape[-1], device=v.device) // 8],
+}
+ONLINE |= {
+    name: lambda out, scale, weight, v, _, repeat=repeat: (
+        out * repeat(scale.log(), v).exp() + weight * v
+    )
+    for name, repeat in REPEATED.items()
+}
 
 
 @pytest.mark.parametrize("neighbours", [3, 9, 25])
