@@ -13,7 +13,8 @@ biases, reductions, normalisation, softmax, pooling, interpolation, indexing, co
 random numbers and creation (`formulas.FREE`). Every other operator that ran without a formula is
 listed in `uncounted`, and the count is then incomplete. So are elementwise operators where their
 results hold far more elements than what is counted and what a module gets account for, as those of
-distances that are squared by hand, and threads that a module starts.
+distances that are squared by hand, threads that a module starts, and tensors that operators made
+or wrote out of sight, as in threads from before the count.
 
 A copy of the module runs on the meta device, so nothing is allocated or computed, whatever the size
 of the image, and nothing is left in the module. A mechanism that cannot run there, since it reads a
@@ -24,14 +25,17 @@ backbone that is still on the meta device.
 import copy
 import sys
 import threading
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -50,12 +54,15 @@ UNIT = "multiply-adds"
 WRITTEN_OUT = "aten.mul, aten.sum"
 # Elementwise operators among those that are not counted, by the elements of their results.
 ELEMENTWISE = "elements of elementwise operators"
-# Threads that a module starts, whatever runs in them.
-THREADS = "threads"
+# Threads that a module starts, whatever runs in them, and what is found to be made or written by
+# operators in threads from before, or where modes are disabled.
+THREADS, UNSEEN = "threads", "results of operators out of sight"
 # Such elements that may be left out: as a share of what is counted, and for each element that a
 # module gets; and those of sums with a product, as a recurrence adds up. No mechanism here that is
 # linear in its tokens has 70 each, or adds up more than a sixth of what is counted.
 _MANY, _MANY_ADDED = (0.5, 100), (0.2, 12)
+# Elements of a constant that a mechanism may write in a list.
+_SMALL = 100
 # What a mechanism may take that has to run for real, in bytes and multiply-adds.
 LARGEST_REAL_BYTES, LARGEST_REAL_COUNT = 4 * 10**9, 10**12
 
@@ -266,14 +273,17 @@ def count_call(
     counter = _Counter()
     on_meta = copied(module, lambda tensor: tensor.to(_META)).train(training)
     _follow(on_meta, module, counter, training=training)
+    _MADE.see([inputs, [vars(part) for part in on_meta.modules()]])
 
     def run() -> None:
         outputs = on_meta(*inputs)
+        counter.find_unseen(outputs)
         if training:
             parts = [out.sum() for out in tree_leaves(outputs) if isinstance(out, Tensor)]
             torch.stack(parts).sum().backward()
 
-    with torch.set_grad_enabled(training):
+    counter.knows_inputs = True
+    with torch.set_grad_enabled(training), _SeesConstants():
         try:
             return _run(counter, run)
         except (ValueError, NotCountedError):
@@ -326,6 +336,58 @@ def _new_threads_marked(counter: "_Counter") -> Iterator[None]:
         threading.setprofile(before)
 
 
+class _Storages:
+    """Storages on the meta device that were made before an operator's eyes, and how often written.
+
+    What a mechanism keeps from one count to the next has been seen too.
+    """
+
+    def __init__(self) -> None:
+        self._writes: dict[int, int] = {}
+        self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def see(self, things: object, *, writes: int = 0) -> None:
+        for _, storage, version in self._each(things):
+            key = storage._cdata
+            self._writes[key] = max(self._writes.get(key, 0), version + writes)
+            if key not in self._references:
+                self._references[key] = weakref.ref(storage, partial(self._freed, key))
+
+    def unseen(self, things: object) -> int:
+        """How many of the tensors were made or written otherwise.
+
+        Indices and small constants do not count: nothing sees them made of values of Python in a
+        backward pass.
+        """
+        return sum(
+            one.numel() > _SMALL
+            and (one.is_floating_point() or one.is_complex())
+            and version > self._writes.get(storage._cdata, -1)
+            for one, storage, version in self._each(things)
+        )
+
+    def _each(self, things: object) -> Iterator[tuple[Tensor, torch.UntypedStorage, int]]:
+        for one in tree_leaves(things):
+            if isinstance(one, Tensor) and one.is_meta and one.layout == torch.strided:
+                yield one, one.untyped_storage(), 0 if one.is_inference() else one._version
+
+    def _freed(self, key: int, _: object) -> None:
+        del self._writes[key], self._references[key]
+
+
+_MADE = _Storages()
+
+
+class _SeesConstants(TorchFunctionMode):
+    """Sees what is made of values of Python on the meta device, where no operator does it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor):
+            _MADE.see(result)
+        return result
+
+
 class _Counter(TorchDispatchMode):
     """Sees every operator and adds up what it costs, for the part that runs."""
 
@@ -337,6 +399,8 @@ class _Counter(TorchDispatchMode):
         self.by_part: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.uncounted: Counter[str] = Counter()
         self.notes: dict[str, None] = {}
+        # Whether all tensors of before are known.
+        self.knows_inputs = False
         # Elements, by part: of all results that are not counted, of sums with a product among them,
         # and of what each module got.
         self.elementwise: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
@@ -380,6 +444,13 @@ class _Counter(TorchDispatchMode):
         if self.total > self._limit:
             raise NotCountedError(f"{most} or {LARGEST_REAL_COUNT:.0e} multiply-adds")
 
+    def find_unseen(self, things: object) -> None:
+        """Mark the count where tensors were made or written by operators that no mode sees."""
+        unseen = _MADE.unseen(things) if self.knows_inputs else 0
+        if unseen:
+            self.uncounted[UNSEEN] += unseen
+            _MADE.see(things)
+
     def add(self, operator: object, multiply_adds: int) -> None:
         if multiply_adds:
             self.by_part[self.parts[-1]][str(operator)] += multiply_adds
@@ -398,7 +469,9 @@ class _Counter(TorchDispatchMode):
                 return result
             self.uncounted[str(operator)] += 1
         self._check_limits(func, args, kwargs)
+        self.find_unseen([args, kwargs])
         result = func(*args, **kwargs)
+        _MADE.see(result, writes=func._schema.is_mutable)
         self._see_elements(func, args, result)
         if formula is not None:
             flops = formula(*args, **kwargs, out_val=result)

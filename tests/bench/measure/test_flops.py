@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
 import attentions
@@ -421,6 +422,7 @@ WRITTEN = {
     "numpy": (through_numpy, False),
 }
 GRID, TOKENS = (5, 6), 31
+POOL = ThreadPoolExecutor(1)
 BY_HAND = TOKENS * 4 * 8 * 8 + 2 * TOKENS * TOKENS * 8
 
 
@@ -682,17 +684,65 @@ def test_elementwise_work_is_neither_counted_nor_marked(run):
     assert (counted.total, counted.uncounted) == (0, {})
 
 
-def test_a_count_lacks_what_other_threads_do():
+def in_a_new_thread(q, k, v):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(plain, q, k, v).result()
+
+
+def written_by_a_thread(q, k, v):
+    out = torch.zeros_like(q)
+    POOL.submit(lambda: out[:, 1:].copy_(plain(q, k, v)[:, 1:])).result()
+    return out
+
+
+def with_modes_disabled(q, k, v):
+    with _disable_current_modes():
+        return plain(q, k, v)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "product",
+    [
+        in_a_new_thread,
+        lambda q, k, v: POOL.submit(plain, q, k, v).result(),
+        written_by_a_thread,
+        with_modes_disabled,
+    ],
+)
+def test_a_count_says_what_it_does_not_see(product, training):
+    POOL.submit(int).result()
     module = Attention()
-    own = module.product
+    module.product = product
+    x = torch.zeros(1, TOKENS, 8, device="meta")
+    counted = flops.count_call(module, (x, GRID), training=training)
+    assert counted.uncounted[flops.UNSEEN] > 0
+    assert (flops.THREADS in counted.uncounted) == (product is in_a_new_thread)
+    assert threading.getprofile() is None
+
+
+def test_what_is_kept_or_made_of_values_is_seen():
+    kept = {}
 
     def product(q, k, v):
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(own, q, k, v).result()
+        if "mask" not in kept:
+            kept["mask"] = torch.zeros(TOKENS, device=q.device)
+        constants = torch.tensor([1.0], device=q.device) + q.new_tensor(2)
+        v.data.add_(kept["mask"][:, None]).mul_(constants)
+        return plain(q, k, v)
 
+    module = Attention()
     module.product = product
-    assert flops.count_flops(module, grid=GRID).uncounted == {flops.THREADS: 1}
-    assert threading.getprofile() is None
+    x = torch.zeros(1, TOKENS, 8, device="meta")
+    for training in (False, True, True):
+        assert flops.count_call(module, (x, GRID), training=training).uncounted == {}
+
+
+@pytest.mark.parametrize("name", attentions.names())
+def test_training_of_mechanisms_is_counted_in_full(name):
+    module = attentions.build_for(name, grid=(10, 12), dim=32, num_heads=2, num_global=1)
+    x = torch.zeros(1, 121, 32, device="meta", requires_grad=True)
+    assert flops.count_call(module, (x, (10, 12)), training=True).uncounted == {}
 
 
 def test_parts_of_a_product_are_counted_once():
