@@ -269,13 +269,19 @@ def batch(subject: Subject) -> None:
 
 @check("gradients", "call backward on its output while training and correct what it raises")
 def gradients(subject: Subject) -> None:
-    """Finite gradients reach the input and every parameter."""
+    """Finite gradients reach the input and every parameter, and the output's stays as it is."""
     module, x = subject.module().train(), subject.tokens().requires_grad_()
     y = module(no_leaf(x), subject.grid)
     check_output(y, x, "while training")
     if not y.requires_grad:
         raise FailedError("the output has no gradient", "remove no_grad, detach and .data")
-    y.backward(output_gradient(y))
+    incoming = output_gradient(y)
+    y.backward(incoming)
+    if not torch.equal(incoming, output_gradient(y)):
+        raise FailedError(
+            "its backward changes the gradient of the output in place",
+            "return new tensors from it: a residual connection gets the same gradient",
+        )
     places = [("the input", x), *((f"parameter {n!r}", p) for n, p in module.named_parameters())]
     for what, value in places:
         if not value.requires_grad:

@@ -33,6 +33,7 @@ BROKEN = {
     "Detached": ("gradients", r"parameter 'value.weight' got no gradient"),
     "Rounded": ("gradients", r"parameter 'gain' got a gradient that is zero everywhere"),
     "Root": ("gradients", "the input got a gradient that is not finite"),
+    "ChangesGradient": ("gradients", "changes the gradient of the output in place"),
     "NoGrad": ("gradients", "the output has no gradient"),
     "WrongBackward": ("derivatives", "batch 1, contiguous: the gradient of the input is wrong"),
     "InstanceNorm": (
@@ -245,6 +246,21 @@ class _HalfOfTheGradient(torch.autograd.Function):
 class WrongBackward(Sound):
     def mix(self, x, grid):
         return super().mix(_HalfOfTheGradient.apply(x), grid)
+
+
+class _GradientInPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(_, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(_, gradient):
+        return gradient.mul_(4) / 4
+
+
+class ChangesGradient(Sound):
+    def forward(self, x, grid):
+        return _GradientInPlace.apply(super().forward(x, grid))
 
 
 class InstanceNorm(Sound):
