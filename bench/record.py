@@ -72,8 +72,9 @@ ALONE = ("profile", "sweep")
 
 _MODEL = ("backbone", "method", "library", "attention", "arch", "drop_path", "schedule")
 MEMORY_KEPT = "glibc, which keeps what is freed"
-# What chooses another allocator, or another way of this one.
+# What chooses another allocator, or another way of this one; the first is ours and leaves it alone.
 _ALLOCATORS = (
+    "BENCH_ALLOCATOR",
     "LD_PRELOAD",
     "GLIBC_TUNABLES",
     "MALLOC_MMAP_MAX_",
