@@ -1,4 +1,4 @@
-"""Tables and plots of counted multiply-adds: audits, published rows, and image sizes of a data set.
+"""Tables of counted multiply-adds: audits, published rows, and image sizes of a data set.
 
 They are made of plain values, as `dataclasses.asdict` of the counts gives them, and of records.
 """
@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from bench.record import Record
 from report.columns import (
@@ -19,11 +18,9 @@ from report.columns import (
     decimals,
     joined,
     letters_of,
-    number,
     table,
 )
-from report.load import Library, family, labels, per_library, published
-from report.plots import WIDTH, Look, Plot, looks, render
+from report.load import family, labels, published
 
 # Differences below this share of the whole are not explained: they vanish in the digits shown.
 EXPLAINED = 1e-3
@@ -182,45 +179,6 @@ def _reasons(line: Mapping[str, Any]) -> list[tuple[str, str]]:
     if line["note"] and (other or line.get("counted_arch")):
         reasons.append((line["row"], line["note"]))
     return reasons
-
-
-@per_library
-def conventions_plots(library: Library) -> Plot | None:
-    """Draw published and actual FLOPs of the records that are published rows, for each library."""
-    lines = published_lines(library.records)
-    return conventions_plot(lines) if lines else None
-
-
-def conventions_plot(lines: Sequence[Mapping[str, Any]]) -> Plot:
-    """Draw published and actual FLOPs of every row as two marks and a line between them."""
-    style = looks([line["family"] for line in lines])
-    title = "FLOPs as published and as they are"
-    return render("conventions", title, lambda: _dumbbells(lines, style))
-
-
-def _dumbbells(lines: Sequence[Mapping[str, Any]], style: Mapping[str, Look]) -> Figure:
-    figure = Figure(figsize=(WIDTH, 0.8 + 0.22 * len(lines)), layout="constrained")
-    ax = figure.subplots()
-    for place, line in enumerate(lines):
-        published, actual = line["published"] / Unit.GIGA.size, line["actual"] / Unit.GIGA.size
-        look = style[line["family"]]
-        ax.plot([published, actual], [place, place], color=look.colour, linewidth=2, zorder=2)
-        ax.plot(published, place, "|", color="#222222", markersize=8, markeredgewidth=2, zorder=3)
-        ax.plot(actual, place, **look.mark(line["row"]), markersize=6, zorder=4)
-        ax.annotate(
-            f"{number(1, sign=True)(100 * (actual / published - 1))} %",
-            (max(published, actual), place),
-            xytext=(9, 0),
-            textcoords="offset points",
-            va="center",
-        )
-    ax.set_yticks(range(len(lines)), [line["row"] for line in lines])
-    ax.invert_yaxis()
-    ax.margins(x=0.16, y=0.5 / max(len(lines), 1))
-    ax.grid(visible=False, axis="y")
-    ax.tick_params(axis="y", length=0)
-    ax.set_xlabel("FLOPs (G multiply-adds): bar as published, mark as they are")
-    return figure
 
 
 def sizes(lines: Sequence[Mapping[str, Any]]) -> Table:

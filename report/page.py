@@ -310,8 +310,7 @@ def _sections(
     further, different = tables.further_splits(rows), provenance.differences(rows)
     about = reference.conditions(costs)
     full = reference.at_reference(rows, costs) if about else rows
-    every = [*plots.draw(full), *counts.conventions_plots(rows)]
-    drawn = [plot for plot in every if learnt or not plot.skipped]
+    drawn = [plot for plot in plots.draw(full) if learnt or not plot.skipped]
     return [
         *(
             Section(one.title, [*one.sentences, one.table])

@@ -1,4 +1,4 @@
-"""What commands print and write: the same tables in every format, and plots."""
+"""What commands print and write: the same tables in every format."""
 
 import json
 import sys
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from bench.errors import saying
 
 if TYPE_CHECKING:
-    from report.plots import Plot
     from report.tables import Table
 
 FORMATS = ("table", "json", "csv", "markdown")
@@ -22,7 +21,6 @@ def show(
     lines: Sequence[Mapping[str, Any]],
     shown: "Sequence[Table]",
     *,
-    drawn: "Sequence[Plot]" = (),
     text: Sequence[str] = (),
     output: Path | None = None,
 ) -> None:
@@ -32,7 +30,6 @@ def show(
         form: "json" prints `lines` instead of tables.
         lines: plain values.
         shown: tables, with their notes.
-        drawn: plots, for the folder alone.
         text: paragraphs for the terminal alone.
         output: folder, or None.
 
@@ -59,21 +56,11 @@ def show(
         if form == "table" and text:
             print("\n".join(text))
     if output is not None:
-        write(output, shown, drawn)
+        from report import page
 
-
-def write(folder: Path, shown: "Sequence[Table]", drawn: "Sequence[Plot]" = ()) -> None:
-    """Write tables as CSV, Markdown and LaTeX, and plots as PNG and SVG.
-
-    Raises:
-        InputError: where the folder cannot be written.
-    """
-    from report import page
-
-    with saying(f"--output {folder}"):
-        page.write_tables(shown, folder)
-        page.write_plots(drawn, folder)
-    print(f"tables and plots: {folder}", file=sys.stderr)
+        with saying(f"--output {output}"):
+            page.write_tables(shown, output)
+        print(f"tables: {output}", file=sys.stderr)
 
 
 def progress(found: Iterable[Any], name: Callable[[Any], str]) -> Iterator[Any]:

@@ -43,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="the 25 published rows: as published, counted again the same way, and as they are",
     )
     add(parser, "format", choices=FORMATS)
-    add(parser, "output", help="write tables and plots there too")
+    add(parser, "output", help="write tables there too")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -106,6 +106,5 @@ def _published(options: argparse.Namespace) -> int:
         dataclasses.asdict(row) | {"family": row.differences[0].attention, "library": "torchvision"}
         for row in done
     ]
-    table, plot = counts.conventions(lines), counts.conventions_plot(lines)
-    show(options.format, lines, [table], drawn=[plot], output=options.output)
+    show(options.format, lines, [counts.conventions(lines)], output=options.output)
     return 0 if all(row.reproduced for row in done) else 1

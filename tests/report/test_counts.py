@@ -118,18 +118,14 @@ def test_rows_share_letters_of_one_reason() -> None:
     assert "a, longformer, global: the formula counts channels." in table.notes
 
 
-def test_the_page_has_the_table_and_the_plot(tmp_path: Path) -> None:
+def test_the_page_has_the_table(tmp_path: Path) -> None:
     text = page.write([make(), make("global")], tmp_path, title="Published").read_text()
     assert "FLOPs published, recounted and actual" in text
-    assert "(plots/conventions.png)" in text
-    assert (tmp_path / "plots" / "conventions.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "tables" / "conventions.csv").exists()
 
 
-def test_libraries_have_plots_of_their_own() -> None:
+def test_rows_name_their_libraries_where_there_are_two() -> None:
     records = [make(), make("global", model={"library": "detectron2"})]
-    names = [plot.name for plot in counts.conventions_plots(records)]
-    assert names == ["conventions-torchvision", "conventions-detectron2"]
     table = counts.conventions(counts.published_lines(records))
     assert table.shown["library"].tolist() == ["torchvision", "detectron2"]
 
@@ -138,7 +134,6 @@ def test_a_page_without_published_rows_has_neither(tmp_path: Path) -> None:
     text = page.write([make(model={"arch": "x"})], tmp_path, title="Other").read_text()
     assert "conventions" not in text
     assert "not comparable with published" in text
-    assert not (tmp_path / "plots" / "conventions.png").exists()
 
 
 def audit_line(**changes: Any) -> dict[str, Any]:

@@ -107,4 +107,3 @@ def test_command(capsys, tmp_path):
     assert "a, longformer, global: the published formula has" in out
     assert "0.4 % unexplained" in out
     assert (tmp_path / "conventions.csv").exists()
-    assert (tmp_path / "conventions.png").exists()
