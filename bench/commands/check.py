@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.cli import add, positive
 from bench.commands._output import WIDTH
-from bench.config.values import read
+from bench.config.values import assigned
 from bench.errors import InputError
 
 if TYPE_CHECKING:
@@ -69,30 +69,21 @@ def run(options: argparse.Namespace) -> int:
     from bench.config.suites import mechanisms
 
     chosen = mechanisms(options.mechanisms)
+    try:
+        values = assigned(options.option)
+    except InputError as error:
+        raise InputError(f"--option: {error}") from error
     reports = [
         conformance.check(
             name, own, grid=options.grid, dim=options.dim, num_heads=options.num_heads
         )
-        for name, own in _with_options(chosen, _parsed(options.option))
+        for name, own in _with_options(chosen, values)
     ]
     if options.format == "json":
         print(_json(reports))
     else:
         _print(reports)
     return 0 if all(report.passed for report in reports) else 1
-
-
-def _parsed(options: Sequence[str]) -> dict[str, Any]:
-    """`key=value` as YAML reads values: numbers, true and false, null, lists."""
-    values = {}
-    for option in options:
-        key, equals, text = option.partition("=")
-        if not (equals and key.isidentifier()):
-            raise InputError(
-                f"--option {option!r} is not of the form key=value, for example window=5"
-            )
-        values[key] = read(text, f"--option {option}")
-    return values
 
 
 def _with_options(

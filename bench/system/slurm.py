@@ -11,6 +11,7 @@ from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
+from bench.config.values import assigned
 from bench.errors import InputError, import_optional
 from bench.system import processes
 from bench.system.processes import Job
@@ -84,22 +85,15 @@ def submit(
 
 
 def read_options(text: str | None) -> dict[str, Any]:
-    """`slurm_partition=gpu,timeout_min=60` -> a dictionary; whole numbers become numbers.
+    """`slurm_partition=gpu,timeout_min=60` -> a dictionary; values are read as those of settings.
 
     Raises:
         InputError: for a part that is not key=value.
     """
-    options: dict[str, Any] = {}
-    for part in (text or "").split(","):
-        name, equals, value = part.strip().partition("=")
-        if not part.strip():
-            continue
-        if not equals or not name.isidentifier():
-            raise InputError(
-                f"--slurm {text}: {part!r} is not key=value, for example slurm_partition=gpu"
-            )
-        options[name] = int(value) if value.isdigit() else value
-    return options
+    try:
+        return assigned(part.strip() for part in (text or "").split(",") if part.strip())
+    except InputError as error:
+        raise InputError(f"--slurm {text}: {error}") from error
 
 
 def _submitit() -> Any:

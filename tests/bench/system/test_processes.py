@@ -194,7 +194,7 @@ def test_slurm_options_are_read() -> None:
         "timeout_min": 60,
     }
     assert slurm.read_options(None) == {}
-    with pytest.raises(InputError, match="'gpu' is not key=value"):
+    with pytest.raises(InputError, match="--slurm gpu: 'gpu' is not of the form key=value"):
         slurm.read_options("gpu")
 
 
