@@ -229,36 +229,31 @@ def modes(text: str) -> tuple[str, ...]:
     return some_of(MODES)(",".join(full))
 
 
+# A number alone is seldom meant in bytes.
 _LEAST = 10**6
-_UNITS = {"": 1, "B": 1}
-_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMG", start=1)}
-_UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMG", start=1)}
 
 
-def memory_budget(text: str) -> int:
-    """`24GB` -> 24,000,000,000 bytes; `24GiB`, `500MB` and plain bytes too."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B)?", text.strip(), flags=re.IGNORECASE)
-    size = int(float(found[1]) * _UNITS.get((found[2] or "").upper(), 1)) if found else 0
-    # A number alone is seldom meant in bytes.
-    if size < _LEAST:
-        raise ArgumentTypeError(
-            f"{text!r} is not an amount of memory of 1 MB or more; allowed: 24GB, 24GiB, 500MB"
-        )
-    return size
+def _amount(units: Mapping[str, float], said: str) -> Callable[[str], int]:
+    """Return the type of numbers with one of `units`, or none, that are a million or more."""
+
+    def parse(text: str) -> int:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), flags=re.IGNORECASE)
+        amount = int(float(found[1]) * units.get(found[2].upper(), 0)) if found else 0
+        if amount < _LEAST:
+            raise ArgumentTypeError(f"{text!r} is not {said}")
+        return amount
+
+    return parse
 
 
-_POWERS = {"M": 1e6, "G": 1e9, "T": 1e12}
-
-
-def multiply_adds(text: str) -> int:
-    """`250G` -> 250,000,000,000 multiply-adds; `0.3T`, `900M` and plain numbers too."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT]?)", text.strip(), flags=re.IGNORECASE)
-    count = int(float(found[1]) * _POWERS.get(found[2].upper(), 1)) if found else 0
-    if count < _LEAST:
-        raise ArgumentTypeError(
-            f"{text!r} is not a number of multiply-adds of 1 M or more; allowed: 250G, 0.3T, 900M"
-        )
-    return count
+_BYTES = {"": 1, "B": 1}
+_BYTES |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMG", start=1)}
+_BYTES |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMG", start=1)}
+memory_budget = _amount(_BYTES, "an amount of memory of 1 MB or more; allowed: 24GB, 24GiB, 500MB")
+multiply_adds = _amount(
+    {"": 1, "M": 1e6, "G": 1e9, "T": 1e12},
+    "a number of multiply-adds of 1 M or more; allowed: 250G, 0.3T, 900M",
+)
 
 
 SHARED: Mapping[str, Mapping[str, Any]] = {
