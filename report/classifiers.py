@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import pandas as pd
-
 from bench.record import Record
 from report.columns import Column, Table, Unit, decimals, number, table
 from report.load import Library, at, family, frame, size
@@ -27,19 +25,23 @@ def loss(records: Sequence[Record]) -> list[Plot]:
 def comparison(records: Sequence[Record]) -> Table:
     """Return accuracy and cost of each classifier, a line a row."""
     columns = [
-        Column("row", "row"),
-        Column("backbone", "backbone"),
+        *(Column(name, name) for name in ("row", "backbone")),
         Column("top1_percent", "top-1 {}", unit=Unit.PERCENT),
         Column("top1_interval", "95 % interval of top-1"),
         Column("top5_percent", "top-5 {}", unit=Unit.PERCENT),
         Column("parameters", "params {}", unit=Unit.MEGA),
-        Column("flops_multiply_adds", "FLOPs {}", unit=Unit.GIGA),
+        Column("flops_multiply_adds", "FLOPs {}", "flops", Unit.GIGA),
         Column("steps", "steps", unit=Unit.ONE, format=decimals(0)),
         Column("train_seconds", "training {}", unit=Unit.MINUTES),
         Column("status", "status"),
         Column("key"),
     ]
-    data = pd.DataFrame([_line(entry) for entry in records])
+    limits = [at(one, "evaluation.top1_interval.top1") for one in records]
+    data = frame(records).assign(
+        top1_percent=[at(one, "evaluation.top1") for one in records],
+        top1_interval=[pair and " to ".join(map(number(1), pair)) for pair in limits],
+        top5_percent=[at(one, "evaluation.top5") for one in records],
+    )
     return table("classifiers", "Pretrained classifiers", data, columns, [_about(records)])
 
 
@@ -54,21 +56,3 @@ def _about(records: Sequence[Record]) -> str:
         f"Top-1 and top-5 are of {images} images of {split} ({folders}), with Wilson's interval;"
         f" FLOPs are multiply-adds of one image of {sizes}."
     )
-
-
-def _line(entry: Record) -> dict[str, object]:
-    found, training = entry.evaluation or {}, entry.training or {}
-    interval = (found.get("top1_interval") or {}).get("top1")
-    return {
-        "row": entry.row,
-        "backbone": entry.model["backbone"],
-        "top1_percent": found.get("top1"),
-        "top1_interval": interval and " to ".join(number(1)(limit) for limit in interval),
-        "top5_percent": found.get("top5"),
-        "parameters": (entry.parameters or {}).get("total"),
-        "flops_multiply_adds": (entry.flops or {}).get("total"),
-        "steps": training.get("steps"),
-        "train_seconds": training.get("seconds"),
-        "status": entry.status,
-        "key": entry.key,
-    }
