@@ -17,33 +17,14 @@ from hypothesis import strategies as st
 from bench import record as store
 from bench.errors import InputError
 from bench.record import Record
+from tests.records import plain
 
-MODEL = {
-    "backbone": "ViL-Quick",
-    "method": "mask_rcnn",
-    "library": "torchvision",
-    "library_version": "0.26.0",
-    "attention": "longformer",
-    "arch": "l1,h2,d32,n1",
-    "drop_path": 0.0,
-    "schedule": "quick",
-}
 ERROR = {"kind": "error", "message": "it broke", "traceback": "Traceback"}
 
 
 def make(**changes: Any) -> Record:
-    values: dict[str, Any] = {
-        "suite": "quick",
-        "row": "srformer/64",
-        "key": store.key({"seed": 0}),
-        "status": "done",
-        "created": "2025-01-02T03:04:05+00:00",
-        "seed": 0,
-        "config": {"seed": 0, "data": {"min_sizes": [128]}},
-        "environment": {"python": "3.12.1"},
-        "model": MODEL,
-    }
-    return Record(**(values | changes))
+    key, config = store.key({"seed": 0}), {"seed": 0, "data": {"min_sizes": [128]}}
+    return plain(**({"row": "srformer/64", "key": key, "config": config} | changes))
 
 
 def failed(**changes: Any) -> Record:

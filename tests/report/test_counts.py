@@ -7,6 +7,7 @@ import pytest
 from bench.record import Record
 from report import counts, load, page
 from report.columns import MISSING
+from tests.records import MODEL, plain
 
 DIFFERENCE = {
     "attention": "longformer",
@@ -33,23 +34,10 @@ def make(row: str = "ViL", **changes: Any) -> Record:
             "differences": [DIFFERENCE, SMALL],
         },
     }
-    model = {
-        "backbone": "ViL-Small",
-        "method": "mask_rcnn",
-        "library": "torchvision",
-        "attention": known["attention"],
-        "arch": known["arch"],
-        "drop_path": 0.1,
-        "schedule": "1x",
-    }
-    return Record(
-        suite="made up",
+    model = {**MODEL, "attention": known["attention"], "arch": known["arch"], "drop_path": 0.1}
+    return plain(
         row=row,
         key=row.replace(" ", "").ljust(10, "0"),
-        status="done",
-        created="2025-01-01T00:00:00+00:00",
-        seed=0,
-        config={},
         environment={"command": "python run_all.py"},
         model=model | changes.pop("model", {}),
         flops=flops | changes.pop("flops", {}),

@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 
 from bench import record as store
-from bench.record import Record
 from report import export, page, probes
 from report.load import published
+from tests.records import MODEL, plain
 from tests.report.test_report import make
 
 
@@ -33,19 +33,14 @@ def entry(name, kind, scores, seeds=3):
         }
         for task, score in scores.items()
     }
-    return Record(
+    return plain(
         suite="probes",
         row=name,
         key=name + kind,
-        status="done",
         created="2026-01-01T00:00:00+00:00",
-        seed=0,
         config={"kind": kind},
         environment={"packages": {}},
-        model=dict.fromkeys(
-            ("backbone", "method", "library", "attention", "arch", "schedule"), "none"
-        )
-        | {"drop_path": 0.0},
+        model={**dict.fromkeys(MODEL, "none"), "drop_path": 0.0},
         probes={"kind": kind, "seeds": [0, 1, 2][:seeds], "chance": 0.25, "tasks": tasks},
     )
 

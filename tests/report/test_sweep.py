@@ -13,6 +13,7 @@ from report.sweep import alike, frame, summaries
 from report.sweep import points as point_table
 from report.sweep import write as write_page
 from report.sweep_plots import against_resolution
+from tests.records import MODEL, plain
 
 SIDES = (224, 320, 448, 640, 896)
 # Multiply-adds, bytes and nanoseconds: factor and exponent of the pixels.
@@ -35,14 +36,13 @@ def point(row, side, mode="inference", *, batch=1, what=QUANTITIES, error=None, 
     seconds = cost["latency"] * 1e-9
     measured = error is None
     modes = {"inference": None, "training": None}
-    return Record(
+    return plain(
         suite="sweep",
         row=row,
         key=key({**config, "row": row, "created": created}),
         status="done" if measured else "failed",
         error=None if measured else {"kind": error, "message": f"why {side}"},
         created=f"2025-01-01T00:00:{created:02d}",
-        seed=0,
         config=config,
         environment={
             "device": "cpu",
@@ -50,14 +50,9 @@ def point(row, side, mode="inference", *, batch=1, what=QUANTITIES, error=None, 
             "packages": {"torch": "2.11"},
             "limits": {"memory": side, "seconds": 60.0},
         },
-        model={
-            **dict.fromkeys(("arch", "schedule"), ""),
-            **dict.fromkeys(("method", "library"), "none"),
-            "library_version": "0.26",
-            "backbone": "ViL-Tiny",
-            "drop_path": 0.0,
-            "attention": FAMILY.get(row, row),
-        },
+        model=MODEL
+        | dict.fromkeys(("method", "library"), "none")
+        | {"backbone": "ViL-Tiny", "attention": FAMILY.get(row, row)},
         flops={"unit": "multiply-adds", "convention": "actual", "total": round(cost["flops"])}
         if "flops" in what
         else None,

@@ -17,7 +17,7 @@ from bench.data.images import to_float
 from bench.data.split import labels_by_name
 from bench.errors import InputError
 from bench.model import weights
-from bench.model.build import build_detector
+from bench.model.build import build_detector, model_section
 from bench.run.bootstrap import LEVEL
 from bench.run.checkpoints import Checkpoints
 from bench.run.evaluate import CocoEvaluator
@@ -189,25 +189,7 @@ def test_the_checkpoint_of_a_run_with_its_record(capsys, data, tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save({"model": detector_of().state_dict(), "optimizer": {"state": {}}}, 40)
     (path,) = (tmp_path / "checkpoints").glob("*.pt")
-    made = record.Record(
-        suite="quick",
-        row="ViL",
-        key="abc",
-        status="done",
-        created="2025-01-01",
-        seed=0,
-        config=config.as_dict(),
-        environment={},
-        model={
-            "backbone": "ViL-Tiny",
-            "method": "mask_rcnn",
-            "attention": "longformer",
-            "arch": ARCH,
-            "library": "torchvision",
-            "drop_path": 0.0,
-            "schedule": "quick",
-        },
-    )
+    made = record.of_run(config, key="abc", environment={}, model=model_section(config))
     written = record.write(made, tmp_path)
     arguments = ["--weights", path, "--record", written, "--data", data, "--workers", 0]
     code, out, _ = run(capsys, *arguments, "--format", "json")

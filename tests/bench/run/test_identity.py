@@ -20,6 +20,7 @@ from bench.files import sha256
 from bench.record import Record
 from bench.run.identity import identify, survey
 from bench.run.runner import Ending, ending
+from tests.records import MODEL
 
 # Another value of every setting: of what the weights depend on, of what is made of them, and of
 # what is neither.
@@ -149,14 +150,9 @@ def test_devices_and_parts_count_as_their_product(config: RunConfig) -> None:
 
 def a_record(run: RunConfig, **changes: Any) -> Record:
     identity = identify(run)
-    values: dict[str, Any] = {
-        "suite": run.suite, "row": run.row, "key": identity.key, "status": "done",
-        "created": "2030-01-01T00:00:00+00:00", "seed": 0, "config": run.as_dict(),
-        "environment": {"inputs": identity.inputs},
-        "model": {"backbone": "", "method": "mask_rcnn", "library": "torchvision",
-                  "attention": "", "arch": "", "drop_path": 0, "schedule": ""},
-    }  # fmt: skip
-    return Record(**(values | changes))
+    values = {"key": identity.key, "created": "2030-01-01T00:00:00+00:00",
+              "environment": {"inputs": identity.inputs}, "model": MODEL}  # fmt: skip
+    return record.of_run(run, **(values | changes))
 
 
 def mechanism(folder: Path, text: str = "") -> str:
