@@ -14,7 +14,7 @@ from typing import Any
 from faster_coco_eval.core import mask as mask_api
 
 from bench.data import masks
-from bench.data.findings import Report, finding
+from bench.data.findings import MARKS, Report, finding
 
 IMAGE_KEYS = {"id": int, "file_name": str, "height": int, "width": int}
 CATEGORY_KEYS = {"id": int, "name": str}
@@ -149,8 +149,12 @@ class AnnotationReader:
         if not known:
             self._say(raw, "unknown category", category=raw["category_id"])
         complete = self._numbers(raw)
-        if raw.get("ignore"):
-            self._say(raw, "marked 'ignore'")
+        for mark in MARKS:
+            if whole(raw.get(mark)):
+                self._say(raw, f"marked {mark!r}")
+        attributes = raw.get("attributes")
+        if isinstance(attributes, dict) and attributes.get("rotation"):
+            self._say(raw, "box with a rotation", degrees=shortened(attributes["rotation"]))
         if image is None:
             return None
         corners = self._corners(raw, image)

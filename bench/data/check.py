@@ -193,7 +193,7 @@ def remarks(datasets: Iterable[CocoDataset]) -> list[str]:
 
 
 class _Inspection(NamedTuple):
-    """Of an image what is found, a digest of its file, and `_offsets`."""
+    """Of an image what is found, a digest of its pixels, and `_offsets`."""
 
     found: list[Finding]
     digest: str
@@ -201,13 +201,13 @@ class _Inspection(NamedTuple):
 
 
 class _Seen:
-    """Where each file was first seen, by its digest: the splits of a data set share one."""
+    """Where each image was first seen, by its digest: the splits of a data set share one."""
 
     def __init__(self) -> None:
         self._first: dict[str, tuple[str, str]] = {}
 
     def again(self, dataset: CocoDataset, entry: Entry, digest: str) -> Iterator[Finding]:
-        """Whether the file came before, in this split or another, under another name."""
+        """Whether the image came before, in this split or another, under another name."""
         place = (dataset.split, str(dataset.path(entry)))
         before = self._first.setdefault(digest, place)
         if before != place:
@@ -274,7 +274,7 @@ def _own(entry: Entry) -> dict[str, Any]:
 
 
 def _inspect_file(dataset: CocoDataset, entry: Entry, found: list[Finding]) -> str:
-    """Add what is found in an image's file; return its digest, or nothing if it is not an image."""
+    """Add what is found in an image's file; return a digest of its pixels, or nothing."""
     path, own = dataset.path(entry), _own(entry)
     expected = (entry["height"], entry["width"])
     try:
@@ -294,7 +294,7 @@ def _inspect_file(dataset: CocoDataset, entry: Entry, found: list[Finding]) -> s
         found.append(finding("image of another size", **size, **stated, **own))
     found += (finding(kind, **values, **own) for kind, values in _oddities(picture))
     found += (finding("image with a warning", why=each.message, **own) for each in caught)
-    return hashlib.blake2b(raw, digest_size=16).hexdigest()
+    return hashlib.blake2b(picture.pixels.numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def _oddities(picture: Picture) -> Iterator[tuple[str, dict[str, Any]]]:

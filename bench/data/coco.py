@@ -44,6 +44,7 @@ Categories = tuple[tuple[int, str], ...]
 _MANY, _FEW, _SOME = 0.1, 0.01, 2
 _SECTIONS = ("images", "annotations", "categories")
 _ONE_OBJECT = "annotations are one JSON object with lists images, annotations and categories"
+_LOOKED_FOR = ("neg_category_ids", "not_exhaustive_category_ids")
 # Half of an image, and what rounding adds.
 _NEAR = 0.52
 
@@ -128,6 +129,10 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             for image in listed(content, "images", IMAGE_KEYS, self._report)
             if has_size(image, self._report)
         }
+        looked = [e for e in entries.values() if any(map(e.get, _LOOKED_FOR))]
+        if looked:
+            counts: dict[str, Any] = {"count": len(looked), "all": len(entries)}
+            self._report(finding("classes of each image", **counts))
         categories = sorted(
             listed(content, "categories", CATEGORY_KEYS, self._report), key=lambda c: int(c["id"])
         )

@@ -22,6 +22,9 @@ class Kind(NamedTuple):
     left_out: bool = False
 
 
+MARKS = ("ignore", "difficult")
+"""What annotations may have that other benchmarks leave out of their figures, as VOC does."""
+
 _BOTH_USED = "both are used as they are"
 _PART = "the polygon is left out"
 _WHOLE = "the annotation is left out"
@@ -85,6 +88,10 @@ KINDS: Mapping[str, Kind] = {
         " counted from the same first pixel?",
         "both are used as they are",
     ),
+    "classes of each image": Kind(
+        "{count} of {all} images list classes that were looked for in them, or not, as LVIS's do",
+        "not read: what is not annotated counts as not there, so AP is not that of LVIS",
+    ),
     "annotations with a score": Kind(
         "{count} of {all} annotations have a score, {under} of them under 1: are they predictions?",
         "taken as the truth",
@@ -103,9 +110,9 @@ KINDS: Mapping[str, Kind] = {
         "used twice, each time with the annotations of one entry alone",
     ),
     "image in two splits": Kind(
-        "is the same file as {other}", "trained on and evaluated with, if you choose both splits"
+        "has the pixels of {other}", "trained on and evaluated with, if you choose both splits"
     ),
-    "image twice in a split": Kind("is the same file as {other}", "used twice"),
+    "image twice in a split": Kind("has the pixels of {other}", "used twice"),
     "image file of another path": Kind("is found as {path}", "read from there"),
     "number written as text or fraction": Kind("has {key!r} {value}", "taken as a whole number"),
     "box without area in the image": Kind("has the box {box}", _WHOLE, left_out=True),
@@ -138,7 +145,13 @@ KINDS: Mapping[str, Kind] = {
     ),
     "box smaller than a pixel": Kind("has the box {box}", "used as it is"),
     "crowd outlined by polygons": Kind("is a crowd and has polygons", "it is a crowd"),
-    "marked 'ignore'": Kind("is marked 'ignore'", "only 'iscrowd' is read; it counts"),
+    **{
+        f"marked {mark!r}": Kind(f"is marked {mark!r}", "only 'iscrowd' is read; it counts")
+        for mark in MARKS
+    },
+    "box with a rotation": Kind(
+        "has a box with a rotation of {degrees}", "the rotation is not read: its box is upright"
+    ),
     "mask within the first pixel": Kind("has a mask within the first pixel", "used as it is"),
     "mask without a pixel": Kind(
         "has a mask without a pixel", "its box is used, with an empty mask"

@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,8 @@ ODD: list[tuple[dict[str, Any], str, str, int]] = [
     ({"area": HEIGHT * WIDTH}, "area of the whole image", "small, medium or large", 1),
     ({"iscrowd": 1}, "crowd outlined by polygons", "crowd", 1),
     ({"ignore": 1}, "marked 'ignore'", "it counts", 1),
+    ({"difficult": "1", "attributes": []}, "marked 'difficult'", "it counts", 1),
+    ({"attributes": {"rotation": 30.5}}, "box with a rotation", "its box is upright", 1),
     ({"area": 600}, "area that does not fit its mask", "small, medium or large", 1),
     ({"bbox": [10, 5, 30, 17]}, "box that does not fit its mask", "both are used", 1),
     (
@@ -347,8 +350,14 @@ def test_files_that_no_image_names_and_files_that_are_the_same(tmp_path: Path) -
     (folder / "3.png").write_bytes((folder / "1.png").read_bytes())
     (folder / "extra.png").write_bytes(b"")
     write(tmp_path, content(), split="val2017", first=50)
-    (tmp_path / "val2017" / "2.png").write_bytes((folder / "2.png").read_bytes())
+    # The same pixels in other bytes.
+    Image.open(folder / "2.png").save(tmp_path / "val2017" / "2.png", compress_level=0)
+    data = content()
+    data["images"][0]["neg_category_ids"] = [3]
+    (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(data))
     train, val = check(tmp_path)
+    assert "1 of 4 images list classes" in train.findings[0].text
+    train = replace(train, findings=train.findings[1:])
     assert kinds(train.findings) == {"image twice in a split": 1, "file that no image names": 1}
     assert train.findings[0].image == 3
     assert "extra.png" in train.findings[1].text
@@ -664,7 +673,8 @@ def test_the_command_prints_and_returns_what_it_found(
     folder = write(root, data)
     code, out, _ = run(capsys, str(root))
     assert code == 0
-    assert out.endswith("no errors; 0 odd, but handled\n")
+    assert "all 30 boxes end within" in out
+    assert out.endswith("no errors; 1 odd, but handled\n")
     data["annotations"] = [annotation(100 + n, n, category_id=5) for n in range(1, 31)]
     (root / "annotations" / "instances_train2017.json").write_text(json.dumps(data))
     picture(9, "L").save(folder / "7.png")
