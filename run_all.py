@@ -15,6 +15,7 @@ import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.system.interrupt import EXIT_CODE, SIGNALS, ending_at_once, raised_where_it_arrives
 
@@ -36,6 +37,7 @@ with ending_at_once():
     from bench.config.probes import SUITE, build_recipe, suite_plan
     from bench.config.schema import RunConfig
     from bench.config.suites import Reference, Suite, check_needs, families, load_suite, suites
+    from bench.config.values import assigned, merged
     from bench.data.generated import SPLITS
     from bench.errors import InputError, choose
     from bench.record import Record, check_output, slug
@@ -302,11 +304,17 @@ def _read_files(options: argparse.Namespace) -> None:
     """Let --train, --val and --images be settings."""
     if options.train or options.val:
         options.data = options.data or str(Path(options.train or options.val).parent)
-    # As JSON, which YAML reads as it is; the rows of a launcher are given them so.
-    options.overrides += [
-        f"data.{name}={json.dumps(value, ensure_ascii=False)}"
-        for name, value in file_values(options).items()
-    ]
+    # The rows of a launcher are given them so.
+    for name, value in file_values(options).items():
+        _add(options.overrides, f"data.{name}", value)
+
+
+def _add(settings: list[str], name: str, value: Any) -> None:
+    """Let what an option says be a setting too, which no other of the command line contradicts."""
+    # As JSON, which YAML reads as it is.
+    word = f"{name}={json.dumps(value, ensure_ascii=False)}"
+    merged([assigned(settings), assigned([word])], agree="")
+    settings.append(word)
 
 
 def _probe(options: argparse.Namespace, command: Sequence[str]) -> int:
@@ -344,7 +352,7 @@ def _load(options: argparse.Namespace, world: processes.World) -> Suite:
     overrides = list(options.overrides)
     devices = options.devices or (world.size if world.size > 1 else None)
     if devices is not None:
-        overrides.append(f"train.devices={devices}")
+        _add(overrides, "train.devices", devices)
     suite = load_suite(
         options.suite,
         rows=options.rows,
@@ -358,6 +366,7 @@ def _load(options: argparse.Namespace, world: processes.World) -> Suite:
     )
     if options.init is None:
         return suite
+    _add(overrides, "train.init", options.init)
     return variants.started(suite, options.init, options.init_partial)
 
 

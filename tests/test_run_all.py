@@ -439,6 +439,9 @@ def test_probes_in_the_folder_of_a_suite_leave_its_page(tmp_path: Path) -> None:
         (["--seeds", "0"], "not a whole number of 1 or more"),
         (["--seeds", "2", "--search", "seed=0,1"], "--seeds 2 both say which seeds"),
         (["--seed", "2", "--search", "seed=0,1"], "--seed 2 both say which seeds"),
+        (["--device", "cpu", "device=cuda"], "device is given twice, as 'cpu' and 'cuda'"),
+        (["--devices", "3", "train.devices=2"], "train.devices is given twice, as 2 and 3"),
+        (["--val", "a.json", "data.val_file=b"], "data.val_file is given twice, as 'b' and 'a."),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(

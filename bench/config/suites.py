@@ -107,6 +107,7 @@ def load_suite(
     table = _suite_rows(name, suite, schedule, method)
     layers = [suite.get("run", {})]
     needs = suite.get("needs")
+    named = {} if data is None else {"data": {"path": data}}
     if data is None and needs is not None:
         root = default_root()
         data = None if root is None else str(root)
@@ -118,11 +119,12 @@ def load_suite(
     for row in chosen:
         found = _suite_row(row, table, name, suite)
         layer = _row_layer(found.stages, known_backbones[found.backbone])
-        top: dict[str, Any] = {"suite": name, "row": row}
+        top: dict[str, Any] = {"suite": name, "row": row, **named}
         top |= {key: v for key, v in (("seed", seed), ("device", device)) if v is not None}
         top |= {} if method is None else {"model": {"method": method}}
         recipe = recipes[found.recipe]
-        layers_of_row = [recipe, *layers, layer, found.settings, top, command_line]
+        said = merged([top, command_line], agree="")
+        layers_of_row = [recipe, *layers, layer, found.settings, said]
         run = _with_fixed_size(build_config(merged(layers_of_row)))
         check_sizes(run)
         for key in ("steps", "warmup_steps"):

@@ -66,13 +66,24 @@ def assigned(words: Iterable[str]) -> dict[str, Any]:
     return result
 
 
-def merged(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return nested mappings as one; the values of later ones win, and lists count as values."""
+def merged(layers: Iterable[Mapping[str, Any]], *, agree: str | None = None) -> dict[str, Any]:
+    """Return nested mappings as one; the values of later ones win, and lists count as values.
+
+    Args:
+        layers: the mappings.
+        agree: what their names begin with, where none may have another value than one before it.
+
+    Raises:
+        InputError: where one has.
+    """
     result: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
             below = result.get(key)
             if isinstance(value, Mapping):
-                value = merged([below if isinstance(below, Mapping) else {}, value])
+                within = None if agree is None else f"{agree}{key}."
+                value = merged([below if isinstance(below, Mapping) else {}, value], agree=within)
+            elif agree is not None and key in result and below != value:
+                raise InputError(f"{agree}{key} is given twice, as {below!r} and {value!r}")
             result[key] = value
     return result

@@ -270,12 +270,13 @@ def test_later_sources_win(tmp_path):
     assert (run.data.path, run.seed, run.device) == (str(tmp_path), 7, "cpu")
     assert list(run.data.min_sizes) == own_data["data"]["min_sizes"] != recipe["data"]["min_sizes"]
 
-    (run,) = load("train.steps=9", "seed=8", "data.min_sizes=[32, 64]", data=str(tmp_path), seed=7)
-    assert (run.train.steps, run.seed, run.data.min_sizes) == (9, 8, (32, 64))
+    (run,) = load("train.steps=9", "data.min_sizes=[32, 64]", data=str(tmp_path))
+    assert (run.train.steps, run.data.min_sizes) == (9, (32, 64))
     assert (run.data.max_size, run.train.lr) == (
         own_data["data"]["max_size"],
         recipe["train"]["lr"],
     )
+    assert "seed is given twice, as 7 and 8" in refuse("seed=8", seed=7)
 
 
 @pytest.mark.parametrize(
