@@ -11,7 +11,17 @@ import numpy as np
 import pandas as pd
 
 from bench.errors import InputError
-from bench.record import FIGURES, LATENCIES, Record, newest, read, read_all, read_latencies, slug
+from bench.record import (
+    FIGURES,
+    LATENCIES,
+    RECORDS,
+    Record,
+    newest,
+    read,
+    read_all,
+    read_latencies,
+    slug,
+)
 from report import searches, seeds
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -184,6 +194,26 @@ def load(directory: Path, *, needed: bool = False) -> list[Record]:
     """
     folder = directory / "records" if (directory / "records").is_dir() else directory
     return ordered(_timed(load_newest(folder, needed=needed), folder.parent))
+
+
+def load_all(folders: Sequence[Path]) -> tuple[list[Path], list[Record]]:
+    """Return output folders, each named itself or by its `records`, and the records of their runs.
+
+    Raises:
+        InputError: for what is no folder, and for points of a sweep, which are not rows.
+    """
+    outputs, found = [], []
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not a folder; name the output folder of a run")
+        inner = folder.resolve().name == RECORDS and not (folder / RECORDS).is_dir()
+        outputs.append(folder.resolve().parent if inner else folder)
+        found += load(outputs[-1], needed=True)
+        if any("sweep" in one.config for one in found):
+            raise InputError(
+                f"{folder} has points of a sweep; `python -m bench sweep` reports them"
+            )
+    return outputs, ordered(found)
 
 
 def load_newest(folder: Path, *, needed: bool = False) -> list[Record]:

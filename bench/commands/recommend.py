@@ -44,9 +44,9 @@ def run(options: argparse.Namespace) -> int:
     from report import probes, recommend
 
     limits = _limits(options)
-    records = _records(options.folders)
-    costs = _costs(records, options)
-    sees = probes.profile([one for folder in options.folders for one in probes.load(folder)])
+    folders, records = _records(options.folders)
+    costs = _costs(records, folders[0], options)
+    sees = probes.profile([one for folder in folders for one in probes.load(folder)])
     found = recommend.recommend(records, costs, limits, mode=options.mode, sees=sees)
     shown = [
         replace(one.table, title=one.title, notes=(*one.sentences, *one.table.notes))
@@ -79,24 +79,25 @@ def _limits(options: argparse.Namespace) -> list[Any]:
     return found
 
 
-def _records(folders: Sequence[Path]) -> "list[Record]":
+def _records(given: Sequence[Path]) -> "tuple[list[Path], list[Record]]":
     """Read records, none of which may be left out: the best row might be among them."""
     from bench import record
     from report import load, seeds
 
+    folders, records = load.load_all(given)
     for folder in folders:
-        if not folder.is_dir():
-            raise InputError(f"{folder} is not a folder; name the output folder of a run")
-        place = folder / "records" if (folder / "records").is_dir() else folder
+        place = folder / record.RECORDS if (folder / record.RECORDS).is_dir() else folder
         for path in place.glob("*.json"):
             record.read(path)
-    found = seeds.merged(load.ordered(one for folder in folders for one in load.load(folder)))
+    found = seeds.merged(records)
     if not found:
         raise InputError(f"no record in {', '.join(map(str, folders))}")
-    return [one for one in found if one.evaluation is not None] or found
+    return folders, [one for one in found if one.evaluation is not None] or found
 
 
-def _costs(records: "Sequence[Record]", options: argparse.Namespace) -> "list[Record]":
+def _costs(
+    records: "Sequence[Record]", folder: Path, options: argparse.Namespace
+) -> "list[Record]":
     """Count the rows of records at the size that is asked about."""
     from bench.config.suites import Reference, build_config, reference_config
     from bench.measure import reference
@@ -109,7 +110,6 @@ def _costs(records: "Sequence[Record]", options: argparse.Namespace) -> "list[Re
         for one in records
         for config in [reference_config(build_config(one.config), searches.base(one), place)]
     }
-    folder = options.folders[0]
     kept = folder / COSTS if os.access(folder, os.W_OK) else None
     command = ["python", "-m", "bench", *sys.argv[1:]]
     return reference.count(list(configs.values()), kept, command=command, into="recommend")

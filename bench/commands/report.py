@@ -33,19 +33,14 @@ def run(options: argparse.Namespace) -> int:
     """Write the report and print its table."""
     from report import load, page, pictures, probes, reference
 
-    for folder in options.folders:
-        if not folder.is_dir():
-            raise InputError(f"{folder} is not a folder; name the output folder of a run")
-    records = load.ordered(
-        entry for folder in options.folders for entry in load.load(folder, needed=True)
-    )
-    probed = [entry for folder in options.folders for entry in probes.load(folder)]
+    folders, records = load.load_all(options.folders)
+    probed = [entry for folder in folders for entry in probes.load(folder)]
     if not records and not probed:
-        raise InputError(f"no record in {', '.join(map(str, options.folders))}")
-    costs = [entry for folder in options.folders for entry in reference.load(folder)]
-    output = options.output or options.folders[0]
+        raise InputError(f"no record in {', '.join(map(str, folders))}")
+    costs = [entry for folder in folders for entry in reference.load(folder)]
+    output = options.output or folders[0]
     drawn: dict[str, dict[str, Any]] = {}
-    for folder in options.folders:
+    for folder in folders:
         drawn |= pictures.load(records, folder)
     path = page.write(records, output, title=options.title, costs=costs, probes=probed, drawn=drawn)
     page.show(records, costs, probed)

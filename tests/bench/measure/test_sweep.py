@@ -375,6 +375,9 @@ def test_the_command_writes_points_and_page_and_prints_tables(tmp_path, capsys):
     assert len(points) == 12
     assert "12 of 12 points are recorded already" in output.err
 
+    for other in ("report", "recommend"):
+        assert main([other, str(tmp_path / "records")]) == 2
+        assert "has points of a sweep" in capsys.readouterr().err
     command.print_points(points, "csv")
     assert len(capsys.readouterr().out.strip().splitlines()) == 13
     command.print_points(points, "markdown")
