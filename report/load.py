@@ -219,11 +219,18 @@ def load_all(folders: Sequence[Path]) -> tuple[list[Path], list[Record]]:
 def load_newest(folder: Path, *, needed: bool = False) -> list[Record]:
     """Return the newest success of each run in a folder, or else its newest failure."""
     errors: list[InputError] = []
-    found = newest(read_all(folder.glob("*.json"), errors.append))
+    every = list(read_all(folder.glob("*.json"), errors.append))
+    found = newest(every)
     if needed and errors and not found:
         raise errors[0]
     for error in errors:
         log.warning("left out of the report: %s", error)
+    for one in every:
+        if one.status == "done" and one not in found:
+            log.warning(
+                "left out of the report: %s of %s, as there is a newer record of the same run",
+                *(one.row, one.created),
+            )
     return found
 
 
@@ -268,10 +275,11 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
 
     Parameters and FLOPs (multiply-adds) are counts, memory is in bytes, times are in seconds,
     average precision in percent. What a record lacks is missing. `base` is the row's name without
-    the value of a search; `label` is the whole, with the seed or the first letters of the key where
-    several records have that name. `seeds` are those that a row is the mean of, `box_sd` is the
-    standard deviation over them, `box_low` and `box_high` are the ends of the interval. `family` is
-    the mechanism of the first stage, by which plots choose colours. `best` marks the best of a
+    the value of a search; `label` is the whole, with the seed, the first letters of the key or the
+    time where several records have that name. `seeds` are those that a row is the mean of, `box_sd`
+    is the standard deviation over them, `box_low` and `box_high` are the ends of the interval.
+    `family` is the mechanism of the first stage, by which plots choose colours. `best` marks the
+    best of a
     search. `flops_uncounted` names the operators that FLOPs lack. `*_size` are the images that
     costs are of, `latency_rate` is images a second. `*_as` say how a number was made: rows
     are compared where they are the same.
@@ -299,7 +307,11 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
     data["steps_per_second"] = data["steps"] / data["train_seconds"].replace(0, pd.NA)
     data["best"] = pd.Series(_best(records), dtype="boolean")
     data["label"] = data["row"]
-    for more in (" (seed " + data["seed"].astype(TEXT) + ")", " #" + data["key"].str[:6]):
+    for more in (
+        " (seed " + data["seed"].astype(TEXT) + ")",
+        " #" + data["key"].str[:6],
+        " of " + data["created"].str[:19],
+    ):
         differ = more.groupby(data["label"]).transform("nunique") > 1
         data["label"] = data["label"].mask(differ, data["label"] + more)
     return data

@@ -2,7 +2,8 @@
 
 - COCO: `annotations/instances_SPLIT.json`, images in `SPLIT/`, `images/SPLIT/` or `images/` (CVAT);
 - Roboflow: `SPLIT/_annotations.coco.json` beside its images;
-- any other, such as Label Studio's `result.json`: the file and the images' folder are named.
+- any other, such as Label Studio's `result.json` or FiftyOne's `labels.json` beside `data/`: the
+  file is named, and the images' folder where it is elsewhere.
 """
 
 import contextlib
@@ -98,10 +99,8 @@ def find(root: Path, split: str, *, file: Path | None = None, images: Path | Non
         if not folder.is_dir():
             raise InputError(f"no data folder {folder}")
     if file is not None:
-        names = (
-            [images] if images else [file.parent, file.parent / "images", root, *file.parents[1:2]]
-        )
-        return Place(file, tuple(filter(None, names)), alias=str(file))
+        near = [file.parent, file.parent / "images", file.parent / "data", root, *file.parents[1:2]]
+        return Place(file, tuple([images] if images else near), alias=str(file))
     for name in (split, *_OTHER_NAMES.get(split, ())):
         for pattern in _PATTERNS:
             path = root / pattern.format(name)

@@ -193,7 +193,9 @@ def test_load_takes_the_newest_failure(tmp_path: Path) -> None:
     assert [record.created for record in load.load(tmp_path)] == [times[1]]
 
 
-def test_load_takes_the_newest_success(tmp_path: Path) -> None:
+def test_load_takes_the_newest_success_and_names_the_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     times = ["2025-01-01T00:00:02+00:00", "2025-01-01T00:00:03+00:00", "2025-01-01T00:00:01+00:00"]
     for number, time in enumerate(times):
         one = make("ViL", created=time)
@@ -201,6 +203,8 @@ def test_load_takes_the_newest_success(tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text(one.to_json())
     assert [record.created for record in load.load(tmp_path)] == [times[1]]
+    said = sorted(message.partition(", as")[0] for message in caplog.messages)
+    assert said == [f"left out of the report: ViL of {time}" for time in (times[2], times[0])]
 
 
 def test_a_copied_folder_adds_no_rows(tmp_path: Path) -> None:
@@ -245,6 +249,9 @@ def test_rows_of_one_name_get_labels_that_tell_them_apart() -> None:
     labels = load.frame([make("ViL"), other, make("global")])["label"].tolist()
     assert len(set(labels)) == 3
     assert labels[2] == "global"
+    # The same run on two machines.
+    labels = load.frame([make("ViL"), make("ViL", created="2026-02-03T04:05:06+00:00")])["label"]
+    assert labels.tolist() == ["ViL of 2025-01-02T03:00:00", "ViL of 2026-02-03T04:05:06"]
 
 
 def test_comparison_keeps_failures(records: list[Record]) -> None:

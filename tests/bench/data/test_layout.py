@@ -111,6 +111,11 @@ def test_any_file_and_folder_can_be_named(source: Path, tmp_path: Path) -> None:
     assert any("val2017 is read from" in line for line in inputs.remarks(config, [training, val]))
     (report,) = check(Path(files["val_file"]), pictures=tmp_path / "pictures")
     assert (report.split, report.images, report.errors) == ("val2017-export", len(val), ())
+    # FiftyOne's.
+    shutil.copytree(source / "val2017", tmp_path / "export" / "data")
+    labels = tmp_path / "export" / "labels.json"
+    labels.write_text(json.dumps(content(source, "val2017")))
+    assert same(CocoDataset(labels.parent, "x", file=labels), val)
     with pytest.raises(InputError, match=r"no data folder .*nowhere"):
         CocoDataset(tmp_path, "x", file=Path(files["val_file"]), images=tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"cannot read .*nowhere\.json: No such file"):
