@@ -57,6 +57,10 @@ ELEMENTWISE = "elements of elementwise operators"
 # Threads that a module starts, whatever runs in them, and what is found to be made or written by
 # operators in threads from before, or where modes are disabled.
 THREADS, UNSEEN = "threads", "results of operators out of sight"
+# Gradients of products that are written out, where fewer multiply-adds are found than they take.
+GRADIENTS = "gradients of products written out"
+# A share of a count that may be missing.
+_FEW = 0.01
 # Such elements that may be left out: as a share of what is counted, and for each element that a
 # module gets; and those of sums with a product, as a recurrence adds up. No mechanism here that is
 # linear in its tokens has 70 each, or adds up more than a sixth of what is counted.
@@ -285,7 +289,7 @@ def count_call(
     counter.knows_inputs = True
     with torch.set_grad_enabled(training), _SeesConstants():
         try:
-            return _run(counter, run)
+            return _run(counter, run, training=training)
         except (ValueError, NotCountedError):
             raise
         except Exception as error:
@@ -302,7 +306,9 @@ def count_operators(run: Callable[[], object]) -> OperatorCount:
     return _run(_Counter(), run)
 
 
-def _run(counter: "_Counter", run: Callable[[], object]) -> OperatorCount:
+def _run(
+    counter: "_Counter", run: Callable[[], object], *, training: bool = False
+) -> OperatorCount:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -317,6 +323,8 @@ def _run(counter: "_Counter", run: Callable[[], object]) -> OperatorCount:
             if elements > max(share * total, each * given):
                 counter.uncounted[ELEMENTWISE] += elements
                 break
+    if training and counter.due - counter.found > _FEW * counter.total:
+        counter.uncounted[GRADIENTS] = counter.due - counter.found
     return OperatorCount(by_part, dict(counter.uncounted), tuple(counter.notes))
 
 
@@ -405,6 +413,8 @@ class _Counter(TorchDispatchMode):
         # and of what each module got.
         self.elementwise: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
         self.given: Counter[str] = Counter()
+        # Of products that are written out: what their gradients cost, and what of it was found.
+        self.due, self.found = 0, 0
         self._products = Products()
         self._live: LiveTensors | None = None
         self._limit = 0
@@ -484,6 +494,11 @@ class _Counter(TorchDispatchMode):
     def _see_elements(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         """Count products that are summed, and the elements of what is not counted."""
         seen = self._products.see(func, args, result)
+        # A backward pass that computes a forward pass again has the gradients of the first.
+        if torch._C._current_graph_task_id() == -1:
+            self.due += seen.gradients
+        elif not torch.is_grad_enabled():
+            self.found += seen.multiply_adds
         self.add(WRITTEN_OUT, seen.multiply_adds)
         every, sums = self.elementwise[self.parts[-1]]
         self.elementwise[self.parts[-1]] = [every + seen.elements, sums + seen.added]

@@ -54,11 +54,13 @@ class Seen(NamedTuple):
         elements: of its results, if it is elementwise and part of no such product; below 0 where
             what was taken for that before turns out to be part of one.
         added: those of them that are sums with a product, which may be one over many neighbours.
+        gradients: multiply-adds of the gradients of the factors of what it sums.
     """
 
     multiply_adds: int = 0
     elements: int = 0
     added: int = 0
+    gradients: int = 0
 
 
 class _Chain:
@@ -86,6 +88,7 @@ class _Product:
         rescaled: that sum, if the other factor is one number for several of its elements, as an
             online softmax rescales what it has added up.
         elements: of the additions of that sum, as long as it is not counted.
+        gradients: factors of each that have a gradient.
     """
 
     count: float
@@ -96,11 +99,12 @@ class _Product:
     again: bool = False
     rescaled: "_Product | None" = None
     elements: float = 0
+    gradients: int = 0
 
     def summed(self) -> Seen:
         """What their sum is."""
-        elements = -round(self.elements)
-        return Seen(round(self.count) * self.each, elements, elements)
+        elements, multiply_adds = -round(self.elements), round(self.count) * self.each
+        return Seen(multiply_adds, elements, elements, multiply_adds * self.gradients)
 
     def is_summed(self, dims: int, over: int | Sequence[int] | None = None) -> bool:
         """Whether a sum over some of `dims` axes, all without `over`, is a sum of products."""
@@ -218,7 +222,9 @@ class Products:
             return None
         count = torch.broadcast_shapes(left.shape, right.shape).numel()
         each = 4 if is_complex((left, right)) else 1
-        made = _Product(count, each, varying(left) & varying(right))
+        with_gradient = left.requires_grad + right.requires_grad if torch.is_grad_enabled() else 0
+        axes = varying(left) & varying(right)
+        made = _Product(count, each, axes, gradients=with_gradient)
         for one, other in ((left, right), (right, left)):
             if self._chain(one) and not self._varying(one) < varying(other):
                 rescaled = self._held[one] if self._rescales(other, one) else None
@@ -313,7 +319,8 @@ def _continued(parts: Sequence[_Product], out: Tensor) -> list[_Product]:
         if not part.again:
             found.append(part)
         elif part.rescaled and part.rescaled.chain and not part.rescaled.chain.complete:
-            found.append(_Product(out.numel(), part.each, part.axes) if moved else part.rescaled)
+            once = _Product(out.numel(), part.each, part.axes, gradients=part.gradients)
+            found.append(once if moved else part.rescaled)
     return found
 
 
@@ -348,4 +355,5 @@ def _merged(products: Sequence[_Product], *, count: Any) -> _Product:
         again=any(product.again for product in products),
         rescaled=next((product.rescaled for product in products if product.rescaled), None),
         elements=count(product.elements for product in products),
+        gradients=min(product.gradients for product in products),
     )

@@ -635,6 +635,29 @@ def test_a_loop_over_neighbours_is_counted(product, neighbours):
     assert counted.uncounted == {}
 
 
+def running_mean(q, around):
+    """Its gradients are no sums of products that could be followed."""
+    mean, total = torch.zeros_like(q), torch.zeros_like(q[..., :1])
+    for k, v in around:
+        weight = (q * k).sum(-1, keepdim=True).exp()
+        total = total + weight
+        mean = mean + (weight / total) * (v - mean)
+    return mean
+
+
+@pytest.mark.parametrize("product", [one_after_the_other, online(ONLINE["online"]), running_mean])
+def test_gradients_of_products_are_counted_or_marked(product):
+    module = Attention()
+    module.product = lambda q, k, v: product(q, [(k.roll(i, 1), v.roll(i, 1)) for i in range(9)])
+    x = torch.zeros(1, TOKENS, 8, device="meta", requires_grad=True)
+    counted = flops.count_call(module, (x, GRID), training=True)
+    written_out = 2 * TOKENS * 9 * 8
+    expected = 3 * (TOKENS * 4 * 8 * 8 + written_out)
+    missing = counted.uncounted.get(flops.GRADIENTS, 0)
+    assert counted.total + missing >= expected
+    assert (missing > 0) == (product is running_mean)
+
+
 def gated(x, y, scale):
     for _ in range(4):
         x = x + scale * F.layer_norm(x, x.shape[-1:])
