@@ -1,8 +1,10 @@
 """The source of a user's mechanism: its file, and what it imports and reads from beside it."""
 
 import ast
+import hashlib
 import importlib.util
 import os
+import re
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -15,6 +17,11 @@ from bench.files import sha256
 _OURS = Path(__file__).resolve().parents[2]
 # Names of folders that one path is put together of, and that of its file.
 _DEPTH = 3
+# Variables that say where a process runs, not what it computes.
+_OF_A_PROCESS = re.compile(
+    r"(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|(MASTER|SLURM|TORCHELASTIC|CUDA|G?OMP|XDG)_.*"
+    r"|HOME|PATH|PWD|TMPDIR|USER"
+)
 _INSTALLED = tuple(
     Path(sysconfig.get_path(name)).resolve()
     for name in ("purelib", "platlib", "stdlib", "platstdlib")
@@ -23,12 +30,12 @@ _INSTALLED = tuple(
 
 @dataclass(frozen=True)
 class Source:
-    """A file of a user's mechanism.
+    """A file of a user's mechanism, or an environment variable that one reads.
 
     Attributes:
-        name: its path from the folder of the mechanism's own file.
-        path: where it is.
-        sha256: of its content.
+        name: its path from the folder of the mechanism's own file; `$NAME` of a variable.
+        path: where it is, or the file that reads it.
+        sha256: of its content, or value.
     """
 
     name: str
@@ -42,19 +49,26 @@ def mechanism_sources(attention: str) -> list[Source]:
     They are the files that `file.py:Class` or `package.module:Class` names, the modules that these
     import from their own folder or package, or from elsewhere if it is not installed, theirs too,
     and the files that each names in texts: beside it, in folders that it names, or by an absolute
-    path. Mechanisms of this package have none: their
-    version is the commit in the record.
+    path. So are the environment variables that are set and that a file of them which reads the
+    environment names, whole or by a prefix that ends in `_`. Mechanisms of this package have none:
+    their version is the commit in the record.
 
     Args:
         attention: one name, or one for each stage, comma-separated.
     """
     names = [name.rpartition(":")[0] for name in attention.split(",") if ":" in name]
     starts = [start for start in map(_file, dict.fromkeys(names)) if start is not None]
-    return [
-        Source(Path(os.path.relpath(path, start.parent)).as_posix(), path, sha256(path))
-        for start in starts
-        for path in sorted(_reached(start))
-    ]
+    found = []
+    for start in starts:
+        reached = sorted(_reached(start))
+        for path in reached:
+            name = Path(os.path.relpath(path, start.parent)).as_posix()
+            found.append(Source(name, path, sha256(path)))
+        readers = {name: path for path in reached if path.suffix == ".py" for name in _read(path)}
+        for name in sorted(readers):
+            value = hashlib.sha256(os.fsencode(os.environ[name]))
+            found.append(Source(f"${name}", readers[name], value.hexdigest()))
+    return found
 
 
 def _file(source: str) -> Path | None:
@@ -79,12 +93,34 @@ def _reached(start: Path) -> set[Path]:
     return reached
 
 
-def _imported(path: Path) -> Iterator[Path]:
+def _parsed(path: Path) -> ast.AST:
     try:
-        tree = ast.parse(path.read_bytes())
+        return ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
-        # A compiled module; or one that fails when it is imported, which says so itself.
+        # A compiled module, or settings; or one that fails when it is imported, and says so itself.
+        return ast.Module([], [])
+
+
+def _texts(tree: ast.AST) -> set[str]:
+    constants = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    return {text for text in constants if isinstance(text, str)}
+
+
+def _read(path: Path) -> Iterator[str]:
+    """Environment variables that a file reads."""
+    tree = _parsed(path)
+    named = {getattr(node, "attr", getattr(node, "id", None)) for node in ast.walk(tree)}
+    if not named & {"environ", "environb", "getenv"}:
         return
+    texts = _texts(tree)
+    prefixes = tuple(text for text in texts if text.endswith("_") and text.strip("_"))
+    for name in os.environ:
+        if (name in texts or name.startswith(prefixes)) and not _OF_A_PROCESS.fullmatch(name):
+            yield name
+
+
+def _imported(path: Path) -> Iterator[Path]:
+    tree = _parsed(path)
     # Where absolute names start: the folder beside the file, and the one its package lies in.
     top = path.parent
     while (top / "__init__.py").is_file():
@@ -114,8 +150,7 @@ def _imported(path: Path) -> Iterator[Path]:
 
 def _named(folder: Path, tree: ast.AST) -> Iterator[Path]:
     """Settings, weights and kernels that are read by the names that they have in the source."""
-    constants = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-    texts = [text for text in constants if isinstance(text, str) and text.strip("/.")]
+    texts = [text for text in _texts(tree) if text.strip("/.")]
     folders = {folder}
     for _ in range(_DEPTH):
         for place in [place / text for place in folders for text in texts]:

@@ -219,6 +219,35 @@ def test_files_are_found_by_the_parts_of_their_paths(tmp_path: Path) -> None:
     ]
 
 
+def test_environment_variables_that_a_mechanism_reads_belong_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (
+        "import os\nMODE = os.environ.get('TESTS_MODE')\n"
+        "OWN = {k: v for k, v in os.environ.items() if k.startswith('TESTS_OWN_')}\n"
+        "RANK = os.getenv('RANK', os.environ['HOME'])\n"
+    )
+    name = mechanism(tmp_path, text)
+    (tmp_path / "unread.py").write_text("NAME = 'TESTS_UNREAD'\n")
+    monkeypatch.setenv("RANK", "0")
+    found = []
+    for values in (
+        {},
+        {"MODE": "a"},
+        {"MODE": "b"},
+        {"MODE": "b", "OWN_WIDTH": "1", "UNREAD": "1"},
+    ):
+        for key, value in values.items():
+            monkeypatch.setenv(f"TESTS_{key}", value)
+        sources = {source.name: source.sha256 for source in mechanism_sources(name)}
+        found.append({key: value for key, value in sources.items() if key.startswith("$")})
+    assert [list(one) for one in found] == [
+        *([], ["$TESTS_MODE"], ["$TESTS_MODE"]),
+        ["$TESTS_MODE", "$TESTS_OWN_WIDTH"],
+    ]
+    assert found[1] != found[2]
+
+
 def test_modules_of_a_package_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "pack_of_tests"
     (package / "inner").mkdir(parents=True)
