@@ -34,7 +34,7 @@ from bench.conformance.subject import (
     run,
     show,
 )
-from bench.measure.flops import count_call
+from bench.measure.flops import ELEMENTWISE, THREADS, UNSEEN, count_call
 
 _SIZE = ("dim", "num_heads", "num_global")
 _PLACE = ("grid", "seq_len", "position", "block_index")
@@ -46,6 +46,18 @@ _SINGLE, _HALF = 1e-3, 0.1
 _DECLARED = 0.01
 # It traces forward and backward as any backend does, and needs no compiler of the system.
 _BACKEND = "aot_eager"
+# What to change where a count lacks something, by its name; _FORMULA of operators.
+_FORMULA = (
+    "register a formula with torch.utils.flop_counter.register_flop_formula, or use matrix products"
+)
+_COUNTED_IF = {
+    ELEMENTWISE: "write what multiplies and adds as matrix products or torch.einsum",
+    **dict.fromkeys(
+        (THREADS, UNSEEN),
+        "run all operators in the thread that calls forward, with dispatch modes on: a batched"
+        " product does the work of several threads",
+    ),
+}
 _UNKNOWN_OPTION = "an_option_that_no_mechanism_has"
 # Steps of central differences in float64: a small one, which seldom crosses a kink, and a larger
 # one, which rounding harms less. A gradient is wrong where neither agrees with it, to this share of
@@ -564,9 +576,8 @@ def multiply_adds(subject: Subject) -> None:
         counted = count_call(module, (torch.empty(1, length, subject.dim, device="meta"), grid))
         if counted.uncounted:
             raise FailedError(
-                f"no formula for {', '.join(counted.uncounted)}",
-                "register one with torch.utils.flop_counter.register_flop_formula, or use matrix"
-                " products",
+                f"not in the count: {', '.join(counted.uncounted)}",
+                "; ".join(dict.fromkeys(_COUNTED_IF.get(n, _FORMULA) for n in counted.uncounted)),
             )
         declare = getattr(module, "multiply_adds", None)
         declared = counted.total if declare is None else declare(grid)

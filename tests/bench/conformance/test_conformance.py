@@ -64,6 +64,16 @@ def test_the_advice_names_the_wrong_gradient_of_torch():
     assert "nn.InstanceNorm2d" not in of(report, "failed")["derivatives"].advice
 
 
+def test_the_advice_is_of_what_the_count_lacks():
+    advice = {}
+    for name in ("NoFormula", "Distances", "Threaded"):
+        advice[name] = of(conformance.check(f"{BROKEN}:{name}"), "failed")["FLOPs"].advice
+    assert "register a formula" in advice["NoFormula"]
+    assert advice["Distances"].startswith("write what multiplies and adds")
+    assert advice["Threaded"].startswith("run all operators in the thread that calls forward")
+    assert ";" not in advice["Threaded"]
+
+
 def test_every_check_has_a_mechanism_that_breaks_it():
     covered = {check for check, _ in BROKEN_RULES.values()}
     assert covered == {one.name for one in conformance.CHECKS}
