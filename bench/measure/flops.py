@@ -42,7 +42,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from bench.errors import InputError, choose
 from bench.measure.fake import copied
 from bench.measure.formulas import formula_of, is_complex, is_free
-from bench.measure.memory import LiveTensors
+from bench.measure.memory import LiveTensors, is_made_of_others, run_higher_order
 from bench.measure.products import Products
 from bench.model.backbone import AttentionPlace, ViL
 from bench.model.detectors import backbone_stages
@@ -467,9 +467,12 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if is_made_of_others(types):
+            return NotImplemented
         if isinstance(func, torch._ops.HigherOrderOperator):
-            self.uncounted[str(func)] += 1
-            return func(*args, **kwargs)
+            if torch._C.DispatchKey.CompositeExplicitAutograd not in func.py_kernels:
+                self.uncounted[str(func)] += 1
+            return run_higher_order(self, func, *args, **kwargs)
         operator = func.overloadpacket
         formula = formula_of(operator)
         if formula is None and not is_free(func):
@@ -584,10 +587,10 @@ def _result_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> i
         args, kwargs = tree_map_only(Tensor, lambda t: t.to(_META), (args, kwargs))
         kwargs |= {"device": _META} if "device" in kwargs else {}
         results = tree_leaves(func(*args, **kwargs))
+        return sum(result.nbytes for result in results if isinstance(result, Tensor))
     except Exception:
-        # An operator without a form for the meta device.
+        # An operator without a form for the meta device, or a sparse result.
         return 0
-    return sum(result.nbytes for result in results if isinstance(result, Tensor))
 
 
 def _not_counted(module: nn.Module, error: Exception) -> str:

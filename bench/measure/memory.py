@@ -115,6 +115,26 @@ def no_collector() -> Iterator[None]:
             gc.enable()
 
 
+def is_made_of_others(types: Iterable[type]) -> bool:
+    """Whether tensors of such types do by others what is asked of them, as nested ones do.
+
+    A mode that returns NotImplemented for them sees what these do.
+    """
+    return any(hasattr(kind, "__tensor_flatten__") for kind in types)
+
+
+def run_higher_order(mode: TorchDispatchMode, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run an operator of functions, such as FlexAttention, so that a mode sees what it does.
+
+    One without a form that is made of operators runs unseen.
+    """
+    dense = func.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
+    if dense is None:
+        return func(*args, **kwargs)
+    with mode:
+        return dense(*args, **kwargs)
+
+
 def _tensors(things: object) -> Iterator[Tensor]:
     """Every tensor in nested containers, modules and optimizers."""
     if isinstance(things, Tensor):
@@ -181,6 +201,8 @@ class LiveTensors(TorchDispatchMode):
         label: given to storages that are first seen from now on.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, *, block: int = 1) -> None:
         super().__init__()
         self.block = block
@@ -215,6 +237,10 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if is_made_of_others(types):
+            return NotImplemented
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            return run_higher_order(self, func, *args, **kwargs)
         if func not in _JUST_MADE:
             for value in tree_leaves((args, kwargs)):
                 for part in _dense(value):

@@ -145,6 +145,9 @@ class Products:
             [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
             for tree in (args, result)
         )
+        if any(tensor.is_nested for tensor in (*tensors, *results)):
+            # It has neither shape nor strides.
+            return Seen()
         for one in results if tensors else ():
             self._note_repeats(func, tensors, one)
         if operator in _SUMS or operator in _POOLS:

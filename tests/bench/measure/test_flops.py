@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
@@ -374,6 +375,12 @@ def sparse_keys(q, k, v):
     return (v[0].mT @ (q @ k.mT).softmax(-1).mT[0].to_sparse())[None].mT
 
 
+def sparse_by_indices(q, k, v):
+    places = torch.ones(TOKENS, TOKENS, device=q.device).nonzero().T
+    weights = torch.sparse_coo_tensor(places, (q @ k.mT).softmax(-1).flatten(), [TOKENS] * 2)
+    return torch.sparse.mm(weights, v[0])[None]
+
+
 def through_numpy(q, k, v):
     return plain(q * float(q.detach().numpy().mean()), k, v)
 
@@ -419,7 +426,12 @@ WRITTEN = {
     "sparse COO": (sparse_weights, False),
     "sparse CSR": (sparse_rows, False),
     "sparse on the right": (sparse_keys, False),
+    "sparse by indices": (sparse_by_indices, False),
     "numpy": (through_numpy, False),
+    "FlexAttention": (
+        lambda q, k, v: flex_attention(q[:, None], k[:, None], v[:, None])[:, 0],
+        False,
+    ),
 }
 GRID, TOKENS = (5, 6), 31
 POOL = ThreadPoolExecutor(1)
@@ -772,6 +784,17 @@ def test_parts_of_a_product_are_counted_once():
     x, y = torch.zeros(2, 3, 8), torch.zeros(2, 3, 8)
     counted = flops.count_operators(lambda: [part.sum(-1) for part in (x * y).chunk(2, -1)])
     assert counted.total == 2 * 3 * 8
+
+
+def test_nested_tensors_are_counted():
+    layer = nn.Linear(8, 8)
+
+    def run():
+        parts = [torch.zeros(10, 8), torch.zeros(20, 8)]
+        return layer(torch.nested.as_nested_tensor(parts, layout=torch.jagged)).unbind()
+
+    counted = flops.count_operators(run)
+    assert (counted.total, counted.uncounted) == (30 * 8 * 8, {})
 
 
 def test_recurrent_layers_are_counted():

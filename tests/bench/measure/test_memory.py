@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from bench.measure.memory import LIVE_TENSORS, LiveTensors, peak
 
@@ -66,6 +67,12 @@ def test_views_are_counted_once():
     result = peak(lambda: x.T.flatten()[1:].unsqueeze(0), device="cpu", live=[x, x.T, x[0]])
     assert result.before == FLOAT * 64 * 64
     assert result.bytes == 2 * FLOAT * 64 * 64
+
+
+def test_what_operators_of_functions_do_is_seen():
+    q = torch.randn(1, 1, 40, 8)
+    result = peak(lambda: flex_attention(q, q, q), device="cpu", live=[q])
+    assert result.bytes > result.before + FLOAT * 40 * 40
 
 
 def test_in_place_operators_cost_nothing():
