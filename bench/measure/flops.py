@@ -67,6 +67,7 @@ _FEW = 0.01
 _MANY, _MANY_ADDED = (0.5, 100), (0.2, 12)
 # Elements of a constant that a mechanism may write in a list.
 _SMALL = 100
+_FROM_VALUES = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 # What a mechanism may take that has to run for real, in bytes and multiply-adds.
 LARGEST_REAL_BYTES, LARGEST_REAL_COUNT = 4 * 10**9, 10**12
 
@@ -287,7 +288,7 @@ def count_call(
             torch.stack(parts).sum().backward()
 
     counter.knows_inputs = True
-    with torch.set_grad_enabled(training), _SeesConstants():
+    with torch.set_grad_enabled(training), _SeesArrays(counter):
         try:
             return _run(counter, run, training=training)
         except (ValueError, NotCountedError):
@@ -345,7 +346,7 @@ def _new_threads_marked(counter: "_Counter") -> Iterator[None]:
 
 
 class _Storages:
-    """Storages on the meta device that were made before an operator's eyes, and how often written.
+    """Storages that were made before an operator's eyes, and how often written.
 
     What a mechanism keeps from one count to the next has been seen too.
     """
@@ -361,22 +362,22 @@ class _Storages:
             if key not in self._references:
                 self._references[key] = weakref.ref(storage, partial(self._freed, key))
 
-    def unseen(self, things: object) -> int:
+    def unseen(self, things: object, *, on_cpu: bool) -> int:
         """How many of the tensors were made or written otherwise.
 
         Indices and small constants do not count: nothing sees them made of values of Python in a
         backward pass.
         """
         return sum(
-            one.numel() > _SMALL
-            and (one.is_floating_point() or one.is_complex())
+            (one.is_meta or on_cpu)
+            and _is_large(one)
             and version > self._writes.get(storage._cdata, -1)
             for one, storage, version in self._each(things)
         )
 
     def _each(self, things: object) -> Iterator[tuple[Tensor, torch.UntypedStorage, int]]:
         for one in tree_leaves(things):
-            if isinstance(one, Tensor) and one.is_meta and one.layout == torch.strided:
+            if isinstance(one, Tensor) and one.layout == torch.strided and not one.is_nested:
                 yield one, one.untyped_storage(), 0 if one.is_inference() else one._version
 
     def _freed(self, key: int, _: object) -> None:
@@ -386,14 +387,25 @@ class _Storages:
 _MADE = _Storages()
 
 
-class _SeesConstants(TorchFunctionMode):
-    """Sees what is made of values of Python on the meta device, where no operator does it."""
+class _SeesArrays(TorchFunctionMode):
+    """Sees what is made of values of Python, where no operator does it, and what NumPy gets."""
+
+    def __init__(self, counter: "_Counter") -> None:
+        super().__init__()
+        self._counter = counter
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor):
+        if func in (Tensor.numpy, Tensor.__array__):
+            self._counter.has_left = self._counter.has_left or _is_large(args[0])
+        elif func in _FROM_VALUES and not self._counter.has_left:
             _MADE.see(result)
         return result
+
+
+def _is_large(tensor: Tensor) -> bool:
+    """Whether it is no index or constant, which a mechanism may write in a list."""
+    return tensor.numel() > _SMALL and (tensor.is_floating_point() or tensor.is_complex())
 
 
 class _Counter(TorchDispatchMode):
@@ -407,8 +419,8 @@ class _Counter(TorchDispatchMode):
         self.by_part: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.uncounted: Counter[str] = Counter()
         self.notes: dict[str, None] = {}
-        # Whether all tensors of before are known.
-        self.knows_inputs = False
+        # Whether all tensors of before are known, and whether NumPy got a large one.
+        self.knows_inputs, self.has_left = False, False
         # Elements, by part: of all results that are not counted, of sums with a product among them,
         # and of what each module got.
         self.elementwise: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
@@ -455,8 +467,11 @@ class _Counter(TorchDispatchMode):
             raise NotCountedError(f"{most} or {LARGEST_REAL_COUNT:.0e} multiply-adds")
 
     def find_unseen(self, things: object) -> None:
-        """Mark the count where tensors were made or written by operators that no mode sees."""
-        unseen = _MADE.unseen(things) if self.knows_inputs else 0
+        """Mark the count where tensors were made or written by what no mode sees.
+
+        On the CPU, where a mechanism may keep constants from before, by NumPy alone.
+        """
+        unseen = _MADE.unseen(things, on_cpu=self.has_left) if self.knows_inputs else 0
         if unseen:
             self.uncounted[UNSEEN] += unseen
             _MADE.see(things)
@@ -576,6 +591,7 @@ def _run_for_real(original: nn.Module, inputs: tuple[Any, ...], counter: _Counte
     with torch.random.fork_rng([]), counter.limited():
         torch.manual_seed(0)
         real = tree_map_only(Tensor, lambda x: torch.randn(x.shape).to(x.dtype), inputs)
+        _MADE.see([vars(part) for part in mechanism.modules()])
         return tree_map_only(Tensor, lambda out: out.to(_META), mechanism(*real))
 
 

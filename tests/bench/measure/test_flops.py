@@ -4,6 +4,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -733,6 +734,18 @@ def written_by_a_thread(q, k, v):
 def with_modes_disabled(q, k, v):
     with _disable_current_modes():
         return plain(q, k, v)
+
+
+@pytest.mark.parametrize("back", [torch.from_numpy, torch.tensor, torch.as_tensor])
+def test_a_count_says_that_numpy_does_the_work(back):
+    module = Attention()
+    module.product = lambda q, k, v: back(q.numpy() @ k.numpy().swapaxes(1, 2)) @ v
+    counted = flops.count_flops(module, grid=GRID)
+    assert counted.uncounted == {flops.UNSEEN: 1}
+    # A table that NumPy makes is none of the mechanism's work.
+    table = np.ones((TOKENS, 8), np.float32)
+    module.product = lambda q, k, v: plain(q + q.sum().item() + back(table), k, v)
+    assert flops.count_flops(module, grid=GRID).uncounted == {}
 
 
 @pytest.mark.parametrize("training", [False, True])
