@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from attentions.contract import Attention, Grid
-from attentions.depthwise import add_convolution_, convolve_backward, plain_local
+from attentions.depthwise import add_convolution_, convolve_backward, image_of, plain_local
 from attentions.parts import dropout_factors, full_precision, merge_heads, split_heads
 from attentions.pieces import apply, budget, piece, qkv_heads
 from attentions.registry import register
@@ -201,7 +201,8 @@ def _parts(qkv: Tensor, grid: Grid, num_global: int, scores: int) -> Iterator[Pa
 
 def _agents(q: Tensor, grid: Grid, agents: int, dtype: torch.dtype) -> Tensor:
     """Queries of the grid, averaged to `agents` rows and columns: (B, H, N, M) -> (B, H, n, M)."""
-    image, (rows, columns) = _image(q, grid), (_bins(side, agents) for side in grid)
+    image = image_of(merge_heads(q), grid, q.shape[2] - grid[0] * grid[1])
+    rows, columns = (_bins(side, agents) for side in grid)
     strips = [image[:, first:last].mean(dim=1, dtype=dtype) for first, last in rows]
     strip = torch.stack(strips, dim=1)
     cells = [strip[:, :, first:last].mean(dim=2) for first, last in columns]
@@ -210,18 +211,14 @@ def _agents(q: Tensor, grid: Grid, agents: int, dtype: torch.dtype) -> Tensor:
 
 def _add_agents_gradient(grad: Tensor, grad_q: Tensor, grid: Grid, agents: int) -> None:
     """Add the gradient of the queries that `_agents` averages."""
-    image, (rows, columns) = _image(grad_q, grid), (_bins(side, agents) for side in grid)
+    image = image_of(merge_heads(grad_q), grid, grad_q.shape[2] - grid[0] * grid[1])
+    rows, columns = (_bins(side, agents) for side in grid)
     cells = merge_heads(grad).unflatten(1, (agents, agents))
     strip = grad.new_zeros(len(grad), agents, grid[1], cells.shape[-1])
     for i, (first, last) in enumerate(columns):
         strip[:, :, first:last] += cells[:, :, i, None] / (last - first)
     for i, (first, last) in enumerate(rows):
         image[:, first:last] += strip[:, i, None] / (last - first)
-
-
-def _image(q: Tensor, grid: Grid) -> Tensor:
-    """Queries of the grid, a view: (B, H, N, M) -> (B, rows, columns, C)."""
-    return merge_heads(q)[:, q.shape[2] - grid[0] * grid[1] :].unflatten(1, grid)
 
 
 def _query_weights(query: Tensor, agent: Tensor, biases: Biases, part: Part) -> Tensor:

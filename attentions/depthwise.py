@@ -49,8 +49,8 @@ def convolution_of(
     """The depthwise convolution of the grid, (B, N, C); its global tokens are not set."""
     v = merge_heads(v)
     out = v.new_empty(v.shape)
-    target = _grid(out, grid, num_global)
-    for part, local in _convolved(_grid(v, grid, num_global), weight, bias):
+    target = image_of(out, grid, num_global)
+    for part, local in _convolved(image_of(v, grid, num_global), weight, bias):
         target[part] = local
     return out
 
@@ -59,8 +59,8 @@ def add_convolution_(
     out: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, grid: Grid, num_global: int
 ) -> None:
     """Add the depthwise convolution of the grid: out (B, N, C) += that of v (B, H, N, M)."""
-    target = _grid(out, grid, num_global)
-    for part, local in _convolved(_grid(merge_heads(v), grid, num_global), weight, bias):
+    target = image_of(out, grid, num_global)
+    for part, local in _convolved(image_of(merge_heads(v), grid, num_global), weight, bias):
         target[part] += local
 
 
@@ -71,7 +71,7 @@ def convolve_backward(
     filters = weight.to(v.dtype)
     wide = torch.promote_types(v.dtype, torch.float32)
     above, image, target = (
-        _grid(x, grid, num_global) for x in (grad, merge_heads(v), merge_heads(grad_v))
+        image_of(x, grid, num_global) for x in (grad, merge_heads(v), merge_heads(grad_v))
     )
     for part, local in _convolved(above, weight.flip(2, 3), None):
         target[part] += local
@@ -113,7 +113,7 @@ def _of_filters(grad: Tensor, around: Tensor, filters: Tensor) -> Tensor:
     return torch.stack(places, dim=-1).view(filters.shape)
 
 
-def _grid(x: Tensor, grid: Grid, num_global: int) -> Tensor:
+def image_of(x: Tensor, grid: Grid, num_global: int) -> Tensor:
     """The tokens of the grid, a view: (B, N, C) -> (B, rows, columns, C)."""
     return x[:, num_global:].unflatten(1, grid)
 
