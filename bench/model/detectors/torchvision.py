@@ -24,7 +24,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.roi_heads import RoIHeads, paste_masks_in_image
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, roi_align
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import (
     ExtraFPNBlock,
     LastLevelMaxPool,
@@ -54,6 +54,7 @@ from bench.model.detectors import (
     pyramid_strides,
     resize_target,
 )
+from bench.model.detectors.roi_align import roi_align
 
 VERSION: str = torchvision.__version__
 CPU = torch.device("cpu")
@@ -145,9 +146,7 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
         pooled = levels[0].new_zeros(len(rois), levels[0].shape[1], *self.output_size)
         for number, (level, scale) in enumerate(zip(levels, self.scales or (), strict=True)):
             (places,) = torch.where(chosen == number)
-            of_level = roi_align(
-                level, rois[places], self.output_size, scale, sampling_ratio=0, aligned=True
-            )
+            of_level = roi_align(level, rois[places], self.output_size[0], scale)
             pooled[places] = of_level.to(pooled.dtype)
         return pooled
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
@@ -14,6 +15,7 @@ from bench.errors import InputError
 from bench.model import detectors
 from bench.model.backbone import ViL
 from bench.model.detectors import Settings, network_size
+from bench.model.detectors.roi_align import roi_align
 from bench.model.detectors.torchvision import PyramidAnchors, PyramidRoIAlign
 
 TINY = (
@@ -393,6 +395,27 @@ def test_rois_are_pooled_half_a_pixel_further_left_than_torchvision_does():
     # On a map of stride 4 the pixel at 40 is 10 - 0.5, if pixel centres lie at halves.
     pooled = pool({"layer1": ramp}, [torch.tensor([[36.0, 40, 44, 48]])], [(128, 128)])
     assert pooled[0, 0].tolist() == [[9.0, 10.0]] * 2
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("resolution", [7, 14])
+def test_rois_are_pooled_as_torchvision_pools_them(dtype, tolerance, resolution):
+    torch.manual_seed(0)
+    maps = torch.randn(2, 5, 19, 30, dtype=dtype, requires_grad=True)
+    # Within the images of 76 x 120 pixels, across their borders, thin, empty, reversed, outside.
+    corners = torch.rand(40, 2, dtype=dtype) * 140 - 15
+    sides = torch.rand(40, 2, dtype=dtype) * 60
+    sides[:6], sides[6], sides[7] = torch.tensor([[1.0, 110], [110, 1]] * 3), 0, -9
+    corners[8] = -90
+    place = (torch.arange(40) % 2).to(dtype)[:, None]
+    rois = torch.cat([place, corners, corners + sides], dim=1)
+    for some in (rois, rois[:0]):
+        pooled = roi_align(maps, some, resolution, 1 / 4)
+        wanted = torchvision.ops.roi_align(maps, some, resolution, 1 / 4, 0, True)
+        grad = torch.randn_like(wanted)
+        torch.testing.assert_close(pooled, wanted, rtol=tolerance, atol=tolerance)
+        found = [torch.autograd.grad(out, maps, grad)[0] for out in (pooled, wanted)]
+        torch.testing.assert_close(*found, rtol=tolerance, atol=10 * tolerance)
 
 
 @pytest.mark.detectron2
