@@ -213,6 +213,8 @@ def compare(
 ) -> Iterator[Comparison]:
     """Compare each case at commit `base` with the code of this checkout, in turns.
 
+    A case has two processes of its own, so that it does not depend on the cases before it.
+
     A case that fails, at either commit, says why and costs no other.
 
     Args:
@@ -226,12 +228,14 @@ def compare(
             tree.mkdir()
         with tarfile.open(fileobj=io.BytesIO(_git("archive", base, "attentions"))) as archive:
             archive.extractall(trees["base"], filter="data")
-        sides = {side: stack.enter_context(_Side(tree)) for side, tree in trees.items()}
         for case in chosen:
-            try:
-                yield _compare(case, sides, folder, effort, batch_size, seed)
-            except _SideError as error:
-                yield Comparison(case, reason=str(error))
+            # New processes: an allocator that has freed large tensors gives later ones faster.
+            with ExitStack() as started:
+                sides = {side: started.enter_context(_Side(tree)) for side, tree in trees.items()}
+                try:
+                    yield _compare(case, sides, folder, effort, batch_size, seed)
+                except _SideError as error:
+                    yield Comparison(case, reason=str(error))
 
 
 def _compare(
@@ -253,6 +257,8 @@ def _compare(
             reason=f"results differ by {apart:.1e} of the largest value; no speed is reported",
             difference=apart,
         )
+    # Of the base for nothing but that both have done the same before.
+    sides["base"].ask("peaks")
     peaks = [sides["now"].ask("peaks")]
     memory = {side: int(process.ask("peak")) for side, process in sides.items()}
     taken: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
