@@ -6,9 +6,12 @@ a CPU adds its gradient up sample by sample on one core, a fifth of a training s
 embeddings are the same sums, forward and backward on all cores.
 """
 
+from typing import Any
+
 import torch
 import torchvision
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
@@ -28,13 +31,37 @@ def roi_align(maps: Tensor, rois: Tensor, resolution: int, scale: float) -> Tens
     if not plain or torch.compiler.is_compiling():
         return torchvision.ops.roi_align(maps, rois, resolution, scale, 0, True)
     dtype = torch.promote_types(maps.dtype, torch.float32)
-    cells = maps.movedim(1, -1).flatten(0, -2).to(dtype)
-    taken, ends, weights = _cells(rois.detach().to(dtype), resolution, scale, maps.shape)
-    pooled = functional.embedding_bag(
-        taken, cells, ends, mode="sum", per_sample_weights=weights, include_last_offset=True
-    )
-    shape = len(rois), resolution, resolution, maps.shape[1]
-    return pooled.view(shape).movedim(-1, 1).to(maps.dtype)
+    pooled: Tensor = _Pooled.apply(maps.to(dtype), rois.detach().to(dtype), resolution, scale)
+    return pooled.to(maps.dtype)
+
+
+class _Pooled(torch.autograd.Function):
+    """Keeps the boxes alone; what their bins take is found again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, rois: Tensor, resolution: int, scale: float) -> Tensor:
+        ctx.save_for_backward(rois)
+        ctx.how = resolution, scale, maps.shape
+        taken, ends, weights = _cells(rois, *ctx.how)
+        cells = maps.movedim(1, -1).flatten(0, -2)
+        pooled = functional.embedding_bag(
+            taken, cells, ends, mode="sum", per_sample_weights=weights, include_last_offset=True
+        )
+        return pooled.unflatten(0, (len(rois), resolution, resolution)).movedim(-1, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        batch, channels, rows, columns = ctx.how[-1]
+        taken, ends, weights = _cells(*ctx.saved_tensors, *ctx.how)
+        many = ends.diff()
+        bins = torch.arange(len(many)).repeat_interleave(many)
+        # The gradient of `embedding_bag`; 0 stands for sums, and no place of a maximum is needed.
+        cells = torch.ops.aten._embedding_bag_dense_backward(
+            *(grad.movedim(1, -1).reshape(-1, channels), taken, bins, many, many[:0]),
+            *(batch * rows * columns, False, 0, weights),
+        )
+        return cells.view(batch, rows, columns, channels).movedim(-1, 1), None, None, None
 
 
 def _cells(
