@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from bench import cli, record
 from bench.config.suites import build_config
@@ -21,6 +20,7 @@ from bench.model.build import build_detector, model_section
 from bench.run.bootstrap import LEVEL
 from bench.run.checkpoints import Checkpoints
 from bench.run.evaluate import CocoEvaluator
+from tests import coco
 
 ARCH = (
     "l1,h1,d8,n1,s1,g1,p4,f3,a1_l2,h2,d16,n1,s1,g1,p2,f3,a1_"
@@ -121,19 +121,12 @@ def test_the_figures_are_those_of_the_detector_whose_names_the_weights_have(
 
 
 def test_a_detector_that_learnt_its_image_has_a_high_average_precision(capsys, tmp_path):
-    folder = tmp_path / "val2017"
-    folder.mkdir()
     pixels = np.full((48, 72, 3), 60, dtype=np.uint8)
     pixels[10:34, 20:50] = 220
-    Image.fromarray(pixels).save(folder / "1.png")
-    box = {"id": 1, "image_id": 1, "category_id": 4, "bbox": [20, 10, 30, 24], "area": 720}
-    content = {
-        "images": [{"id": 1, "file_name": "1.png", "height": 48, "width": 72}],
-        "annotations": [box | {"iscrowd": 0, "segmentation": [[20, 10, 50, 10, 50, 34, 20, 34]]}],
-        "categories": [{"id": 4, "name": "box"}],
-    }
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+    box = coco.annotation(1, 1, 4, [20, 10, 30, 24])
+    coco.write(
+        tmp_path, coco.content({4: "box"}, {1: (48, 72)}, [box]), lambda _: pixels, "val2017"
+    )
     image, target = CocoDataset(tmp_path, "val2017")[0]
     torch.manual_seed(0)
     detector = build_detector(config_of(), 1)

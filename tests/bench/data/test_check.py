@@ -17,6 +17,7 @@ from bench.data.check import SplitReport, check, remarks
 from bench.data.coco import CocoDataset
 from bench.data.findings import Finding
 from bench.errors import InputError
+from tests import coco
 
 HEIGHT, WIDTH = 40, 60
 # Of an annotation in the sound data set: a rectangle as box, polygon and area.
@@ -26,30 +27,15 @@ PAIRS = [[10, 5], [30, 5], [30, 17], [10, 17]]
 
 
 def annotation(id_: int, image_id: int, **changes: Any) -> dict[str, Any]:
-    sound = {
-        "id": id_,
-        "image_id": image_id,
-        "category_id": 3,
-        "bbox": BOX,
-        "area": 240,
-        "iscrowd": 0,
-        "segmentation": [POLYGON],
-    }
-    return {key: value for key, value in (sound | changes).items() if value is not None}
+    sound = {"category_id": 3, "bbox": BOX, "area": 240, "segmentation": [POLYGON]}
+    return coco.annotation(id_, image_id, **(sound | changes))
 
 
 def content(count: int = 4) -> dict[str, Any]:
     """`count` images from 1 with an instance each, numbered from 101; classes of ids 3 and 8."""
-    return {
-        "categories": [{"id": 3, "name": "train"}, {"id": 8, "name": "cup"}],
-        "images": [
-            {"id": n, "file_name": f"{n}.png", "height": HEIGHT, "width": WIDTH}
-            for n in range(1, count + 1)
-        ],
-        "annotations": [
-            annotation(100 + n, n, category_id=3 if n % 2 else 8) for n in range(1, count + 1)
-        ],
-    }
+    numbers = range(1, count + 1)
+    found = [annotation(100 + n, n, category_id=3 if n % 2 else 8) for n in numbers]
+    return coco.content({3: "train", 8: "cup"}, dict.fromkeys(numbers, (HEIGHT, WIDTH)), found)
 
 
 def picture(number: int, mode: str = "RGB") -> Image.Image:
@@ -58,14 +44,8 @@ def picture(number: int, mode: str = "RGB") -> Image.Image:
 
 
 def write(root: Path, data: dict[str, Any], split: str = "train2017", first: int = 0) -> Path:
-    folder = root / split
-    folder.mkdir(parents=True)
-    for image in data["images"]:
-        picture(first + int(image["id"])).save(folder / image["file_name"])
-    path = root / "annotations" / f"instances_{split}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(data))
-    return folder
+    coco.write(root, data, lambda image: np.asarray(picture(first + int(image["id"]))), split)
+    return root / split
 
 
 def only(root: Path, **options: Any) -> SplitReport:

@@ -20,6 +20,7 @@ from bench.data.check import remarks
 from bench.data.coco import CocoDataset, Packed
 from bench.errors import InputError
 from bench.run.evaluate import CocoEvaluator
+from tests import coco
 
 HEIGHT, WIDTH = 40, 60
 TRIANGLE = [10.0, 5.0, 30.0, 5.0, 10.0, 25.0]
@@ -48,61 +49,25 @@ def uncompressed(mask: np.ndarray) -> dict[str, Any]:
 
 def content() -> dict[str, Any]:
     """Three images: two instances and a crowd; one instance; nothing. Gaps in the category ids."""
-    return {
-        "categories": [{"id": 90, "name": "toothbrush"}, {"id": 7, "name": "train"}],
-        "images": [
-            {"id": i, "file_name": f"{i}.png", "height": HEIGHT, "width": WIDTH}
-            for i in (11, 12, 13)
-        ],
-        "annotations": [
-            {
-                "id": 1,
-                "image_id": 11,
-                "category_id": 90,
-                "bbox": [10.0, 5.0, 20.0, 20.0],
-                "area": 200.0,
-                "iscrowd": 0,
-                "segmentation": [TRIANGLE],
-            },
-            {
-                "id": 2,
-                "image_id": 11,
-                "category_id": 7,
-                "bbox": [20, 10, 8, 6],
-                "area": 48,
-                "iscrowd": 0,
-                "segmentation": compressed(box_mask(20, 10, 8, 6)),
-            },
-            {
-                "id": 3,
-                "image_id": 11,
-                "category_id": 7,
-                "bbox": [40, 20, 10, 15],
-                "area": 150,
-                "iscrowd": 1,
-                "segmentation": uncompressed(box_mask(40, 20, 10, 15)),
-            },
-            {
-                "id": 4,
-                "image_id": 12,
-                "category_id": 7,
-                "bbox": [0, 0, 12, 12],
-                "area": 144,
-                "iscrowd": 0,
-                "segmentation": [[0, 0, 12, 0, 12, 12, 0, 12]],
-            },
-        ],
-    }
+    found = [
+        coco.annotation(1, 11, 90, [10.0, 5.0, 20.0, 20.0], area=200.0, segmentation=[TRIANGLE]),
+        coco.annotation(2, 11, 7, [20, 10, 8, 6], segmentation=compressed(box_mask(20, 10, 8, 6))),
+        coco.annotation(
+            3, 11, 7, [40, 20, 10, 15], iscrowd=1,
+            segmentation=uncompressed(box_mask(40, 20, 10, 15)),
+        ),
+        coco.annotation(4, 12, 7, [0, 0, 12, 12]),
+    ]  # fmt: skip
+    sizes = dict.fromkeys((11, 12, 13), (HEIGHT, WIDTH))
+    return coco.content({90: "toothbrush", 7: "train"}, sizes, found)
+
+
+def grey(image: dict[str, Any]) -> np.ndarray:
+    return np.full((HEIGHT, WIDTH, 3), image["id"], dtype=np.uint8)
 
 
 def write(root: Path, data: Any) -> Path:
-    folder = root / "train2017"
-    folder.mkdir(parents=True, exist_ok=True)
-    for index in (11, 12, 13):
-        pixels = np.full((HEIGHT, WIDTH, 3), index, dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index}.png")
-    path = root / "annotations" / "instances_train2017.json"
-    path.parent.mkdir(exist_ok=True)
+    path = coco.write(root, content(), grey)
     path.write_text(data if isinstance(data, str) else json.dumps(data))
     return path
 

@@ -1,6 +1,5 @@
 """Batches: a function of seed and step alone; errors in workers arrive as they are."""
 
-import json
 import multiprocessing
 import os
 import random
@@ -17,49 +16,33 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from bench.data import loader
 from bench.data.coco import CocoDataset
 from bench.data.images import NetworkSize, resize, to_float
 from bench.errors import InputError
 from bench.model.detectors import resize_target
+from tests import coco
 
 COUNT = 7
 
 
 def write(root: Path, *, crowd_only: tuple[int, ...] = (5,), empty: tuple[int, ...] = (6,)) -> None:
     """Images 1 to 7, odd ones portrait; each has an instance and a crowd unless said otherwise."""
-    folder = root / "train2017"
-    folder.mkdir(parents=True)
-    (root / "annotations").mkdir()
-    rng = np.random.default_rng(0)
-    images: list[dict[str, Any]] = []
+    sizes = {n: (40, 20 + n) if n % 2 else (20 + n, 40) for n in range(1, COUNT + 1)}
     annotations: list[dict[str, Any]] = []
-    for image_id in range(1, COUNT + 1):
-        height, width = (40, 20 + image_id) if image_id % 2 else (20 + image_id, 40)
-        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{image_id}.png")
-        images.append(
-            {"id": image_id, "file_name": f"{image_id}.png", "height": height, "width": width}
-        )
+    for image_id in sizes:
         for crowd in (0, 1):
             if image_id in empty or (image_id in crowd_only and not crowd):
                 continue
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": 1,
-                    "bbox": [2, 3, 6 + image_id, 5],
-                    "area": 5 * (6 + image_id),
-                    "iscrowd": crowd,
-                    "segmentation": [[2, 3, 8 + image_id, 3, 8 + image_id, 8, 2, 8]],
-                }
-            )
-    categories = [{"id": 1, "name": "thing"}]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (root / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
+            number, box = len(annotations) + 1, [2, 3, 6 + image_id, 5]
+            annotations.append(coco.annotation(number, image_id, 1, box, iscrowd=crowd))
+    coco.write(root, coco.content({1: "thing"}, sizes, annotations), noise)
+
+
+def noise(image: dict[str, Any]) -> np.ndarray:
+    shape = (image["height"], image["width"], 3)
+    return np.random.default_rng(image["id"]).integers(0, 256, shape, dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -397,23 +380,11 @@ def test_evaluation_takes_every_image_once_in_order(data: CocoDataset, workers: 
 
 def many_objects(root: Path, *, side: int, objects: int = 60) -> CocoDataset:
     """One picture of `side` pixels with objects of a fortieth of it."""
-    (root / "train2017").mkdir(parents=True)
-    (root / "annotations").mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (side, 2 * side, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(root / "train2017" / "1.png")
-    size = side / 40
-    annotations = []
+    size, annotations = side / 40, []
     for number in range(objects):
         x, y = (number % 10 + 0.3) * 3 * size, (number // 10 + 0.4) * 3 * size
-        outline = [x, y, x + size, y, x + size, y + size, x, y + size]
-        annotations.append(
-            {"id": number + 1, "image_id": 1, "category_id": 1, "bbox": [x, y, size, size]}
-            | {"area": size * size, "iscrowd": 0, "segmentation": [outline]}
-        )
-    image = {"id": 1, "file_name": "1.png", "height": side, "width": 2 * side}
-    content = {"images": [image], "annotations": annotations}
-    content["categories"] = [{"id": 1, "name": "thing"}]
-    (root / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
+        annotations.append(coco.annotation(number + 1, 1, 1, [x, y, size, size]))
+    coco.write(root, coco.content({1: "thing"}, {1: (side, 2 * side)}, annotations), noise)
     return CocoDataset(root, "train2017")
 
 

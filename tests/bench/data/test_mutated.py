@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from pycocotools import mask as reference
 
 from bench.data.coco import CocoDataset
 from bench.data.findings import Finding
 from bench.errors import InputError
+from tests import coco
 
 HEIGHT, WIDTH = 24, 32
 
@@ -35,25 +35,13 @@ def content() -> dict[str, Any]:
         {"size": [HEIGHT, WIDTH], "counts": runs["counts"].decode()},
         {"size": [HEIGHT, WIDTH], "counts": [50, 6, HEIGHT * WIDTH - 56]},
     ]
-    boxes = [[4, 4, 10, 10], [2.5, 2, 17.5, 18], [3, 3, 9, 9], [2, 2, 1, 6]]
-    return {
-        "images": [
-            {"id": n, "file_name": f"{n}.png", "height": HEIGHT, "width": WIDTH} for n in (1, 2, 5)
-        ],
-        "categories": [{"id": 3, "name": "a"}, {"id": 9, "name": "b"}],
-        "annotations": [
-            {
-                "id": 10 + n,
-                "image_id": (1, 1, 2, 2)[n],
-                "category_id": (3, 9, 9, 3)[n],
-                "bbox": boxes[n],
-                "area": (100, 84.5, 81, 6)[n],
-                "iscrowd": int(n == 3),
-                "segmentation": segmentations[n],
-            }
-            for n in range(4)
-        ],
-    }
+    found = [
+        coco.annotation(10, 1, 3, [4, 4, 10, 10], segmentation=segmentations[0]),
+        coco.annotation(11, 1, 9, [2.5, 2, 17.5, 18], area=84.5, segmentation=segmentations[1]),
+        coco.annotation(12, 2, 9, [3, 3, 9, 9], segmentation=segmentations[2]),
+        coco.annotation(13, 2, 3, [2, 2, 1, 6], iscrowd=1, segmentation=segmentations[3]),
+    ]
+    return coco.content({3: "a", 9: "b"}, dict.fromkeys((1, 2, 5), (HEIGHT, WIDTH)), found)
 
 
 def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -105,11 +93,8 @@ def mutated(draw: st.DrawFn) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("mutated")
-    (root / "annotations").mkdir()
-    (root / "train2017").mkdir()
-    for number in (1, 2, 5):
-        image = np.full((HEIGHT, WIDTH, 3), number, dtype=np.uint8)
-        Image.fromarray(image).save(root / "train2017" / f"{number}.png")
+    shape = (HEIGHT, WIDTH, 3)
+    coco.write(root, content(), lambda image: np.full(shape, image["id"], dtype=np.uint8))
     return root
 
 
