@@ -4,7 +4,7 @@ import argparse
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,8 @@ from bench.commands._output import WIDTH
 from bench.errors import InputError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from bench.config.schema import RunConfig
     from bench.model.weights import Conversion, Step
 
@@ -106,15 +108,12 @@ def _first_misfit(steps: Sequence["Step"]) -> str:
 
 
 def _print(conversion: "Conversion", config: "RunConfig", options: argparse.Namespace) -> None:
-    import pandas as pd
-
     from bench.model.weights import ACTIONS
     from report import tables
 
     model = config.model
     print(f"{options.source} → {options.output}, for {model.backbone} with {config.row}\n")
-    rows = [_row(group) for group in _groups(conversion.steps)]
-    print(tables.to_text(pd.DataFrame(rows, dtype=str), WIDTH))
+    print(tables.to_text(_table(conversion.steps), WIDTH))
     counts = ", ".join(f"{conversion.count(action)} {action}" for action in ACTIONS)
     print(f"{len(conversion.tensors)} tensors written: {counts}")
     if conversion.untouched:
@@ -134,43 +133,36 @@ def _counted(names: Sequence[str]) -> str:
     return ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items())
 
 
-def _groups(steps: Sequence["Step"]) -> list[list["Step"]]:
-    """Group plain copies by their stage, and what was changed or left out by its kind."""
-    groups: dict[tuple[object, ...], list[Step]] = {}
+def _table(steps: Sequence["Step"]) -> "pd.DataFrame":
+    """Return a line for the plain copies of a stage, and for each kind of what was changed."""
+    import pandas as pd
+
+    lines = []
     for step in steps:
         plain = step.action == "copied" and not step.reason
-        key: tuple[object, ...] = (step.action, step.source.partition(".")[0])
-        if not plain:
-            key = (step.action, _kind(step.source), step.source_shape, step.reason)
-        groups.setdefault(key, []).append(step)
-    return list(groups.values())
+        lines.append(
+            {
+                "tensor": step.source.partition(".")[0] + ".…" if plain else _kind(step.source),
+                "result": step.action,
+                "place": "same" if plain else _kind(step.target),
+                "count": step.source,
+                "from": "" if plain else _shape(step.source_shape),
+                "to": "" if plain else _shape(step.target_shape),
+                # Its shapes are in the columns before.
+                "why": "does not fit" if step.action == "left out" and step.target else step.reason,
+            }
+        )
+    by_kind = pd.DataFrame(lines).groupby(["tensor", "result", "from", "why"], sort=False)
+    merged = by_kind.agg({"place": _joined, "count": "nunique", "to": _listed}).reset_index()
+    merged.loc[merged["place"] == merged["tensor"], "place"] = "same"
+    return merged[list(lines[0])].astype(str)
 
 
-def _row(steps: Sequence["Step"]) -> dict[str, str]:
-    """Return the line of some steps of one action."""
-    action = steps[0].action
-    sources = list(dict.fromkeys(_kind(step.source) for step in steps))
-    places = list(dict.fromkeys(_kind(step.target) for step in steps))
-    shapes = [
-        list(dict.fromkeys(map(_shape, found)))
-        for found in ((step.source_shape for step in steps), (step.target_shape for step in steps))
-    ]
-    same = len(sources) > 1
-    if same:
-        sources = [sources[0].partition(".")[0] + ".…"]
-    return {
-        "tensor": sources[0],
-        "result": action,
-        "place": "same" if same or places == sources else _joined(places),
-        "count": str(len({step.source for step in steps})),
-        "from": "" if same else ", ".join(shapes[0]),
-        "to": "" if same else ", ".join(shapes[1]),
-        # Its shapes are in the columns before.
-        "why": "does not fit" if action == "left out" and steps[0].target else steps[0].reason,
-    }
+def _listed(values: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(values))
 
 
-def _joined(names: Sequence[str]) -> str:
+def _joined(names: Iterable[str]) -> str:
     """Join names that differ in one part: a.query.weight, a.kv.weight -> a.{query,kv}.weight."""
     columns = zip(*(name.split(".") for name in names), strict=True)
     parts = [list(dict.fromkeys(column)) for column in columns]
