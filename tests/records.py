@@ -1,5 +1,9 @@
-"""A record with nothing but what each must have."""
+"""A record with nothing but what each must have, and records with other values."""
 
+import copy
+import functools
+import operator
+from collections.abc import Mapping
 from typing import Any
 
 from bench.record import Record
@@ -30,3 +34,12 @@ def plain(**changes: Any) -> Record:
         "model": MODEL,
     }
     return Record(**(values | changes))
+
+
+def changed(record: Record, values: Mapping[str, Any]) -> Record:
+    """The record with other values at places such as `evaluation.box.AP`."""
+    content = copy.deepcopy(vars(record))
+    for place, value in values.items():
+        *above, last = place.split(".")
+        functools.reduce(operator.getitem, above, content)[last] = value
+    return Record(**content)

@@ -16,6 +16,7 @@ from bench.record import Record
 from report import answer, export, front, load, page, plots, probes, recommend, reference
 from report.columns import MISSING, Unit
 from report.recommend import Limit
+from tests.records import changed
 from tests.report.test_confidence import common, evaluated
 from tests.report.test_report import failed
 
@@ -25,13 +26,11 @@ X = "\N{MULTIPLICATION SIGN}"
 
 def cost(row: str, flops: int | None, memory: int | None, note: str = "") -> Record:
     """What a row costs at 800 by 1344, in units of 10^9."""
-    run = evaluated(row, common())
-    assert run.flops is not None
-    assert run.memory is not None
     predicted = {mode: {"total": (memory or 0) * GIGA} for mode in ("inference", "training")}
-    return store.Record(
-        **vars(run)
-        | {
+    figure = {"flops": None} if flops is None else {"flops.total": flops * GIGA}
+    return changed(
+        evaluated(row, common()),
+        {
             "suite": "costs",
             "key": f"cost of {row}",
             "config": {
@@ -40,10 +39,10 @@ def cost(row: str, flops: int | None, memory: int | None, note: str = "") -> Rec
                 "profile": {"image_size": [800, 1344], "batch_size": 2},
                 "train": {"precision": "16-mixed"},
             },
-            "flops": None if flops is None else {**run.flops, "total": flops * GIGA},
-            "memory": {**run.memory, "predicted": predicted if memory else {}},
+            "memory.predicted": predicted if memory else {},
             "notes": [note] if note else [],
         }
+        | figure,
     )
 
 
@@ -209,21 +208,16 @@ def test_measured_layers_stand_beside_the_costs_with_their_machine(
     one = cost("ViL", 0, None)
     names = [f"stage{n}" for n, _ in enumerate(one.model["arch"].split("_"))]
     stages = {name: {"median": 1, "q1": 1, "q3": 4, "layers": 20 / len(names)} for name in names}
-    measured = replace(
-        one,
-        config={**one.config, "layers": {"name": "cpu"}},
-        memory={
-            **(one.memory or {}),
-            "by_part": {"inference": {"stage1": 7 * 10**6, "stage2": 3 * 10**6}},
+    measured = changed(
+        replace(one, environment={"cpu": "EPYC", "cores": 2, "device": "cpu"}),
+        {
+            "config.layers": {"name": "cpu"},
+            "memory.by_part": {"inference": {"stage1": 7 * 10**6, "stage2": 3 * 10**6}},
+            "latency.by_part": {"inference": stages},
+            "latency.precision": "32-true",
+            "latency.batch_size": 2,
+            "latency.notes": ["stage1: inference: still changing after 2 warm-up calls"],
         },
-        latency={
-            **(one.latency or {}),
-            "by_part": {"inference": stages},
-            "precision": "32-true",
-            "batch_size": 2,
-            "notes": ["stage1: inference: still changing after 2 warm-up calls"],
-        },
-        environment={"cpu": "EPYC", "cores": 2, "device": "cpu"},
     )
     (found,) = answer.first(records[:2], [*costs, measured])
     where = (
@@ -292,10 +286,8 @@ def test_costs_are_those_of_the_size_that_was_counted_last(tmp_path: Path) -> No
     for day, height in ((1, 800), (2, 224), (0, 512)):
         profile = {"image_size": [height, 224], "batch_size": 2}
         one = cost("ViL", 255, 4)
-        config = {**one.config, "profile": profile}
         created = f"2026-01-0{1 + day}T00:00:00+00:00"
-        store.write(
-            replace(one, config=config, key=f"{height}", created=created), tmp_path / store.COSTS
-        )
+        one = replace(changed(one, {"config.profile": profile}), key=f"{height}", created=created)
+        store.write(one, tmp_path / store.COSTS)
     (found,) = reference.load(tmp_path)
     assert found.config["profile"]["image_size"] == [224, 224]

@@ -36,6 +36,7 @@ from report.columns import (
     table,
     three_digits,
 )
+from tests.records import changed
 from tests.report.test_answer import cost
 from tests.report.test_probes import entry
 from tests.report.test_report import as_published, make
@@ -56,52 +57,46 @@ def parts(inference: Any, training: Any) -> dict[str, Any]:
     return {"inference": {"fpn": inference}, "training": {"fpn": training}}
 
 
-plain = make("ViL")
-RECORD = make(
-    "ViL",
-    parameters={"total": 2_110_000, "by_part": {"fpn": 1_230_000}},
-    flops={**(plain.flops or {}), "total": 1_410_000_000, "by_part": {"fpn": 130_000_000}},
-    memory={
-        **(plain.memory or {}),
-        "inference": 117_000_000,
-        "training": 419_000_000,
-        "predicted": {"inference": {"total": 118_000_000}, "training": {"total": 421_000_000}},
-        "by_part": parts(11_000_000, 12_000_000),
-    },
-    latency={
-        **(plain.latency or {}),
-        "inference": quartiles(0.151),
-        "training": quartiles(0.457),
-        "group": {"inference": "a", "training": "bc"},
-        "ran": {"inference": {"sdpa": {"flash": 3}, "dtypes": ["float32"], "compiled": True}},
-        "by_part": parts(quartiles(0.021), quartiles(0.022)),
-    },
-    training={
-        "steps": 320,
-        "seconds": 96.0,
-        "batch_size": 8,
-        "images_per_second": 32.0,
-        "losses": [],
-        "resumed": 0,
-    },
-    evaluation={
-        "split": "val2017",
-        "images": 100,
-        "unit": "percent",
-        "box": figures(20.01),
-        "mask": figures(50.01),
-        "box_interval": {"AP": [18.9, 21.3]},
-        "mask_interval": {"AP": [48.8, 51.4]},
-        "bootstrap": {
-            "seed": 0,
-            "resamples": 3,
-            "box_AP": [20.0, 21.0, 22.0],
-            "mask_AP": [50.0, 51.0, 52.0],
+def drawn(box: list[float], mask: list[float]) -> dict[str, Any]:
+    return {"seed": 0, "resamples": 3, "box_AP": box, "mask_AP": mask}
+
+
+RECORD = changed(
+    make("ViL"),
+    {
+        "parameters": {"total": 2_110_000, "by_part": {"fpn": 1_230_000}},
+        "flops.total": 1_410_000_000,
+        "flops.by_part": {"fpn": 130_000_000},
+        "memory.inference": 117_000_000,
+        "memory.training": 419_000_000,
+        "memory.predicted": {
+            "inference": {"total": 118_000_000},
+            "training": {"total": 421_000_000},
         },
-        "also": [{"split": "train2017", "images": 33, "box": figures(70.01), "mask": None}],
+        "memory.by_part": parts(11_000_000, 12_000_000),
+        "latency.inference": quartiles(0.151),
+        "latency.training": quartiles(0.457),
+        "latency.group": {"inference": "a", "training": "bc"},
+        "latency.ran": {
+            "inference": {"sdpa": {"flash": 3}, "dtypes": ["float32"], "compiled": True}
+        },
+        "latency.by_part": parts(quartiles(0.021), quartiles(0.022)),
+        "training.seconds": 96.0,
+        "training.losses": [],
+        "evaluation": {
+            "split": "val2017",
+            "images": 100,
+            "unit": "percent",
+            "box": figures(20.01),
+            "mask": figures(50.01),
+            "box_interval": {"AP": [18.9, 21.3]},
+            "mask_interval": {"AP": [48.8, 51.4]},
+            "bootstrap": drawn([20.0, 21.0, 22.0], [50.0, 51.0, 52.0]),
+            "also": [{"split": "train2017", "images": 33, "box": figures(70.01), "mask": None}],
+        },
+        "notes": ["a note"],
+        "config.profile": {"image_size": [128, 160], "batch_size": 8},
     },
-    notes=["a note"],
-    config={**plain.config, "profile": {"image_size": [128, 160], "batch_size": 8}},
 )
 WORSE = make(
     "full",
@@ -111,12 +106,7 @@ WORSE = make(
         "box": figures(10.01),
         "mask": figures(40.01),
         "also": [],
-        "bootstrap": {
-            "seed": 0,
-            "resamples": 3,
-            "box_AP": [10.0, 11.0, 12.0],
-            "mask_AP": [40.0, 41.0, 43.0],
-        },
+        "bootstrap": drawn([10.0, 11.0, 12.0], [40.0, 41.0, 43.0]),
     },
 )
 RECORDS = [RECORD, WORSE]
@@ -182,11 +172,10 @@ SIZES = {
     "padded_pixels": 0.0123,
 }
 
-THROUGHPUT = replace(
+THROUGHPUT = changed(
     RECORD,
-    latency={
-        **(RECORD.latency or {}),
-        "throughput": {
+    {
+        "latency.throughput": {
             "inference": {
                 "ended": "the next batch is no faster",
                 "best": 4,
@@ -207,13 +196,7 @@ THROUGHPUT = replace(
         },
     },
 )
-PERCENTILES = replace(
-    RECORD,
-    latency={
-        **(RECORD.latency or {}),
-        "inference": {**quartiles(0.151), "samples": [0.15 + 0.001 * k for k in range(21)]},
-    },
-)
+PERCENTILES = changed(RECORD, {"latency.inference.samples": [0.15 + 0.001 * k for k in range(21)]})
 CLASSIFIER = replace(
     RECORD,
     evaluation={
@@ -224,34 +207,18 @@ CLASSIFIER = replace(
         "top1_interval": {"top1": [69.81, 72.64]},
     },
 )
-AFTER = replace(
+AFTER = changed(
     RECORD,
-    flops={**(RECORD.flops or {}), "total": 2_820_000_000},
-    parameters={"total": 1_266_000, "by_part": {}},
-    memory={**(RECORD.memory or {}), "training": 838_000_000},
-    latency={
-        **(RECORD.latency or {}),
-        "inference": {"samples": [0.302] * 6, "median": 0.302},
-        "training": quartiles(0.457),
-    },
-    evaluation={
-        **(RECORD.evaluation or {}),
-        "box": figures(18.01),
-        "bootstrap": {
-            "seed": 0,
-            "resamples": 3,
-            "box_AP": [18.5, 19.0, 19.5],
-            "mask_AP": [50.0, 51.0, 52.0],
-        },
+    {
+        "flops.total": 2_820_000_000,
+        "parameters": {"total": 1_266_000, "by_part": {}},
+        "memory.training": 838_000_000,
+        "latency.inference": {"samples": [0.302] * 6, "median": 0.302},
+        "evaluation.box": figures(18.01),
+        "evaluation.bootstrap": drawn([18.5, 19.0, 19.5], [50.0, 51.0, 52.0]),
     },
 )
-BEFORE = replace(
-    RECORD,
-    latency={
-        **(RECORD.latency or {}),
-        "inference": {**quartiles(0.151), "samples": [0.151] * 6},
-    },
-)
+BEFORE = changed(RECORD, {"latency.inference.samples": [0.151] * 6})
 # At full size: 10^9 times what `tests.report.test_answer.cost` says.
 COSTS = [cost("ViL", 255, 4), cost("full", 1410, 7)]
 SEEN = ("ViL", "srformer/64", "srformer/32", "global", "performer")

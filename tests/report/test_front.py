@@ -9,17 +9,14 @@ import numpy as np
 from bench.record import Record
 from report import front, load, plots
 from report.columns import MISSING
+from tests.records import changed
 from tests.report.test_report import drawn, failed, make
 from tests.report.test_searches import tried
 
 
 def point(row: str, box_ap: float, flops: int, **changes: Any) -> Record:
     """A record with a box mAP (%) and multiply-adds; its other costs are those of all such rows."""
-    record = make(row)
-    assert record.evaluation is not None
-    assert record.flops is not None
-    evaluation = {**record.evaluation, "box": {**record.evaluation["box"], "AP": box_ap}}
-    record = replace(record, evaluation=evaluation, flops={**record.flops, "total": flops})
+    record = changed(make(row), {"evaluation.box.AP": box_ap, "flops.total": flops})
     return replace(record, **changes)
 
 
@@ -60,11 +57,8 @@ def test_equal_rows_do_not_beat_each_other_and_what_no_table_shows_decides_nothi
 
 
 def test_rows_measured_otherwise_are_not_compared_and_are_named() -> None:
-    plain = make("ViL")
-    assert plain.latency is not None
-    assert plain.evaluation is not None
-    other_batch = replace(make("swin"), latency={**plain.latency, "batch_size": 1})
-    other_images = replace(make("full"), evaluation={**plain.evaluation, "images": 7})
+    other_batch = changed(make("swin"), {"latency.batch_size": 1})
+    other_images = changed(make("full"), {"evaluation.images": 7})
     records = [make("ViL"), make("global", 1), make("performer", 2), other_batch, other_images]
     assert {row for row, _ in names(records, "latency")} == {"ViL", "global", "performer"}
     assert {row for row, _ in names(records)} == {"ViL", "global", "performer", "swin"}
@@ -75,8 +69,7 @@ def test_rows_measured_otherwise_are_not_compared_and_are_named() -> None:
 
 
 def test_another_machine_has_other_latencies() -> None:
-    plain = make("full")
-    elsewhere = replace(plain, environment={**plain.environment, "cpu": "Another processor"})
+    elsewhere = changed(make("full"), {"environment.cpu": "Another processor"})
     records = [make("ViL"), make("global", 1), elsewhere]
     assert {row for row, _ in names(records, "latency")} == {"ViL", "global"}
     assert len(names(records, "memory_training")) == 3

@@ -23,6 +23,7 @@ from bench.errors import InputError
 from bench.record import Record
 from report import front, load, page, plots, provenance, tables
 from report.columns import AT_LEAST, MISSING, Table
+from tests.records import changed
 
 ROWS = [
     "srformer/64",
@@ -167,11 +168,11 @@ def records() -> list[Record]:
     return made
 
 
-def as_published(row: str, number: int, **changes: Any) -> Record:
+def as_published(row: str, number: int) -> Record:
     """A made-up record of `row` in the architecture and schedule of the published one."""
     record = make(row, number)
     arch = load.published().set_index("row").loc[row, "arch"]
-    return make(row, number, model={**record.model, "arch": arch, "schedule": "1x"}, **changes)
+    return changed(record, {"model.arch": arch, "model.schedule": "1x"})
 
 
 def save(records: list[Record], directory: Path) -> None:
@@ -266,9 +267,7 @@ def test_rows_say_what_they_started_from_where_that_differs() -> None:
     def labels(*starts: str | None) -> list[str]:
         found = []
         for number, start in enumerate(starts):
-            one = make(f"row {number}")
-            train = {**one.config["train"], "init": start}
-            found.append(make(f"row {number}", config={**one.config, "train": train}))
+            found.append(changed(make(f"row {number}"), {"config.train.init": start}))
         (table,) = tables.comparison(found)
         return list(table.shown["row"])
 
@@ -289,9 +288,7 @@ def test_text_fits_120_columns(
 
 
 def test_boxes_alone_have_one_line_a_row() -> None:
-    evaluation = make("ViL").evaluation
-    assert evaluation is not None
-    (table,) = tables.figures([make("ViL", evaluation={**evaluation, "mask": None})])
+    (table,) = tables.figures([changed(make("ViL"), {"evaluation.mask": None})])
     assert table.shown["of"].tolist() == ["box"]
     assert list(table.shown.columns) == ["row", "of", *store.FIGURES]
 
@@ -406,12 +403,11 @@ def test_a_record_edited_by_hand_is_one_line(
 
 
 def test_latencies_edited_by_hand_are_named(tmp_path: Path) -> None:
-    record = make("full")
-    store.write(record, tmp_path / "records")
-    latency = {**(record.latency or {}), "inference": {"median": "3"}}
+    record = changed(make("full"), {"latency.inference": {"median": "3"}})
+    store.write(make("full"), tmp_path / "records")
     path = tmp_path / "latency" / "20250102T030405.json"
     path.parent.mkdir()
-    rows = [{"row": record.row, "key": record.key, "latency": latency}]
+    rows = [{"row": record.row, "key": record.key, "latency": record.latency}]
     path.write_text(json.dumps({"rows": rows}))
     with pytest.raises(InputError, match=r"0405\.json .*latency\.inference\.median is '3'"):
         load.load(tmp_path)
@@ -441,14 +437,9 @@ def test_published_rows_are_compared_only_where_they_are_the_same_model() -> Non
 
 
 def test_published_accuracy_and_memory_are_compared_where_they_can_be() -> None:
-    plain = make("ViL", 1)
-    assert plain.evaluation is not None
-    assert plain.memory is not None
-    record = as_published(
-        "ViL",
-        1,
-        evaluation={**plain.evaluation, "images": 5000},
-        memory={**plain.memory, "kind": "allocator", "device": "cuda"},
+    record = changed(
+        as_published("ViL", 1),
+        {"evaluation.images": 5000, "memory.kind": "allocator", "memory.device": "cuda"},
     )
     table = tables.against_published([record])
     assert table is not None
@@ -464,21 +455,17 @@ def test_published_accuracy_and_memory_are_compared_where_they_can_be() -> None:
 def test_published_rows_of_the_zoo_and_of_searches_are_compared() -> None:
     row = "ViL-Small RetinaNet 3x"
     known = load.published().set_index("row").loc[row]
-    plain = make("ViL")
-    assert plain.evaluation is not None
-    config = {**plain.config, "train": {**plain.config["train"], "init": "vil.pth"}}
-    record = make(
-        f"{row} (drop_path=0.2)",
-        model={
-            **plain.model,
-            "arch": known["arch"],
-            "method": "retinanet",
-            "schedule": "3x",
-            "drop_path": 0.2,
+    record = changed(
+        make(f"{row} (drop_path=0.2)"),
+        {
+            "model.arch": known["arch"],
+            "model.method": "retinanet",
+            "model.schedule": "3x",
+            "model.drop_path": 0.2,
+            "evaluation.images": 5000,
+            "evaluation.mask": None,
+            "config.train.init": "vil.pth",
         },
-        evaluation={**plain.evaluation, "images": 5000, "mask": None},
-        config=config,
-        key=store.key(config),
     )
     table = tables.against_published([record])
     assert table is not None
@@ -510,9 +497,10 @@ def drawn(records: list[Record], cost: str = "flops") -> Axes:
 @pytest.mark.parametrize("cost", ["flops", "latency"])
 def test_labels_of_near_points_do_not_overlap(cost: str) -> None:
     near = [make(row, number) for number, row in enumerate([*ROWS, "swin", "focused", "a", "b"])]
-    for number, record in enumerate(near):
-        assert record.evaluation is not None
-        record.evaluation["box"]["AP"] = 20 + 0.3 * np.sin(number)
+    near = [
+        changed(record, {"evaluation.box.AP": 20 + 0.3 * np.sin(number)})
+        for number, record in enumerate(near)
+    ]
     ax = drawn(near, cost)
     boxes = [text.get_window_extent() for text in ax.texts]
     names = [text.get_text() for text in ax.figure.legends[0].get_texts()]
@@ -604,11 +592,8 @@ def test_a_row_that_is_not_drawn_is_named_under_the_plot(
 
 
 def test_a_small_difference_is_not_drawn_over_the_whole_height() -> None:
-    first = make("ViL")
-    assert first.evaluation is not None
-    box = {**first.evaluation["box"], "AP": first.evaluation["box"]["AP"] + 0.01}
-    other = make("full", evaluation={**first.evaluation, "box": box})
-    low, high = drawn([first, other]).get_ylim()
+    pair = [changed(make(row), {"evaluation.box.AP": ap}) for row, ap in (("a", 20), ("b", 20.01))]
+    low, high = drawn(pair).get_ylim()
     assert high - low >= plots.LEAST_AP
 
 
@@ -629,14 +614,17 @@ def test_each_file_of_a_table_says_where_its_numbers_come_from(
 
 def test_provenance_lists_what_differs() -> None:
     first = make("ViL")
-    changed = {**first.environment, "dirty": True, "device": "A GPU", "commit": None}
-    other = make("full", 1, environment=changed, seed=3, created="2025-02-01T00:00:00+00:00")
+    places = {"dirty": True, "device": "A GPU", "commit": None}
+    other = changed(
+        make("full", 1, seed=3, created="2025-02-01T00:00:00+00:00"),
+        {f"environment.{name}": value for name, value in places.items()},
+    )
     said = provenance.sentence([first, other])
     assert "from 2025-01-02 to 2025-02-01" in said
     assert "A GPU (A processor of 2 cores, 2 cores)" in said
     assert "seed 0, 3" in said
     assert "commit 0123456789, unknown." in said
-    dirty = make("full", environment={**first.environment, "dirty": True})
+    dirty = changed(first, {"environment.dirty": True})
     assert "0123456789 with changes" in provenance.sentence([dirty])
 
 
@@ -696,7 +684,7 @@ def test_further_splits_have_a_table_of_their_own(records: list[Record]) -> None
     first, *others = records
     assert tables.further_splits(records) is None
     seen = {"split": "train2017", "images": 33, "box": first.evaluation["box"], "mask": None}
-    both = [make(first.row, evaluation={**first.evaluation, "also": [seen]}), *others]
+    both = [changed(first, {"evaluation.also": [seen]}), *others]
     table = tables.further_splits(both)
     assert table is not None
     assert table.shown[["row", "split", "of"]].values.tolist() == [
@@ -705,9 +693,9 @@ def test_further_splits_have_a_table_of_their_own(records: list[Record]) -> None
 
 
 def test_flops_that_lack_operators_are_marked_and_named_and_decide_nothing() -> None:
-    flops = make("ViL").flops
-    assert flops is not None
-    lacking = make("performer", flops={**flops, "total": 1, "uncounted": {"aten._fft_r2c": 3}})
+    lacking = changed(
+        make("performer"), {"flops.total": 1, "flops.uncounted": {"aten._fft_r2c": 3}}
+    )
     (table,) = tables.comparison([make("ViL"), lacking])
     shown = table.shown.set_index("row")["FLOPs G"]
     assert shown["performer"].startswith("≥ ")

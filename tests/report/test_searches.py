@@ -8,6 +8,7 @@ from bench import record as store
 from bench.record import Record
 from report import load, page, searches, tables
 from report.columns import MISSING
+from tests.records import changed
 from tests.report.test_report import failed, make
 
 
@@ -19,11 +20,9 @@ def tried(row: str, value: float, box_ap: float | None, **changes: Any) -> Recor
         "model": {"drop_path": value, "arch": row},
         **changes,
     }
-    record = make(config["row"]) if box_ap is not None else failed(config["row"])
+    record = failed(config["row"])
     if box_ap is not None:
-        assert record.evaluation is not None
-        box = {**record.evaluation["box"], "AP": box_ap}
-        record = replace(record, evaluation={**record.evaluation, "box": box})
+        record = changed(make(config["row"]), {"evaluation.box.AP": box_ap})
     return replace(record, config=config, key=store.key(config))
 
 

@@ -14,6 +14,7 @@ from matplotlib import image as images
 from bench import record as store
 from bench.record import PICTURES, SCHEMA, Record, done_name
 from report import confidence, load, page, pictures, plots, seeds, tables
+from tests.records import changed
 from tests.report.test_confidence import common, evaluated
 from tests.report.test_report import drawn, failed, make
 
@@ -45,27 +46,25 @@ def test_a_row_is_the_mean_of_its_seeds() -> None:
     assert seeds.merged([row]) == [row]
     # Of masks that one seed lacks there is no mean.
     last = trained[2]
-    boxes = replace(last, evaluation={**(last.evaluation or {}), "mask": None})
-    (row,) = seeds.merged([*trained[:2], boxes])
+    (row,) = seeds.merged([*trained[:2], changed(last, {"evaluation.mask": None})])
     assert (row.evaluation or {})["mask"] is None
 
 
 def test_what_is_no_seed_of_the_same_row_stays_apart() -> None:
     one = make("ViL")
-    longer = with_seed(replace(one, config={**one.config, "train": {"steps": 9}}), 1)
-    inputs = {**one.environment, "inputs": {"mechanism": {"mine.py": "abc"}}}
-    edited = with_seed(replace(one, environment=inputs), 1)
-    generated = {**one.config, "data": {"path": None, "generated": {"seed": 1}}}
-    assert (
-        len(seeds.merged([one, longer, edited, with_seed(replace(one, config=generated), 1)])) == 4
-    )
+    others = {
+        "config.train.steps": 9,
+        "environment.inputs": {"mechanism": {"mine.py": "abc"}},
+        "config.data.generated": {"seed": 1},
+    }
+    apart = [with_seed(changed(one, {place: value}), 1) for place, value in others.items()]
+    assert len(seeds.merged([one, *apart])) == 4
     elsewhere = {"annotations_sha256": "def"}
     on_images = [evaluated("ViL", common()), with_seed(evaluated("ViL", common(), **elsewhere), 1)]
     assert len(seeds.merged(on_images)) == 2
     # Two machines, two seeds each, are two rows.
-    there = {**one.environment, "cpu": "Another processor"}
-    both = [with_seed(replace(one, environment=where), seed)
-            for where in (one.environment, there) for seed in (0, 1)]  # fmt: skip
+    there = changed(one, {"environment.cpu": "Another processor"})
+    both = [with_seed(machine, seed) for machine in (one, there) for seed in (0, 1)]
     assert [load.at(row, "environment.cpu") for row in seeds.merged(both)] == [
         one.environment["cpu"],
         "Another processor",
@@ -84,8 +83,7 @@ def test_the_best_value_of_a_search_is_that_of_the_mean_over_seeds() -> None:
     for value, of_seeds in shifts.items():
         for seed, shift in enumerate(of_seeds):
             one = seeded(f"ViL (drop_path={value})", seed, shift)
-            config = {**one.config, "model": {"drop_path": value}}
-            tried.append(with_seed(replace(one, config=config), seed))
+            tried.append(with_seed(changed(one, {"config.model": {"drop_path": value}}), seed))
     (table,) = tables.searches(tried)
     assert table.raw[table.raw["best"]]["value"].tolist() == ["0.2"]
 
