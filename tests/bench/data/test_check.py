@@ -192,15 +192,6 @@ def test_a_pixel_over_the_edge_is_rounding(tmp_path: Path) -> None:
     assert only(tmp_path).findings == ()
 
 
-def test_boxes_without_area_may_be_errors(tmp_path: Path) -> None:
-    data = content()
-    data["annotations"][0] = annotation(101, 1, bbox=[10, 5, 0, 12])
-    write(tmp_path, data)
-    (error,) = only(tmp_path, degenerate_boxes="error").errors
-    assert error.annotation == 101
-    assert "degenerate_boxes=drop" in error.text
-
-
 Spoil = Callable[[Path], None]
 
 

@@ -220,29 +220,6 @@ def test_fingerprint_follows_the_annotation_file(tmp_path: Path) -> None:
     assert dataset(tmp_path, edited(area=201.0)).fingerprint != first
 
 
-def test_odd_data_is_reported_and_used(tmp_path: Path) -> None:
-    raw = content()
-    raw["categories"].append({"id": 91, "name": "hair drier"})
-    # What is left: a crowd in image 11, of category 7; an instance in image 12, of category 90.
-    raw["annotations"] = raw["annotations"][2:]
-    raw["annotations"][1]["category_id"] = 90
-    data = dataset(tmp_path, raw)
-    prefix = f"{data.annotation_file}: "
-    *counted, empty, crowds, classes = remarks([data])
-    assert counted == []
-    assert empty.startswith(f"{prefix}1 of: image without annotations (images 13); left out")
-    assert crowds.startswith(f"{prefix}1 of: image with crowds only (images 11); left out")
-    assert classes.startswith(f"{prefix}2 of: class without an instance (class 'train', class ")
-    assert data[0][1]["iscrowd"].tolist() == [1]
-    assert [data.instances(index) for index in range(3)] == [0, 1, 0]
-
-
-def test_sound_data_gives_no_warning(tmp_path: Path) -> None:
-    raw = content()
-    raw["images"] = raw["images"][:2]
-    assert remarks([dataset(tmp_path, raw)]) == []
-
-
 @pytest.mark.parametrize(
     "box",
     [
@@ -433,18 +410,6 @@ def test_what_one_reader_does_to_a_target_another_does_not_see(tmp_path: Path) -
     annotations.clear()
     data.ground_truth()["annotations"].clear()
     assert len(data[0][1]["boxes"]) == 3
-
-
-def test_a_missing_root_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nowhere"):
-        CocoDataset(tmp_path / "nowhere", "train2017")
-
-
-def test_a_missing_image_folder_is_named(tmp_path: Path) -> None:
-    write(tmp_path, content())
-    (tmp_path / "train2017").rename(tmp_path / "other")
-    with pytest.raises(InputError, match=r"image folder .*train2017"):
-        CocoDataset(tmp_path, "train2017")
 
 
 def test_a_missing_image_is_named(tmp_path: Path) -> None:
