@@ -47,3 +47,21 @@ def pytest_collection_finish():
     # would look through it again for a quarter of a second.
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Run what has to end with exit code 2, and return the one line that it says.
+
+    Nothing else is printed, unless `begun`: it was known only after a command had begun.
+    """
+
+    def run(main, *words, begun=False):
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == 2
+        printed = capsys.readouterr()
+        assert begun or printed.out == ""
+        assert printed.err.count("\n") == 1
+        return printed.err
+
+    return run

@@ -194,14 +194,11 @@ WRONG = {
 
 
 @pytest.mark.parametrize("words", WRONG)
-def test_a_mistake_of_the_user_is_one_line_and_exit_code_2(words, capsys, tmp_path, monkeypatch):
+def test_a_mistake_of_the_user_is_one_line_and_exit_code_2(words, refusal, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(words.split()) == 2
-    captured = capsys.readouterr()
-    assert WRONG[words] in captured.err
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    prog = captured.err.partition(": error: ")[0]
+    said = refusal(cli.main, *words.split())
+    assert WRONG[words] in said
+    prog = said.partition(": error: ")[0]
     assert f"python -m bench {words}".startswith(prog)
     assert list(tmp_path.iterdir()) == []
 
@@ -228,14 +225,11 @@ def test_a_row_is_checked_by_its_mechanism(capsys):
 
 @pytest.mark.parametrize("arguments", [["profile", "--device", "cpu"], ["audit"]])
 def test_an_output_that_cannot_be_written_is_said_before_anything_is_measured(
-    arguments, tmp_path, capsys
+    arguments, tmp_path, refusal
 ):
-    (tmp_path / "file").write_text("")
-    assert cli.main([*arguments, "--output", str(tmp_path / "file")]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    assert f"--output {tmp_path / 'file'}" in captured.err
+    file = tmp_path / "file"
+    file.write_text("")
+    assert f"--output {file}" in refusal(cli.main, *arguments, "--output", file)
 
 
 def test_a_notebooks_backend_of_plots_does_no_harm():

@@ -31,8 +31,12 @@ def classifiers(tmp_path_factory):
     return folder
 
 
-def convert(source, output, *more):
-    return cli.main(["convert", "--source", str(source), "--output", str(output), *PREFIXED, *more])
+def words(source, output, *more):
+    return ["convert", "--source", str(source), "--output", str(output), *PREFIXED, *more]
+
+
+def convert(*given):
+    return cli.main(words(*given))
 
 
 @pytest.mark.parametrize("name", ["longformer", "full"])
@@ -108,21 +112,19 @@ def test_overrides_reach_the_backbone(classifiers, tmp_path, capsys):
     assert shapes["layer3.0.proj.weight"][0] == 64
 
 
-def test_an_output_is_not_overwritten_unasked(classifiers, tmp_path, capsys):
+def test_an_output_is_not_overwritten_unasked(classifiers, tmp_path, refusal):
     output = tmp_path / "det.pth"
     output.write_text("precious")
-    assert convert(classifiers / "full.pth", output) == 2
-    assert "--force" in capsys.readouterr().err
+    assert "--force" in refusal(cli.main, *words(classifiers / "full.pth", output))
     assert output.read_text() == "precious"
     assert convert(classifiers / "full.pth", output, "--force") == 0
     assert load_file(output)
 
 
-def test_the_source_is_never_overwritten(classifiers, capsys):
+def test_the_source_is_never_overwritten(classifiers, refusal):
     source = classifiers / "full.pth"
     before = source.read_bytes()
-    assert convert(source, source, "--force") == 2
-    assert "is the source itself" in capsys.readouterr().err
+    assert "is the source itself" in refusal(cli.main, *words(source, source, "--force"))
     assert source.read_bytes() == before
 
 
@@ -138,12 +140,9 @@ def test_the_source_is_never_overwritten(classifiers, capsys):
         (["--output", "{tmp}/text.pth/det.pth"], "cannot write"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(classifiers, tmp_path, capsys, arguments, said):
+def test_wrong_input_is_one_line_and_exit_code_2(classifiers, tmp_path, refusal, arguments, said):
     (tmp_path / "text.pth").write_text("hello")
     given = [argument.format(tmp=tmp_path) for argument in arguments]
-    assert convert(classifiers / "full.pth", tmp_path / "det.pth", *given) == 2
-    captured = capsys.readouterr()
-    assert said in captured.err
-    assert len(captured.err.strip().splitlines()) == 1
-    assert captured.out == ""
+    command = words(classifiers / "full.pth", tmp_path / "det.pth", *given)
+    assert said in refusal(cli.main, *command)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text.pth"]

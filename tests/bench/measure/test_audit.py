@@ -252,10 +252,9 @@ def test_a_mechanism_that_does_not_take_the_grid_says_so(capsys):
     assert "smaller than the reduction" in out
 
 
-def test_a_mechanism_that_takes_no_grid_at_all_is_bad_input(capsys):
-    place = f"{__file__}:OnlyLarge"
-    assert cli.main(["audit", "--attention", place, "--grid", "4x5"]) == 2
-    assert "needs a larger grid" in capsys.readouterr().err
+def test_a_mechanism_that_takes_no_grid_at_all_is_bad_input(refusal):
+    command = ["audit", "--attention", f"{__file__}:OnlyLarge", "--grid", "4x5"]
+    assert "needs a larger grid" in refusal(cli.main, *command)
 
 
 class OnlyLarge(Silent):

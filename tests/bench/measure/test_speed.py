@@ -153,8 +153,5 @@ def test_the_bound_is_of_products_or_of_bytes_by_the_peaks():
         (["--base", "HEAD", "--attention", "performer", "--position", "relative"], "no case"),
     ],
 )
-def test_wrong_input_is_one_line(arguments, said, capsys):
-    assert cli.main(["speed", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert len(error.strip().splitlines()) == 1
+def test_wrong_input_is_one_line(arguments, said, refusal):
+    assert said in refusal(cli.main, "speed", *arguments)
