@@ -1,16 +1,18 @@
 """`python -m bench check`: whether a mechanism keeps the contract."""
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bench.cli import add, positive
-from bench.commands._output import WIDTH
+from bench.commands._output import show
 from bench.config.values import assigned
 from bench.errors import InputError
 
 if TYPE_CHECKING:
     from bench.conformance import Report
+    from report.columns import Table
 
 HELP = "run the conformance test on a mechanism, yours or the package's"
 EPILOG = """\
@@ -23,6 +25,7 @@ examples:
 Each failure says what to change. Warnings do not count as failures.
 
 """
+_STATUS = ("passed", "warning", "failed", "skipped")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -79,10 +82,9 @@ def run(options: argparse.Namespace) -> int:
         )
         for name, own in _with_options(chosen, values)
     ]
-    if options.format == "json":
-        print(_json(reports))
-    else:
-        _print(reports)
+    lines = [{**dataclasses.asdict(report), "passed": report.passed} for report in reports]
+    found = _one(reports[0]) if len(reports) == 1 else _many(reports)
+    show(options.format, lines, found, text=[_summary(reports)])
     return 0 if all(report.passed for report in reports) else 1
 
 
@@ -112,48 +114,20 @@ def _with_options(
     ]
 
 
-def _print(reports: Sequence["Report"]) -> None:
-    import pandas as pd
-
-    from report import tables
-
-    shown = _one(reports[0]) if len(reports) == 1 else _many(reports)
-    for title, rows in shown:
-        if rows:
-            print(f"{title}\n\n{tables.to_text(pd.DataFrame(rows, dtype=str), WIDTH)}")
-    failed = [report.mechanism for report in reports if not report.passed]
-    passed = len(reports) - len(failed)
-    if len(reports) == 1:
-        report = reports[0]
-        print(
-            f"passed {report.count('passed')}, warning {report.count('warning')},"
-            f" failed {report.count('failed')}, skipped {report.count('skipped')}"
-            + (f", not run {report.not_run}" if report.not_run else "")
-        )
-    else:
-        print(f"{passed} of {len(reports)} mechanisms pass" + (": not " if failed else ""), end="")
-        print(", ".join(failed))
-
-
-_Rows = list[dict[str, str]]
-
-
-def _one(report: "Report") -> list[tuple[str, _Rows]]:
+def _one(report: "Report") -> list["Table"]:
     rows = [
         {"check": result.check, "result": result.status, "what": _what(result)}
         for result in report.results
     ]
-    return [(f"Conformance of {report.mechanism}{_sets(report)}", rows)]
+    return [_table(f"Conformance of {report.mechanism}{_sets(report)}", rows)]
 
 
-def _many(reports: Sequence["Report"]) -> list[tuple[str, _Rows]]:
+def _many(reports: Sequence["Report"]) -> list["Table"]:
     counts = [
         {
             "mechanism": report.mechanism,
             "options": str(len(report.options)),
-            **{
-                name: str(report.count(name)) for name in ("passed", "warning", "failed", "skipped")
-            },
+            **{name: str(report.count(name)) for name in _STATUS},
         }
         for report in reports
     ]
@@ -168,10 +142,27 @@ def _many(reports: Sequence["Report"]) -> list[tuple[str, _Rows]]:
         for result in report.results
         if result.status in ("failed", "warning")
     ]
-    return [
-        ("Conformance: checks by result, over all sets of options", counts),
-        ("Failures and warnings", said),
-    ]
+    found = [_table("Conformance: checks by result, over all sets of options", counts)]
+    return [*found, _table("Failures and warnings", said)] if said else found
+
+
+def _table(title: str, rows: Sequence[Mapping[str, str]]) -> "Table":
+    import pandas as pd
+
+    from report.columns import Table
+
+    shown = pd.DataFrame(rows, dtype=str)
+    return Table("conformance", title, shown, shown)
+
+
+def _summary(reports: Sequence["Report"]) -> str:
+    if len(reports) == 1:
+        (report,) = reports
+        said = [f"{name} {report.count(name)}" for name in _STATUS]
+        return ", ".join([*said, f"not run {report.not_run}"] if report.not_run else said)
+    failed = [report.mechanism for report in reports if not report.passed]
+    passed = f"{len(reports) - len(failed)} of {len(reports)} mechanisms pass"
+    return f"{passed}: not {', '.join(failed)}" if failed else passed
 
 
 def _what(result: Any) -> str:
@@ -183,14 +174,3 @@ def _sets(report: "Report") -> str:
         return f", {len(report.options)} sets of options"
     said = ", ".join(f"{key}={value}" for key, value in report.options[0].items())
     return f" with {said}" if said else ""
-
-
-def _json(reports: Sequence["Report"]) -> str:
-    import dataclasses
-    import json
-
-    return json.dumps(
-        [{**dataclasses.asdict(report), "passed": report.passed} for report in reports],
-        indent=1,
-        default=str,
-    )
