@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -247,17 +246,6 @@ def test_one_image_of_values_that_are_not_finite_is_counted_alone(capsys, saved,
     monkeypatch.setattr(CocoDataset, "read", spoilt)
     result = evaluate(capsys, saved(), data, "--batch-size", 4)
     assert result["evaluation"]["not_finite"] == 1
-
-
-def test_the_data_of_detectron2s_convention(capsys, saved, data, tmp_path, monkeypatch):
-    shutil.copytree(data, tmp_path / "datasets" / "coco")
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
-    code, out, _ = run(
-        capsys, "--weights", saved(), "--arch", ARCH, "--workers", 0, "--format", "json",
-        *OVERRIDES,
-    )  # fmt: skip
-    assert code == 0
-    assert json.loads(out)["evaluation"]["images"] == 4
 
 
 def without(*names):

@@ -105,15 +105,6 @@ def test_tables_that_cannot_be_resized_are_left_out() -> None:
     assert steps["layer1.0.cls_token"] == ("left out", "shape (8,) does not fit (1, 1, 8)")
 
 
-def test_a_backbone_on_the_meta_device_will_do() -> None:
-    source = ViL(ARCH, image_size=32).state_dict()
-    with torch.device("meta"):
-        vil = ViL(ARCH, image_size=64)
-    converted = convert_classifier(source, vil)
-    assert not any(tensor.is_meta for tensor in converted.values())
-    assert converted[DETECTOR_PREFIX + "layer1.0.x_pos_embed"].shape == (1, 16, 4)
-
-
 def test_what_does_not_fit_is_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
     vil = ViL(ARCH, image_size=64, num_classes=10)
     source = dict(vil.state_dict()) | {

@@ -105,12 +105,6 @@ class InfiniteGradient(torch.autograd.Function):
         return gradient * float("inf")
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
-    root = generate(tmp_path_factory.mktemp("data") / "set", train_images=9, val_images=1)
-    return CocoDataset(root, "train2017")
-
-
 def run(
     dataset: CocoDataset,
     folder: Path,

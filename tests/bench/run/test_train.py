@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from bench.config.schema import DataConfig, RunConfig, TrainConfig
 from bench.config.suites import load_suite
 from bench.data.coco import CocoDataset
-from bench.data.generated import generate
 from bench.errors import InputError
 from bench.model.backbone import ViL
 from bench.model.optimizer import build_optimizer, effective, learning_rate, schedule_notes
@@ -24,12 +23,6 @@ from bench.system.logs import StepLog, read_steps, readable
 from tests.bench.run.killed import Brightness
 
 STEPS = 7
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
-    root = generate(tmp_path_factory.mktemp("data") / "set", train_images=9, val_images=1)
-    return CocoDataset(root, "train2017")
 
 
 def run(
@@ -65,12 +58,6 @@ def run(
             step_log=step_log,
         )
     return detector.state_dict()
-
-
-def test_a_checkpoint_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write checkpoint"):
-        Checkpoints(tmp_path / "file" / "folder").save({"step": torch.tensor(1)}, 1)
 
 
 def test_the_rate_warms_up_and_falls_at_the_milestones() -> None:
