@@ -6,17 +6,15 @@ little. Each row is alone on the machine, in a process of its own.
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.config.schema import RunConfig
-from bench.measure.costs import build_on_meta, effort
-from bench.measure.predict import NotPredictedError, predict
+from bench.measure.costs import counted, effort
 from bench.measure.worker import Worker, WorkerError
-from bench.measure.workload import image_size, stated_rois
 from bench.system.devices import single_fabric
 
 UNIT = "images/s"
@@ -91,16 +89,7 @@ def percentiles(samples: Sequence[float]) -> dict[str, float]:
 
 def _need(config: RunConfig, mode: str) -> int | None:
     """Predict the peak of a batch, in bytes; None where that cannot be done."""
-    stated: Mapping[str, Any] = stated_rois(config)
-    try:
-        return predict(
-            build_on_meta(config),
-            image_size=image_size(config),
-            batch_size=config.profile.batch_size,
-            mode=mode,
-            precision=config.train.precision,
-            device=single_fabric(config).device.type,
-            **stated,
-        ).total
-    except NotPredictedError:
-        return None
+    device = single_fabric(config).device.type
+    sections, _ = counted(config, (mode,), ("memory",), device=device)
+    found = sections["memory"]["predicted"].get(mode)
+    return None if found is None else int(found["total"])
