@@ -1,11 +1,10 @@
 import ast
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.processes import ROOT, python
+
 OURS = {"attentions", "bench", "configs", "report", "results", "run_all", "tests"}
 # What each package may import of ours.
 ALLOWED = {
@@ -101,4 +100,4 @@ def test_attentions_import_torch_alone():
 @pytest.mark.parametrize("module", ["bench.record", "bench.errors", "report.page"])
 def test_records_and_reports_need_no_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    python("-c", code)

@@ -31,10 +31,9 @@ from bench.run.train import _Training
 from bench.system.progress import SuiteProgress
 from report import load, tables
 from tests.bench.system.test_locks import holder
+from tests.processes import ONE_THREAD, ROOT, python
 
-ROOT = Path(__file__).parents[1]
 # As many threads as the tests' own process has: with another number, sums round differently.
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 # A suite of seconds: few steps, few images, little measured.
 TINY = [
     "--device", "cpu", "train.steps=4", "train.batch_size=2", "train.checkpoint_every=1",
@@ -306,25 +305,18 @@ def test_costs_at_full_size_are_counted_once_and_lead_the_page(
 def test_killed_in_the_second_row_it_continues_to_the_same_numbers(
     finished: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, str(ROOT / "run_all.py"), "--rows", "ViL,linformer",
-               "--output", str(tmp_path), *TINY]  # fmt: skip
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    command = ["--rows", "ViL,linformer", *TINY]
+    process = start(*command, output=tmp_path)
     deadline = time.monotonic() + 240
     while not list(tmp_path.glob("checkpoints/linformer-*/step-00000002-*.pt")):
         assert process.poll() is None, "ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.communicate()
     first = records(tmp_path)
     assert set(first) == {"ViL"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "1 of 2 rows to run" in done.stdout
+    assert "1 of 2 rows to run" in python(ROOT / "run_all.py", *command, "--output", tmp_path)
     again, undisturbed = records(tmp_path), records(finished)
     assert again["ViL"] == first["ViL"]
     assert again["linformer"]["training"]["resumed"] == 1
@@ -492,30 +484,27 @@ def test_a_full_disk_is_one_line_and_in_the_record(
     assert records(tmp_path)["ViL"]["error"]["kind"] == "input"
 
 
-def test_it_starts_in_a_notebooks_environment_and_without_unix_modules() -> None:
+def test_it_starts_in_a_notebooks_environment_and_without_unix_modules(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """With a backend of matplotlib that is not there, an ASCII terminal, a user without a name."""
     code = (
         "import signal, sys; sys.modules |= dict.fromkeys(['resource', 'fcntl', 'pwd']);"
         "del signal.SIGKILL; import run_all; import bench.run.runner, bench.run.timing;"
         "run_all.main(['--help'])"
     )
-    environment = ONE_THREAD | {"MPLBACKEND": "module://not_there", "PYTHONIOENCODING": "ascii"}
     for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
-        environment.pop(name, None)
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "KEY=VALUE,?" in done.stdout
+        monkeypatch.delenv(name, raising=False)
+    said = python("-c", code, MPLBACKEND="module://not_there", PYTHONIOENCODING="ascii")
+    assert "KEY=VALUE,?" in said
     for option in ("--suite", "--data", "--output", "--device", "--seed", "--rows", "key=value"):
-        assert option in done.stdout
+        assert option in said
 
 
 def start(*arguments: str, output: Path) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "run_all.py"), *arguments, "--output", str(output)]
     return subprocess.Popen(
-        command, cwd=ROOT, env=ONE_THREAD, text=True,
+        command, cwd=ROOT, env=os.environ | ONE_THREAD, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -741,13 +730,8 @@ def test_a_row_that_fails_in_one_process_says_so_and_the_others_go_on(
 
 @pytest.mark.slow
 def test_under_torchrun_it_is_one_run(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               "2", str(ROOT / "run_all.py"), "--rows", "ViL", *TINY,
-               "--output", str(tmp_path)]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    under = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    python(*under, ROOT / "run_all.py", "--rows", "ViL", *TINY, "--output", tmp_path)
     assert records(tmp_path)["ViL"]["training"]["processes"] == 2
 
 

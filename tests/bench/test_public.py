@@ -1,20 +1,16 @@
 """The names of `bench` itself."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 import bench
+from tests.processes import python
 
-ROOT = Path(__file__).parents[2]
 ARCH = "l1,h1,d8,n1,s1,g1,p4,f3,a1_l2,h2,d16,n1,s1,g1,p2,f3,a1_l3,h2,d16,n1,s1,g1,p2,f3,a1"
 
 
 def test_importing_it_imports_no_torch():
     code = "import sys, bench; bench.RunConfig, bench.Record; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    python("-c", code)
 
 
 def test_every_public_name_is_there_and_no_other():
@@ -47,11 +43,7 @@ import bench.run.runner as again
 from bench import run
 assert run is bench.run and again.run.__module__ == "bench.run.runner"
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "device='tpu'" in done.stdout
+    assert "device='tpu'" in python("-c", code)
     (path,) = (tmp_path / "records").iterdir()
     assert path.name.startswith("r-")
 

@@ -1,7 +1,5 @@
 import gc
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +7,9 @@ from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
 from bench.measure.memory import LIVE_TENSORS, LiveTensors, peak
+from tests.processes import python
 
 FLOAT = 4
-ROOT = Path(__file__).parents[3]
 
 
 def test_chain_without_gradients():
@@ -224,10 +222,7 @@ print(grown, *(found.bytes - found.before for found in peaks))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_the_first_peak_of_a_process_is_that_of_all_and_of_the_system():
-    found = subprocess.run(
-        [sys.executable, "-c", FRESH], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    grown, first, *others = map(int, found.stdout.split())
+    grown, first, *others = map(int, python("-c", FRESH).split())
     assert others == [first, first]
     assert first == pytest.approx(grown, rel=0.1)
 

@@ -1,7 +1,5 @@
 import dataclasses
 import json
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import pytest
@@ -17,6 +15,7 @@ from bench.model import detectors
 from bench.model.backbone import ViL
 from bench.model.build import build_detector
 from bench.model.detectors.rois import fixed_rois, most
+from tests.processes import python
 
 MODES = ("inference", "training")
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -462,8 +461,7 @@ print(found.total, seconds, kibibytes)
 
 @pytest.mark.slow
 def test_a_large_detector_costs_little_to_predict():
-    done = subprocess.run([sys.executable, "-c", LARGE], check=True, capture_output=True, text=True)
-    total, seconds, kibibytes = map(float, done.stdout.split())
+    total, seconds, kibibytes = map(float, python("-c", LARGE).split())
     assert total > 3e9
     assert seconds < 60
     assert kibibytes * 1024 < 3e9

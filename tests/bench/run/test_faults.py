@@ -29,20 +29,14 @@ from bench.run.checkpoints import Checkpoints
 from bench.run.train import TrainingLog, train
 from bench.system.devices import make_fabric
 from bench.system.interrupt import EXIT_CODE, StopRequest, raised_where_it_arrives
+from tests.processes import ONE_THREAD, ROOT, python
 
-ROOT = Path(__file__).parents[3]
 HERE = Path(__file__).parent
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 STEPS = 6
 
 
 def killed_runs(folder: Path, model: str, kills: int, *, seed: int) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, str(HERE / "killed.py"), str(folder), model, str(kills), str(seed)],
-        cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout)
+    result: dict[str, Any] = json.loads(python(HERE / "killed.py", folder, model, kills, seed))
     return result
 
 
@@ -426,7 +420,7 @@ def test_ctrl_c_ends_what_workers_are_forked_from_in_silence() -> None:
     meddled = "import bench.measure.forked_from, os, time; os.kill(os.getpid(), 2); time.sleep(30)"
     done = subprocess.run(
         [sys.executable, "-c", meddled],
-        env=ONE_THREAD,
+        env=os.environ | ONE_THREAD,
         capture_output=True,
         timeout=100,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -443,7 +437,7 @@ def test_ctrl_c_while_libraries_are_imported_is_one_line(
     (tmp_path / "pydantic.py").write_text(meddled)
     done = subprocess.run(
         [sys.executable, *command, "--help"],
-        env=ONE_THREAD | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        env=os.environ | ONE_THREAD | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
         timeout=100,

@@ -1,8 +1,8 @@
 import platform
-import subprocess
-import sys
 
 import pytest
+
+from tests.processes import python
 
 FAULTS = """
 import resource, torch
@@ -23,12 +23,7 @@ def test_a_cpu_keeps_the_memory_of_freed_tensors(monkeypatch):
     for name in ("LD_PRELOAD", "GLIBC_TUNABLES"):
         monkeypatch.delenv(name, raising=False)
 
-    def faults():
-        command = [sys.executable, "-c", FAULTS]
-        return int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
-
     pages = 2**28 // 4096
-    assert faults() < pages / 100
+    assert int(python("-c", FAULTS)) < pages / 100
     # As it is where the environment has chosen.
-    monkeypatch.setenv("BENCH_ALLOCATOR", "system")
-    assert faults() > pages / 2
+    assert int(python("-c", FAULTS, BENCH_ALLOCATOR="system")) > pages / 2
