@@ -30,6 +30,7 @@ from bench.run.identity import identify
 from bench.run.train import _Training
 from bench.system.progress import SuiteProgress
 from report import load, tables
+from tests import mechanisms
 from tests.bench.system.test_locks import holder
 from tests.processes import ONE_THREAD, ROOT, python
 
@@ -327,24 +328,14 @@ def test_killed_in_the_second_row_it_continues_to_the_same_numbers(
 def test_a_failing_row_says_so_and_the_others_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mechanism = tmp_path / "fragile.py"
-    mechanism.write_text(
-        "import torch\n"
-        "class Fragile(torch.nn.Module):\n"
-        "    def __init__(self, *, dim, num_heads, num_global=1):\n"
-        "        super().__init__()\n"
-        "        self.proj = torch.nn.Linear(dim, dim)\n"
-        "    def forward(self, x, grid):\n"
-        "        if not x.is_meta:\n"
-        "            raise RuntimeError('out of luck')\n"
-        "        return self.proj(x)\n"
-    )
-    rows = f"{mechanism}:Fragile,ViL"
+    does = "if not x.is_meta:\n    raise RuntimeError('out of luck')"
+    mechanism = mechanisms.write(tmp_path / "fragile.py", does)
+    rows = f"{mechanism},ViL"
     output = tmp_path / "out"
     assert run_all.main(["--rows", rows, "--output", str(output), *REPORTED]) == 1
     found = records(output)
     assert found["ViL"]["status"] == "done"
-    failed = found[f"{mechanism}:Fragile"]
+    failed = found[mechanism]
     assert failed["status"] == "failed"
     assert failed["error"]["message"] == "out of luck"
     assert failed["parameters"]["total"] > 0
@@ -700,22 +691,14 @@ def test_a_row_that_fails_in_one_process_says_so_and_the_others_go_on(
     tmp_path: Path, error: str
 ) -> None:
     """An error of the user's input, such as a broken image, too."""
-    mechanism = tmp_path / "fragile.py"
-    mechanism.write_text(
-        "import os, torch\n"
-        "from bench.errors import InputError\n"
-        "class Fragile(torch.nn.Module):\n"
-        "    def __init__(self, *, dim, num_heads, num_global=1):\n"
-        "        super().__init__()\n"
-        "        self.proj = torch.nn.Linear(dim, dim)\n"
-        "    def forward(self, x, grid):\n"
-        "        if os.environ.get('RANK') == '1' and not x.is_meta:\n"
-        f"            raise {error}('out of luck')\n"
-        "        return self.proj(x)\n"
-    )
+    does = f"""
+if os.environ.get("RANK") == "1" and not x.is_meta:
+    raise {error}("out of luck")"""
+    imports = "from bench.errors import InputError"
+    mechanism = mechanisms.write(tmp_path / "fragile.py", does, imports)
     output = tmp_path / "out"
     process = start(
-        "--rows", f"{mechanism}:Fragile,ViL", "--devices", "2", "--retry-failed",
+        "--rows", f"{mechanism},ViL", "--devices", "2", "--retry-failed",
         *REPORTED, "profile.enabled=false",
         output=output,
     )  # fmt: skip
@@ -723,7 +706,7 @@ def test_a_row_that_fails_in_one_process_says_so_and_the_others_go_on(
     assert process.returncode == 1, said
     assert said.count("failed in one process: out of luck") == 1
     found = records(output)
-    assert found[f"{mechanism}:Fragile"]["error"]["message"] == "out of luck"
+    assert found[mechanism]["error"]["message"] == "out of luck"
     assert found["ViL"]["status"] == "done"
     assert "out of luck" in out
 

@@ -8,6 +8,7 @@ import pytest
 from bench.config.suites import Reference, load_suite, profile_configs, reference_config
 from bench.measure import reference
 from bench.measure.costs import counted
+from tests import mechanisms
 
 SMALL = Reference(image_size=(128, 192))
 
@@ -40,20 +41,8 @@ def test_models_of_published_size_keep_it() -> None:
 def test_costs_are_counted_once_and_again_for_a_mechanism_that_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mechanism = tmp_path / "odd.py"
-    source = (
-        "import torch\n"
-        "class Odd(torch.nn.Module):\n"
-        "    def __init__(self, *, dim, num_heads, num_global=1):\n"
-        "        super().__init__()\n"
-        "        self.proj = torch.nn.Linear(dim, dim)\n"
-        "    def forward(self, x, grid):\n"
-        "        if float(x.sum()) > 0:\n"
-        "            return self.proj(x)\n"
-        "        return x\n"
-    )
-    mechanism.write_text(source)
-    rows = ("ViL", f"{mechanism}:Odd")
+    file = tmp_path / "odd.py"
+    rows = ("ViL", mechanisms.write(file, "if float(x.sum()) <= 0:\n    return x"))
     found = reference.count(configs(*rows), tmp_path / "costs", command=["x"])
     sections, _ = counted(configs("ViL")[0], device="cuda")
     assert found[0].flops == sections["flops"]
@@ -70,7 +59,7 @@ def test_costs_are_counted_once_and_again_for_a_mechanism_that_changed(
     again = reference.count(configs(*rows), tmp_path / "costs", command=["y"])
     assert [one.to_json() for one in again] == [one.to_json() for one in found]
     assert started == []
-    mechanism.write_text(source + "    # changed\n")
+    file.write_text(file.read_text() + "# changed\n")
     last = reference.count(configs(*rows), tmp_path / "costs", command=["z"])
     assert [len(started), last[0].created == found[0].created] == [1, True]
     assert last[1].key != found[1].key

@@ -22,6 +22,7 @@ from bench.measure.sweep import Limits, Store, Task, unfinished
 from bench.measure.worker import Server
 from bench.model.build import build_backbone
 from report.scaling import growth
+from tests import mechanisms
 
 SIZES = ((32, 32), (64, 64), (96, 96), (128, 128))
 
@@ -48,25 +49,8 @@ def mechanism(tmp_path):
 
     def write(**does):
         steps = "\n".join(f"if grid[0] == {rows[1:]}: {what}" for rows, what in does.items())
-        body = f"""
-            import os, signal, time
-            import torch
-            from torch import nn
-
-            class Odd(nn.Module):
-                def __init__(self, *, dim, num_heads, num_global=1):
-                    super().__init__()
-                    self.dim, self.num_global = dim, num_global
-                    self.proj = nn.Linear(dim, dim)
-
-                def forward(self, x, grid):
-                    if x.device.type != "meta":
-                        {textwrap.indent(steps, " " * 24).strip()}
-                    return self.proj(x)
-        """
-        path = tmp_path / "odd.py"
-        path.write_text(textwrap.dedent(body))
-        return f"{path}:Odd"
+        guarded = f'if x.device.type != "meta":\n{textwrap.indent(steps, "    ")}'
+        return mechanisms.write(tmp_path / "odd.py", guarded)
 
     return write
 
@@ -205,16 +189,11 @@ def test_a_key_depends_on_what_the_numbers_depend_on():
 
 
 def test_a_key_depends_on_what_a_users_mechanism_imports_too(tmp_path):
-    mechanism = tmp_path / "mine.py"
-    mechanism.write_text(
-        "from torch import nn\nif False:\n    import helper\n"
-        "class Mine(nn.Module):\n    def __init__(self, *, dim, num_heads, num_global=1):\n"
-        "        super().__init__()\n"
-    )
+    mechanism = mechanisms.write(tmp_path / "mine.py", imports="if False:\n    import helper")
     keys = set()
     for width in (1, 16):
         (tmp_path / "helper.py").write_text(f"WIDTH = {width}\n")
-        keys.add(plan([f"{mechanism}:Mine"], SIZES[:1])[0][0].key)
+        keys.add(plan([mechanism], SIZES[:1])[0][0].key)
     assert len(keys) == 2
 
 

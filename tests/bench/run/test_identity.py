@@ -20,6 +20,7 @@ from bench.files import sha256
 from bench.record import Record
 from bench.run.identity import identify, survey
 from bench.run.runner import Ending, ending
+from tests.mechanisms import write
 from tests.records import MODEL
 
 # Another value of every setting: of what the weights depend on, of what is made of them, and of
@@ -159,12 +160,7 @@ def mechanism(folder: Path, text: str = "") -> str:
     folder.mkdir(exist_ok=True)
     (folder / "helper.py").write_text("WIDTH = 1\n")
     (folder / "unrelated.py").write_text("")
-    (folder / "mine.py").write_text(
-        f"from torch import nn\n{text}\nif False:\n    from helper import WIDTH\n"
-        "class Mine(nn.Module):\n"
-        "    def __init__(self, *, dim, num_heads, num_global=1):\n        super().__init__()\n"
-    )
-    return f"{folder}/mine.py:Mine"
+    return write(folder / "mine.py", imports=f"{text}\nif False:\n    from helper import WIDTH")
 
 
 def test_a_mechanism_is_its_file_and_what_it_imports_from_beside_it(tmp_path: Path) -> None:

@@ -8,21 +8,9 @@ from bench.errors import InputError
 from bench.model.probe import ProbeModel
 from bench.record import read
 from bench.run import probe
+from tests.mechanisms import write
 
 TINY = build_recipe(["steps=0.02", "images=4", "seeds=[0]"])
-
-MINE = """
-from torch import nn
-
-
-class Mine(nn.Module):
-    def __init__(self, *, dim, num_heads, num_global=1):
-        super().__init__()
-        self.linear = nn.Linear(dim, dim)
-
-    def forward(self, x, grid):
-        {}
-"""
 
 
 def one(name="srformer", **how):
@@ -64,7 +52,7 @@ def test_a_row_has_two_stages_and_a_partial_one_full_attention_in_its_second():
 
 def test_records_are_kept_and_only_what_is_missing_is_done(tmp_path, monkeypatch):
     path = tmp_path / "mine.py"
-    path.write_text(MINE.format("raise ValueError('does not fit')"))
+    write(path, "raise ValueError('does not fit')")
     monkeypatch.chdir(tmp_path)
     # The suite's test has several processes.
     monkeypatch.setattr(probe, "cores", lambda: 1)
@@ -85,7 +73,7 @@ def test_records_are_kept_and_only_what_is_missing_is_done(tmp_path, monkeypatch
     assert [one.key for one in go()] == [fine.key, broken.key]
     assert said == ["2 of 2 have their record"]
     # What a mechanism is made of belongs to what it is.
-    path.write_text(MINE.format("return self.linear(x)"))
+    write(path)
     for name in [name for name in sys.modules if name.startswith("attentions_user_mine")]:
         del sys.modules[name]
     again = go()
