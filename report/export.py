@@ -8,6 +8,7 @@ import pandas as pd
 from bench.record import Record
 from report import probes
 from report.load import at, size
+from report.searches import flat
 
 NAME = "results.parquet"
 SECTIONS = ("parameters", "flops", "memory", "latency", "training", "evaluation")
@@ -68,12 +69,9 @@ def _lines(record: Record) -> Iterator[dict[str, Any]]:
             }
 
 
-def _figures(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def _figures(section: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """The numbers of a section by dotted names."""
-    for name, value in section.items():
-        if name in _CONDITIONS:
-            continue
-        if isinstance(value, Mapping):
-            yield from _figures(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield f"{prefix}{name}", float(value)
+    for name, value in flat(section).items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and not {*_CONDITIONS} & {*name.split(".")}:
+            yield name, float(value)

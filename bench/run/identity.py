@@ -8,16 +8,17 @@ belongs to neither, so that a run that was stopped can go on with other workers 
 """
 
 import functools
+import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from bench import record
-from bench.config.schema import CLASSIFIER, RunConfig
+from bench.config.schema import CLASSIFIER, RunConfig, leaves
 from bench.config.sources import Source, mechanism_sources
 from bench.config.suites import build_config
 from bench.data import classes, layout
@@ -148,7 +149,8 @@ def identify(
         seen: hashes of splits by folder and name, filled here, so that runs share them.
     """
     recipe = effective(config.train, config.model.method)
-    values = dict(_flat(replace(config, train=recipe)))
+    whole = replace(config, train=recipe)
+    values = {name: operator.attrgetter(name)(whole) for name in leaves()}
     for name in (*_LABELS, *_INDIFFERENT, *_REPLACED):
         del values[name]
     values["parts"] = recipe.devices * recipe.accumulate
@@ -246,15 +248,6 @@ def _differ(one: str | None, other: str | None) -> bool:
     if one is None or other is None:
         return False
     return not one.startswith(other)
-
-
-def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for part in fields(node):
-        value, name = getattr(node, part.name), f"{prefix}{part.name}"
-        if is_dataclass(value):
-            yield from _flat(value, f"{name}.")
-        else:
-            yield name, value
 
 
 @dataclass(frozen=True)
