@@ -357,10 +357,12 @@ def _print_table(model: Mapping[str, Any], section: Mapping[str, Any]) -> None:
     import pandas as pd
 
     from report import tables
+    from report.columns import number
 
+    percent = number(2)
     kinds = [kind for kind in ("box", "mask") if section[kind]]
     lines = [
-        {"%": kind, **{name: _number(value) for name, value in section[kind].items()}}
+        {"%": kind, **{name: percent(value) for name, value in section[kind].items()}}
         for kind in kinds
     ]
     print(
@@ -373,11 +375,7 @@ def _print_table(model: Mapping[str, Any], section: Mapping[str, Any]) -> None:
         if interval:
             low, high = interval["AP"]
             print(
-                f"{kind} AP {_number(section[kind]['AP'])}, {interval['level']:.0%} interval"
-                f" {_number(low)} to {_number(high)} ({interval['resamples']} draws of the images)"
+                f"{kind} AP {percent(section[kind]['AP'])}, {interval['level']:.0%} interval"
+                f" {percent(low)} to {percent(high)} ({interval['resamples']} draws of the images)"
             )
     print()
-
-
-def _number(value: float | None) -> str:
-    return "\N{EN DASH}" if value is None else f"{value:.2f}"
