@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from bench import record
+from bench.config.arch import parse
 from bench.config.schema import MODES, QUANTITIES, RunConfig
 from bench.measure import latency, throughput, workload
 from bench.measure.costs import counted, effort, latency_section, memory_section
@@ -260,7 +261,7 @@ def _add_layer(row: _Row, stage: int, mode: str, sections: dict[str, Any]) -> No
     name = f"stage{stage}"
     own = row.sections.get("latency") or {}
     if own.get(mode):
-        blocks = int(row.config.model.arch.split("_")[stage - 1].split(",n")[1].split(",")[0])
+        blocks = parse(row.config.model.arch)[stage - 1].blocks
         times = {key: own[mode][key] for key in ("samples", "median", "q1", "q3")}
         sections["latency"]["by_part"][mode][name] = {**times, "layers": blocks}
         sections["latency"]["notes"] += [f"{name}: {note}" for note in own["notes"]]
