@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bench.config.schema import RunConfig
 from bench.config.suites import load_suite
@@ -16,6 +15,7 @@ from bench.data.coco import CocoDataset
 from bench.data.generated import generate
 from bench.data.layout import splits
 from bench.errors import InputError
+from tests.coco import assert_same
 
 Files = dict[str, Any]
 
@@ -35,14 +35,6 @@ def named(data: Files, prefix: str) -> Files:
     return data | {"images": images}
 
 
-def same(found: CocoDataset, expected: CocoDataset) -> bool:
-    pairs = [(found[index], expected[index]) for index in range(len(expected))]
-    return len(found) == len(expected) and all(
-        torch.equal(a, b) and all(torch.equal(s[key], t[key]) for key in t)
-        for (a, s), (b, t) in pairs
-    )
-
-
 def run_of(**data: str) -> RunConfig:
     overrides = [f"data.{name}={value}" for name, value in data.items()]
     overrides.append("evaluate.splits=[val2017]")
@@ -60,8 +52,8 @@ def test_roboflow_s_tree_is_read_as_it_is(source: Path, tmp_path: Path) -> None:
     assert splits(tmp_path) == ("train", "valid")
     for split, name in (("train2017", "train"), ("val2017", "valid")):
         found = CocoDataset(tmp_path, split)
-        assert same(found, CocoDataset(source, split))
-        assert same(CocoDataset(tmp_path, name), found)
+        assert_same(found, CocoDataset(source, split))
+        assert_same(CocoDataset(tmp_path, name), found)
         assert found.tally.lines("x") == [
             f"x: {split} is read from {name}/_annotations.coco.json; used as {split}"
         ]
@@ -89,7 +81,7 @@ def test_cvat_and_label_studio_files_are_found(
     path = tmp_path / "annotations" / "instances_default.json"
     path.write_text(json.dumps(named(content(source, "val2017"), prefix)))
     found = CocoDataset(tmp_path, "default")
-    assert same(found, CocoDataset(source, "val2017"))
+    assert_same(found, CocoDataset(source, "val2017"))
     told = found.tally.counts["image file of another path"]
     assert told == (len(found) if prefix not in ("", "./") else 0) or "images" in prefix
 
@@ -106,8 +98,8 @@ def test_any_file_and_folder_can_be_named(source: Path, tmp_path: Path) -> None:
     config = run_of(**files, images=str(tmp_path / "pictures"))
     assert config.data.path == str(tmp_path)
     training, val = inputs.open_splits(config, inputs.data_root(config, tmp_path))
-    assert same(training, CocoDataset(source, "train2017"))
-    assert same(val, CocoDataset(source, "val2017"))
+    assert_same(training, CocoDataset(source, "train2017"))
+    assert_same(val, CocoDataset(source, "val2017"))
     assert any("val2017 is read from" in line for line in inputs.remarks(config, [training, val]))
     (report,) = check(Path(files["val_file"]), pictures=tmp_path / "pictures")
     assert (report.split, report.images, report.errors) == ("val2017-export", len(val), ())
@@ -115,7 +107,7 @@ def test_any_file_and_folder_can_be_named(source: Path, tmp_path: Path) -> None:
     shutil.copytree(source / "val2017", tmp_path / "export" / "data")
     labels = tmp_path / "export" / "labels.json"
     labels.write_text(json.dumps(content(source, "val2017")))
-    assert same(CocoDataset(labels.parent, "x", file=labels), val)
+    assert_same(CocoDataset(labels.parent, "x", file=labels), val)
     with pytest.raises(InputError, match=r"no data folder .*nowhere"):
         CocoDataset(tmp_path, "x", file=Path(files["val_file"]), images=tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"cannot read .*nowhere\.json: No such file"):
@@ -142,7 +134,7 @@ def test_whole_numbers_may_be_written_as_texts_or_fractions(
     path = tmp_path / "set" / "annotations" / "instances_val2017.json"
     path.write_text(json.dumps(written_as(content(source, "val2017"), write)))
     found = CocoDataset(tmp_path / "set", "val2017")
-    assert same(found, CocoDataset(source, "val2017"))
+    assert_same(found, CocoDataset(source, "val2017"))
     (line,) = [x for x in found.tally.lines("x") if "written as" in x]
     assert "taken as a whole number" in line
 

@@ -23,6 +23,7 @@ from bench.data.images import NetworkSize, resize, to_float
 from bench.errors import InputError
 from bench.model.detectors import resize_target
 from tests import coco
+from tests.coco import assert_same
 
 COUNT = 7
 
@@ -60,20 +61,6 @@ def ids(found: list[loader.Batch]) -> list[list[int]]:
     return [[int(target["image_id"]) for target in targets] for _, targets in found]
 
 
-def same(first: list[loader.Batch], second: list[loader.Batch]) -> bool:
-    if ids(first) != ids(second):
-        return False
-    for (images, targets), (other_images, other_targets) in zip(first, second, strict=True):
-        if not all(map(torch.equal, images, other_images)):
-            return False
-        for target, other in zip(targets, other_targets, strict=True):
-            if target.keys() != other.keys():
-                return False
-            if not all(torch.equal(target[key], other[key]) for key in target):
-                return False
-    return True
-
-
 @settings(max_examples=25)
 @given(
     start=st.integers(0, 12),
@@ -93,17 +80,17 @@ def test_resuming_gives_the_batches_of_an_undisturbed_run(
     whole = batches(data, **options)
     assert len(whole) == 12
     assert all(len(images) == len(targets) == batch_size for images, targets in whole)
-    assert same(batches(data, **options, start_step=start), whole[start:])
+    assert_same(batches(data, **options, start_step=start), whole[start:])
 
 
 def test_a_longer_run_begins_like_a_shorter_one(data: CocoDataset) -> None:
-    assert same(batches(data, steps=20)[:8], batches(data, steps=8))
+    assert_same(batches(data, steps=20)[:8], batches(data, steps=8))
     assert batches(data, steps=8, start_step=8) == []
 
 
 def test_workers_change_nothing(data: CocoDataset) -> None:
-    assert same(batches(data, num_workers=2), batches(data))
-    assert same(batches(data, num_workers=2, start_step=3), batches(data)[3:])
+    assert_same(batches(data, num_workers=2), batches(data))
+    assert_same(batches(data, num_workers=2, start_step=3), batches(data)[3:])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
@@ -197,7 +184,7 @@ def test_the_caller_s_random_state_changes_nothing(data: CocoDataset) -> None:
     torch.manual_seed(1)
     first = batches(data)
     torch.manual_seed(2)
-    assert same(first, batches(data))
+    assert_same(first, batches(data))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -224,14 +211,14 @@ def test_batches_of_workers_hold_no_open_files(data: CocoDataset) -> None:
         for batch in loader.training_batches(data, batch_size=8, seed=0, steps=6, num_workers=1)
     ]
     assert held[-1][1] - before < 40
-    assert same([batch for batch, _ in held], batches(data, batch_size=8, steps=6))
+    assert_same([batch for batch, _ in held], batches(data, batch_size=8, steps=6))
 
 
 def test_a_run_may_stop_early(data: CocoDataset) -> None:
     found = loader.training_batches(data, batch_size=2, seed=0, steps=100, num_workers=1)
     first = next(found)
     found.close()
-    assert same([first], batches(data, steps=1))
+    assert_same([first], batches(data, steps=1))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -252,7 +239,7 @@ def test_the_parts_of_the_processes_are_the_batch_of_one(
         )
         for step in zip(*parts, strict=True)
     ]
-    assert same(joined, batches(data, **options))
+    assert_same(joined, batches(data, **options))
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(data: CocoDataset) -> None:
@@ -318,7 +305,7 @@ def test_ctrl_c_does_not_reach_the_workers(data: CocoDataset) -> None:
     first = next(found)
     for worker in multiprocessing.active_children():
         os.kill(worker.pid or 0, signal.SIGINT)
-    assert same([first, *found], batches(data, steps=40))
+    assert_same([first, *found], batches(data, steps=40))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
