@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from bench.config.schema import DataConfig, RunConfig, TrainConfig
@@ -106,23 +107,9 @@ def plan_kill(kind: str, number: int) -> None:
 
 def digest(value: object) -> str:
     """Of all tensors and numbers in nested containers, in order."""
-    result = hashlib.sha256()
-
-    def add(part: object) -> None:
-        if isinstance(part, Tensor):
-            result.update(part.detach().contiguous().numpy().tobytes())
-        elif isinstance(part, dict):
-            for name, item in part.items():
-                result.update(str(name).encode())
-                add(item)
-        elif isinstance(part, list | tuple):
-            for item in part:
-                add(item)
-        else:
-            result.update(repr(part).encode())
-
-    add(value)
-    return result.hexdigest()
+    return hashlib.sha256(
+        repr(apply_to_collection(value, Tensor, Tensor.tolist)).encode()
+    ).hexdigest()
 
 
 def run(folder: Path, model: str, dataset: CocoDataset, kind: str = "", number: int = 0) -> None:

@@ -1,7 +1,6 @@
 """One process at a time: who has a lock is said, and a killed process leaves none behind."""
 
 import errno
-import hashlib
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import filelock
 import pytest
 
 from bench.system import locks
+from tests.bench.data.test_generated import digests
 
 ROOT = Path(__file__).parents[3]
 HOLD = (
@@ -87,10 +87,6 @@ def test_without_locks_in_the_file_system_it_goes_on_and_says_so(
 
 
 def test_processes_that_generate_the_same_data_at_once_make_it_once(tmp_path: Path) -> None:
-    def digests(root: Path) -> dict[str, str]:
-        files = (path for path in root.rglob("*") if path.is_file())
-        return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
     def start(root: Path) -> "subprocess.Popen[str]":
         command = [sys.executable, "-c", GENERATE, str(root)]
         return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, text=True)
