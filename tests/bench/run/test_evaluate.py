@@ -15,6 +15,7 @@ from pycocotools.cocoeval import COCOeval
 from bench.record import FIGURES
 from bench.run import bootstrap
 from bench.run.evaluate import RESAMPLES, CocoEvaluator
+from tests import coco
 
 CATEGORIES = ((3, "disc"), (7, "box"), (90, "bar"))
 SIZE = (220, 260)
@@ -38,22 +39,12 @@ class Annotations:
 
 def annotation(number, image_id, category_id, box, crowd=False):
     x, y, w, h = box
+    if not crowd:
+        return coco.annotation(number, image_id, category_id, list(box))
     mask = np.zeros(SIZE, dtype=np.uint8, order="F")
     mask[int(y) : int(y + h), int(x) : int(x + w)] = 1
-    runs = pycoco_mask.encode(mask)
-    return {
-        "id": number,
-        "image_id": image_id,
-        "category_id": category_id,
-        "bbox": list(box),
-        "area": float(w * h),
-        "iscrowd": int(crowd),
-        "segmentation": (
-            {"size": list(SIZE), "counts": runs["counts"].decode()}
-            if crowd
-            else [[x, y, x + w, y, x + w, y + h, x, y + h]]
-        ),
-    }
+    runs = {"size": list(SIZE), "counts": pycoco_mask.encode(mask)["counts"].decode()}
+    return coco.annotation(number, image_id, category_id, list(box), iscrowd=1, segmentation=runs)
 
 
 def random_case(seed):
