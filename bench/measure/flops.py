@@ -23,6 +23,7 @@ backbone that is still on the meta device.
 """
 
 import copy
+import gc
 import sys
 import threading
 import weakref
@@ -362,14 +363,18 @@ class _Storages:
             if key not in self._references:
                 self._references[key] = weakref.ref(storage, partial(self._freed, key))
 
-    def unseen(self, things: object, *, on_cpu: bool) -> int:
+    def see_all(self) -> None:
+        """See what is there, as constants that a mechanism on the CPU keeps anywhere."""
+        self.see([one for one in gc.get_objects() if issubclass(type(one), Tensor)])
+
+    def unseen(self, things: object, *, on_cpu: bool, arrays: bool) -> int:
         """How many of the tensors were made or written otherwise.
 
         Indices and small constants do not count: nothing sees them made of values of Python in a
-        backward pass.
+        backward pass. Nor do, without `arrays`, those in memory of NumPy's, which is not resizable.
         """
         return sum(
-            (one.is_meta or on_cpu)
+            (one.is_meta or arrays or (on_cpu and storage.resizable()))
             and _is_large(one)
             and version > self._writes.get(storage._cdata, -1)
             for one, storage, version in self._each(things)
@@ -467,11 +472,10 @@ class _Counter(TorchDispatchMode):
             raise NotCountedError(f"{most} or {LARGEST_REAL_COUNT:.0e} multiply-adds")
 
     def find_unseen(self, things: object) -> None:
-        """Mark the count where tensors were made or written by what no mode sees.
-
-        On the CPU, where a mechanism may keep constants from before, by NumPy alone.
-        """
-        unseen = _MADE.unseen(things, on_cpu=self.has_left) if self.knows_inputs else 0
+        """Mark the count where tensors were made or written by what no mode sees."""
+        if not self.knows_inputs:
+            return
+        unseen = _MADE.unseen(things, on_cpu=self._live is not None, arrays=self.has_left)
         if unseen:
             self.uncounted[UNSEEN] += unseen
             _MADE.see(things)
@@ -591,7 +595,7 @@ def _run_for_real(original: nn.Module, inputs: tuple[Any, ...], counter: _Counte
     with torch.random.fork_rng([]), counter.limited():
         torch.manual_seed(0)
         real = tree_map_only(Tensor, lambda x: torch.randn(x.shape).to(x.dtype), inputs)
-        _MADE.see([vars(part) for part in mechanism.modules()])
+        _MADE.see_all()
         return tree_map_only(Tensor, lambda out: out.to(_META), mechanism(*real))
 
 

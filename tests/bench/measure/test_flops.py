@@ -769,6 +769,16 @@ def test_a_count_says_what_it_does_not_see(product, training):
     assert threading.getprofile() is None
 
 
+@pytest.mark.parametrize(
+    "product", [lambda q, k, v: POOL.submit(plain, q, k, v).result(), with_modes_disabled]
+)
+def test_nor_does_it_see_everything_on_the_cpu(product):
+    module, kept = Attention(), torch.randn(TOKENS, 8)
+    module.product = lambda q, k, v: product(q, k, v) + kept * v.max().item()
+    counted = flops.count_flops(module, grid=GRID)
+    assert counted.uncounted == {flops.UNSEEN: 1}
+
+
 def test_what_is_kept_or_made_of_values_is_seen():
     kept = {}
 
@@ -902,6 +912,13 @@ def test_counting_leaves_nothing_in_the_module(product):
     assert torch.equal(torch.get_rng_state(), random)
     # What ran before runs again.
     module(torch.randn(1, TOKENS, 8), GRID)
+
+
+@pytest.mark.parametrize("product", [plain, read_a_value])
+def test_what_cannot_be_copied_is_no_obstacle(product):
+    module, expected = Attention(), flops.count_flops(Attention(), grid=GRID).total
+    module.product, module.lock, module.parts = product, threading.Lock(), {"functions": [torch]}
+    assert flops.count_flops(module, grid=GRID).total == expected
 
 
 def test_what_runs_for_real_is_limited(monkeypatch):
