@@ -5,7 +5,6 @@ docstring states, on a `Subject`, and raises `FailedError` with what to change w
 `bench.conformance.check` runs them all, in the order of this file.
 """
 
-import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from bench.conformance.subject import (
     run,
     show,
 )
+from bench.measure.fake import copied
 from bench.measure.flops import ELEMENTWISE, THREADS, UNSEEN, count_call
 
 _SIZE = ("dim", "num_heads", "num_global")
@@ -473,11 +473,11 @@ def copies(subject: Subject) -> None:
         raise FailedError(
             "the state dict of one, loaded into another, gives another output", register
         )
-    copied = copy.deepcopy(module)
-    if difference(run(copied, x, subject.grid, "a deep copy"), expected) > 0:
+    twin = copied(module, Tensor.clone)
+    if difference(run(twin, x, subject.grid, "a deep copy"), expected) > 0:
         raise FailedError("a deep copy gives another output", register)
-    disturb(copied)
-    run(copied, x, subject.grid, "a deep copy")
+    disturb(twin)
+    run(twin, x, subject.grid, "a deep copy")
     if difference(run(module, x, subject.grid, "the original"), expected) > 0:
         raise FailedError("changing a deep copy changes the original", register)
 
@@ -492,7 +492,7 @@ def precision(subject: Subject) -> None:
     exact = run(module, x, subject.grid, "float64")
     if exact.dtype != x.dtype:
         raise FailedError(f"{exact.dtype} for an input of {x.dtype}")
-    single = run(copy.deepcopy(module).float(), x.float(), subject.grid, "float32")
+    single = run(copied(module, Tensor.clone).float(), x.float(), subject.grid, "float32")
     apart = difference(single, exact)
     if apart > _SINGLE:
         raise FailedError(

@@ -35,15 +35,27 @@ def copied(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> Any:
     """A copy of `module` whose tensors are what `convert` makes of its own.
 
     Those in plain attributes count too, in containers as well: a mechanism may keep a mask there.
+    What cannot be copied, as locks and modules of Python, both have.
     """
     memo: dict[int, Any] = {}
+    others: list[object] = []
     for part in module.modules():
         for tensor in tree_leaves(vars(part)):
-            if isinstance(tensor, Tensor) and id(tensor) not in memo:
+            if not isinstance(tensor, Tensor | nn.Module):
+                others.append(tensor)
+            elif isinstance(tensor, Tensor) and id(tensor) not in memo:
                 made = convert(tensor.detach())
                 if isinstance(tensor, nn.Parameter):
                     made = nn.Parameter(made, requires_grad=tensor.requires_grad)
                 memo[id(tensor)] = made
+    try:
+        return copy.deepcopy(module, dict(memo))
+    except Exception:
+        for other in others:
+            try:
+                copy.deepcopy(other, dict(memo))
+            except Exception:
+                memo[id(other)] = other
     return copy.deepcopy(module, memo)
 
 
