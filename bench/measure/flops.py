@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
 
 from bench.errors import InputError, choose
 from bench.measure.fake import copied
@@ -68,6 +69,10 @@ _FEW = 0.01
 _MANY, _MANY_ADDED = (0.5, 100), (0.2, 12)
 # Elements of a constant that a mechanism may write in a list.
 _SMALL = 100
+_UNREGISTERED = (
+    "it computes with a weight of shape {} that is not among its parameters: nothing would train,"
+    " count or keep it; make it in __init__, as an nn.Parameter or within nn.ModuleList"
+)
 _FROM_VALUES = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 # What a mechanism may take that has to run for real, in bytes and multiply-adds.
 LARGEST_REAL_BYTES, LARGEST_REAL_COUNT = 4 * 10**9, 10**12
@@ -278,6 +283,8 @@ def count_call(
     """
     counter = _Counter()
     on_meta = copied(module, lambda tensor: tensor.to(_META)).train(training)
+    for one in (module, on_meta):
+        counter.know_parameters(one)
     _follow(on_meta, module, counter, training=training)
     _MADE.see([inputs, [vars(part) for part in on_meta.modules()]])
 
@@ -426,6 +433,8 @@ class _Counter(TorchDispatchMode):
         self.notes: dict[str, None] = {}
         # Whether all tensors of before are known, and whether NumPy got a large one.
         self.knows_inputs, self.has_left = False, False
+        # Parameters of what runs, of its copies too.
+        self._parameters: WeakIdKeyDictionary = WeakIdKeyDictionary()
         # Elements, by part: of all results that are not counted, of sums with a product among them,
         # and of what each module got.
         self.elementwise: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
@@ -471,6 +480,17 @@ class _Counter(TorchDispatchMode):
         if self.total > self._limit:
             raise NotCountedError(f"{most} or {LARGEST_REAL_COUNT:.0e} multiply-adds")
 
+    def know_parameters(self, module: nn.Module) -> None:
+        self._parameters.update(dict.fromkeys(module.parameters()))
+        kept = tree_leaves([vars(part) for part in module.modules()])
+        self.check_weights(one for one in kept if isinstance(one, Tensor) and one.is_leaf)
+
+    def check_weights(self, things: Iterable[object]) -> None:
+        """Refuse weights that are no parameters: nothing would train, count or keep them."""
+        for one in things:
+            if isinstance(one, Tensor) and one.requires_grad and one not in self._parameters:
+                raise InputError(_UNREGISTERED.format(tuple(one.shape)))
+
     def find_unseen(self, things: object) -> None:
         """Mark the count where tensors were made or written by what no mode sees."""
         if not self.knows_inputs:
@@ -502,6 +522,9 @@ class _Counter(TorchDispatchMode):
             self.uncounted[str(operator)] += 1
         self._check_limits(func, args, kwargs)
         self.find_unseen([args, kwargs])
+        if self.knows_inputs:
+            leaves = tree_leaves([args, kwargs])
+            self.check_weights(one for one in leaves if isinstance(one, nn.Parameter))
         result = func(*args, **kwargs)
         _MADE.see(result, writes=func._schema.is_mutable)
         self._see_elements(func, args, result)
@@ -596,6 +619,7 @@ def _run_for_real(original: nn.Module, inputs: tuple[Any, ...], counter: _Counte
         torch.manual_seed(0)
         real = tree_map_only(Tensor, lambda x: torch.randn(x.shape).to(x.dtype), inputs)
         _MADE.see_all()
+        counter.know_parameters(mechanism)
         return tree_map_only(Tensor, lambda out: out.to(_META), mechanism(*real))
 
 

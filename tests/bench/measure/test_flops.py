@@ -921,6 +921,40 @@ def test_what_cannot_be_copied_is_no_obstacle(product):
     assert flops.count_flops(module, grid=GRID).total == expected
 
 
+def in_a_list(module, x):
+    return module.layers[0](x)
+
+
+def in_a_dictionary(module, x):
+    return x @ module.weights["first"].to(x.device)
+
+
+def made_in_forward(module, x):
+    module.late = getattr(module, "late", None) or nn.Linear(8, 8, device=x.device)
+    return module.late(x)
+
+
+def made_each_time(_, x):
+    return nn.Linear(8, 8, device=x.device)(x * (1 if x.is_meta else x.sum().item()))
+
+
+@pytest.mark.parametrize("layer", [in_a_list, in_a_dictionary, made_in_forward, made_each_time])
+def test_weights_that_are_no_parameters_are_refused(layer):
+    class Hides(Attention):
+        def __init__(self):
+            super().__init__()
+            if layer is in_a_list:
+                self.layers = [nn.Linear(8, 8)]
+            if layer is in_a_dictionary:
+                self.weights = {"first": torch.randn(8, 8, requires_grad=True)}
+
+        def forward(self, x, grid):
+            return super().forward(layer(self, x), grid)
+
+    with pytest.raises(InputError, match=r"weight of shape \(8, 8\) that is not among its param"):
+        flops.count_flops(Hides(), grid=GRID)
+
+
 def test_what_runs_for_real_is_limited(monkeypatch):
     module = Attention()
     module.product = lambda q, k, v: read_a_value(q, k, v) + written_out(q, k, v).sum()
