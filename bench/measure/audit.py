@@ -14,6 +14,7 @@ counts on the CPU, and so do the two that are taken as they come.
 """
 
 import math
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ TOLERANCE = 0.01
 DIM, NUM_HEADS, NUM_GLOBAL = 96, 3, 2
 # Tokens of a grid that a mechanism is still run on: full attention makes tables of their square.
 LARGEST_GRID = 2**13
+# Characters of an error: some print tensors.
+_LONGEST = 300
 _CPU = torch.device("cpu")
 
 
@@ -199,7 +202,7 @@ def _compare(
 
 
 def _described(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return textwrap.shorten(f"{type(error).__name__}: {error}", _LONGEST, placeholder=" …")
 
 
 class _OnGrid(nn.Module):

@@ -86,7 +86,7 @@ class Untraceable(Silent):
 
     def forward(self, x, grid):
         if torch.jit.is_tracing():
-            raise RuntimeError("not for traces")
+            raise RuntimeError("not for traces" + 1000 * " 5.0")
         return self.mix(x)
 
 
@@ -139,6 +139,7 @@ def test_a_mechanism_that_cannot_be_traced_is_incomplete():
     counts = audit.audit(Untraceable(), (4, 5))
     assert counts.fvcore is None
     assert "not for traces" in counts.failures["fvcore"]
+    assert len(counts.failures["fvcore"]) < 400
     # One count alone agrees with nothing; a declared one would do.
     assert not counts.agrees
     assert dataclasses.replace(counts, declared=counts.operators).agrees
