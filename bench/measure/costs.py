@@ -22,7 +22,7 @@ from bench.measure.workload import (
     image_size,
     stated_rois,
 )
-from bench.model.build import build_backbone, build_detector, parameters_section
+from bench.model.build import build_backbone, build_detector, on_meta, parameters_section
 from bench.model.detectors import Detector
 
 _META = torch.device("meta")
@@ -158,9 +158,8 @@ def effort(config: RunConfig) -> Effort:
 
 
 def build_on_meta(config: RunConfig) -> Detector:
-    """Build the detector of a row for 80 classes, with nothing allocated."""
-    with _META:
-        return build_detector(config, COCO_CLASSES)
+    """Build the detector of a row for 80 classes, with nothing allocated where that can be."""
+    return on_meta(build_detector, config, COCO_CLASSES)
 
 
 def counted(
@@ -257,8 +256,7 @@ def flops_of_one(scope: str, config: RunConfig, mode: str) -> dict[str, Any] | N
         return None
     size = image_size(config)
     try:
-        with _META:
-            counted = _count_one(scope, config, mode)
+        counted = on_meta(_count_one, scope, config, mode)
     except flops.NotCountedError as error:
         if not error.needs_values:
             raise

@@ -26,7 +26,7 @@ from bench.measure.latency import Instruments, Latency
 from bench.measure.predict import predict
 from bench.measure.worker import Worker
 from bench.measure.workload import attention_of, conditions
-from bench.model.build import build_backbone, model_section
+from bench.model.build import build_backbone, model_section, on_meta
 from bench.record import Record, error_section
 from bench.system import machine
 from bench.system.devices import make_fabric, single_fabric
@@ -246,9 +246,8 @@ def measure_layers(
 
 def _need_of_layer(config: RunConfig, stage: int, mode: str) -> int:
     """Predict the peak of one attention layer, in bytes."""
-    meta = torch.device("meta")
-    with meta:
-        module, (_, grid) = attention_of(build_backbone(config), config, device=meta, stage=stage)
+    vil, meta = on_meta(build_backbone, config), torch.device("meta")
+    module, (_, grid) = attention_of(vil, config, device=meta, stage=stage)
     device = single_fabric(config).device.type
     precision, batch = config.train.precision, config.profile.batch_size
     return predict(

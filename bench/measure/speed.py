@@ -33,6 +33,7 @@ from bench.config.schema import MODES
 from bench.config.suites import profile_configs
 from bench.errors import InputError
 from bench.measure import latency
+from bench.model.build import on_meta
 
 ROOT = Path(__file__).resolve().parents[2]
 # The largest difference of equal results in float32, relative to the largest value of each tensor:
@@ -290,8 +291,7 @@ def _compare(
 
 def least_work(case: Case, batch_size: int) -> tuple[int, int]:
     """Multiply-adds and bytes that a call takes at least; see `Comparison`."""
-    with torch.device("meta"):
-        module: Any = attentions.build_for(**case.spec)
+    module: Any = on_meta(attentions.build_for, **case.spec)
     rows, columns = case.spec["grid"]
     tokens = batch_size * (case.spec["num_global"] + rows * columns)
     layer, parameters = (

@@ -1,9 +1,10 @@
 """The model of a run, as its configuration describes it, and what a record says of it."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,24 @@ from bench.files import sha256
 from bench.model import detectors, weights
 from bench.model.backbone import ViL
 from bench.model.detectors import backbone_stages
+
+T = TypeVar("T")
+
+
+def on_meta(build: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call `build` with nothing allocated, or as it is where what it makes asks for values.
+
+    Raises:
+        ValueError: from `build`.
+    """
+    try:
+        with torch.device("meta"):
+            return build(*args, **kwargs)
+    except ValueError:
+        raise
+    except Exception:
+        # A mechanism of others may fail in any way where tensors have no values.
+        return build(*args, **kwargs)
 
 
 def build_backbone(config: RunConfig, num_classes: int = 1000) -> ViL:

@@ -373,8 +373,7 @@ def _on_gpu(config: RunConfig) -> bool:
 def _memory(config: RunConfig, images: int, num_classes: int, device: str) -> float | None:
     """The predicted peak of a training step on one device, in bytes; None where there is none."""
     size = config.profile.image_size
-    with torch.device("meta"):
-        detector = models.build_detector(config, num_classes)
+    detector = models.on_meta(models.build_detector, config, num_classes)
     if config.train.init is not None:
         # It has the errors that the run would have.
         models.fitting(detector, Path(config.train.init))

@@ -66,6 +66,11 @@ class Odd(nn.Module):
         mixed = torch.stack([torch.sparse.mm(sparse, image) for image in picked])
         return self.proj(x + scale * mixed)
 
+class Built(Odd):
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.scale = self.proj.weight.norm().item()
+
 class Third(Odd):
     def forward(self, x, grid):
         if x.device.type == "cpu":
@@ -160,9 +165,11 @@ def test_a_row_that_fails_while_it_is_timed_harms_no_other(odd):
     assert "failed: out of memory" in profiles.costs(records).shown["row"][1]
 
 
-def test_what_cannot_run_on_the_meta_device_is_measured_all_the_same(odd):
-    (record,) = run(configs(odd("Odd")), by_part=False)
+@pytest.mark.parametrize("name", ["Odd", "Built"])
+def test_what_cannot_run_on_the_meta_device_is_measured_all_the_same(odd, name):
+    (record,) = run(configs(odd(name)), by_part=False)
     assert record.status == "done", record.error
+    assert record.flops["total"] > 0
     assert record.parameters["total"] > 0
     for mode in ("inference", "training"):
         assert record.memory[mode] > 4 * record.parameters["total"]
