@@ -587,6 +587,9 @@ def multiply_adds(subject: Subject) -> None:
                 f" but {counted.total:,} run",
                 "correct multiply_adds, or remove it: what runs is counted anyway",
             )
+    # Nothing ran on this grid before.
+    with during(subject, "after a count", "keep what forward makes by the device of x too"):
+        run(module.to(subject.dtype).eval(), subject.tokens(grid), grid, "after a count")
     if counted.notes:
         raise WarnedError(
             counted.notes[0],
