@@ -30,7 +30,10 @@ _PUT = (
 _JOINED = (aten.cat, *_PUT)
 _MOVED = (aten.roll, aten.constant_pad_nd, *_JOINED)
 _ADDED = (aten.add, aten.add_, aten.sub, aten.sub_, *_FUSED)
-_CONSTANTS = (aten.zeros, aten.zeros_like, aten.new_zeros, aten.zero_, aten.full, aten.full_like)
+_CONSTANTS = (
+    *(aten.zeros, aten.zeros_like, aten.new_zeros, aten.zero_, aten.full, aten.full_like),
+    *(aten.ones, aten.ones_like, aten.new_ones, aten.new_full, aten.fill_),
+)
 _SCATTERED = (
     *(aten.index_add, aten.index_add_, aten.scatter_add, aten.scatter_add_),
     *(aten.index_reduce, aten.index_reduce_, aten.scatter_reduce, aten.scatter_reduce_),
@@ -160,6 +163,8 @@ class Products:
             return Seen() if few else product.summed()
         for one in results if operator in _CONSTANTS or func._schema.is_mutable else ():
             self._constants[one] = operator in _CONSTANTS
+            if one._base is not None:
+                self._constants[one._base] = False
         enough = 3 if operator in _FUSED else 2
         factors = tensors[-2:] if operator in _PRODUCTS and len(tensors) >= enough else []
         made = self._made(*factors) if factors else None
@@ -211,7 +216,9 @@ class Products:
             self._repeated[out] = axes
 
     def _varying(self, tensor: Tensor) -> frozenset[int]:
-        """Axes along which it is not broadcast, nor a copy of what is."""
+        """Axes along which it is not broadcast, nor a copy of what is; none of a constant."""
+        if self._constants.get(tensor):
+            return frozenset()
         return self._repeated.get(tensor, varying(tensor))
 
     def _rescales(self, factor: Tensor, total: Tensor) -> bool:

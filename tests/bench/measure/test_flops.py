@@ -550,6 +550,15 @@ def scattered_in_turns(q, around):
     return out
 
 
+def with_neighbours_put_into_zeros(q, around):
+    def copied(tensor):
+        buffer = torch.zeros_like(tensor)
+        buffer[:, 1:] = tensor[:, 1:]
+        return buffer
+
+    return one_after_the_other(q, [(copied(k), copied(v)) for k, v in around])
+
+
 SCATTERED = {
     "index_add": lambda out, places, sent: out.index_add(1, places, sent),
     "scatter_add": lambda out, places, sent: out.scatter_add_(
@@ -607,6 +616,7 @@ REPEATED = {
     "clone": lambda scale, v: scale.expand_as(v).clone(),
     "turned": lambda scale, v: scale.mT.repeat_interleave(v.shape[-1], 1).mT,
     "repeat": lambda scale, v: scale.repeat(1, 1, v.shape[-1]),
+    "ones": lambda scale, v: scale * torch.ones_like(v),
     "cat": lambda scale, v: torch.cat([scale] * v.shape[-1], -1),
     "index": lambda scale, v: scale[..., torch.arange(v.shape[-1], device=v.device) // 8],
 }
@@ -633,6 +643,7 @@ ONLINE |= {
         put_one_after_the_other,
         pooled,
         copied,
+        with_neighbours_put_into_zeros,
         scattered_in_turns,
         *(pytest.param(scattered(add), id=name) for name, add in SCATTERED.items()),
         *(pytest.param(online(add), id=name) for name, add in ONLINE.items()),
