@@ -165,7 +165,9 @@ def _check_all(one: Check, subjects: Sequence[Subject]) -> Result:
     """Run a check on every set of options; the worst result counts."""
     found = []
     for subject in subjects[:1] if one.once else subjects:
-        result = _check_one(one, subject)
+        # Without it, a trace that fails in inference mode leaves a state in which no operator runs.
+        with torch._C._PreserveDispatchKeyGuard():
+            result = _check_one(one, subject)
         if result.status in (FAILED, WARNED) and len(subjects) > 1:
             said = ", ".join(f"{key}={value}" for key, value in subject.options.items())
             result = replace(result, detail=f"{result.detail} [with {said or 'its defaults'}]")

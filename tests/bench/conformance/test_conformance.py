@@ -86,6 +86,11 @@ def test_a_graph_break_is_a_warning():
     assert "broken_mechanisms.py, line" in of(report, "warning")["compile"].detail
 
 
+def test_a_check_that_fails_leaves_the_others_as_they_are():
+    report = conformance.check(f"{BROKEN}:InferenceInside")
+    assert {"derivatives", "compile"} == set(of(report, "failed"))
+
+
 def test_after_an_essential_failure_nothing_is_run():
     report = conformance.check(f"{BROKEN}:FailsToBuild")
     assert [result.check for result in report.results] == ["constructor"]
