@@ -14,7 +14,8 @@ random numbers and creation (`formulas.FREE`). Every other operator that ran wit
 listed in `uncounted`, and the count is then incomplete. So are elementwise operators where their
 results hold far more elements than what is counted and what a module gets account for, as those of
 distances that are squared by hand, threads that a module starts, and tensors that operators made
-or wrote out of sight, as in threads from before the count.
+or wrote out of sight, as in threads from before the count, and large ones that leave torch, as for
+NumPy.
 
 A copy of the module runs on the meta device, so nothing is allocated or computed, whatever the size
 of the image, and nothing is left in the module. A mechanism that cannot run there, since it reads a
@@ -73,6 +74,7 @@ _UNREGISTERED = (
     "it computes with a weight of shape {} that is not among its parameters: nothing would train,"
     " count or keep it; make it in __init__, as an nn.Parameter or within nn.ModuleList"
 )
+_LEAVE = (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.tolist, Tensor.data_ptr)
 _FROM_VALUES = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 # What a mechanism may take that has to run for real, in bytes and multiply-adds.
 LARGEST_REAL_BYTES, LARGEST_REAL_COUNT = 4 * 10**9, 10**12
@@ -374,14 +376,14 @@ class _Storages:
         """See what is there, as constants that a mechanism on the CPU keeps anywhere."""
         self.see([one for one in gc.get_objects() if issubclass(type(one), Tensor)])
 
-    def unseen(self, things: object, *, on_cpu: bool, arrays: bool) -> int:
+    def unseen(self, things: object, *, on_cpu: bool) -> int:
         """How many of the tensors were made or written otherwise.
 
         Indices and small constants do not count: nothing sees them made of values of Python in a
-        backward pass. Nor do, without `arrays`, those in memory of NumPy's, which is not resizable.
+        backward pass. Nor do those in memory of NumPy's, which is not resizable.
         """
         return sum(
-            (one.is_meta or arrays or (on_cpu and storage.resizable()))
+            (one.is_meta or (on_cpu and storage.resizable()))
             and _is_large(one)
             and version > self._writes.get(storage._cdata, -1)
             for one, storage, version in self._each(things)
@@ -400,7 +402,7 @@ _MADE = _Storages()
 
 
 class _SeesArrays(TorchFunctionMode):
-    """Sees what is made of values of Python, where no operator does it, and what NumPy gets."""
+    """Sees what is made of values of Python, where no operator does it, and what leaves torch."""
 
     def __init__(self, counter: "_Counter") -> None:
         super().__init__()
@@ -408,9 +410,9 @@ class _SeesArrays(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in (Tensor.numpy, Tensor.__array__):
-            self._counter.has_left = self._counter.has_left or _is_large(args[0])
-        elif func in _FROM_VALUES and not self._counter.has_left:
+        if func in _LEAVE and _is_large(args[0]):
+            self._counter.uncounted[UNSEEN] += 1
+        elif func in _FROM_VALUES:
             _MADE.see(result)
         return result
 
@@ -431,8 +433,8 @@ class _Counter(TorchDispatchMode):
         self.by_part: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.uncounted: Counter[str] = Counter()
         self.notes: dict[str, None] = {}
-        # Whether all tensors of before are known, and whether NumPy got a large one.
-        self.knows_inputs, self.has_left = False, False
+        # Whether all tensors of before are known.
+        self.knows_inputs = False
         # Parameters of what runs, of its copies too.
         self._parameters: WeakIdKeyDictionary = WeakIdKeyDictionary()
         # Elements, by part: of all results that are not counted, of sums with a product among them,
@@ -495,7 +497,7 @@ class _Counter(TorchDispatchMode):
         """Mark the count where tensors were made or written by what no mode sees."""
         if not self.knows_inputs:
             return
-        unseen = _MADE.unseen(things, on_cpu=self._live is not None, arrays=self.has_left)
+        unseen = _MADE.unseen(things, on_cpu=self._live is not None)
         if unseen:
             self.uncounted[UNSEEN] += unseen
             _MADE.see(things)
