@@ -491,7 +491,7 @@ class _Counter(TorchDispatchMode):
         """Refuse weights that are no parameters: nothing would train, count or keep them."""
         for one in things:
             if isinstance(one, Tensor) and one.requires_grad and one not in self._parameters:
-                raise InputError(_UNREGISTERED.format(tuple(one.shape)))
+                raise ValueError(_UNREGISTERED.format(tuple(one.shape)))
 
     def find_unseen(self, things: object) -> None:
         """Mark the count where tensors were made or written by what no mode sees."""

@@ -965,7 +965,7 @@ def test_weights_that_are_no_parameters_are_refused(layer):
         def forward(self, x, grid):
             return super().forward(layer(self, x), grid)
 
-    with pytest.raises(InputError, match=r"weight of shape \(8, 8\) that is not among its param"):
+    with pytest.raises(ValueError, match=r"weight of shape \(8, 8\) that is not among its param"):
         flops.count_flops(Hides(), grid=GRID)
 
 
