@@ -207,6 +207,17 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         entry, annotations = self._packed[index]
         return entry, annotations
 
+    def require_instances(self, purpose: str) -> None:
+        """Refuse a split of no use.
+
+        Raises:
+            InputError: where no image has an instance `purpose`.
+        """
+        if not self._instances.any():
+            raise InputError(
+                f"{self.annotation_file}: no image has an instance {purpose} (crowds do not count)"
+            )
+
     def instances(self, index: int) -> int:
         """Return how many annotations other than crowds the image has."""
         return int(self._instances[index])

@@ -208,11 +208,8 @@ def training_batches(
         DataWorkerError: where a worker died.
         ValueError: for a batch that does not divide into `world_size` parts of an image or more.
     """
+    dataset.require_instances("to train on")
     usable = [index for index in range(len(dataset)) if dataset.instances(index)]
-    if not usable:
-        raise InputError(
-            f"{dataset.annotation_file}: no image has an instance to train on (crowds do not count)"
-        )
     landscape = {index: dataset.size(index)[1] >= dataset.size(index)[0] for index in usable}
     groups: tuple[tuple[int, ...], ...] = (tuple(usable),)
     if aspect_ratio_grouping:

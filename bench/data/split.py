@@ -46,11 +46,14 @@ def open_splits(config: RunConfig, root: Path) -> list[CocoDataset]:
     """Read the split that is trained on and, after it, those to evaluate on.
 
     Raises:
-        InputError: for data that cannot be used, or splits of different classes.
+        InputError: for data that cannot be used, splits of different classes, or one without an
+            instance.
     """
     names = [config.data.train_split, *config.evaluate.splits]
     opened = {name: open_split(config, root, name) for name in dict.fromkeys(names)}
     check_categories({name: split.categories for name, split in opened.items()}, root)
+    for name, split in opened.items():
+        split.require_instances("to train on" if name == names[0] else "to evaluate with")
     return [opened[name] for name in names]
 
 

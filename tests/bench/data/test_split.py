@@ -76,6 +76,24 @@ def test_splits_of_other_categories_are_one_clear_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("split", "section", "said"),
+    [
+        ("train2017", "annotations", "no image has an instance to train on"),
+        ("val2017", "annotations", "no image has an instance to evaluate with"),
+        ("val2017", "images", "no image has an instance to evaluate with"),
+    ],
+)
+def test_a_split_without_an_instance_is_refused_before_anything_runs(
+    root: Path, tmp_path: Path, split: str, section: str, said: str
+) -> None:
+    config = relisted(root, tmp_path / "data", lambda old: old)
+    path = tmp_path / "data" / "annotations" / f"instances_{split}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": [], section: []}))
+    with pytest.raises(InputError, match=rf"instances_{split}\.json: {said}"):
+        inputs.check_data([config], tmp_path)
+
+
 def test_the_order_of_categories_and_what_else_is_said_of_them_may_differ(
     root: Path, tmp_path: Path
 ) -> None:
