@@ -7,6 +7,7 @@ annotation that has no other.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from reprlib import repr as shortened
 from typing import Any
@@ -14,12 +15,14 @@ from typing import Any
 from faster_coco_eval.core import mask as mask_api
 
 from bench.data import masks
-from bench.data.findings import MARKS, Report, finding
+from bench.data.findings import Report, finding
 
 IMAGE_KEYS = {"id": int, "file_name": str, "height": int, "width": int}
 CATEGORY_KEYS = {"id": int, "name": str}
 ANNOTATION_KEYS = {"id": int, "image_id": int, "category_id": int, "bbox": list}
 
+# What is read of an annotation; its attributes one by one are not.
+_READ = {*ANNOTATION_KEYS, "iscrowd", "area", "segmentation", "score", "attributes"}
 _KINDS = {int: "a whole number", str: "a text", list: "a list"}
 _WHOLE = re.compile(r"\s*[+-]?\d{1,99}\s*", flags=re.ASCII)
 _LEAST_POLYGON = 6
@@ -122,6 +125,10 @@ class AnnotationReader:
         labels: the labels by category id.
         drop_degenerate: leave out boxes without area, which are errors otherwise.
         report: receives everything that is found.
+
+    Attributes:
+        unread: names of the fields that say something and are not read, and in how many annotations
+            each does; a field of "attributes" is called `attributes.NAME`.
     """
 
     def __init__(
@@ -136,6 +143,7 @@ class AnnotationReader:
         self._labels = labels
         self._drop_degenerate = drop_degenerate
         self._report = report
+        self.unread: Counter[str] = Counter()
 
     def read(self, raw: Entry) -> Entry | None:
         """Return the annotation with defaults for what it lacks; None where it is left out.
@@ -149,12 +157,7 @@ class AnnotationReader:
         if not known:
             self._say(raw, "unknown category", category=raw["category_id"])
         complete = self._numbers(raw)
-        for mark in MARKS:
-            if whole(raw.get(mark)):
-                self._say(raw, f"marked {mark!r}")
-        attributes = raw.get("attributes")
-        if isinstance(attributes, dict) and attributes.get("rotation"):
-            self._say(raw, "box with a rotation", degrees=shortened(attributes["rotation"]))
+        self.unread.update(_unread(raw))
         if image is None:
             return None
         corners = self._corners(raw, image)
@@ -311,6 +314,15 @@ def box_polygon(box: list[float], height: int, width: int) -> list[float]:
     x1, y1 = max(box[0], 0), max(box[1], 0)
     x2, y2 = min(box[0] + box[2], width), min(box[1] + box[3], height)
     return [x1, y1, x2, y1, x2, y2, x1, y2]
+
+
+def _unread(raw: Entry) -> list[str]:
+    """The fields that are not read and say something: neither false, nor 0, nor empty."""
+    more = {name: raw[name] for name in raw.keys() - _READ}
+    attributes = raw.get("attributes")
+    if isinstance(attributes, dict):
+        more |= {f"attributes.{name}": value for name, value in attributes.items()}
+    return [name for name, value in more.items() if whole(value)]
 
 
 def _has_segmentation(raw: Entry) -> bool:

@@ -5,6 +5,7 @@ or all splits. Runs say the same of what they read: `remarks`.
 """
 
 import hashlib
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from bench.data import images, layout
 from bench.data.annotations import Entry, outline
 from bench.data.coco import CocoDataset
-from bench.data.findings import Finding, Tally, finding
+from bench.data.findings import Finding, Tally, finding, quoted
 from bench.data.images import DEEP_MODES, DEEPEST, Picture
 from bench.data.loader import clear_worker_errors, prepare_worker
 from bench.errors import InputError
@@ -42,6 +43,12 @@ _MANY = 0.5
 # Boxes whose edges are all off those of their masks by the same pixels lie beside them, from so
 # many boxes and pixels on; rounding moves a single edge by half a pixel.
 _BESIDE, _OFF, _ALIKE = 16, 0.75, 0.5
+# Outlines that take this share of their own box are boxes, where such a share of all does: of
+# COCO's, one in a hundred does.
+_FILLS, _FILLING = 0.98, 0.2
+
+# Categories of characters: blanks, controls, formats, dashes and underscores.
+_BLANK = ("Zs", "Zl", "Zp", "Cc", "Cf", "Pd", "Pc")
 
 # Kinds by Pillow's modes; RGB is the ordinary one.
 _MODES = {
@@ -141,12 +148,12 @@ def check(
         absent = {f.image for f in found if f.kind == "image missing"}
         decoding = decode and dataset.folder.is_dir()
         decoded = 0
-        offsets = []
+        outlined = []
         for one in _inspect(dataset, seen, absent, decode=decoding, workers=workers):
             found += one.found
-            offsets.append(one.offsets)
+            outlined.append(one.outlined)
             decoded += bool(one.digest)
-        found += [*_of_the_whole(dataset, found, offsets), *_unlisted(dataset)]
+        found += [*_of_the_whole(dataset, found, outlined), *_unlisted(dataset)]
         found += _other_classes(dataset, reports)
         reports.append(
             SplitReport(
@@ -178,14 +185,14 @@ def remarks(datasets: Iterable[CocoDataset]) -> list[str]:
         tally = Tally.of(dataset.tally)
         most = len(dataset) if len(dataset) <= _LOOKED_AT_WHOLE else _LOOKED_AT
         found: list[Finding] = []
-        offsets = []
+        outlined = []
         for one in _inspect(dataset, seen, set(), most=most):
             found += one.found
-            offsets.append(one.offsets)
+            outlined.append(one.outlined)
             error = next((f for f in one.found if f.is_error), None)
             if error is not None:
                 raise InputError(f"{dataset.annotation_file}: {error.text}")
-        for each in [*found, *_of_the_whole(dataset, found, offsets)]:
+        for each in [*found, *_of_the_whole(dataset, found, outlined)]:
             tally.add(each)
         part = "" if most == len(dataset) else f" (pixels of {most} of {len(dataset)} images)"
         lines += tally.lines(f"{dataset.annotation_file}{part}")
@@ -193,11 +200,11 @@ def remarks(datasets: Iterable[CocoDataset]) -> list[str]:
 
 
 class _Inspection(NamedTuple):
-    """Of an image what is found, a digest of its pixels, and `_offsets`."""
+    """Of an image what is found, a digest of its pixels, and `_outlined`."""
 
     found: list[Finding]
     digest: str
-    offsets: NDArray[np.float64]
+    outlined: NDArray[np.float64]
 
 
 class _Seen:
@@ -236,7 +243,7 @@ class _Inspections(Dataset[_Inspection]):
             digest = _inspect_file(self.dataset, entry, found)
         for annotation in annotations:
             found += _inspect_mask(annotation, entry)
-        return _Inspection(found, digest, _offsets(annotations, entry))
+        return _Inspection(found, digest, _outlined(annotations, entry))
 
 
 def _inspect(
@@ -358,22 +365,36 @@ def _inspect_mask(annotation: Entry, entry: Entry) -> Iterator[Finding]:
             yield finding("polygons within each other", pixels=shared, **own)
 
 
-def _offsets(annotations: Iterable[Entry], entry: Entry) -> NDArray[np.float64]:
-    """How far the edges of boxes, (n, 4) as x1, y1, x2, y2, are off those of their outlines."""
+def _outlined(annotations: Iterable[Entry], entry: Entry) -> NDArray[np.float64]:
+    """How far the edges of boxes are off those of their outlines, and what share these fill.
+
+    Returns:
+        (n, 5): offsets of x1, y1, x2, y2, and the share of its own box that an outline takes.
+    """
     found = []
     for annotation in annotations:
         outlined = annotation["segmentation"]
         if isinstance(outlined, list):
             # Not of its pixels, which are a rounding away from it.
-            points = np.concatenate([np.reshape(part, (-1, 2)) for part in outlined])
+            parts = [np.reshape(part, (-1, 2)).astype(float) for part in outlined]
+            points = np.concatenate(parts)
             extent = np.concatenate([points.min(axis=0), points.max(axis=0)])
+            area = sum(map(_enclosed, parts))
         elif outlined is not None:
             runs = outline(annotation, entry["height"], entry["width"])
             extent = _corners(mask_api.toBbox(runs).tolist())
+            area = float(mask_api.area(runs))
         else:
             continue
-        found.append(_corners(annotation["bbox"]) - extent)
-    return np.reshape(found, (-1, 4))
+        around = max(float(np.prod(extent[2:] - extent[:2])), 1e-9)
+        found.append([*(_corners(annotation["bbox"]) - extent), area / around])
+    return np.reshape(found, (-1, 5))
+
+
+def _enclosed(points: NDArray[np.float64]) -> float:
+    """The area that a polygon (n, 2) encloses."""
+    x, y = (points - points[0]).T
+    return abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
 
 
 def _corners(box: Sequence[float]) -> NDArray[np.float64]:
@@ -393,9 +414,13 @@ def _fits(box: NDArray[np.float64], extent: NDArray[np.float64], height: int, wi
 
 
 def _of_the_whole(
-    dataset: CocoDataset, found: Sequence[Finding], offsets: Sequence[NDArray[np.float64]]
+    dataset: CocoDataset, found: Sequence[Finding], outlined: Sequence[NDArray[np.float64]]
 ) -> Iterator[Finding]:
     """What only a whole split shows, from what was found in its parts."""
+    outlines = np.concatenate([np.empty((0, 5)), *outlined])
+    filling, every = int((outlines[:, 4] >= _FILLS).sum()), len(outlines)
+    if every >= _BESIDE and filling >= _FILLING * every:
+        yield finding("masks that look like boxes", count=filling, all=every)
     deep = [f.values["top"] for f in found if f.kind == "16-bit image"]
     top = max(deep, default=dataset.deep_white)
     if dataset.deep_white == DEEPEST and 4 * top < DEEPEST:
@@ -413,7 +438,7 @@ def _of_the_whole(
         kind = "boxes in another format than the masks"
         yield finding(kind, count=count, all=whole, format=format_)
     else:
-        yield from _beside(np.concatenate([np.empty((0, 4)), *offsets]))
+        yield from _beside(outlines[:, :4])
     wrong = {f.image for f in found if f.annotation is not None and f.is_error}
     for kind, ids in (
         ("image without annotations", dataset.empty_images()),
@@ -427,9 +452,15 @@ def _of_the_whole(
         yield finding("class name used twice", name=repr(name), count=names[name])
     first: dict[str, str] = {}
     for name in names:
-        other = first.setdefault("".join(name.split()).casefold(), name)
+        other = first.setdefault(_letters(name), name)
         if other != name:
-            yield finding("class names alike", name=f"class {name!r}", other=other)
+            yield finding("class names alike", name=f"class {quoted(name)}", other=quoted(other))
+
+
+def _letters(name: str) -> str:
+    """What of a name is read: without blanks, seen or not, dashes and the forms of letters."""
+    plain = unicodedata.normalize("NFKC", name).casefold()
+    return "".join(c for c in plain if unicodedata.category(c) not in _BLANK)
 
 
 def _beside(offsets: NDArray[np.float64]) -> Iterator[Finding]:
@@ -469,5 +500,5 @@ def _other_classes(dataset: CocoDataset, before: Sequence[SplitReport]) -> Itera
                 "classes of the splits differ",
                 why=f"{dataset.split} has {len(dataset.categories)} classes and {report.split}"
                 f" {len(report.categories)}; in one of them only: "
-                + ", ".join(f"{id_} {name!r}" for id_, name in differing),
+                + ", ".join(f"{id_} {quoted(name)}" for id_, name in differing),
             )

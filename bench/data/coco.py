@@ -35,7 +35,7 @@ from bench.data.annotations import (
     outline,
 )
 from bench.data.findings import Finding, Report, Tally, finding
-from bench.errors import InputError, choose, saying
+from bench.errors import InputError, choose, saying, some
 
 Target = dict[str, Tensor]
 Categories = tuple[tuple[int, str], ...]
@@ -291,6 +291,9 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
                 self._used.add(complete["category_id"])
         for own in groups.values():
             self._say_twins(own)
+        if reader.unread:
+            fields = [f"{name!r} ({count})" for name, count in reader.unread.most_common()]
+            self._report(finding("fields that are not read", fields=some(fields)))
         # Of people's own labels some exports write 1.
         if any(score != 1 for score in scores):
             under = sum(isinstance(score, int | float) and score < 1 for score in scores)

@@ -1,5 +1,6 @@
 """What can be wrong or odd in a data set: a table of kinds, with how each is handled."""
 
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +22,6 @@ class Kind(NamedTuple):
     handled: str | None = None
     left_out: bool = False
 
-
-MARKS = ("ignore", "difficult")
-"""What annotations may have that other benchmarks leave out of their figures, as VOC does."""
 
 _BOTH_USED = "both are used as they are"
 _PART = "the polygon is left out"
@@ -96,6 +94,15 @@ KINDS: Mapping[str, Kind] = {
         "{count} of {all} annotations have a score, {under} of them under 1: are they predictions?",
         "taken as the truth",
     ),
+    "fields that are not read": Kind(
+        "annotations have {fields}",
+        "not read: each counts ('iscrowd' alone is heeded), its box is upright and its class is"
+        " that of its category_id",
+    ),
+    "masks that look like boxes": Kind(
+        "{count} of {all} masks fill their boxes: are they boxes?",
+        "taken as masks, so that mask AP says little besides box AP",
+    ),
     "deep images with a small range": Kind(
         "values up to {top} of 65535 in {count} 16-bit images",
         "scaled by 65535, which leaves {left} of 255; data.deep_white={white} scales by that",
@@ -145,13 +152,6 @@ KINDS: Mapping[str, Kind] = {
     ),
     "box smaller than a pixel": Kind("has the box {box}", "used as it is"),
     "crowd outlined by polygons": Kind("is a crowd and has polygons", "it is a crowd"),
-    **{
-        f"marked {mark!r}": Kind(f"is marked {mark!r}", "only 'iscrowd' is read; it counts")
-        for mark in MARKS
-    },
-    "box with a rotation": Kind(
-        "has a box with a rotation of {degrees}", "the rotation is not read: its box is upright"
-    ),
     "mask within the first pixel": Kind("has a mask within the first pixel", "used as it is"),
     "mask without a pixel": Kind(
         "has a mask without a pixel", "its box is used, with an empty mask"
@@ -186,7 +186,8 @@ KINDS: Mapping[str, Kind] = {
     ),
     "class name used twice": Kind("is the name of {count} classes", "they stay apart"),
     "class names alike": Kind(
-        "differs from {other!r} in case or blanks alone", "they are two classes"
+        "differs from {other} in case, blanks, dashes or the form of letters alone",
+        "they are two classes",
     ),
     "file that no image names": Kind("is named by no image", "not used"),
     "black-and-white image": Kind(_MODE, _GREY),
@@ -266,6 +267,11 @@ class Finding:
 
 
 Report = Callable[[Finding], None]
+
+
+def quoted(name: str) -> str:
+    """A name in quotes, with escapes for letters that look like others."""
+    return repr(name) if unicodedata.is_normalized("NFC", name) else ascii(name)
 
 
 def finding(

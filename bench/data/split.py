@@ -10,6 +10,7 @@ from torchvision.transforms.v2.functional import resize_image
 from bench.config.schema import CLASSIFIER, DataConfig, RunConfig
 from bench.data import check, classes
 from bench.data.coco import Categories, CocoDataset, Target
+from bench.data.findings import quoted
 from bench.data.generated import data_root
 from bench.data.images import to_float
 from bench.errors import InputError, some
@@ -160,13 +161,14 @@ def labels_by_name(trained: Categories, own: Categories) -> list[int] | None:
 
 
 def _named(categories: Sequence[tuple[int, str]]) -> str:
-    return some([f"{id_} {name!r}" for id_, name in categories])
+    return some([f"{id_} {quoted(name)}" for id_, name in categories])
 
 
 def profile_batch(
     dataset: CocoDataset, size: tuple[int, int], count: int
 ) -> tuple[list[Tensor], list[Target]]:
     """The first `count` images with instances, stretched to `size` (height, width)."""
+    dataset.require_instances("to measure with")
     usable = [index for index in range(len(dataset)) if dataset.instances(index)]
     images, targets = [], []
     for place in range(count):
