@@ -211,6 +211,10 @@ class Record:
         try:
             made = cls(**values)
             sections.check(values)
+            for name in ("suite", "row", "seed"):
+                if made.config.get(name, values[name]) != values[name]:
+                    said = f"{name} is {values[name]!r}, and {made.config[name]!r} in its config"
+                    raise ValueError(said)
             return made
         except ValueError as error:
             raise InputError(f"{source} is not a record: {error}") from error

@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from datetime import datetime
 from functools import cache
 from reprlib import repr as shortened
-from typing import Annotated, Any, Required
+from typing import Annotated, Any, Literal, Required
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 Text = str | None
 # What was not finite is null.
-Real = float | None
-Whole = int | None
+Real = Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+Whole = Annotated[int, Field(ge=0)] | None
+Percent = Annotated[float, Field(ge=0, le=100)] | None
 Reals = dict[str, Real]
 _SIZE = list[int] | None
 
@@ -86,7 +87,7 @@ class _Published(TypedDict, total=False):
 
 
 class _Flops(TypedDict, total=False):
-    unit: str
+    unit: Literal["multiply-adds"]
     convention: str
     image_size: _SIZE
     proposals: Whole
@@ -99,7 +100,6 @@ class _Flops(TypedDict, total=False):
 
 
 class _Measured(TypedDict, total=False):
-    unit: str
     device: Text
     batch_size: Whole
     image_size: _SIZE
@@ -111,6 +111,7 @@ class _Predicted(TypedDict, total=False):
 
 
 class _Memory(_Measured, total=False):
+    unit: Literal["bytes"]
     kind: str
     inference: Whole
     training: Whole
@@ -126,6 +127,7 @@ class _Times(TypedDict, total=False):
 
 
 class _Latency(_Measured, total=False):
+    unit: Literal["s"]
     threads: Whole
     inference: _Times | None
     training: _Times | None
@@ -146,23 +148,24 @@ class _Training(TypedDict, total=False):
 
 
 class _Interval(TypedDict, total=False):
-    AP: Annotated[list[Real], Field(min_length=2, max_length=2)] | None
+    AP: Annotated[list[Percent], Field(min_length=2, max_length=2)] | None
     level: Real
 
 
 class _Draws(TypedDict, total=False):
     seed: Whole
     resamples: Whole
-    box_AP: list[Real] | None
-    mask_AP: list[Real] | None
+    box_AP: list[Percent] | None
+    mask_AP: list[Percent] | None
 
 
 class _Evaluation(TypedDict, total=False):
     split: Required[str]
     images: Whole
     annotations_sha256: Text
-    box: Required[Reals | None]
-    mask: Reals | None
+    unit: Literal["percent"]
+    box: Required[dict[str, Percent] | None]
+    mask: dict[str, Percent] | None
     box_interval: _Interval | None
     mask_interval: _Interval | None
     bootstrap: _Draws | None

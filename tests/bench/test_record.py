@@ -111,7 +111,7 @@ def test_write_names_files_by_row_and_key(tmp_path: Path) -> None:
 
 
 def test_failures_are_numbered_and_kept(tmp_path: Path) -> None:
-    paths = [store.write(failed(seed=seed), tmp_path) for seed in range(3)]
+    paths = [store.write(failed(seed=n, config={"seed": n}), tmp_path) for n in range(3)]
     assert [path.stem.rpartition("-failed-")[2] for path in paths] == ["1", "2", "3"]
     assert [store.read(path).seed for path in paths] == [0, 1, 2]
     assert store.write(make(), tmp_path).name == store.done_name("srformer/64", make().key)
