@@ -4,6 +4,7 @@ A field's type is its range. `build` makes a configuration of plain values and s
 is wrong with them.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import field, fields, is_dataclass
 from typing import Annotated, Any, TypeVar
@@ -26,6 +27,7 @@ QUANTITIES = ("parameters", *SWEPT)
 # What a profile measures besides when it is asked to.
 ON_DEMAND = ("throughput",)
 DECAYS = ("steps", "cosine")
+DEVICES = ("auto", "cpu", "cuda", "cuda:N")
 DEGENERATE_BOXES = ("error", "drop")
 
 # Strict: neither true nor "1" is the number 1.
@@ -53,6 +55,11 @@ _PLAIN = {
     " after validation": "",
     "a valid dictionary": "a group of values",
 }
+
+
+def _device(value: str) -> str:
+    choose(re.sub(r":\d+$", ":N", value), DEVICES, "value")
+    return value
 
 
 def _one_of(allowed: tuple[str, ...]) -> AfterValidator:
@@ -272,7 +279,7 @@ class RunConfig:
     suite: str = ""
     row: str = ""
     seed: Seed = 0
-    device: str = "auto"
+    device: Annotated[str, AfterValidator(_device)] = "auto"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -46,7 +46,7 @@ def effective(config: TrainConfig, method: str) -> TrainConfig:
 
 
 def schedule_notes(run: RunConfig) -> list[str]:
-    """Return what `effective` scales, and that a training ends within its warm-up; a line each."""
+    """Return what `effective` scales, and what of it has no effect; a line each."""
     config, how, notes = run.train, run.classify, []
     scaled = effective(config, run.model.method)
     if run.model.method == CLASSIFIER and how.epochs is not None:
@@ -63,6 +63,14 @@ def schedule_notes(run: RunConfig) -> list[str]:
             f" the linear rule: rate {config.lr:g} to {scaled.lr:g}, steps {config.steps} to"
             f" {scaled.steps}, warm-up {config.warmup_steps} to {scaled.warmup_steps}, milestones"
             f" {list(config.milestones)} to {list(scaled.milestones)}"
+        )
+    late = [milestone for milestone in scaled.milestones if milestone >= scaled.steps]
+    if scaled.decay == "cosine" and scaled.milestones:
+        notes.append(f"train.milestones={list(scaled.milestones)} change nothing under a cosine")
+    elif late:
+        notes.append(
+            f"training ends before train.milestones={late} (train.steps={scaled.steps}): the rate"
+            " does not fall there"
         )
     if scaled.warmup_steps >= scaled.steps:
         last = learning_rate(scaled.steps - 1, scaled)

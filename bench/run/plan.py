@@ -23,7 +23,7 @@ from bench.measure.predict import NotPredictedError, predict
 from bench.measure.workload import COCO_CLASSES, Workload
 from bench.model import build as models
 from bench.model import classifier, detectors
-from bench.model.optimizer import effective, learning_rate, schedule_notes
+from bench.model.optimizer import build_optimizer, effective, learning_rate, schedule_notes
 from bench.system import devices
 
 UNKNOWN = "-"
@@ -89,7 +89,7 @@ def plan(
         if any(run.config.row == config.row for run in planned):
             continue
         progress(config.row)
-        name = repr((config.data.path, config.data.generated, config.data.train_split))
+        name = repr((config.data, config.evaluate.splits))
         if name not in opened:
             opened[name] = _dataset(config, output, needed=measure_steps > 0)
         dataset, remarks = opened[name]
@@ -374,8 +374,9 @@ def _memory(config: RunConfig, images: int, num_classes: int, device: str) -> fl
     """The predicted peak of a training step on one device, in bytes; None where there is none."""
     size = config.profile.image_size
     detector = models.on_meta(models.build_detector, config, num_classes)
+    # These have the errors that the run would have.
+    build_optimizer(detector, config.train)
     if config.train.init is not None:
-        # It has the errors that the run would have.
         models.fitting(detector, Path(config.train.init))
     return _predicted(detector, config, images, (size[0], size[1]), device)
 

@@ -37,8 +37,6 @@ def check_device(config: RunConfig, world: launch.World | None = None) -> tuple[
     """
     world = world or launch.world()
     name, _, index = config.device.partition(":")
-    if name not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
-        raise InputError(f"device={config.device!r} is not one of auto, cpu, cuda, cuda:N")
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device={config.device!r}: torch {torch.__version__} sees no CUDA device")
     if index and int(index) >= torch.cuda.device_count():

@@ -130,6 +130,15 @@ def test_a_training_that_ends_within_its_warm_up_is_said(steps: int) -> None:
     assert "classify.epochs=5, classify.warmup_epochs=5" in note
 
 
+def test_milestones_without_an_effect_are_said() -> None:
+    config = TrainConfig(steps=100, warmup_steps=0, milestones=[50, 100])
+    (note,) = schedule_notes(RunConfig(train=config))
+    assert "training ends before train.milestones=[100] (train.steps=100)" in note
+    (note,) = schedule_notes(RunConfig(train=dataclasses.replace(config, decay="cosine")))
+    assert note == "train.milestones=[50, 100] change nothing under a cosine"
+    assert schedule_notes(RunConfig(train=dataclasses.replace(config, steps=101))) == []
+
+
 def groups_of(model: nn.Module, config: TrainConfig) -> dict[str, tuple[float, float]]:
     """Weight decay and factor of the rate of every parameter, by name."""
     names = {parameter: name for name, parameter in model.named_parameters()}
