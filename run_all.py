@@ -223,7 +223,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "run_all.py") -> in
                 return _probe(options, _command(given))
             world = processes.world()
             first = world.is_first
-            return _run(options, given, world)
+            code = _run(options, given, world)
+            sys.stdout.flush()
+            return code
     except InputError as error:
         if first:
             print(f"{prog}: error: {error}", file=sys.stderr)
@@ -232,6 +234,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "run_all.py") -> in
         if first:
             print("interrupted; the same command continues", file=sys.stderr)
         return EXIT_CODE
+    except OSError as error:
+        return logs.output_failed(prog, error)
 
 
 def _run(options: argparse.Namespace, given: Sequence[str], world: processes.World) -> int:
@@ -244,7 +248,11 @@ def _run(options: argparse.Namespace, given: Sequence[str], world: processes.Wor
         if code is not None:
             return code
     suite, bases = variants.expanded(
-        _load(options, world), text=options.search, seed=options.seed, seeds=options.seeds
+        _load(options, world),
+        text=options.search,
+        seed=options.seed,
+        seeds=options.seeds,
+        settings=options.overrides,
     )
     output = options.output or Path("results") / suite.name
     if options.dry_run:

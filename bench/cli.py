@@ -23,7 +23,7 @@ from bench.config.schema import METHODS, MODES, POSITIONS, PRECISIONS
 from bench.data import DataError
 from bench.errors import InputError, nearest
 from bench.system.interrupt import EXIT_CODE, ending_at_once, raised_where_it_arrives
-from bench.system.logs import tolerate_encoding
+from bench.system.logs import output_failed, tolerate_encoding
 
 PROG = "python -m bench"
 _HELP = "Profile, check and compare attention mechanisms for high-resolution vision."
@@ -61,13 +61,19 @@ class Parser(argparse.ArgumentParser):
     def parse(self, words: Sequence[str]) -> Namespace:
         """Parse all words; those of a list may stand before, between and after options.
 
-        An empty one, as of a variable of the shell that is not set, would be the working folder.
+        An empty one, as of a variable of the shell that is not set, would be the working folder,
+        and of an option that is given twice the last would count alone.
         """
+        given: dict[str, str] = {}
         for before, word in itertools.pairwise(["argument", *words]):
             name, _, value = word.partition("=") if word.startswith("--") else (before, "", word)
             if not value.strip() and name != word:
                 what = name if name.startswith("--") else "an argument"
                 self.error(f"{what} is empty; give it a value or leave it out")
+            action = self._option_string_actions.get(name)
+            takes_one = action is not None and action.nargs != 0 and name != word
+            if takes_one and given.setdefault(name, value) != value:
+                self.error(f"{name} is given twice, as {given[name]!r} and {value!r}")
         found, unknown = self.parse_known_intermixed_args(words)
         if unknown:
             known = nearest(
@@ -119,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser_of(prog, command).parse(words)
         with raised_where_it_arrives(signal.SIGINT):
             code: int = command.run(options)
+            sys.stdout.flush()
     except InputError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
@@ -128,10 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_CODE
-    except BrokenPipeError:
-        # Whoever reads the output has seen enough. Python would complain once more when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except OSError as error:
+        return output_failed(prog, error)
     return code
 
 

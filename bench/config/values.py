@@ -59,6 +59,11 @@ def assigned(words: Iterable[str]) -> dict[str, Any]:
         if not re.fullmatch(r"\w+(\.\w+)*=.*", word, flags=re.DOTALL):
             raise InputError(f"{word!r} is not of the form key=value, for example train.steps=100")
         path, _, text = word.partition("=")
+        if not text.strip():
+            # As of a variable of the shell that is not set.
+            raise InputError(f"{word!r} has no value; null stands for none")
+        if re.search(r"(?:^|\s)#", re.sub(r"'[^']*'|\"[^\"]*\"", "", text)):
+            raise InputError(f"cannot read {word!r}: # begins a comment; quote the value in YAML")
         value = read(text, word)
         for name in reversed(path.split(".")):
             value = {name: value}

@@ -5,7 +5,7 @@ best. The seed is not searched for: rows keep their names, and `report/seeds.py`
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,12 @@ def expand(suite: Suite, search: Search) -> Suite:
 
 
 def expanded(
-    plain: Suite, *, text: str | None, seed: int | None, seeds: int | None
+    plain: Suite,
+    *,
+    text: str | None,
+    seed: int | None,
+    seeds: int | None,
+    settings: Sequence[str] = (),
 ) -> tuple[Suite, dict[str, str]]:
     """Return the suite with the values of a search and several seeds, and the row each row is of.
 
@@ -101,11 +106,15 @@ def expanded(
         text: what --search says, as `parse` takes it.
         seed: what --seed says.
         seeds: how many are run, the suite's own and those after it.
+        settings: overrides on the command line, `key=value`.
 
     Raises:
-        InputError: where --search names seeds and one of the others does too.
+        InputError: where --search names what one of the others does too.
     """
     searched = parse(text) if text else None
+    for setting in settings:
+        if searched is not None and f"{searched.path}.".startswith(f"{setting.split('=')[0]}."):
+            raise InputError(f"--search {text} and {setting} set the same; leave one of them out")
     for option, given in (("seed", seed), ("seeds", seeds)):
         if searched is not None and searched.path == SEED and given is not None:
             raise InputError(

@@ -3,9 +3,11 @@
 Both are in `output/logs`, one of each a run: `{row}-{key}.jsonl` and `{row}-{key}.log`.
 """
 
+import errno
 import io
 import json
 import logging
+import os
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +32,23 @@ def tolerate_encoding() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def output_failed(prog: str, error: OSError) -> int:
+    """Say that standard output cannot be written, and return the exit code.
+
+    Raises:
+        OSError: an error of anything else.
+    """
+    if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+        raise error
+    # Python would complain once more when it flushes.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if error.errno == errno.EPIPE:
+        # Whoever reads the output has seen enough.
+        return 141
+    print(f"{prog}: failed: cannot write the output: {error.strerror}", file=sys.stderr)
+    return 1
 
 
 class StepLog:

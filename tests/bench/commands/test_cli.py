@@ -158,11 +158,11 @@ WRONG = {
     "profile train.stpes=3": "'train.stpes' (did you mean 'train.steps'?)",
     "profile --what speed": "allowed: parameters, flops, memory, latency",
     "profile --mode trainig": "unknown value 'trainig' (did you mean 'training'?)",
-    "profile --device tpu": "device='tpu' is not one of auto, cpu, cuda",
+    "profile --device tpu": "unknown value 'tpu' (did you mean 'cpu'?); allowed: auto, cpu",
     "profile --format xml": "allowed: table, json, csv, markdown",
     "sweep --scope backbon": "did you mean 'backbone'?",
     "sweep --precision fp8": "--precision: unknown value 'fp8'",
-    "sweep --device tpu": "device='tpu' is not one of auto, cpu, cuda",
+    "sweep --device tpu": "unknown value 'tpu' (did you mean 'cpu'?); allowed: auto, cpu",
     "sweep --batch-sizes 1,x": "--batch-sizes: 'x' is not a whole number of 1 or more",
     "sweep --what parameters": "allowed: flops, memory, latency",
     "audit --grid 4x4 --published": "--published: not allowed with argument --grid",
@@ -240,3 +240,18 @@ def test_a_notebooks_backend_of_plots_does_no_harm():
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("words", [["-m", "bench", "recommend"], ["run_all.py", "--dry-run"]])
+def test_an_output_that_cannot_be_written_is_one_line(words, tmp_path):
+    folder = ROOT / "results" / "measured" / "cpu-2-cores" / "quick"
+    more = [str(folder)] if "bench" in words else ["--rows", "pooling", "--output", str(tmp_path)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, *words, *more],
+            cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.endswith("cannot write the output: No space left on device\n")
+    assert "Traceback" not in done.stderr
