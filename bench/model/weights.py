@@ -49,7 +49,8 @@ def load_file(path: Path) -> dict[str, Tensor]:
 
     Raises:
         InputError: naming the file, where it cannot be read, is no such file, holds anything but
-            plain values and tensors, or has no state dict.
+            plain values and tensors, or has no state dict, or several of the same names, such as
+            an average of the weights beside them.
     """
     content = _load(path)
     state = content
@@ -63,7 +64,26 @@ def load_file(path: Path) -> dict[str, Tensor]:
             f"{path}: no state dict in it, tensors by name, alone or under {', '.join(_WRAPPERS)}:"
             f" no tensors are {some(others)}"
         )
+    alike = [
+        str(key)
+        for key, value in content.items()
+        if isinstance(value, Mapping) and _plain_names(value) == _plain_names(state)
+    ]
+    if len(alike) > 1:
+        raise InputError(
+            f"{path}: several state dicts of the same names, {', '.join(alike)}; save the one that"
+            " is meant alone"
+        )
+    for name, tensor in state.items():
+        known = tensor.is_floating_point() or tensor.dtype == torch.long
+        if tensor.is_meta or tensor.layout != torch.strided or not known:
+            what = "no values" if tensor.is_meta else f"{tensor.layout} {tensor.dtype}"
+            raise InputError(f"{path}: {name} has {what}; dense numbers that are real are needed")
     return {str(name): tensor for name, tensor in state.items()}
+
+
+def _plain_names(state: Mapping[object, object]) -> set[str]:
+    return {str(name).removeprefix(_PARALLEL_PREFIX) for name in state}
 
 
 def load_origin(path: Path) -> str | None:

@@ -267,6 +267,12 @@ def without(*names):
         (without("backbone.fpn", "rpn", "roi_heads"), "they are of a backbone alone"),
         (lambda _: {"something": torch.zeros(1)}, "they are of no detector"),
         (lambda _: {"model": {}}, "no state dict in it"),
+        (
+            lambda own: {"model": own, "model_ema": {f"module.{name}": own[name] for name in own}},
+            "several state dicts of the same names, model, model_ema",
+        ),
+        (lambda own: {name: own[name].to("meta") for name in own}, "has no values; dense"),
+        (lambda own: {name: own[name].to(torch.int8) for name in own}, "has torch.strided torch"),
     ],
 )
 def test_weights_that_do_not_fit_are_one_line(refusal, saved, data, wrap, message):
@@ -300,7 +306,9 @@ def test_weights_that_do_not_fit_change_nothing():
     ],
 )
 def test_wrong_input_is_one_line(refusal, saved, data, arguments, message):
-    err = refusal(cli.main, "eval", "--weights", saved(), "--data", data, *arguments)
+    usual = {"--weights": saved(), "--data": data}
+    usual = [word for name in usual.keys() - {*arguments} for word in (name, usual[name])]
+    err = refusal(cli.main, "eval", *usual, *arguments)
     assert message in err
     assert err.startswith("python -m bench eval: error: ")
 
