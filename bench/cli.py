@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
         """Parse all words; those of a list may stand before, between and after options.
 
         An empty one, as of a variable of the shell that is not set, would be the working folder,
-        and of an option that is given twice the last would count alone.
+        and of a list that is given twice the last would count alone.
         """
         given: dict[str, str] = {}
         for before, word in itertools.pairwise(["argument", *words]):
@@ -71,9 +71,12 @@ class Parser(argparse.ArgumentParser):
                 what = name if name.startswith("--") else "an argument"
                 self.error(f"{what} is empty; give it a value or leave it out")
             action = self._option_string_actions.get(name)
-            takes_one = action is not None and action.nargs != 0 and name != word
-            if takes_one and given.setdefault(name, value) != value:
-                self.error(f"{name} is given twice, as {given[name]!r} and {value!r}")
+            # Names in braces are what one value may be.
+            takes_list = action is not None and re.match("[^{]*,", str(action.metavar))
+            if takes_list and name != word and given.setdefault(name, value) != value:
+                self.error(
+                    f"{name} is given twice, as {given[name]!r} and {value!r}; it takes a list"
+                )
         found, unknown = self.parse_known_intermixed_args(words)
         if unknown:
             known = nearest(

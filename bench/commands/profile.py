@@ -106,9 +106,14 @@ def _configs(options: argparse.Namespace) -> tuple[Any, ...]:
     from bench.config.suites import Suite, profile_configs
 
     configs = profile_configs(options.attention, image_size=options.image_size, **_given(options))
-    if options.search is None:
-        return configs
-    return variants.expand(Suite("profile", configs), variants.parse(options.search)).runs
+    suite, _ = variants.expanded(
+        Suite("profile", tuple(configs)),
+        text=options.search,
+        seed=None,
+        seeds=None,
+        settings=options.overrides,
+    )
+    return suite.runs
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
