@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from bench.data import images, layout
 from bench.data.annotations import Entry, outline
 from bench.data.coco import CocoDataset
+from bench.data.copies import COPIED, Look, Seen, look, place_of
 from bench.data.findings import Finding, Tally, finding, quoted
 from bench.data.images import DEEP_MODES, DEEPEST, Picture
 from bench.data.loader import clear_worker_errors, prepare_worker
@@ -129,7 +130,7 @@ def check(
     if missing:
         raise InputError(f"no split {missing[0]!r} in {root}; splits there: {', '.join(there)}")
     reports: list[SplitReport] = []
-    seen = _Seen()
+    seen = Seen()
     for split in dict.fromkeys(chosen or there):
         found: list[Finding] = []
         try:
@@ -171,7 +172,8 @@ def check(
 def remarks(datasets: Iterable[CocoDataset]) -> list[str]:
     """What is left out of data sets or taken otherwise, a line for each kind and split.
 
-    Of a large split some images are looked at, evenly spread; its annotations are read whole.
+    Of a large split some images are looked at, evenly spread; its annotations are read whole, and
+    its files are compared with those of the splits before.
 
     Args:
         datasets: the splits of a run, the most important one first.
@@ -180,7 +182,9 @@ def remarks(datasets: Iterable[CocoDataset]) -> list[str]:
         InputError: for an image or a mask that cannot be read; naming it.
     """
     lines: list[str] = []
-    seen = _Seen()
+    seen = Seen()
+    datasets = list(datasets)
+    sampled = any(len(dataset) > _LOOKED_AT_WHOLE for dataset in datasets)
     for dataset in datasets:
         tally = Tally.of(dataset.tally)
         most = len(dataset) if len(dataset) <= _LOOKED_AT_WHOLE else _LOOKED_AT
@@ -192,6 +196,8 @@ def remarks(datasets: Iterable[CocoDataset]) -> list[str]:
             error = next((f for f in one.found if f.is_error), None)
             if error is not None:
                 raise InputError(f"{dataset.annotation_file}: {error.text}")
+        if sampled:
+            found += seen.files(dataset, {f.image for f in found if f.kind == COPIED})
         for each in [*found, *_of_the_whole(dataset, found, outlined)]:
             tally.add(each)
         part = "" if most == len(dataset) else f" (pixels of {most} of {len(dataset)} images)"
@@ -200,30 +206,12 @@ def remarks(datasets: Iterable[CocoDataset]) -> list[str]:
 
 
 class _Inspection(NamedTuple):
-    """Of an image what is found, a digest of its pixels, and `_outlined`."""
+    """Of an image what is found, a digest and a look of its pixels, and `_outlined`."""
 
     found: list[Finding]
     digest: str
+    look: Look | None
     outlined: NDArray[np.float64]
-
-
-class _Seen:
-    """Where each image was first seen, by its digest: the splits of a data set share one."""
-
-    def __init__(self) -> None:
-        self._first: dict[str, tuple[str, str]] = {}
-
-    def again(self, dataset: CocoDataset, entry: Entry, digest: str) -> Iterator[Finding]:
-        """Whether the image came before, in this split or another, under another name."""
-        place = (dataset.split, str(dataset.path(entry)))
-        before = self._first.setdefault(digest, place)
-        if before != place:
-            within = before[0] == place[0]
-            yield finding(
-                "image twice in a split" if within else "image in two splits",
-                other=f"{Path(before[1]).name} of {before[0]}",
-                **_own(entry),
-            )
 
 
 class _Inspections(Dataset[_Inspection]):
@@ -238,17 +226,17 @@ class _Inspections(Dataset[_Inspection]):
     def __getitem__(self, index: int) -> _Inspection:
         entry, annotations = self.dataset.entry(index)
         found: list[Finding] = []
-        digest = ""
+        digest, seen = "", None
         if self.decode and entry["id"] not in self.absent:
-            digest = _inspect_file(self.dataset, entry, found)
+            digest, seen = _inspect_file(self.dataset, entry, found)
         for annotation in annotations:
             found += _inspect_mask(annotation, entry)
-        return _Inspection(found, digest, _outlined(annotations, entry))
+        return _Inspection(found, digest, seen, _outlined(annotations, entry))
 
 
 def _inspect(
     dataset: CocoDataset,
-    seen: _Seen,
+    seen: Seen,
     absent: set[int | None],
     *,
     decode: bool = True,
@@ -268,21 +256,22 @@ def _inspect(
     console = Console(stderr=True, quiet=most is not None)
     with Bar(f"checking {dataset.split}", count, console=console) as bar, clear_worker_errors():
         places = iter(chosen)
+        looks: list[tuple[Entry, Look | None]] = []
         for batch in loader:
             for one in batch:
                 entry, _ = dataset.entry(next(places))
-                again = seen.again(dataset, entry, one.digest) if one.digest else ()
-                yield one._replace(found=[*one.found, *again])
+                copies = list(seen.again(dataset, entry, one.digest)) if one.digest else []
+                looks += [] if copies else [(entry, one.look)]
+                yield one._replace(found=[*one.found, *copies])
             bar.advance(len(batch))
+        yield _Inspection(list(seen.alike(dataset, looks)), "", None, np.empty((0, 5)))
 
 
-def _own(entry: Entry) -> dict[str, Any]:
-    return {"image": entry["id"], "name": str(entry["file_name"])}
-
-
-def _inspect_file(dataset: CocoDataset, entry: Entry, found: list[Finding]) -> str:
-    """Add what is found in an image's file; return a digest of its pixels, or nothing."""
-    path, own = dataset.path(entry), _own(entry)
+def _inspect_file(
+    dataset: CocoDataset, entry: Entry, found: list[Finding]
+) -> tuple[str, Look | None]:
+    """Add what is found in an image's file; return digest and look of its pixels, or nothing."""
+    path, own = dataset.path(entry), place_of(entry)
     expected = (entry["height"], entry["width"])
     try:
         raw = path.read_bytes()
@@ -291,17 +280,18 @@ def _inspect_file(dataset: CocoDataset, entry: Entry, found: list[Finding]) -> s
             picture = images.read(path, raw, white=dataset.deep_white, expected=expected)
     except OSError as error:
         found.append(finding("image unreadable", why=f"{path}: {error.strerror}", **own))
-        return ""
+        return "", None
     except InputError as error:
         found.append(finding("image unreadable", why=error, **own))
-        return ""
+        return "", None
     if picture.size != expected:
         size: dict[str, Any] = {"rows": picture.size[0], "columns": picture.size[1]}
         stated = {"height": expected[0], "width": expected[1], "hint": picture.hint(expected)}
         found.append(finding("image of another size", **size, **stated, **own))
     found += (finding(kind, **values, **own) for kind, values in _oddities(picture))
     found += (finding("image with a warning", why=each.message, **own) for each in caught)
-    return hashlib.blake2b(picture.pixels.numpy().tobytes(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(picture.pixels.numpy().tobytes(), digest_size=16)
+    return digest.hexdigest(), look(picture.pixels)
 
 
 def _oddities(picture: Picture) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -119,6 +119,10 @@ KINDS: Mapping[str, Kind] = {
     "image in two splits": Kind(
         "has the pixels of {other}", "trained on and evaluated with, if you choose both splits"
     ),
+    "image alike in two splits": Kind(
+        "looks like {other}{how}: is it a copy, encoded or resized anew?",
+        "trained on and evaluated with, if you choose both splits",
+    ),
     "image twice in a split": Kind("has the pixels of {other}", "used twice"),
     "image file of another path": Kind("is found as {path}", "read from there"),
     "number written as text or fraction": Kind("has {key!r} {value}", "taken as a whole number"),

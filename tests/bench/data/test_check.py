@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from bench import cli
 from bench.data.check import SplitReport, check, remarks
@@ -677,6 +677,52 @@ def test_remarks_are_of_every_split_the_first_first(tmp_path: Path) -> None:
     truncate(folder / "4.png")
     with pytest.raises(InputError, match=r"instances_train2017\.json: image 4 \(4\.png\) cannot"):
         remarks(sets)
+
+
+def scene(number: int, height: int = HEIGHT, width: int = WIDTH) -> Image.Image:
+    """A smooth picture, as photographs are."""
+    rng = np.random.default_rng(number)
+    few = Image.fromarray(rng.integers(0, 256, (4, 6, 3), dtype=np.uint8))
+    return few.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def test_what_encoding_resizing_and_mirroring_leave_of_an_image_is_found(tmp_path: Path) -> None:
+    folder = write(tmp_path, content())
+    data = content()
+    data["images"][2] |= {"height": 2 * HEIGHT, "width": 2 * WIDTH}
+    data["images"][0]["file_name"] = "1.jpg"
+    other = write(tmp_path, data, split="val2017", first=50)
+    for number in range(1, 5):
+        scene(number).save(folder / f"{number}.png")
+    scene(1).save(other / "1.jpg", quality=75)
+    ImageOps.mirror(scene(2)).save(other / "2.png")
+    scene(3, 2 * HEIGHT, 2 * WIDTH).save(other / "3.png")
+    # Of one colour, as any night.
+    Image.new("RGB", (WIDTH, HEIGHT), (5, 5, 5)).save(other / "4.png")
+    Image.new("RGB", (WIDTH, HEIGHT), (6, 5, 5)).save(folder / "4.png")
+    _, report = check(tmp_path)
+    said = [f.text for f in report.odd if f.kind == "image alike in two splits"]
+    assert [text.split(":")[0] for text in said] == [
+        "image 1 (1.jpg) looks like 1.png of train2017",
+        "image 2 (2.png) looks like 2.png of train2017, mirrored",
+        "image 3 (3.png) looks like 3.png of train2017",
+    ]
+    sets = [CocoDataset(tmp_path, split) for split in ("val2017", "train2017")]
+    assert any("3 of: image alike in two splits (images 1, 2, 3)" in line for line in remarks(sets))
+
+
+def test_files_in_both_of_large_splits_are_found_beyond_the_images_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.data.check._LOOKED_AT_WHOLE", 2)
+    monkeypatch.setattr("bench.data.check._LOOKED_AT", 1)
+    folder = write(tmp_path, content(6))
+    other = write(tmp_path, content(6), split="val2017", first=50)
+    for number in (1, 3, 6):
+        (other / f"{number}.png").write_bytes((folder / f"{number}.png").read_bytes())
+    sets = [CocoDataset(tmp_path, split) for split in ("val2017", "train2017")]
+    (line,) = [line for line in remarks(sets) if "in two splits" in line]
+    assert "(pixels of 1 of 6 images): 3 of: image in two splits (images 1, 3, 6)" in line
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
