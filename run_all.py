@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "run_all.py") -> in
             print("interrupted; the same command continues", file=sys.stderr)
         return EXIT_CODE
     except OSError as error:
-        return logs.output_failed(prog, error)
+        return logs.refused(prog, error)
 
 
 def _run(options: argparse.Namespace, given: Sequence[str], world: processes.World) -> int:

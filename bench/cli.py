@@ -23,7 +23,7 @@ from bench.config.schema import METHODS, MODES, POSITIONS, PRECISIONS
 from bench.data import DataError
 from bench.errors import InputError, nearest
 from bench.system.interrupt import EXIT_CODE, ending_at_once, raised_where_it_arrives
-from bench.system.logs import output_failed, tolerate_encoding
+from bench.system.logs import refused, tolerate_encoding
 
 PROG = "python -m bench"
 _HELP = "Profile, check and compare attention mechanisms for high-resolution vision."
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return EXIT_CODE
     except OSError as error:
-        return output_failed(prog, error)
+        return refused(prog, error)
     return code
 
 

@@ -107,6 +107,10 @@ def read(
             inverted = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO
             rgb, top = _to_rgb(upright, white, inverted=inverted)
             turned = orientation > 4
+            if image.format == "PNG":
+                # Of damaged parts it decodes what it can, and passes over their checksums.
+                file.seek(0)
+                Image.open(file).verify()
             return Picture(
                 pixels=pil_to_tensor(rgb),
                 mode=image.mode,

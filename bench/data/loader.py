@@ -329,7 +329,14 @@ def load(
         pin_memory=torch.cuda.is_available(),
     )
     with clear_worker_errors():
-        for batch in loader:
+        try:
+            read = iter(loader)
+        except OSError as error:
+            raise DataWorkerError(
+                f"cannot start the processes that read data: {error.strerror}; they share memory"
+                " in /dev/shm, and data.workers=0 needs none"
+            ) from error
+        for batch in read:
             if isinstance(batch, InputError):
                 raise batch
             images, targets, seconds = batch

@@ -34,12 +34,15 @@ def tolerate_encoding() -> None:
             stream.reconfigure(errors="replace")
 
 
-def output_failed(prog: str, error: OSError) -> int:
-    """Say that standard output cannot be written, and return the exit code.
+def refused(prog: str, error: OSError) -> int:
+    """Say that a file may not be read or output cannot be written, and return the exit code.
 
     Raises:
         OSError: an error of anything else.
     """
+    if isinstance(error, PermissionError) and error.filename is not None:
+        print(f"{prog}: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
         raise error
     # Python would complain once more when it flushes.

@@ -1,3 +1,4 @@
+import errno
 import os
 import subprocess
 import sys
@@ -255,3 +256,13 @@ def test_an_output_that_cannot_be_written_is_one_line(words, tmp_path):
     assert done.returncode == 1, done.stderr
     assert done.stderr.endswith("cannot write the output: No space left on device\n")
     assert "Traceback" not in done.stderr
+
+
+def test_a_file_that_may_not_be_read_is_one_line(monkeypatch, capsys, tmp_path):
+    def locked(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", "/data/annotations")
+
+    monkeypatch.setattr(Path, "is_dir", locked)
+    for main, words in ((cli.main, ["data", "check", "x"]), (run_all.main, ["--init", "x"])):
+        assert main([*words, *(["--output", str(tmp_path)] if main is run_all.main else [])]) == 2
+        assert capsys.readouterr().err.endswith(": error: /data/annotations: Permission denied\n")

@@ -211,9 +211,16 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
 
 
+def damage(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b"IDAT") + 3000] ^= 255
+    path.write_bytes(raw)
+
+
 FILES: list[tuple[Spoil, str, str, bool]] = [
     (Path.unlink, "image missing", "image 2 is missing", True),
     (truncate, "image unreadable", "truncated", True),
+    (damage, "image unreadable", "broken PNG file", True),
     (lambda path: path.write_bytes(b""), "image unreadable", "image 2 ", True),
     (lambda path: path.write_text("no"), "image unreadable", "unknown format", True),
     (saved(Image.new("RGB", (60, 41))), "image of another size", "41x60", True),

@@ -1,5 +1,6 @@
 """Batches: a function of seed and step alone; errors in workers arrive as they are."""
 
+import errno
 import multiprocessing
 import os
 import random
@@ -432,3 +433,18 @@ def test_a_detector_without_masks_decodes_none(
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (2, 9999), (1, 1)])
 def test_an_image_of_an_extreme_aspect_keeps_a_pixel(size: tuple[int, int]) -> None:
     assert min(NetworkSize((800,), 1333).of(*size)) >= 1
+
+
+def test_no_room_in_shared_memory_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write(tmp_path)
+    monkeypatch.setattr(loader.DataLoader, "__iter__", full)
+    batches = loader.training_batches(
+        CocoDataset(tmp_path, "train2017"), batch_size=1, seed=0, steps=1
+    )
+    with pytest.raises(loader.DataWorkerError, match=r"No space left .*/dev/shm, and data.workers"):
+        next(batches)
