@@ -16,19 +16,22 @@ def write_whole(path: Path, content: bytes | str | Callable[[IO[bytes]], object]
 
     Args:
         path: the file; its folder is made where it is missing, a file that is there is replaced.
-        content: text (UTF-8), bytes, or a function that writes to the open file.
+        content: text (UTF-8, with escapes for the bytes of a path that are not), bytes, or a
+            function that writes to the open file.
 
     Raises:
         InputError: where it cannot be written; a file that is there already stays.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             if callable(content):
                 content(file)
             else:
-                file.write(content.encode() if isinstance(content, str) else content)
+                file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

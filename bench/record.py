@@ -316,7 +316,8 @@ def write(record: Record, directory: Path) -> Path:
     with saying(f"cannot write the record of {record.row} to {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("x", encoding="utf-8") as file:
+            # Bytes of a path that are not UTF-8 become escapes of JSON, which read gives back.
+            with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())

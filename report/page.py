@@ -287,8 +287,11 @@ def _fence(text: str) -> str:
 def _replace(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}.tmp")
+    if isinstance(content, str):
+        # Bytes of a path that are not UTF-8 are shown as escapes.
+        content = content.encode(errors="backslashreplace")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(content)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

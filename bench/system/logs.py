@@ -85,7 +85,7 @@ class StepLog:
         kept = [line for line in read_steps(self.path) if line["step"] <= step]
         write_whole(self.path, "".join(map(_line, kept)))
         with saying(f"cannot write {self.path}"):
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Add the line of a step.
@@ -127,7 +127,7 @@ def readable(path: Path) -> Iterator[None]:
     """
     with saying(f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
+        handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     loggers = (run_log, logging.getLogger("bench"))
     for logger in loggers:

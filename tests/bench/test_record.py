@@ -41,6 +41,12 @@ def test_round_trip() -> None:
     assert Record.from_json(record.to_json()) == record
 
 
+def test_paths_that_are_not_utf_8_are_written_and_read(tmp_path: Path) -> None:
+    path = os.fsdecode(b"/data/k\xe4fer")
+    record = failed(config={"data": {"path": path}}, notes=[f"{path}/Größe"])
+    assert store.read(store.write(record, tmp_path)) == record
+
+
 def test_numbers_that_json_does_not_have_become_null() -> None:
     values = [float("nan"), float("inf"), np.float32("nan"), np.float64("-inf"), np.float32(1.5)]
 
