@@ -51,6 +51,12 @@ _FILLS, _FILLING = 0.98, 0.2
 # Categories of characters: blanks, controls, formats, dashes and underscores.
 _BLANK = ("Zs", "Zl", "Zp", "Cc", "Cf", "Pd", "Pc")
 
+# What other benchmarks call what counts neither as an object nor as a miss, by its letters.
+_NO_OBJECTS = {
+    *("background", "dontcare", "ignore", "ignored", "ignoredregion", "ignoredregions"),
+    *("unlabeled", "unlabelled", "void"),
+}
+
 # Kinds by Pillow's modes; RGB is the ordinary one.
 _MODES = {
     "1": "black-and-white image",
@@ -441,6 +447,9 @@ def _of_the_whole(
     for name in (name for name, count in names.items() if count > 1):
         yield finding("class name used twice", name=repr(name), count=names[name])
     first: dict[str, str] = {}
+    for name in names.keys() - {*dataset.unused_classes()}:
+        if _letters(name) in _NO_OBJECTS:
+            yield finding("class of no objects", name=f"class {quoted(name)}")
     for name in names:
         other = first.setdefault(_letters(name), name)
         if other != name:

@@ -188,6 +188,9 @@ KINDS: Mapping[str, Kind] = {
         "has no instance but crowds, or none at all",
         "it keeps its label; its AP is left out of the mean",
     ),
+    "class of no objects": Kind(
+        "has a name that others give to what is no object", "it is a class like any other"
+    ),
     "class name used twice": Kind("is the name of {count} classes", "they stay apart"),
     "class names alike": Kind(
         "differs from {other} in case, blanks, dashes or the form of letters alone",

@@ -507,6 +507,20 @@ def test_fields_that_are_not_read_are_said(tmp_path: Path) -> None:
     assert "its box is upright" in line
 
 
+def test_a_class_of_regions_to_ignore_is_said_where_it_has_an_instance(tmp_path: Path) -> None:
+    data = content()
+    data["categories"] += [
+        {"id": 0, "name": "__background__"},
+        {"id": 1, "name": "Ignored Regions"},
+    ]
+    data["annotations"][2]["category_id"] = 1
+    write(tmp_path, data)
+    assert [(f.kind, f.name) for f in only(tmp_path).odd] == [
+        ("class without an instance", "class '__background__'"),
+        ("class of no objects", "class 'Ignored Regions'"),
+    ]
+
+
 @pytest.mark.parametrize("other", ["Ka\u0308fer", "K\u00e4 fer\u200b", "k\u00c4-fer"])
 def test_names_of_classes_that_look_alike_are_said(tmp_path: Path, other: str) -> None:
     data = content()
