@@ -129,6 +129,10 @@ def run_higher_order(mode: TorchDispatchMode, func: Any, *args: Any, **kwargs: A
     One without a form that is made of operators runs unseen.
     """
     dense = func.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
+    if func is torch.ops.higher_order.cond:
+        # Its own form refuses modes.
+        condition, if_true, if_false, args = args
+        dense = if_true if condition else if_false
     if dense is None:
         return func(*args, **kwargs)
     with mode:

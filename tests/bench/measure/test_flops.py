@@ -376,6 +376,11 @@ def sparse_keys(q, k, v):
     return (v[0].mT @ (q @ k.mT).softmax(-1).mT[0].to_sparse())[None].mT
 
 
+def chosen(q, k, v):
+    operands = q.contiguous(), k.contiguous(), v.contiguous()
+    return torch.cond(q.sum() > 1e9, lambda q, k, v: q + k + v, plain, operands)
+
+
 def sparse_by_indices(q, k, v):
     places = torch.ones(TOKENS, TOKENS, device=q.device).nonzero().T
     weights = torch.sparse_coo_tensor(places, (q @ k.mT).softmax(-1).flatten(), [TOKENS] * 2)
@@ -424,6 +429,7 @@ WRITTEN = {
     "sparse CSR": (sparse_rows, False),
     "sparse on the right": (sparse_keys, False),
     "sparse by indices": (sparse_by_indices, False),
+    "cond": (chosen, False),
     "FlexAttention": (
         lambda q, k, v: flex_attention(q[:, None], k[:, None], v[:, None])[:, 0],
         False,
