@@ -45,7 +45,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from bench.errors import InputError, choose
 from bench.measure.fake import copied
 from bench.measure.formulas import formula_of, is_complex, is_free
-from bench.measure.memory import LiveTensors, is_made_of_others, run_higher_order
+from bench.measure.memory import JUST_MADE, LiveTensors, is_made_of_others, run_higher_order
 from bench.measure.products import Products
 from bench.model.backbone import AttentionPlace, ViL
 from bench.model.detectors import backbone_stages
@@ -74,8 +74,8 @@ _UNREGISTERED = (
     "it computes with a weight of shape {} that is not among its parameters: nothing would train,"
     " count or keep it; make it in __init__, as an nn.Parameter or within nn.ModuleList"
 )
-_LEAVE = (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.tolist, Tensor.data_ptr)
 _FROM_VALUES = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
+_LEAVE = (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.tolist, Tensor.data_ptr)
 # What a mechanism may take that has to run for real, in bytes and multiply-adds.
 LARGEST_REAL_BYTES, LARGEST_REAL_COUNT = 4 * 10**9, 10**12
 
@@ -523,7 +523,8 @@ class _Counter(TorchDispatchMode):
                 return result
             self.uncounted[str(operator)] += 1
         self._check_limits(func, args, kwargs)
-        self.find_unseen([args, kwargs])
+        if func not in JUST_MADE:
+            self.find_unseen([args, kwargs])
         if self.knows_inputs:
             leaves = tree_leaves([args, kwargs])
             self.check_weights(one for one in leaves if isinstance(one, nn.Parameter))

@@ -26,7 +26,7 @@ ALLOCATOR = "allocator"
 LIVE_TENSORS = "live tensor bytes"
 
 # Their argument is a tensor made just then outside of the dispatcher, as by `torch.tensor`.
-_JUST_MADE = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)
+JUST_MADE = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ class LiveTensors(TorchDispatchMode):
             return NotImplemented
         if isinstance(func, torch._ops.HigherOrderOperator):
             return run_higher_order(self, func, *args, **kwargs)
-        if func not in _JUST_MADE:
+        if func not in JUST_MADE:
             for value in tree_leaves((args, kwargs)):
                 for part in _dense(value):
                     if self._key(part) not in self._alive:

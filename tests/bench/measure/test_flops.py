@@ -816,6 +816,16 @@ def test_what_is_kept_or_made_of_values_is_seen():
         assert flops.count_call(module, (x, GRID), training=training).uncounted == {}
 
 
+@pytest.mark.parametrize("make", [torch.tensor, torch.as_tensor, torch.asarray])
+@pytest.mark.parametrize("of", [lambda _: 1.0, lambda v: v.max().item()])
+def test_values_of_python_are_seen(make, of):
+    module, values = Attention(), [[1.0] * 8] * TOKENS
+    module.product = lambda q, k, v: (
+        plain(q, k, v) + make(values, device=q.device) * of(v) + q.new_tensor(values)
+    )
+    assert flops.count_flops(module, grid=GRID).uncounted == {}
+
+
 @pytest.mark.parametrize("name", attentions.names())
 def test_training_of_mechanisms_is_counted_in_full(name):
     module = attentions.build_for(name, grid=(10, 12), dim=32, num_heads=2, num_global=1)
