@@ -36,14 +36,14 @@ def test_run_is_a_function_and_a_package(tmp_path):
     code = f"""
 import pathlib, bench
 try:
-    bench.run(bench.RunConfig(row="r", device="tpu"), output=pathlib.Path({str(tmp_path)!r}))
+    bench.run(bench.RunConfig(row="r", data={{"path": "missing"}}), output=pathlib.Path({str(tmp_path)!r}))
 except ValueError as error:
     print(error)
 import bench.run.runner as again
 from bench import run
 assert run is bench.run and again.run.__module__ == "bench.run.runner"
 """
-    assert "device='tpu'" in python("-c", code)
+    assert "missing" in python("-c", code)
     (path,) = (tmp_path / "records").iterdir()
     assert path.name.startswith("r-")
 
