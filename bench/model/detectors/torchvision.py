@@ -144,6 +144,9 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
         )
         chosen = self.map_levels(boxes)
         pooled = levels[0].new_zeros(len(rois), levels[0].shape[1], *self.output_size)
+        if pooled.device.type == "cpu":
+            # As sums of cells come, and convolutions of the mask head are faster on a CPU.
+            pooled = pooled.to(memory_format=torch.channels_last)
         for number, (level, scale) in enumerate(zip(levels, self.scales or (), strict=True)):
             (places,) = torch.where(chosen == number)
             of_level = roi_align(level, rois[places], self.output_size[0], scale)
