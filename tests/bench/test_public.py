@@ -35,8 +35,9 @@ def test_a_backbone_a_detector_and_its_cost():
 def test_run_is_a_function_and_a_package(tmp_path):
     code = f"""
 import pathlib, bench
+config = bench.RunConfig(row="r", data={{"path": "missing"}})
 try:
-    bench.run(bench.RunConfig(row="r", data={{"path": "missing"}}), output=pathlib.Path({str(tmp_path)!r}))
+    bench.run(config, output=pathlib.Path({str(tmp_path)!r}))
 except ValueError as error:
     print(error)
 import bench.run.runner as again
