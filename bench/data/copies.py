@@ -83,9 +83,7 @@ class Seen:
                 apart = np.abs(before[near] - turned).max(axis=(1, 2), initial=0)
                 if len(near) and apart.min() <= _APART:
                     other = self._places[near[apart.argmin()]]
-                    yield finding(
-                        "image alike in two splits", other=other, how=how, **place_of(entry)
-                    )
+                    yield finding(ALIKE, other=other, how=how, **place_of(entry))
                     break
         self._looks += [seen for _, seen in known]
         self._places += [f"{dataset.path(entry).name} of {dataset.split}" for entry, _ in known]
