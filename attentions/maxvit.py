@@ -52,13 +52,14 @@ class MultiAxisAttention(WindowedAttention):
         window: int = 7,
         partition: str | None = None,
         block_index: int = 0,
+        position: str = "absolute",
         **common: Any,
     ) -> None:
         if window < 1:
             raise ValueError(f"window {window} is not positive")
         if partition not in (None, *PARTITIONS):
             raise ValueError(f"unknown partition {partition!r}; allowed: {', '.join(PARTITIONS)}")
-        super().__init__(**common)
+        super().__init__(position=position, **common)
         self.add_positions(window)
         self.window = window
         self.partition = partition or PARTITIONS[block_index % 2]

@@ -49,14 +49,20 @@ class NeighborhoodAttention(WindowedAttention):
     )
 
     def __init__(
-        self, *, kernel: int = 7, dilation: int = 1, stride: int = 1, **common: Any
+        self,
+        *,
+        kernel: int = 7,
+        dilation: int = 1,
+        stride: int = 1,
+        position: str = "absolute",
+        **common: Any,
     ) -> None:
         for what, value in (("kernel", kernel), ("dilation", dilation)):
             if value < 1:
                 raise ValueError(f"{what} {value} is not positive")
         if not 1 <= stride <= kernel:
             raise ValueError(f"stride {stride} is outside [1, {kernel}], the kernel")
-        super().__init__(**common)
+        super().__init__(position=position, **common)
         self.add_positions(kernel)
         self.kernel, self.dilation, self.stride = kernel, dilation, stride
 

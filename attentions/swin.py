@@ -57,13 +57,14 @@ class ShiftedWindowAttention(WindowedAttention):
         window: int = 7,
         shift: int | None = None,
         block_index: int = 0,
+        position: str = "absolute",
         **common: Any,
     ) -> None:
         if window < 1:
             raise ValueError(f"window {window} is not positive")
         if shift is not None and not 0 <= shift < window:
             raise ValueError(f"shift {shift} is outside [0, {window}), the window")
-        super().__init__(**common)
+        super().__init__(position=position, **common)
         self.add_positions(window)
         self.window = window
         self.shift = window // 2 * (block_index % 2) if shift is None else shift

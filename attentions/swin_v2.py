@@ -37,12 +37,9 @@ class CosineWindowAttention(ShiftedWindowAttention):
     Along a side of the grid that one window covers nothing is shifted.
 
     Args:
-        window: side of a window.
-        shift: rows and columns by which the windows are moved; None alternates between 0 in even
-            blocks of a stage and half a window in odd ones.
-        block_index: the block of its stage, from 0.
         position: "absolute" or "relative", which change nothing here: the network's bias is a part
             of the mechanism, with positions in x and without.
+        options: `window`, `shift` and `block_index` of Swin.
 
     Raises:
         ValueError: for a shift outside the window.

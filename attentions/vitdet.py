@@ -59,12 +59,13 @@ class PlainBackboneAttention(WindowedAttention):
         full: bool | None = None,
         block_index: int = 0,
         grid: Grid | None = None,
+        position: str = "absolute",
         **common: Any,
     ) -> None:
         for what, value in (("window", window), ("every", every)):
             if value < 1:
                 raise ValueError(f"{what} {value} is not positive")
-        super().__init__(**common)
+        super().__init__(position=position, **common)
         self.window = window
         self.full = block_index % every == every - 1 if full is None else full
         if self.position == "absolute":

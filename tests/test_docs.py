@@ -64,3 +64,8 @@ def test_the_pages_build(tmp_path: Path) -> None:
     linked = re.findall(r'href="\.\./\.\./(records/[^"]+\.json)"', page)
     assert linked
     assert all((tmp_path / one).is_file() for one in linked)
+    # What a signature lacks counts as required; linformer alone has such an option, its length.
+    pages = {
+        path.parent.name: path.read_text("utf-8") for path in tmp_path.glob("mechanisms/*/*.html")
+    }
+    assert [name for name, text in pages.items() if "<em>required</em>" in text] == ["linformer"]
