@@ -23,8 +23,15 @@ from torch.autograd.function import once_differentiable
 
 from attentions.contract import Attention, Grid
 from attentions.depthwise import add_convolution_, convolve_backward, image_of, plain_local
-from attentions.parts import dropout_factors, full_precision, merge_heads, split_heads
-from attentions.pieces import apply, budget, piece, qkv_heads
+from attentions.parts import (
+    apply,
+    dropout_factors,
+    full_precision,
+    merge_heads,
+    qkv_heads,
+    split_heads,
+)
+from attentions.pieces import budget, piece
 from attentions.registry import register
 
 # Side of the image of biases that each agent has.

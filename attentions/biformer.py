@@ -28,13 +28,15 @@ from attentions.contract import Attention, Grid
 from attentions.depthwise import add_convolution_, convolve_backward, plain_local
 from attentions.parts import (
     LARGEST_BATCH,
+    apply,
     dropout_factors,
     full_precision,
     grid_positions,
     merge_heads,
+    qkv_heads,
     split_heads,
 )
-from attentions.pieces import apply, budget, qkv_heads
+from attentions.pieces import budget
 from attentions.registry import register
 from attentions.windows import aligned
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from attentions.contract import Grid
-from attentions.parts import full_precision, merge_heads, spans
-from attentions.pieces import apply, budget, lowered
+from attentions.parts import apply, full_precision, lowered, merge_heads, spans
+from attentions.pieces import budget
 
 
 def convolve(x: Tensor, convolution: nn.Conv2d, grid: Grid) -> Tensor:

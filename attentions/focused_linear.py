@@ -28,8 +28,8 @@ from torch.autograd.function import once_differentiable
 
 from attentions.contract import Attention, Grid
 from attentions.depthwise import add_convolution_, convolve_backward
-from attentions.parts import full_precision, merge_heads, split_heads
-from attentions.pieces import apply, piece, pieces, qkv_heads
+from attentions.parts import apply, full_precision, merge_heads, qkv_heads, split_heads
+from attentions.pieces import piece, pieces
 from attentions.registry import register
 
 threshold_backward = torch.ops.aten.threshold_backward

@@ -13,8 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from attentions.contract import Grid
 from attentions.longformer import GlobalTokens
-from attentions.parts import merge_heads, split_heads
-from attentions.pieces import apply, lowered
+from attentions.parts import apply, lowered, merge_heads, split_heads
 from attentions.registry import register
 
 

@@ -24,8 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from attentions.contract import Attention, Grid
 from attentions.depthwise import convolution_of, convolve_backward
-from attentions.parts import full_precision, merge_heads, spans, split_heads
-from attentions.pieces import apply, budget, pieces
+from attentions.parts import apply, full_precision, merge_heads, spans, split_heads
+from attentions.pieces import budget, pieces
 from attentions.registry import register
 
 # Added to the sum of weights, as the authors do: it is 0 for a query without a positive channel.

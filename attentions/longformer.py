@@ -24,15 +24,16 @@ from attentions.full import POSITIONS
 from attentions.local import Plan, Square, attend_locally
 from attentions.parts import (
     add_relative_positions,
+    apply,
     gather_bias,
     global_bias,
     grid_positions,
+    lowered,
     merge_heads,
     relative_index,
     split_heads,
     with_global_keys,
 )
-from attentions.pieces import apply, lowered
 from attentions.registry import register
 
 PADDINGS = ("zero", "exact", "cyclic")

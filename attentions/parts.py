@@ -1,4 +1,4 @@
-"""Pieces that several mechanisms share: heads, the grid, relative positions, precision."""
+"""What several mechanisms share: heads, the grid, relative positions, precision."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,6 +21,11 @@ LARGEST_BATCH = 65_535
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, N, C) -> (B, H, N, M)."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def qkv_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values as views: (B, N, 3 C) -> three of (B, H, N, M)."""
+    return qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -116,6 +121,15 @@ def full_precision(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def lowered(x: Tensor) -> Tensor:
+    """x in the dtype of autocast's matrix products, so that several layers keep one copy of it."""
+    # The meta device has no autocast.
+    device = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
 def at_once(like: Tensor, limits: Mapping[str, int]) -> int:
     """Bytes to make at once for a call with `like`: `limits` for "cpu" and "other" devices.
 
@@ -186,3 +200,22 @@ def resize_square_table(table: Tensor, rows: int) -> Tensor:
     image = table.T.reshape(1, -1, side, side)
     resized = nn.functional.interpolate(image, (target, target), mode="bilinear")
     return resized.reshape(table.shape[1], rows).T
+
+
+class _NoContext:
+    """Takes what a forward pass keeps for the backward pass, which will not come."""
+
+    def save_for_backward(self, *_: Any) -> None:
+        """Keep nothing."""
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    """`function.apply`, or its forward pass alone where nothing is differentiated.
+
+    A traced graph then holds the operators, which counters of FLOPs look for.
+    """
+    if torch.is_grad_enabled():
+        applied: Tensor = function.apply(*arguments)
+        return applied
+    result: Tensor = function.forward(_NoContext(), *arguments)
+    return result

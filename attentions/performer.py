@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from attentions.contract import Attention, Grid
-from attentions.parts import full_precision, merge_heads, split_heads
-from attentions.pieces import apply, piece, pieces, qkv_heads
+from attentions.parts import apply, full_precision, merge_heads, qkv_heads, split_heads
+from attentions.pieces import piece, pieces
 from attentions.registry import register
 
 KERNEL_EPS = 1e-4

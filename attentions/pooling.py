@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from attentions.contract import Attention, Grid
-from attentions.pieces import apply
+from attentions.parts import apply
 from attentions.registry import register
 
 

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from attentions.contract import Attention, Grid
-from attentions.parts import merge_heads, split_heads
-from attentions.pieces import apply, lowered
+from attentions.parts import apply, lowered, merge_heads, split_heads
 from attentions.registry import register
 from attentions.srformer import ReduceSquares
 

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from attentions.contract import Attention, Grid
 from attentions.depthwise import plain_local
-from attentions.parts import full_precision, merge_heads, split_heads
-from attentions.pieces import apply, lowered
+from attentions.parts import apply, full_precision, lowered, merge_heads, split_heads
 from attentions.registry import register
 from attentions.rotary import BASE, WEIGHT_EPS, RotaryLinearAttention, plain_rotate
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from attentions.contract import Attention, Grid
-from attentions.parts import merge_heads, split_heads
-from attentions.pieces import apply, lowered
+from attentions.parts import apply, lowered, merge_heads, split_heads
 from attentions.registry import register
 
 NORM_EPS = 1e-5

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from attentions.cache import cached
 from attentions.contract import Attention, Grid
 from attentions.depthwise import convolve, plain_local
-from attentions.parts import full_precision, spans
-from attentions.pieces import budget, lowered
+from attentions.parts import full_precision, lowered, spans
+from attentions.pieces import budget
 from attentions.recompute import Gradients, recomputed
 from attentions.registry import register
 

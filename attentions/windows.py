@@ -21,11 +21,12 @@ from attentions.parts import (
     dropout_factors,
     full_precision,
     merge_heads,
+    qkv_heads,
     softmax_,
     softmax_gradient_,
     split_heads,
 )
-from attentions.pieces import budget, qkv_heads
+from attentions.pieces import budget
 from attentions.recompute import Gradients, recomputed
 
 # Keys of a mask are aligned as these kernels want them, which would copy it otherwise.

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from attentions.contract import Attention, Grid
-from attentions.parts import full_precision, merge_heads, split_heads
-from attentions.pieces import apply, piece, pieces, qkv_heads
+from attentions.parts import apply, full_precision, merge_heads, qkv_heads, split_heads
+from attentions.pieces import piece, pieces
 from attentions.registry import register
 
 # The least length, of a channel that is 0 in all tokens.

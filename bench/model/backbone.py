@@ -18,7 +18,7 @@ from torchvision.ops import StochasticDepth
 
 import attentions
 from attentions.contract import Grid, Redrawing
-from bench.config.arch import DENSE, StageSpec, parse
+from bench.config.arch import StageSpec, parse
 from bench.errors import nearest
 from bench.model.mlp import Mlp, norm_and_mlp
 
@@ -336,4 +336,4 @@ def _build_attention(
     )
 
 
-__all__ = ["DENSE", "AttentionPlace", "ViL"]
+__all__ = ["AttentionPlace", "ViL"]
