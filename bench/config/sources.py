@@ -1,6 +1,7 @@
 """The source of a user's mechanism: its file, and what it imports and reads from beside it."""
 
 import ast
+import functools
 import hashlib
 import importlib.util
 import os
@@ -10,6 +11,7 @@ import sysconfig
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from bench.files import sha256
@@ -22,6 +24,8 @@ _OF_A_PROCESS = re.compile(
     r"(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|(MASTER|SLURM|TORCHELASTIC|CUDA|G?OMP|XDG)_.*"
     r"|HOME|PATH|PWD|TMPDIR|USER"
 )
+# What all mechanisms stand on: their versions are in each record, and run nothing again.
+_GROUND = {"torch", "torchvision", "numpy"}
 _INSTALLED = tuple(
     Path(sysconfig.get_path(name)).resolve()
     for name in ("purelib", "platlib", "stdlib", "platstdlib")
@@ -30,12 +34,13 @@ _INSTALLED = tuple(
 
 @dataclass(frozen=True)
 class Source:
-    """A file of a user's mechanism, or an environment variable that one reads.
+    """A file of a user's mechanism, or an environment variable or installed package of one.
 
     Attributes:
-        name: its path from the folder of the mechanism's own file; `$NAME` of a variable.
-        path: where it is, or the file that reads it.
-        sha256: of its content, or value.
+        name: its path from the folder of the mechanism's own file; `$NAME` of a variable,
+            `package NAME` of what is installed.
+        path: where it is, or the file that reads or imports it.
+        sha256: of its content, value or version.
     """
 
     name: str
@@ -50,8 +55,9 @@ def mechanism_sources(attention: str) -> list[Source]:
     import from their own folder or package, or from elsewhere if it is not installed, theirs too,
     and the files that each names in texts: beside it, in folders that it names, or by an absolute
     path. So are the environment variables that are set and that a file of them which reads the
-    environment names, whole or by a prefix that ends in `_`. Mechanisms of this package have none:
-    their version is the commit in the record.
+    environment names, whole or by a prefix that ends in `_`, and the versions of the installed
+    packages that they import. Mechanisms of this package have none: their version is the commit in
+    the record.
 
     Args:
         attention: one name, or one for each stage, comma-separated.
@@ -68,6 +74,11 @@ def mechanism_sources(attention: str) -> list[Source]:
         for name in sorted(readers):
             value = hashlib.sha256(os.fsencode(os.environ[name]))
             found.append(Source(f"${name}", readers[name], value.hexdigest()))
+        tops = ((path, _distributions().get(top, ())) for path in reached for top in _tops(path))
+        users = {name: path for path, names in tops for name in names}
+        for name in sorted(users.keys() - _GROUND):
+            version = hashlib.sha256(metadata.version(name).encode())
+            found.append(Source(f"package {name}", users[name], version.hexdigest()))
     return found
 
 
@@ -117,6 +128,19 @@ def _read(path: Path) -> Iterator[str]:
     for name in os.environ:
         if (name in texts or name.startswith(prefixes)) and not _OF_A_PROCESS.fullmatch(name):
             yield name
+
+
+_distributions = functools.cache(metadata.packages_distributions)
+
+
+def _tops(path: Path) -> Iterator[str]:
+    """Names of the packages that a file imports or, if it is installed, lies in."""
+    for node in ast.walk(_parsed(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield str(node.module).partition(".")[0]
+    yield from (path.relative_to(root).parts[0] for root in _INSTALLED if path.is_relative_to(root))
 
 
 def _imported(path: Path) -> Iterator[Path]:

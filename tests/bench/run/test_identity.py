@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -421,3 +422,18 @@ def test_a_link_to_nothing_is_an_image_without_content(
     missing = fingerprint_images(tmp_path / "a.json", {"a.jpg": link})
     (tmp_path / "gone.jpg").write_bytes(b"here")
     assert fingerprint_images(tmp_path / "a.json", {"a.jpg": link}) != missing
+
+
+def test_versions_of_installed_packages_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "import json, numpy, torch, yaml\nfrom timm.layers import Mlp\nimport absent_of_tests\n"
+    name = mechanism(tmp_path, text)
+    before = {source.name: source.sha256 for source in mechanism_sources(name)}
+    assert [*before][2:] == ["package PyYAML", "package timm"]
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: version(name) + "1" * (name == "timm"))
+    after = {source.name: source.sha256 for source in mechanism_sources(name)}
+    assert [key for key in after if after[key] != before[key]] == ["package timm"]
+    of_timm = [source.name for source in mechanism_sources("timm.layers.attention:Attention")]
+    assert of_timm[-1] == "package timm"
