@@ -21,6 +21,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_iou, roi_align, sigmoid_focal_loss
 
 from bench.model.detectors import BOX_RESOLUTION, MASK_RESOLUTION, Detector
+from bench.model.detectors.roi_align import sum_of_cells
 from bench.model.detectors.rois import Counts, fixed_levels
 
 aten = torch.ops.aten
@@ -29,6 +30,8 @@ aten = torch.ops.aten
 _BIAS_ALIGNMENT = 16
 # Fused attention on CUDA takes heads whose width is a multiple of so many channels.
 _HEAD_ALIGNMENT = 8
+# Cells a side of an RoI on its level: 14 to 28.
+_ROI_SIDE = 21
 
 
 def copied(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> Any:
@@ -64,6 +67,8 @@ def run_parts(
     images: Sequence[Tensor],
     targets: Sequence[Mapping[str, Tensor]] | None,
     counts: Counts,
+    *,
+    device: str,
 ) -> Any:
     """Run the parts of a detector on stated numbers of RoIs, and what is large between them.
 
@@ -76,6 +81,7 @@ def run_parts(
         images: (3, H, W) each, of one size.
         targets: `boxes`, `labels` and `masks` of each image when training, or None.
         counts: of `most`.
+        device: where it would run, "cpu" or "cuda".
 
     Returns:
         losses when training, or whatever an inference ends with.
@@ -86,7 +92,7 @@ def run_parts(
     batch = _batched(images, detector.vil.stride)
     levels = list(detector.backbone(batch).values())
     run = _mask_rcnn if detector.method == "mask_rcnn" else _retinanet
-    return run(detector, levels, images[0].shape[-2:], targets, counts)
+    return run(detector, levels, images[0].shape[-2:], targets, counts, device)
 
 
 def _batched(images: Sequence[Tensor], stride: int) -> Tensor:
@@ -105,6 +111,7 @@ def _mask_rcnn(
     size: torch.Size,
     targets: Sequence[Mapping[str, Tensor]] | None,
     counts: Counts,
+    device: str,
 ) -> Any:
     parts, batch = detector.parts(), len(levels[0])
     masks = [target["masks"].clone() for target in targets or ()]
@@ -121,7 +128,8 @@ def _mask_rcnn(
         strides = list(detector.vil.strides.values())
         # Which boxes are sampled in training depends on their overlaps.
         shares = fixed_levels(rois, (size[0], size[1]), strides) if targets is None else [rois]
-        return _pooled(maps, [batch * share for share in shares], resolution)
+        summed = device == "cpu" and detector.library == "torchvision"
+        return _pooled(maps, [batch * share for share in shares], resolution, summed=summed)
 
     rois = (counts.proposals if targets is None else counts.rois) or 0
     scores, boxes = _in_turn(parts["box_head"], pooled(rois, BOX_RESOLUTION))
@@ -175,6 +183,7 @@ def _retinanet(
     _size: torch.Size,
     targets: Sequence[Mapping[str, Tensor]] | None,
     counts: Counts,
+    _device: str,
 ) -> Any:
     outputs = detector.parts()["retinanet_head"](levels)
     if isinstance(outputs, Mapping):
@@ -212,15 +221,35 @@ def _flat(maps: Sequence[Tensor], width: int) -> Tensor:
     return torch.cat(flat, dim=1)
 
 
-def _pooled(maps: Sequence[Tensor], shares: Sequence[int], resolution: int) -> Tensor:
-    """RoIAlign of as many RoIs on each level as `shares` says, of none on those that it lacks."""
+def _pooled(
+    maps: Sequence[Tensor], shares: Sequence[int], resolution: int, *, summed: bool
+) -> Tensor:
+    """RoIAlign of as many RoIs on each level as `shares` says, of none on those that it lacks.
+
+    Args:
+        summed: whether as a sum of cells, as torchvision's detectors have it on a CPU.
+    """
     pooled = maps[0].new_zeros(sum(shares), maps[0].shape[1], resolution, resolution)
     for level, share in zip(maps, [*shares, *[0] * len(maps)], strict=False):
         places = pooled.new_empty(share, dtype=torch.int64)
         boxes = pooled.new_empty(len(places), 5, dtype=torch.float32)
-        of_level = roi_align(level, boxes, resolution, 1.0, 0, True)
+        if summed:
+            of_level = sum_of_cells(level, boxes, resolution, 1.0, _cells)
+        else:
+            of_level = roi_align(level, boxes, resolution, 1.0, 0, True)
         pooled[places] = of_level.to(pooled.dtype)
     return pooled
+
+
+def _cells(
+    rois: Tensor, resolution: int, _scale: float, _shape: torch.Size
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `roi_align.cells_of_bins`, of RoIs of the usual size; a bin has one cell more a side."""
+    bins = len(rois) * resolution**2
+    ends = rois.new_empty(bins + 1, dtype=torch.int32)
+    each = (_ROI_SIDE / resolution + 1) ** 2
+    taken = rois.new_empty(round(bins * each), dtype=torch.int32)
+    return taken, ends, rois.new_empty(len(taken))
 
 
 def _detected(scores: Tensor, boxes: Tensor) -> None:

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -336,9 +337,10 @@ def _call(module: nn.Module, case: _Case) -> tuple[Callable[[], Any], object]:
     if isinstance(module, Detector):
         images = [torch.empty(3, height, width) for _ in range(batch)]
         if not case.training:
-            return lambda: run_parts(module, images, None, case.counts), images
+            return partial(run_parts, module, images, None, case.counts, device=case.device), images
         targets = [_target(case.counts.targets, case.image_size) for _ in images]
-        return lambda: run_parts(module, images, targets, case.counts), (images, targets)
+        run = partial(run_parts, module, images, targets, case.counts, device=case.device)
+        return run, (images, targets)
     if isinstance(module, ViL):
         batched = torch.empty(batch, 3, height, width)
         return lambda: module(batched), batched

@@ -6,6 +6,7 @@ a CPU adds its gradient up sample by sample on one core, a fifth of a training s
 embeddings are the same sums, forward and backward on all cores.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ import torchvision
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+# What each bin takes of the cells, as `cells_of_bins` finds it.
+Cells = Callable[[Tensor, int, float, torch.Size], tuple[Tensor, Tensor, Tensor]]
 
 
 def roi_align(maps: Tensor, rois: Tensor, resolution: int, scale: float) -> Tensor:
@@ -30,8 +34,14 @@ def roi_align(maps: Tensor, rois: Tensor, resolution: int, scale: float) -> Tens
     plain = type(maps) is Tensor and maps.device.type == "cpu"
     if not plain or torch.compiler.is_compiling():
         return torchvision.ops.roi_align(maps, rois, resolution, scale, 0, True)
+    return sum_of_cells(maps, rois, resolution, scale, cells_of_bins)
+
+
+def sum_of_cells(maps: Tensor, rois: Tensor, resolution: int, scale: float, cells: Cells) -> Tensor:
+    """`roi_align` on a CPU."""
     dtype = torch.promote_types(maps.dtype, torch.float32)
-    pooled: Tensor = _Pooled.apply(maps.to(dtype), rois.detach().to(dtype), resolution, scale)
+    how = resolution, scale, cells
+    pooled: Tensor = _Pooled.apply(maps.to(dtype), rois.detach().to(dtype), *how)
     return pooled.to(maps.dtype)
 
 
@@ -39,13 +49,15 @@ class _Pooled(torch.autograd.Function):
     """Keeps the boxes alone; what their bins take is found again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, maps: Tensor, rois: Tensor, resolution: int, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, maps: Tensor, rois: Tensor, resolution: int, scale: float, cells: Cells
+    ) -> Tensor:
         ctx.save_for_backward(rois)
-        ctx.how = resolution, scale, maps.shape
-        taken, ends, weights = _cells(rois, *ctx.how)
-        cells = maps.movedim(1, -1).flatten(0, -2)
+        ctx.how, ctx.cells = (resolution, scale, maps.shape), cells
+        taken, ends, weights = cells(rois, *ctx.how)
+        table = maps.movedim(1, -1).flatten(0, -2)
         pooled = functional.embedding_bag(
-            taken, cells, ends, mode="sum", per_sample_weights=weights, include_last_offset=True
+            taken, table, ends, mode="sum", per_sample_weights=weights, include_last_offset=True
         )
         return pooled.unflatten(0, (len(rois), resolution, resolution)).movedim(-1, 1)
 
@@ -53,18 +65,19 @@ class _Pooled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         batch, channels, rows, columns = ctx.how[-1]
-        taken, ends, weights = _cells(*ctx.saved_tensors, *ctx.how)
+        taken, ends, weights = ctx.cells(*ctx.saved_tensors, *ctx.how)
         many = ends.diff()
-        bins = torch.arange(len(many)).repeat_interleave(many)
+        bins = torch.arange(len(many), dtype=torch.int32)
+        bins = bins.repeat_interleave(many, output_size=len(taken))
         # The gradient of `embedding_bag`; 0 stands for sums, and no place of a maximum is needed.
         cells = torch.ops.aten._embedding_bag_dense_backward(
             *(grad.movedim(1, -1).reshape(-1, channels), taken, bins, many, many[:0]),
             *(batch * rows * columns, False, 0, weights),
         )
-        return cells.view(batch, rows, columns, channels).movedim(-1, 1), None, None, None
+        return (cells.view(batch, rows, columns, channels).movedim(-1, 1), *[None] * 4)
 
 
-def _cells(
+def cells_of_bins(
     rois: Tensor, resolution: int, scale: float, shape: torch.Size
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What each bin takes of the cells (B h w).
@@ -77,17 +90,21 @@ def _cells(
     corners = rois[:, 1:] * scale - 0.5
     down, top, tall = _along(corners[:, 1], corners[:, 3], resolution, rows)
     across, left, wide = _along(corners[:, 0], corners[:, 2], resolution, columns)
-    many = (tall[:, :, None] * wide[:, None]).flatten()
-    ends = functional.pad(many.cumsum(0), (1, 0))
-    # Of each cell its bin, the row and the column of bins, and the place among the bin's cells.
-    bins = torch.arange(len(many)).repeat_interleave(many)
-    of_roi, row = bins // resolution**2, bins // resolution
-    column = of_roi * resolution + bins % resolution
-    place, width = torch.arange(len(bins)) - ends[bins], wide.flatten()[column]
+    counts = tall[:, :, None] * wide[:, None]
+    many = counts.flatten()
+    ends = functional.pad(many.cumsum(0), (1, 0)).int()
+    # Of each cell its bin, and the row and column among the bin's cells; half as wide as indices
+    # are, since there are so many.
+    bins = torch.arange(len(many), dtype=torch.int32).repeat_interleave(many)
+    place = torch.arange(len(bins), dtype=torch.int32) - ends[bins]
+    width = wide[:, None].expand_as(counts).flatten().int()[bins]
     i, j = place // width, place % width
-    line = (rois[:, 0].long() * rows)[of_roi] + top.flatten()[row] + i
-    weights = down.flatten(0, 1)[row, i] * across.flatten(0, 1)[column, j]
-    return line * columns + left.flatten()[column] + j, ends, weights
+    del place, width
+    first = (rois[:, 0].long() * rows)[:, None, None] + top[:, :, None]
+    first = first * columns + left[:, None]
+    taken = first.int().flatten()[bins] + i * columns + j
+    row, column = bins // resolution, bins // resolution**2 * resolution + bins % resolution
+    return taken, ends, down.flatten(0, 1)[row, i] * across.flatten(0, 1)[column, j]
 
 
 def _along(

@@ -143,10 +143,14 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
             [nn.functional.pad(of_one, (1, 0), value=place) for place, of_one in enumerate(boxes)]
         )
         chosen = self.map_levels(boxes)
-        pooled = levels[0].new_zeros(len(rois), levels[0].shape[1], *self.output_size)
-        if pooled.device.type == "cpu":
-            # As sums of cells come, and convolutions of the mask head are faster on a CPU.
-            pooled = pooled.to(memory_format=torch.channels_last)
+        # On a CPU as sums of cells come, and convolutions of the mask head are faster.
+        on_cpu = levels[0].device.type == "cpu"
+        pooled = torch.empty(
+            (len(rois), levels[0].shape[1], *self.output_size),
+            dtype=levels[0].dtype,
+            device=levels[0].device,
+            memory_format=torch.channels_last if on_cpu else torch.contiguous_format,
+        )
         for number, (level, scale) in enumerate(zip(levels, self.scales or (), strict=True)):
             (places,) = torch.where(chosen == number)
             of_level = roi_align(level, rois[places], self.output_size[0], scale)
