@@ -972,6 +972,25 @@ def test_the_page_of_a_suite_is_not_replaced(
     assert sorted(finished.rglob("*")) == before
 
 
+def test_a_dry_run_runs_a_mechanism_of_the_user(
+    tmp_path: Path, refusal: Refusal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def words(does: str, name: str) -> list[str]:
+        row = mechanisms.write(tmp_path / name, does)
+        return ["--rows", row, "--dry-run", *TINY, "--output", str(tmp_path / "out")]
+
+    fragile = words("if not x.is_meta:\n    raise RuntimeError('out of luck')", "fragile.py")
+    assert "stage 1, a grid of 32x40: RuntimeError: out of luck" in refusal(
+        run_all.main, *fragile, begun=True
+    )
+    backward = words("x = x.exp(); y = x * x; x += 1; x = y", "backward.py")
+    assert "modified by an inplace" in refusal(run_all.main, *backward, begun=True)
+    values = words("x = x * x.abs().max().item()", "values.py")
+    assert run_all.main(values) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"note: memory of {values[1]} not predicted" in said
+
+
 def test_a_dry_run_names_rows_with_a_record_and_refuses_what_the_run_would(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
