@@ -24,6 +24,11 @@ from bench.errors import InputError, choose, nearest
 DATASETS_VARIABLE = "DETECTRON2_DATASETS"
 # What only labels a run, and the options that set what it says.
 CHOSEN = {"suite": "--suite", "row": "--rows", "train.schedule": "--schedule"}
+_SUITE_KEYS = (
+    *("backbone", "recipe", "recipes", "rows", "default", "needs", "stages"),
+    *("run", "row_run", "with_data"),
+)
+_ROW_KEYS = ("attention", "dense", "feature", "num_global", "family", "position", "options")
 _GLOBALS = (1, 1, 1, 0)
 _FEATURE = 7
 
@@ -94,6 +99,7 @@ def load_suite(
     """
     choose(name, suites(), "suite")
     suite = _read(f"suites/{name}.yaml")
+    _check_keys(suite, _SUITE_KEYS, f"suites/{name}.yaml")
     recipes, known_backbones = _read(suite.get("recipes", "recipes.yaml")), _read("backbones.yaml")
     if schedule is not None:
         choose(schedule, recipes, "schedule")
@@ -105,6 +111,7 @@ def load_suite(
             )
         suite |= {"backbone": backbone}
     table = _suite_rows(name, suite, schedule, method)
+    _check_keys(suite.get("row_run", {}), table, f"suites/{name}.yaml at row_run")
     layers = [suite.get("run", {})]
     needs = suite.get("needs")
     named = {} if data is None else {"data": {"path": data}}
@@ -348,15 +355,23 @@ def build_config(values: Mapping[str, Any]) -> RunConfig:
 
 
 def _read(path: str) -> dict[str, Any]:
-    content = read((importlib.resources.files("configs") / path).read_text(encoding="utf-8"))
+    text = (importlib.resources.files("configs") / path).read_text(encoding="utf-8")
+    content = read(text, f"configs/{path}")
     if not isinstance(content, dict):
         raise InputError(f"configs/{path} is not a mapping")
     return content
 
 
+def _check_keys(values: Mapping[str, Any], allowed: Iterable[str], where: str) -> None:
+    for key in values:
+        choose(str(key), allowed, f"key in configs/{where}:")
+
+
 def _rows() -> dict[str, Any]:
     """Return those of rows.yaml, then one and a partial one for every other mechanism."""
     table = _read("rows.yaml")
+    for row, spec in table.items():
+        _check_keys(spec, _ROW_KEYS, f"rows.yaml at {row}")
     named = {spec["attention"] for spec in table.values()}
     for mechanism in attentions.names():
         if mechanism not in named:

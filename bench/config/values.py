@@ -10,7 +10,19 @@ from bench.errors import InputError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, and neither 2020-01-02, 1:30 nor 010 is another one."""
+    """YAML in which 1e-3 is a number, neither 2020-01-02, 1:30 nor 010 is another; keys differ."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Return a mapping none of whose keys is given twice."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        own: list[Any] = []
+        for key, _ in node.value:
+            if key.value in own:
+                raise yaml.composer.ComposerError(
+                    problem=f"{key.value!r} is given twice", problem_mark=key.start_mark
+                )
+            own.append(key.value)
+        return node
 
 
 _OTHERWISE = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("timestamp", "float", "int"))
@@ -45,7 +57,9 @@ def read(text: str, word: str | None = None) -> Any:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         where = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise InputError(f"cannot read {word or text!r}: {where}") from error
+        mark = getattr(error, "problem_mark", None)
+        line = f", near line {mark.line + 1}" if mark and "\n" in text else ""
+        raise InputError(f"cannot read {word or text!r}: {where}{line}") from error
 
 
 def assigned(words: Iterable[str]) -> dict[str, Any]:

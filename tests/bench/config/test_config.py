@@ -1,6 +1,8 @@
 import csv
 import functools
+import importlib.resources
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -180,6 +182,22 @@ def test_every_fourth_block_of_mixed_rows_is_dense(backbone, dense):
     mixed, plain = profile_configs(["Mixed ViL", "ViL"], backbone=backbone)
     assert mixed.model.dense == dense
     assert (mixed.model.arch, plain.model.dense) == (plain.model.arch, {})
+
+
+def test_a_key_twice_or_unknown_in_a_file_of_configs_is_named(tmp_path, monkeypatch):
+    shutil.copytree(FOLDER, tmp_path / "configs")
+    monkeypatch.setattr(importlib.resources, "files", lambda _: tmp_path / "configs")
+    quick, rows = (tmp_path / "configs" / name for name in ("suites/quick.yaml", "rows.yaml"))
+    before = quick.read_text()
+    quick.write_text(before + "recipe: 1x\n")
+    assert "'configs/suites/quick.yaml': 'recipe' is given twice, near line" in refuse()
+    quick.write_text(before + "row_runs: {ViL: {seed: 1}}\n")
+    assert "key in configs/suites/quick.yaml: 'row_runs' (did you mean 'row_run'?)" in refuse()
+    quick.write_text(before + "row_run: {Vil: {seed: 1}}\n")
+    assert "at row_run: 'Vil' (did you mean 'ViL'?)" in refuse()
+    quick.write_text(before)
+    rows.write_text(rows.read_text() + "mine: {attention: swin, positon: relative}\n")
+    assert "rows.yaml at mine: 'positon' (did you mean 'position'?)" in refuse()
 
 
 def test_dense_blocks_by_stage(monkeypatch):
@@ -362,6 +380,7 @@ WRONG = {
     "model.drop_path=1": ["model.drop_path=1 must be less than 1"],
     "model.method=maskrcnn": ["model.method", "(did you mean 'mask_rcnn'?); allowed: mask_rcnn,"],
     "model.options=3": ["model.options=3 must be"],
+    "train={steps: 3, steps: 4}": ["cannot read", "'steps' is given twice"],
 }
 CONTRADICTIONS = {
     "train.batch_size=3 train.devices=2": ["train.batch_size=3 must be a multiple"],
