@@ -66,7 +66,7 @@ def assigned(words: Iterable[str]) -> dict[str, Any]:
     """`["train.steps=3", "seed=1"]` -> {"train": {"steps": 3}, "seed": 1}.
 
     Raises:
-        InputError: for a word that is not of this form.
+        InputError: for a word that is not of this form, and one that contradicts another.
     """
     result: dict[str, Any] = {}
     for word in words:
@@ -78,11 +78,16 @@ def assigned(words: Iterable[str]) -> dict[str, Any]:
             raise InputError(f"{word!r} has no value; null stands for none")
         if re.search(r"(?:^|\s)#", re.sub(r"'[^']*'|\"[^\"]*\"", "", text)):
             raise InputError(f"cannot read {word!r}: # begins a comment; quote the value in YAML")
-        value = read(text, word)
-        for name in reversed(path.split(".")):
-            value = {name: value}
-        result = merged([result, value])
+        result = merged([result, nested(path, read(text, word))], agree="")
     return result
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    """`"train.steps", 3` -> {"train": {"steps": 3}}."""
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    found: dict[str, Any] = value
+    return found
 
 
 def merged(layers: Iterable[Mapping[str, Any]], *, agree: str | None = None) -> dict[str, Any]:
@@ -106,3 +111,21 @@ def merged(layers: Iterable[Mapping[str, Any]], *, agree: str | None = None) -> 
                 raise InputError(f"{agree}{key} is given twice, as {below!r} and {value!r}")
             result[key] = value
     return result
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"train": {"steps": 3}, "seed": 1}` -> {"train.steps": 3, "seed": 1}."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            result |= {f"{key}.{name}": inner for name, inner in flat(value).items()}
+        else:
+            result[key] = value
+    return result
+
+
+def shown(value: Any) -> str:
+    """Return a value as a person would write it on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(list(value) if isinstance(value, tuple) else value)

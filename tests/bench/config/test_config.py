@@ -14,7 +14,7 @@ import configs
 from attentions import registry
 from attentions.contract import Attention
 from bench.config.arch import parse
-from bench.config.schema import RunConfig, build
+from bench.config.schema import RunConfig, build, leaves, without_effect
 from bench.config.suites import (
     build_config,
     families,
@@ -388,7 +388,8 @@ CONTRADICTIONS = {
     "data.min_sizes=[96] data.max_size=120": ["profile.image_size=[128, 160]", "data.max_size=120"],
     "data.max_size=128 profile.enabled=false": ["profile.image_size=[128, 160]"],
     "data.fixed_size=[64,96]": ["profile.image_size=[128, 160]", "data.fixed_size=[64, 96]"],
-    "model.attention=longfromer": ["'longfromer' (did you mean 'longformer'?)", "srformer"],
+    "model.attention=longfromer": ["row ViL is of longformer; name another row"],
+    "model.attention=longformer,full,ful,full": ["'ful' (did you mean 'full'?)", "srformer"],
     "model.attention=longformer,full": ["2 mechanisms", "4 stages"],
     "model.arch=l1_l2,q3_l3": ["ARCH", "character 7", ">>>q3<<<"],
     "model.options.windw=3": ["model.options.windw", "'ViL'", "'window'", "padding"],
@@ -396,6 +397,8 @@ CONTRADICTIONS = {
     "row=other": ["'row=other'", "--rows"],
     "suite=other": ["'suite=other'", "--suite"],
     "train.schedule=3x": ["'train.schedule=3x'", "--schedule"],
+    'model={"backbone":tiny}': ["'model.backbone=tiny'", "--backbone"],
+    "train.steps=3 train.steps=4": ["train.steps is given twice, as 3 and 4"],
 }
 
 
@@ -412,6 +415,65 @@ def test_wrong_values_are_refused_by_one_clear_line(word):
 def test_values_that_contradict_each_other_are_refused_by_one_clear_line(words):
     message = refuse(*words.split())
     assert [part for part in CONTRADICTIONS[words] if part not in message] == [], message
+
+
+# Settings that are given, and what is said of the last of them, which changes nothing.
+IDLE = {
+    "train.gamma=0.5": "where train.decay is cosine, only where it is steps",
+    "train.milestones=[3]": "where train.decay is cosine, only where it is steps",
+    "train.decay=steps train.gamma=0.5": "where train.milestones is []",
+    "train.warmup_steps=0 train.warmup_factor=0.1": "where train.warmup_steps is 0",
+    "train.weight_decay=0 train.no_decay=[norms]": "where train.weight_decay is 0.0",
+    "classify.mixup=0.8": "where model.method is mask_rcnn, only where it is classifier",
+    "model.method=retinanet model.detector.roi_batch=64": "only where it is mask_rcnn",
+    "model.method=retinanet profile.proposals=50": "only where it is mask_rcnn",
+    "data.path=a data.generated.seed=3": "where data.path is a, only where it is null",
+    "data.images=pictures": "where data.path is null",
+    "data.fixed_size=[128,160] data.max_size=200": "is [128, 160], only where it is null",
+}
+
+
+@pytest.mark.parametrize("words", IDLE)
+def test_a_setting_that_changes_nothing_is_refused(words):
+    message = refuse(*words.split())
+    assert f"{words.split()[-1].partition('=')[0]}=" in message.partition(" has no effect ")[0]
+    assert message.endswith(IDLE[words])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train.decay=steps train.milestones=[3] train.gamma=0.5",
+        "train.decay=cosine train.milestones=[]",
+        "model.method=retinanet model.detector.fpn_channels=32",
+        "classify.mixup=0",
+        "data.generated.seed=3",
+        "data.fixed_size=[128,160]",
+        "profile.enabled=false profile.batch_size=2",
+    ],
+)
+def test_a_setting_that_changes_something_or_asks_for_nothing_is_taken(words):
+    assert load(*words.split())
+
+
+def test_a_setting_has_to_change_one_of_several_rows(tmp_path):
+    sizes = ["data.min_sizes=[100]", "data.max_size=170"]
+    assert load(*sizes, rows=["linformer"])
+    zoo = ["ViL-Tiny RetinaNet 1x", "ViL-Tiny Mask R-CNN 1x"]
+    roi_batch, path = "model.detector.roi_batch=64", str(tmp_path)
+    assert load(roi_batch, suite="zoo", rows=zoo, data=path)
+    assert "no effect" in refuse(roi_batch, suite="zoo", rows=zoo[:1], data=path)
+
+
+def test_what_settings_need_is_a_setting():
+    config = RunConfig()
+    assert [name for name in leaves() if without_effect(config, name)][:2]
+
+
+def test_settings_that_make_one_of_two_rows_are_refused():
+    (whole,) = load()
+    said = refuse(f"model.arch={whole.model.arch}", rows=["ViL", "Partial ViL"])
+    assert said.startswith("rows ViL and Partial ViL are the same with model.arch=")
 
 
 def test_sizes_count_where_something_is_measured():
