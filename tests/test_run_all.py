@@ -415,8 +415,12 @@ def test_probes_in_the_folder_of_a_suite_leave_its_page(tmp_path: Path) -> None:
         (["--rows", "ViL", "--rows=swin"], "--rows is given twice, as 'ViL' and 'swin'"),
         (["--rows", "ViL", "--dry-run", "train.lr_multipliers.fpn=2", *TINY], "is called 'fpn'"),
         (["--device", "cpu", "device=cuda"], "device is given twice, as 'cpu' and 'cuda'"),
-        (["--devices", "3", "train.devices=2"], "train.devices is given twice, as 2 and 3"),
-        (["--val", "a.json", "data.val_file=b"], "data.val_file is given twice, as 'b' and 'a."),
+        (["--devices", "3", "train.devices=2"], "train.devices is given twice, as 3 and 2"),
+        (["--val", "a.json", "data.val_file=b"], "data.val_file is given twice, as 'a.json'"),
+        (["--measure-steps", "2"], "--measure-steps has no effect without --dry-run"),
+        (["--slurm", "a=b"], "--slurm has no effect without --launcher slurm"),
+        (["--jobs", "3"], "--jobs has no effect without --launcher local"),
+        (["--search", "gamma=0.1,0.5"], "train.gamma=[0.1, 0.5] has no effect where train.decay"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(
