@@ -115,12 +115,12 @@ def run(options: argparse.Namespace) -> int:
     if options.sizes is not None:
         _check_besides(options, "sizes", "output")
         return _over_sizes(options)
-    configs = _configs(options, options.image_size)
+    configs, bases = _configs(options, options.attention, options.image_size)
     if options.memory_budget is not None:
         _check_besides(
             options, "memory_budget", *("fit", "image_size", "batch_size", "mode", "search")
         )
-        return _fit(options, configs)
+        return _fit(options, configs, bases)
     return _profile(options, configs)
 
 
@@ -132,19 +132,22 @@ def _check_besides(options: argparse.Namespace, option: str, *more: str) -> None
             raise InputError(said.replace("_", "-"))
 
 
-def _configs(options: argparse.Namespace, size: tuple[int, int]) -> tuple[Any, ...]:
+def _configs(
+    options: argparse.Namespace, names: Sequence[str], size: tuple[int, int]
+) -> tuple[Sequence["RunConfig"], dict[str, str]]:
+    """Return the configurations of rows, and the name of each without the value of a search."""
     from bench.config import variants
     from bench.config.suites import Suite, profile_configs
 
-    configs = profile_configs(options.attention, image_size=size, **_given(options))
-    suite, _ = variants.expanded(
+    configs = profile_configs(names, image_size=size, **_given(options))
+    suite, bases = variants.expanded(
         Suite("profile", tuple(configs)),
         text=options.search,
         seed=None,
         seeds=None,
         settings=options.overrides,
     )
-    return suite.runs
+    return suite.runs, bases
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
@@ -223,7 +226,7 @@ def _check_new(folder: Path, configs: Sequence[Any]) -> None:
             )
 
 
-def _fit(options: argparse.Namespace, configs: Sequence[Any]) -> int:
+def _fit(options: argparse.Namespace, configs: Sequence["RunConfig"], bases: dict[str, str]) -> int:
     """Find the largest image or batch of each row within the budget."""
     from bench.measure import predict
     from bench.measure.costs import build_on_meta
@@ -231,14 +234,15 @@ def _fit(options: argparse.Namespace, configs: Sequence[Any]) -> int:
     from report import profiles
 
     vary = options.fit.replace("-", "_")
-    # One that is not here may be asked about; "auto" is what is here.
-    named = options.device.partition(":")[0].replace("auto", "cpu")
-    device = "cuda" if on_gpu(options.device) else named
     lines = []
     for config in configs:
+        # One that is not here may be asked about; "auto" is what is here.
+        named = config.device.partition(":")[0].replace("auto", "cpu")
+        device = "cuda" if on_gpu(config.device) else named
 
         def build(size: tuple[int, int], row: str = config.row) -> detectors.Detector:
-            return build_on_meta(next(one for one in _configs(options, size) if one.row == row))
+            resized, _ = _configs(options, [bases[row]], size)
+            return build_on_meta(next(one for one in resized if one.row == row))
 
         for mode in options.mode:
             found = predict.fit(
