@@ -104,7 +104,9 @@ def merged(layers: Iterable[Mapping[str, Any]], *, agree: str | None = None) -> 
     for layer in layers:
         for key, value in layer.items():
             below = result.get(key)
-            if isinstance(value, Mapping):
+            if isinstance(value, Mapping) and (
+                agree is None or isinstance(result.get(key, {}), Mapping)
+            ):
                 within = None if agree is None else f"{agree}{key}."
                 value = merged([below if isinstance(below, Mapping) else {}, value], agree=within)
             elif agree is not None and key in result and below != value:

@@ -399,6 +399,7 @@ CONTRADICTIONS = {
     "train.schedule=3x": ["'train.schedule=3x'", "--schedule"],
     'model={"backbone":tiny}': ["'model.backbone=tiny'", "--backbone"],
     "train.steps=3 train.steps=4": ["train.steps is given twice, as 3 and 4"],
+    "train=3 train.steps=4": ["train is given twice, as 3 and {'steps': 4}"],
 }
 
 
