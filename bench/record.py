@@ -279,6 +279,12 @@ def check_output(folder: Path, suite: str, *, make: bool = True) -> None:
     """
     if make:
         check_writable(folder)
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(
+            f"--output {folder} cannot be written: {above} is not a folder to write to; name"
+            " another folder"
+        )
     there = [path for name in (RECORDS, PROBES) for path in folder.glob(f"{name}/*.json")]
     for one in read_all(there):
         if one.suite != suite and {one.suite, suite} & {*ALONE}:

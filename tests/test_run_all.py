@@ -1011,6 +1011,8 @@ def test_a_dry_run_names_rows_with_a_record_and_refuses_what_the_run_would(
     file.write_text(file.read_text().replace('"iscrowd"', '"ignore": 1, "iscrowd"'))
     assert run_all.main([*arguments, str(tmp_path / "out"), "--data", str(root)]) == 0
     assert "'ignore' (" in " ".join(capsys.readouterr().out.split())
+    assert run_all.main([*arguments, str(file / "out"), "--data", str(root)]) == 2
+    assert "cannot be written" in capsys.readouterr().err
     file.write_text("{")
     assert run_all.main([*arguments, str(tmp_path / "out"), "--data", str(root)]) == 2
     assert "instances_val2017.json is" in capsys.readouterr().err
