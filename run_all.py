@@ -98,6 +98,7 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
         result,
         "data",
         metavar="PATH",
+        setting="data.path",
         help=f"folder in COCO layout: annotations/instances_{SPLITS[0]}.json, {SPLITS[0]}/, and"
         f" {SPLITS[1]} alike (default: the suite's; quick generates its own)",
     )
@@ -141,6 +142,7 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
         result,
         "init",
         metavar="CHECKPOINT",
+        setting="train.init",
         help="start from the backbone of a classifier, or from a detector (default: from scratch);"
         " a folder of ROW.pth, or a pattern such as pretrained/{row}.pth, has one for each row",
     )
@@ -156,6 +158,7 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
         result,
         "init-partial",
         action="store_true",
+        needs="init",
         help="let rows of several mechanisms start from what fits of one file",
     )
     add(
@@ -192,6 +195,7 @@ exit code: 0 all rows done; 1 a row failed, the report says why; 2 wrong input; 
         full_size,
         "reference",
         type=image_size,
+        needs="costs=counted|measured",
         default="800x1344",
         metavar="HxW",
         help="size of the images; batch of 2, mixed precision on a GPU, and the quick suite's rows"
@@ -327,11 +331,8 @@ def _add(settings: list[str], name: str, value: Any) -> None:
 
 def _probe(options: argparse.Namespace, command: Sequence[str]) -> int:
     """Run the suite of probes, whose tasks and models are its own."""
-    usual = vars(parser().parse([]))
-    for name in ("suite", "output", "rows", "overrides", "retry_failed", "no_report"):
-        del usual[name]
-    for name, value in usual.items():
-        if getattr(options, name) != value:
+    for name in options.given:
+        if name not in ("suite", "output", "rows", "retry_failed", "no_report"):
             raise InputError(
                 f"--{name.replace('_', '-')} says nothing to suite {SUITE}, whose tasks and models"
                 " are its own; it takes --rows, --output, --retry-failed and settings such as"

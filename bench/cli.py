@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TypeVar
 
 from bench import commands
 from bench.config.schema import METHODS, MODES, POSITIONS, PRECISIONS
+from bench.config.values import assigned, merged, nested
 from bench.data import DataError
 from bench.errors import InputError, nearest
 from bench.system.interrupt import EXIT_CODE, ending_at_once, raised_where_it_arrives
@@ -61,16 +62,22 @@ class Parser(argparse.ArgumentParser):
     def parse(self, words: Sequence[str]) -> Namespace:
         """Parse all words; those of a list may stand before, between and after options.
 
+        The result has, besides, the names of the options that are `given`. One of them must not
+        contradict a `key=value`, or be of another option that is not there.
+
         An empty one, as of a variable of the shell that is not set, would be the working folder,
         and of a list that is given twice the last would count alone.
         """
         given: dict[str, str] = {}
+        actions: dict[str, argparse.Action] = {}
         for before, word in itertools.pairwise(["argument", *words]):
             name, _, value = word.partition("=") if word.startswith("--") else (before, "", word)
             if not value.strip() and name != word:
                 what = name if name.startswith("--") else "an argument"
                 self.error(f"{what} is empty; give it a value or leave it out")
             action = self._option_string_actions.get(name)
+            if action is not None:
+                actions[name] = action
             # Names in braces are what one value may be.
             takes_list = action is not None and re.match("[^{]*,", str(action.metavar))
             if takes_list and name != word and given.setdefault(name, value) != value:
@@ -83,7 +90,23 @@ class Parser(argparse.ArgumentParser):
                 unknown[0].partition("=")[0], re.findall("--[a-z-]+", self.format_help())
             )
             self.error(f"unknown argument {unknown[0]!r}{known}; --help lists what there is")
+        found.given = [action.dest for action in actions.values()]
+        for name, action in actions.items():
+            self._check(name, action, found)
         return found
+
+    def _check(self, name: str, action: argparse.Action, found: Namespace) -> None:
+        value = getattr(found, action.dest)
+        needs, _, wanted = getattr(action, "needs", "").partition("=")
+        other = getattr(found, needs.replace("-", "_"), None)
+        met = str(other) in wanted.split("|") if wanted else other not in (None, False)
+        if needs and not met and value != action.default:
+            self.error(f"{name} has no effect without --{needs} {wanted}".rstrip())
+        setting = getattr(action, "setting", None)
+        if setting is not None:
+            said = str(value) if isinstance(value, Path) else name if value is True else value
+            said = list(said) if isinstance(said, tuple) else said
+            merged([nested(setting, said), assigned(getattr(found, "overrides", ()))], agree="")
 
 
 def find_commands() -> dict[str, Any]:
@@ -277,7 +300,12 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
         "metavar": "NAME",
         "help": "a backbone of configs/backbones.yaml",
     },
-    "method": {"choices": METHODS, "default": "mask_rcnn", "help": "method of detection"},
+    "method": {
+        "choices": METHODS,
+        "default": "mask_rcnn",
+        "help": "method of detection",
+        "setting": "model.method",
+    },
     "position": {
         "choices": POSITIONS,
         "help": "positions of all stages (default: the row's)",
@@ -292,11 +320,18 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
         "metavar": "RxC",
         "help": "rows and columns of tokens that a mechanism gets",
     },
-    "batch-size": {"type": positive, "default": 1, "metavar": "N", "help": "images in a batch"},
+    "batch-size": {
+        "type": positive,
+        "default": 1,
+        "metavar": "N",
+        "help": "images in a batch",
+        "setting": "profile.batch_size",
+    },
     "device": {
         "default": "auto",
         "metavar": "DEVICE",
         "help": "auto, cpu, cuda or cuda:N; auto is a GPU where there is one",
+        "setting": "device",
     },
     "mode": {
         "type": modes,
@@ -304,18 +339,31 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
         "metavar": "M",
         "help": "inference, training or both",
     },
-    "repeats": {"type": repeats, "metavar": "N", "help": "fewest samples of a latency"},
+    "repeats": {
+        "type": repeats,
+        "metavar": "N",
+        "help": "fewest samples of a latency",
+        "setting": "profile.repeats",
+    },
     "seconds": {
         "type": seconds,
         "metavar": "S",
         "help": "fewest seconds that these samples take together",
+        "setting": "profile.seconds",
     },
-    "seed": {"type": seed, "default": 0, "metavar": "N", "help": "seed of weights and images"},
+    "seed": {
+        "type": seed,
+        "default": 0,
+        "metavar": "N",
+        "help": "seed of weights and images",
+        "setting": "seed",
+    },
     "devices": {
         "type": positive,
         "metavar": "N",
         "help": "devices of this machine that share each run, a process each; under torchrun or"
         " srun it is their number of processes (default: 1)",
+        "setting": "train.devices",
     },
     "launcher": {
         "choices": ("none", "local", "slurm"),
@@ -323,10 +371,17 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
         "help": "none runs one row after the other; local runs --jobs of them side by side; slurm"
         " submits each as a job, which requeues and resumes when preempted",
     },
-    "jobs": {"type": positive, "default": 2, "metavar": "N", "help": "rows side by side"},
+    "jobs": {
+        "type": positive,
+        "default": 2,
+        "metavar": "N",
+        "help": "rows side by side",
+        "needs": "launcher=local",
+    },
     "slurm": {
         "metavar": "KEY=VALUE,…",
         "help": "parameters of submitit's executor, such as slurm_partition=gpu,timeout_min=4320",
+        "needs": "launcher=slurm",
     },
     "dry-run": {
         "action": "store_true",
@@ -336,6 +391,7 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
         "type": positive,
         "metavar": "N",
         "help": "in a dry run, time N training steps of each row on one device here",
+        "needs": "dry-run",
     },
     "retry-failed": {"action": "store_true", "help": "run again what has failed"},
     "tensorboard": {
@@ -348,17 +404,24 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
 """What each option is, by its name without the dashes; commands differ in defaults at most."""
 
 
+# What `add_argument` does not know.
+_OURS = ("setting", "needs")
+
+
 def add(parser: "argparse._ActionsContainer", *options: str, **own: Any) -> None:
     """Add options, which show their defaults.
 
     Args:
         parser: of the command, or a group of it.
         options: their names; of those in SHARED, what they are is known.
-        own: what this command says besides or otherwise, as `add_argument` takes it.
+        own: what this command says besides or otherwise, as `add_argument` takes it, and
+            `setting`, the one that the option sets, `needs`, another option that it has an effect
+            with, such as "launcher=local".
     """
     for name in options:
         spec = {**SHARED.get(name, {}), **own}
         choices = spec.pop("choices", None)
+        more: dict[str, Any] = {key: spec.pop(key) for key in _OURS if key in spec}
         if own.get("choices") and "type" not in own:
             # What others take several of.
             spec.pop("type", None)
@@ -366,7 +429,7 @@ def add(parser: "argparse._ActionsContainer", *options: str, **own: Any) -> None
             spec = {"type": one_of(choices), "metavar": f"{{{','.join(choices)}}}", **spec}
         if spec.get("default") is not None and "default" not in spec["help"]:
             spec["help"] += " (default: %(default)s)"
-        parser.add_argument(f"--{name}", **spec)
+        vars(parser.add_argument(f"--{name}", **spec)).update(more)
 
 
 def add_row(parser: "argparse._ActionsContainer") -> None:
@@ -404,6 +467,7 @@ def add_precision(parser: "argparse._ActionsContainer", default: str | None = "3
         "precision",
         choices=PRECISIONS,
         default=default,
+        setting="train.precision",
         help="precision of the numbers that a model computes with"
         + (" (default: that of --record, or 32-true)" if default is None else ""),
     )
@@ -411,6 +475,7 @@ def add_precision(parser: "argparse._ActionsContainer", default: str | None = "3
         either,
         "amp",
         action="store_true",
+        setting="train.precision",
         help="mixed precision: 16-mixed on a GPU, else bf16-mixed",
     )
 
@@ -422,8 +487,12 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=[],
         metavar="key=value",
-        help="any value of bench/config/schema.py, for example model.detector.detections=50",
+        help="any value of bench/config/schema.py that has an effect here, for example"
+        " model.detector.detections=50",
     )
+
+
+_FILES = {"train": "train_file", "val": "val_file", "images": "images"}
 
 
 def add_files(parser: "argparse._ActionsContainer", *options: str) -> None:
@@ -434,13 +503,14 @@ def add_files(parser: "argparse._ActionsContainer", *options: str) -> None:
         "images": "folder of their images (default: looked for near the annotations)",
     }
     for name in options:
-        add(parser, name, metavar="DIR" if name == "images" else "FILE", help=helps[name])
+        setting = f"data.{_FILES[name]}"
+        kind = "DIR" if name == "images" else "FILE"
+        add(parser, name, metavar=kind, help=helps[name], setting=setting)
 
 
 def file_values(options: Namespace) -> dict[str, str]:
     """Return what --train, --val and --images say of the configuration's `data`."""
-    given = {"train_file": "train", "val_file": "val", "images": "images"}
-    values = {key: getattr(options, name, None) for key, name in given.items()}
+    values = {key: getattr(options, name, None) for name, key in _FILES.items()}
     return {key: value for key, value in values.items() if value is not None}
 
 

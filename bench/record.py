@@ -187,7 +187,7 @@ class Record:
                 unknown or malformed field.
         """
         try:
-            values = json.loads(text)
+            values = json.loads(text, object_pairs_hook=_once)
         except ValueError as error:
             raise InputError(f"{source} is not JSON: {error}") from error
         if not isinstance(values, dict):
@@ -279,6 +279,12 @@ def check_output(folder: Path, suite: str, *, make: bool = True) -> None:
     """
     if make:
         check_writable(folder)
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(
+            f"--output {folder} cannot be written: {above} is not a folder to write to; name"
+            " another folder"
+        )
     there = [path for name in (RECORDS, PROBES) for path in folder.glob(f"{name}/*.json")]
     for one in read_all(there):
         if one.suite != suite and {one.suite, suite} & {*ALONE}:
@@ -449,6 +455,16 @@ def checkout(root: Path) -> tuple[str | None, bool | None]:
         return None, None
     changes = _git(root, "status", "--porcelain", "--", *_CODE)
     return commit, None if changes is None else bool(changes)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON none of whose names stands twice, as where two files were merged."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands twice in one object")
+    return found
 
 
 def _require(name: str, value: object, kind: type) -> None:

@@ -19,6 +19,8 @@ Whole = Annotated[int, Field(ge=0)] | None
 Percent = Annotated[float, Field(ge=0, le=100)] | None
 Reals = dict[str, Real]
 _SIZE = list[int] | None
+# Of figures in percent.
+_ROUNDING = 1e-6
 
 
 @with_config(ConfigDict(strict=True))
@@ -171,8 +173,21 @@ class _Evaluation(TypedDict, total=False):
     bootstrap: _Draws | None
 
 
+def _within(found: _Evaluation) -> _Evaluation:
+    """Check that a figure lies in its interval, which is moved to have it: one may be edited."""
+    for figures, interval in (("box", "box_interval"), ("mask", "mask_interval")):
+        value = (found.get(figures) or {}).get("AP")  # type: ignore[attr-defined]
+        limits = (found.get(interval) or {}).get("AP")  # type: ignore[attr-defined]
+        if value is None or not limits or None in limits:
+            continue
+        low, high = limits
+        if not low - _ROUNDING <= value <= high + _ROUNDING:
+            raise ValueError(f"{figures}.AP is {value:g}, outside of its interval {limits}")
+    return found
+
+
 class _Evaluated(_Evaluation, total=False):
-    also: list[_Evaluation]
+    also: list[Annotated[_Evaluation, AfterValidator(_within)]]
 
 
 class _Error(TypedDict, total=False):
@@ -218,7 +233,7 @@ class Sections(TypedDict, total=False):
     memory: _Memory | None
     latency: _Latency | None
     training: _Training | None
-    evaluation: _Evaluated | None
+    evaluation: Annotated[_Evaluated, AfterValidator(_within)] | None
     probes: _Probes | None
     notes: list[str]
 
@@ -238,5 +253,7 @@ def check(values: Mapping[str, Any]) -> None:
         _sections().validate_python(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{place} is {shortened(first['input'])}: {first['msg']}") from error
+        place, given = ".".join(map(str, first["loc"])), first["input"]
+        of_many = first["type"] == "value_error" and isinstance(given, Mapping)
+        said = place if of_many else f"{place} is {shortened(given)}"
+        raise ValueError(f"{said}: {first['msg'].removeprefix('Value error, ')}") from error

@@ -42,6 +42,8 @@ TINY = [
     "profile.repeats=2", "profile.seconds=0.01", "profile.batch_size=1", "--no-latency",
     "--costs", "none", "--no-pictures", "--no-report",
 ]  # fmt: skip
+# Of data that is not generated.
+OF_DATA = [word for word in TINY if "data.generated" not in word]
 Refusal = Callable[..., str]
 REPORTED = [word for word in TINY if word != "--no-report"]
 TIMED = [word for word in REPORTED if word != "--no-latency"]
@@ -413,8 +415,12 @@ def test_probes_in_the_folder_of_a_suite_leave_its_page(tmp_path: Path) -> None:
         (["--rows", "ViL", "--rows=swin"], "--rows is given twice, as 'ViL' and 'swin'"),
         (["--rows", "ViL", "--dry-run", "train.lr_multipliers.fpn=2", *TINY], "is called 'fpn'"),
         (["--device", "cpu", "device=cuda"], "device is given twice, as 'cpu' and 'cuda'"),
-        (["--devices", "3", "train.devices=2"], "train.devices is given twice, as 2 and 3"),
-        (["--val", "a.json", "data.val_file=b"], "data.val_file is given twice, as 'b' and 'a."),
+        (["--devices", "3", "train.devices=2"], "train.devices is given twice, as 3 and 2"),
+        (["--val", "a.json", "data.val_file=b"], "data.val_file is given twice, as 'a.json'"),
+        (["--measure-steps", "2"], "--measure-steps has no effect without --dry-run"),
+        (["--slurm", "a=b"], "--slurm has no effect without --launcher slurm"),
+        (["--jobs", "3"], "--jobs has no effect without --launcher local"),
+        (["--search", "gamma=0.1,0.5"], "train.gamma=[0.1, 0.5] has no effect where train.decay"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(
@@ -442,7 +448,7 @@ def test_broken_data_is_one_line_and_exit_code_2(
 ) -> None:
     root = generate(tmp_path / "data", train_images=2, val_images=1)
     damage(root)
-    command = ["--data", root, "--rows", "ViL", "--output", tmp_path / "out", *TINY]
+    command = ["--data", root, "--rows", "ViL", "--output", tmp_path / "out", *OF_DATA]
     error = refusal(run_all.main, *command, begun=True)
     assert said in error
     assert str(root) in error
@@ -453,7 +459,7 @@ def _truncate(path: Path) -> None:
 
 
 def test_wrong_input_of_several_processes_is_one_line_too(tmp_path: Path) -> None:
-    process = start("--devices", "2", "--data", "nowhere", *TINY, output=tmp_path)
+    process = start("--devices", "2", "--data", "nowhere", *OF_DATA, output=tmp_path)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 2
     assert error == "run_all.py: error: no data folder nowhere\n"
@@ -972,6 +978,25 @@ def test_the_page_of_a_suite_is_not_replaced(
     assert sorted(finished.rglob("*")) == before
 
 
+def test_a_dry_run_runs_a_mechanism_of_the_user(
+    tmp_path: Path, refusal: Refusal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def words(does: str, name: str) -> list[str]:
+        row = mechanisms.write(tmp_path / name, does)
+        return ["--rows", row, "--dry-run", *TINY, "--output", str(tmp_path / "out")]
+
+    fragile = words("if not x.is_meta:\n    raise RuntimeError('out of luck')", "fragile.py")
+    assert "stage 1, a grid of 32x40: RuntimeError: out of luck" in refusal(
+        run_all.main, *fragile, begun=True
+    )
+    backward = words("x = x.exp(); y = x * x; x += 1; x = y", "backward.py")
+    assert "modified by an inplace" in refusal(run_all.main, *backward, begun=True)
+    values = words("x = x * x.abs().max().item()", "values.py")
+    assert run_all.main(values) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"note: memory of {values[1]} not predicted" in said
+
+
 def test_a_dry_run_names_rows_with_a_record_and_refuses_what_the_run_would(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -981,10 +1006,13 @@ def test_a_dry_run_names_rows_with_a_record_and_refuses_what_the_run_would(
     assert "ViL has its record" in out
     assert [line.split()[0] for line in out.splitlines() if "mask_rcnn" in line] == ["performer"]
     root = generate(tmp_path / "data", train_images=2, val_images=1)
+    arguments = ["--rows", "ViL,performer", *OF_DATA, "--dry-run", "--output"]
     file = root / "annotations" / "instances_val2017.json"
     file.write_text(file.read_text().replace('"iscrowd"', '"ignore": 1, "iscrowd"'))
     assert run_all.main([*arguments, str(tmp_path / "out"), "--data", str(root)]) == 0
     assert "'ignore' (" in " ".join(capsys.readouterr().out.split())
+    assert run_all.main([*arguments, str(file / "out"), "--data", str(root)]) == 2
+    assert "cannot be written" in capsys.readouterr().err
     file.write_text("{")
     assert run_all.main([*arguments, str(tmp_path / "out"), "--data", str(root)]) == 2
     assert "instances_val2017.json is" in capsys.readouterr().err

@@ -42,7 +42,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(parser, "backbone")
     add_row(parser)
     add(parser, "position")
-    add(parser, "image-size", help="of the images to come (default: 1333x1333)")
+    add(
+        parser,
+        "image-size",
+        setting="data.max_size",
+        help="of the images to come (default: 1333x1333)",
+    )
     add(parser, "force", action="store_true", help="overwrite the output")
     add(parser, "format")
     add_overrides(parser)
@@ -89,6 +94,7 @@ def _config(options: argparse.Namespace) -> "RunConfig":
         position=options.position,
         image_size=options.image_size,
         overrides=options.overrides,
+        used=("model", "data.max_size", "data.fixed_size"),
     )
     return config
 

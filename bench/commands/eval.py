@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ hold is run.
 """
 FORMATS = ("table", "json")
 _SPLIT = "val2017"
+_USED = ("seed", "device", "model", "data", "train.precision", "evaluate")
 _SHOWN = 5
 _MODEL = ("backbone", "method", "library", "library_version", "attention", "arch")
 # What describes the detector where no record does, and its defaults.
@@ -74,6 +76,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "data",
         type=Path,
         metavar="DIR",
+        setting="data.path",
         help="folder in COCO layout (default: that of --record, or $DETECTRON2_DATASETS/coco)",
     )
     add_files(parser, "val", "images")
@@ -81,6 +84,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         parser,
         "split",
         metavar="NAME",
+        setting="evaluate.splits",
         help=f"split of the data (default: the first of --record, or {_SPLIT})",
     )
     model = parser.add_argument_group("the detector")
@@ -96,6 +100,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "library",
         choices=LIBRARIES,
         default="auto",
+        setting="model.library",
         help="whose names the weights have; auto tells by the names",
     )
     add(
@@ -108,15 +113,29 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(model, "backbone")
     add_row(model)
     add(model, "position")
-    add(model, "arch", help="ARCH string, instead of backbone, row and position")
+    add(
+        model,
+        "arch",
+        setting="model.arch",
+        help="ARCH string, instead of backbone, row and position",
+    )
     run = parser.add_argument_group("the run")
     add(
         run,
         "batch-size",
         default=None,
+        setting="evaluate.batch_size",
         help="images in a batch of each process (default: that of --record, or 1)",
     )
-    add(run, "workers", type=count, default=2, metavar="N", help="decoding processes")
+    add(
+        run,
+        "workers",
+        type=count,
+        default=2,
+        metavar="N",
+        setting="data.workers",
+        help="decoding processes",
+    )
     add(run, "device")
     # Its default is known when the record is.
     add_precision(run, default=None)
@@ -303,14 +322,17 @@ def _config(
         method = options.method
     run["model"] = {"library": library, "method": method}
     run["data"] |= {"degenerate_boxes": "drop", **file_values(options)}
-    arch = [f"model.arch={options.arch}", "model.backbone=ViL"] if options.arch else []
+    arch = [f"model.arch={options.arch}"] if options.arch else []
     (config,) = profile_configs(
         [options.attention],
         backbone=options.backbone,
         position=options.position,
         values=run,
         overrides=[*arch, *options.overrides],
+        used=_USED,
     )
+    if options.arch:
+        config = replace(config, model=replace(config.model, backbone="ViL"))
     return config
 
 

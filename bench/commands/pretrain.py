@@ -58,10 +58,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(parser, "dry-run", "measure-steps", "retry-failed", "tensorboard")
     one = parser.add_argument_group("evaluation of a checkpoint")
     add(one, "eval", action="store_true", help="evaluate --weights on val, and train nothing")
-    add(one, "weights", type=Path, metavar="FILE", help="a classifier of ours or a published one")
-    add(one, "position", help="positions of all stages (default: the row's)")
-    add(one, "image-size", help="of the images (default: the recipe's)")
-    add(one, "batch-size", default=64)
+    add(
+        one,
+        "weights",
+        type=Path,
+        metavar="FILE",
+        needs="eval",
+        help="a classifier of ours or a published one",
+    )
+    add(one, "position", needs="eval", setting="model.arch")
+    add(
+        one,
+        "image-size",
+        needs="eval",
+        setting="data.fixed_size",
+        help="of the images (default: the recipe's)",
+    )
+    add(
+        one,
+        "batch-size",
+        default=None,
+        needs="eval",
+        setting="evaluate.batch_size",
+        help="images in a batch (default: 64)",
+    )
     add_overrides(parser)
 
 
@@ -69,9 +89,6 @@ def run(options: argparse.Namespace) -> int:
     """Pretrain, or evaluate."""
     if options.eval:
         return _evaluate(options)
-    given = as_arguments(options, "weights", "position", "image-size")
-    if given:
-        raise InputError(f"{given[0]} is for --eval")
 
     import run_all
 
@@ -106,7 +123,11 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     suite, backbone = ("pretrain", "small") if options.data else ("pretrain-quick", "quick")
     backbone = options.backbone or backbone
-    overrides = [f"evaluate.batch_size={options.batch_size}", "train.precision=32-true"]
+    overrides = [*options.overrides]
+    if not any(word.startswith("train.precision=") for word in overrides):
+        overrides.append("train.precision=32-true")
+    if options.batch_size:
+        overrides.append(f"evaluate.batch_size={options.batch_size}")
     if options.image_size:
         overrides.append(f"data.fixed_size={list(options.image_size)}")
     if options.position:
@@ -119,7 +140,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         schedule=options.schedule,
         data=options.data,
         device=options.device,
-        overrides=[*overrides, *options.overrides],
+        overrides=overrides,
     ).runs
     root = data_root(config, options.output or Path("results") / "pretrain")
     _, split = classes.open_splits(root)

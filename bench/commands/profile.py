@@ -39,21 +39,39 @@ examples:
 
 """
 FITS = ("image-size", "batch-size")
+_MODEL = (
+    *("attention", "backbone", "method", "library", "format"),
+    *("precision", "amp", "device", "seed"),
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add(parser, "attention", "backbone", "method")
-    add(parser, "library", choices=LIBRARIES, default="torchvision", help="library of the detector")
-    add(parser, "image-size", default="800x1344")
+    add(
+        parser,
+        "library",
+        choices=LIBRARIES,
+        default="torchvision",
+        setting="model.library",
+        help="library of the detector",
+    )
+    add(parser, "image-size", default="800x1344", setting="profile.image_size")
     add(parser, "batch-size")
     add_precision(parser)
-    add(parser, "device", "mode")
+    add(parser, "device")
+    add(parser, "mode", setting="profile.training")
     add_what(parser, QUANTITIES, ON_DEMAND)
     add(parser, "repeats", default=10)
     add(parser, "seconds", default="1")
     add(parser, "seed")
-    add(parser, "data", metavar="DIR", help="images in COCO layout (default: generated)")
+    add(
+        parser,
+        "data",
+        metavar="DIR",
+        setting="data.path",
+        help="images in COCO layout (default: generated)",
+    )
     add(
         parser,
         "no-parts",
@@ -72,6 +90,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "fit",
         choices=FITS,
         default="image-size",
+        needs="memory-budget",
         help="which of them --memory-budget finds",
     )
     add(
@@ -94,26 +113,41 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Profile and print."""
     if options.sizes is not None:
+        _check_besides(options, "sizes", "output")
         return _over_sizes(options)
-    configs = _configs(options)
+    configs, bases = _configs(options, options.attention, options.image_size)
     if options.memory_budget is not None:
-        return _fit(options, configs)
+        _check_besides(
+            options, "memory_budget", *("fit", "image_size", "batch_size", "mode", "search")
+        )
+        return _fit(options, configs, bases)
     return _profile(options, configs)
 
 
-def _configs(options: argparse.Namespace) -> tuple[Any, ...]:
+def _check_besides(options: argparse.Namespace, option: str, *more: str) -> None:
+    """Refuse options that one which does something else would ignore."""
+    for name in options.given:
+        if name not in (*_MODEL, option, *more):
+            said = f"--{name} has no effect with --{option}"
+            raise InputError(said.replace("_", "-"))
+
+
+def _configs(
+    options: argparse.Namespace, names: Sequence[str], size: tuple[int, int]
+) -> tuple[Sequence["RunConfig"], dict[str, str]]:
+    """Return the configurations of rows, and the name of each without the value of a search."""
     from bench.config import variants
     from bench.config.suites import Suite, profile_configs
 
-    configs = profile_configs(options.attention, image_size=options.image_size, **_given(options))
-    suite, _ = variants.expanded(
+    configs = profile_configs(names, image_size=size, **_given(options))
+    suite, bases = variants.expanded(
         Suite("profile", tuple(configs)),
         text=options.search,
         seed=None,
         seeds=None,
         settings=options.overrides,
     )
-    return suite.runs
+    return suite.runs, bases
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
@@ -131,7 +165,14 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
             "training": "training" in options.mode,
         },
     }
-    return {"backbone": options.backbone, "values": values, "overrides": options.overrides}
+    from bench.config.suites import MEASURED
+
+    return {
+        "backbone": options.backbone,
+        "values": values,
+        "overrides": options.overrides,
+        "used": MEASURED,
+    }
 
 
 def _profile(options: argparse.Namespace, configs: Sequence[Any]) -> int:
@@ -185,32 +226,31 @@ def _check_new(folder: Path, configs: Sequence[Any]) -> None:
             )
 
 
-def _fit(options: argparse.Namespace, configs: Sequence[Any]) -> int:
+def _fit(options: argparse.Namespace, configs: Sequence["RunConfig"], bases: dict[str, str]) -> int:
     """Find the largest image or batch of each row within the budget."""
-    from bench.config.suites import profile_configs
     from bench.measure import predict
     from bench.measure.costs import build_on_meta
     from bench.model import detectors
     from report import profiles
 
     vary = options.fit.replace("-", "_")
-    # One that is not here may be asked about; "auto" is what is here.
-    named = options.device.partition(":")[0].replace("auto", "cpu")
-    device = "cuda" if on_gpu(options.device) else named
     lines = []
     for config in configs:
+        # One that is not here may be asked about; "auto" is what is here.
+        named = config.device.partition(":")[0].replace("auto", "cpu")
+        device = "cuda" if on_gpu(config.device) else named
 
         def build(size: tuple[int, int], row: str = config.row) -> detectors.Detector:
-            (resized,) = profile_configs([row], image_size=size, **_given(options))
-            return build_on_meta(resized)
+            resized, _ = _configs(options, [bases[row]], size)
+            return build_on_meta(next(one for one in resized if one.row == row))
 
         for mode in options.mode:
             found = predict.fit(
                 build,
                 budget_bytes=options.memory_budget,
                 vary=vary,
-                image_size=options.image_size,
-                batch_size=options.batch_size,
+                image_size=config.profile.image_size,
+                batch_size=config.profile.batch_size,
                 mode=mode,
                 precision=config.train.precision,
                 device=device,

@@ -4,15 +4,18 @@ A field's type is its range. `build` makes a configuration of plain values and s
 is wrong with them.
 """
 
+import dataclasses
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import field, fields, is_dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
+from bench.config.values import shown
 from bench.errors import InputError, choose, nearest
 
 METHODS = ("mask_rcnn", "retinanet")
@@ -46,6 +49,25 @@ Blocks = Annotated[tuple[Whole, ...], Field(min_length=1)]
 Sizes = Annotated[tuple[Positive, ...], Field(min_length=1)]
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
+
+class With(NamedTuple):
+    """What a setting has an effect with: another one that has one of some values.
+
+    Attributes:
+        setting: dotted name of the other.
+        values: its values; none for all but null, false, 0 and what is empty.
+    """
+
+    setting: str
+    values: tuple[Any, ...] = ()
+
+
+_DETECTORS, _CLASSIFIERS = With("model.method", METHODS), With("model.method", (CLASSIFIER,))
+_ROIS = With("model.method", ("mask_rcnn",))
+_FOLDER, _GENERATED = With("data.path"), With("data.path", (None,))
+_RESIZED, _STEPS = With("data.fixed_size", (None,)), With("classify.epochs", (None,))
+_AT_STEPS = With("train.decay", ("steps",))
+
 _RULES = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 _Config = TypeVar("_Config")
 # Of pydantic's messages.
@@ -72,25 +94,25 @@ class DetectorConfig:
 
     Attributes:
         fpn_channels: channels of the feature pyramid.
-        head_width: width of the two linear layers of the box head (Mask R-CNN).
-        mask_width: channels of the four convolutions of the mask head (Mask R-CNN).
+        head_width: width of the two linear layers of the box head.
+        mask_width: channels of the four convolutions of the mask head.
         anchor_sizes: one anchor size in pixels a pyramid level; RetinaNet adds two octave scales.
-        rpn_proposals: proposals in training: a level before NMS, an image after it (Mask R-CNN).
-        rpn_proposals_test: the same in evaluation (Mask R-CNN).
-        rpn_batch: anchors an image in the loss of the RPN (Mask R-CNN).
-        roi_batch: RoIs an image in the loss of the box head (Mask R-CNN).
+        rpn_proposals: proposals in training: a level before NMS, an image after it.
+        rpn_proposals_test: the same in evaluation.
+        rpn_batch: anchors an image in the loss of the RPN.
+        roi_batch: RoIs an image in the loss of the box head.
         detections: detections kept an image.
         score_threshold: detections below it are dropped.
     """
 
     fpn_channels: Positive = 256
-    head_width: Positive = 1024
-    mask_width: Positive = 256
+    head_width: Annotated[Positive, _ROIS] = 1024
+    mask_width: Annotated[Positive, _ROIS] = 256
     anchor_sizes: Sizes = (32, 64, 128, 256, 512)
-    rpn_proposals: Size = (2000, 1000)
-    rpn_proposals_test: Size = (1000, 1000)
-    rpn_batch: Positive = 256
-    roi_batch: Positive = 512
+    rpn_proposals: Annotated[Size, _ROIS] = (2000, 1000)
+    rpn_proposals_test: Annotated[Size, _ROIS] = (1000, 1000)
+    rpn_batch: Annotated[Positive, _ROIS] = 256
+    roi_batch: Annotated[Positive, _ROIS] = 512
     detections: Positive = 100
     score_threshold: Fraction = 0.05
 
@@ -124,8 +146,8 @@ class ModelConfig:
     drop_path: Fraction = 0.0
     norm_embed: bool = True
     method: Annotated[str, _one_of((*METHODS, CLASSIFIER))] = "mask_rcnn"
-    library: Annotated[str, _one_of(LIBRARIES)] = "torchvision"
-    detector: DetectorConfig = field(default_factory=DetectorConfig)
+    library: Annotated[str, _one_of(LIBRARIES), _DETECTORS] = "torchvision"
+    detector: Annotated[DetectorConfig, _DETECTORS] = field(default_factory=DetectorConfig)
 
 
 @dataclass(frozen=True, config=_RULES)
@@ -156,19 +178,19 @@ class DataConfig:
     """
 
     path: str | None = None
-    train_file: str | None = None
-    val_file: str | None = None
-    images: str | None = None
-    generated: GeneratedConfig = field(default_factory=GeneratedConfig)
-    train_split: str = "train2017"
-    min_sizes: Sizes = (800,)
-    max_size: Positive = 1333
+    train_file: Annotated[str | None, _DETECTORS] = None
+    val_file: Annotated[str | None, _DETECTORS] = None
+    images: Annotated[str | None, _DETECTORS, _FOLDER] = None
+    generated: Annotated[GeneratedConfig, _GENERATED] = field(default_factory=GeneratedConfig)
+    train_split: Annotated[str, _DETECTORS] = "train2017"
+    min_sizes: Annotated[Sizes, _RESIZED] = (800,)
+    max_size: Annotated[Positive, _RESIZED] = 1333
     fixed_size: Size | None = None
     flip: bool = True
     workers: Whole = 0
-    aspect_ratio_grouping: bool = False
-    degenerate_boxes: Annotated[str, _one_of(DEGENERATE_BOXES)] = "error"
-    deep_white: Annotated[int, Field(strict=True, ge=1, le=65535)] = 65535
+    aspect_ratio_grouping: Annotated[bool, _DETECTORS] = False
+    degenerate_boxes: Annotated[str, _one_of(DEGENERATE_BOXES), _DETECTORS] = "error"
+    deep_white: Annotated[int, Field(strict=True, ge=1, le=65535), _DETECTORS] = 65535
 
 
 @dataclass(frozen=True, config=_RULES)
@@ -191,21 +213,21 @@ class TrainConfig:
     """
 
     schedule: str = "1x"
-    steps: Positive = 90000
+    steps: Annotated[Positive, _STEPS] = 90000
     batch_size: Positive = 16
     devices: Positive = 1
     accumulate: Positive = 1
     lr: PositiveNumber = 1e-4
     scale_from_batch: Positive | None = None
     weight_decay: Number = 0.05
-    no_decay: tuple[str, ...] = ()
-    lr_multipliers: dict[str, Number] = field(default_factory=dict)
+    no_decay: Annotated[tuple[str, ...], _DETECTORS, With("train.weight_decay")] = ()
+    lr_multipliers: Annotated[dict[str, Number], _DETECTORS] = field(default_factory=dict)
     init: str | None = None
-    warmup_steps: Whole = 1000
-    warmup_factor: Number = 0.01
-    decay: Annotated[str, _one_of(DECAYS)] = "steps"
-    milestones: tuple[Whole, ...] = ()
-    gamma: Number = 0.1
+    warmup_steps: Annotated[Whole, _STEPS] = 1000
+    warmup_factor: Annotated[Number, _DETECTORS, With("train.warmup_steps")] = 0.01
+    decay: Annotated[str, _one_of(DECAYS), _DETECTORS] = "steps"
+    milestones: Annotated[tuple[Whole, ...], _DETECTORS, _AT_STEPS] = ()
+    gamma: Annotated[Number, _DETECTORS, _AT_STEPS, With("train.milestones")] = 0.1
     clip_norm: Number | None = None
     precision: Annotated[str, _one_of(PRECISIONS)] = "32-true"
     checkpoint_every: Positive = 2500
@@ -232,7 +254,7 @@ class ClassifyConfig:
     """
 
     epochs: Positive | None = None
-    warmup_epochs: Whole = 0
+    warmup_epochs: Annotated[Whole, With("classify.epochs")] = 0
     warmup_lr: Number = 1e-6
     min_lr: Number = 1e-5
     crop_area: Annotated[Share, Field(gt=0)] = 0.08
@@ -254,9 +276,9 @@ class EvaluateConfig:
         bootstrap: draws of images that the intervals of mAP come from; 0 for none.
     """
 
-    splits: Names = ("val2017",)
+    splits: Annotated[Names, _DETECTORS] = ("val2017",)
     batch_size: Positive = 4
-    bootstrap: Whole = 1000
+    bootstrap: Annotated[Whole, _DETECTORS] = 1000
 
 
 @dataclass(frozen=True, config=_RULES)
@@ -264,12 +286,12 @@ class ProfileConfig:
     """What is measured: image_size is (height, width); seconds and repeats are the least."""
 
     enabled: bool = True
-    image_size: Size = (800, 1344)
-    batch_size: Positive = 1
-    proposals: Positive = 1000
-    repeats: Repeats = 10
-    seconds: Number = 1.0
-    training: bool = True
+    image_size: Annotated[Size, _DETECTORS] = (800, 1344)
+    batch_size: Annotated[Positive, _DETECTORS] = 1
+    proposals: Annotated[Positive, _ROIS] = 1000
+    repeats: Annotated[Repeats, _DETECTORS] = 10
+    seconds: Annotated[Number, _DETECTORS] = 1.0
+    training: Annotated[bool, _DETECTORS] = True
 
 
 @dataclass(frozen=True, config=_RULES)
@@ -283,7 +305,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    classify: ClassifyConfig = field(default_factory=ClassifyConfig)
+    classify: Annotated[ClassifyConfig, _CLASSIFIERS] = field(default_factory=ClassifyConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
@@ -313,9 +335,34 @@ def leaves(node: Any = RunConfig) -> tuple[str, ...]:
     """Return the dotted names of all values of a class above."""
     names: list[str] = []
     for part in fields(node):
-        inner = is_dataclass(part.type)
-        names += [f"{part.name}.{name}" for name in leaves(part.type)] if inner else [part.name]
+        kind = _kind(part)
+        inner = is_dataclass(kind)
+        names += [f"{part.name}.{name}" for name in leaves(kind)] if inner else [part.name]
     return tuple(names)
+
+
+def without_effect(config: RunConfig, name: str) -> str | None:
+    """Say in what run a setting has no effect, if `config` is one, or return None.
+
+    Args:
+        name: dotted, of the setting; one within options or the like is of these.
+    """
+    kind: Any = RunConfig
+    # What is said of a value counts before what is said of its group.
+    needed: dict[str, With] = {}
+    for word in name.split("."):
+        if not is_dataclass(kind):
+            break
+        part = next(part for part in fields(kind) if part.name == word)
+        given = getattr(part.type, "__metadata__", ())
+        needed |= {one.setting: one for one in given if isinstance(one, With)}
+        kind = _kind(part)
+    for other, (_, values) in needed.items():
+        value = operator.attrgetter(other)(config)
+        if value not in values if values else not value:
+            only = f", only where it is {' or '.join(map(shown, values))}" if values else ""
+            return f"where {other} is {shown(value)}{only}"
+    return None
 
 
 def _line(kind: type, error: ErrorDetails) -> str:
@@ -339,10 +386,15 @@ def _line(kind: type, error: ErrorDetails) -> str:
     return f"{path}={repr(given) if isinstance(given, str) else given} {allowed}"
 
 
+def _kind(part: "dataclasses.Field[Any]") -> Any:
+    """Return the type of a field without what is said of it."""
+    return getattr(part.type, "__origin__", part.type)
+
+
 def _part(kind: Any, path: str) -> Any:
     """Return the class of a group of values."""
     for name in path.split("."):
-        kind = next(part.type for part in fields(kind) if part.name == name)
+        kind = next(_kind(part) for part in fields(kind) if part.name == name)
     return kind
 
 

@@ -18,12 +18,34 @@ from attentions.contract import accepted_options
 from bench.config import schema
 from bench.config.arch import StageSpec, parse, render
 from bench.config.schema import CLASSIFIER, METHODS, RunConfig
-from bench.config.values import assigned, merged, read
+from bench.config.values import assigned, flat, merged, read, shown
 from bench.errors import InputError, choose, nearest
 
 DATASETS_VARIABLE = "DETECTRON2_DATASETS"
 # What only labels a run, and the options that set what it says.
-CHOSEN = {"suite": "--suite", "row": "--rows", "train.schedule": "--schedule"}
+CHOSEN = {
+    "suite": "--suite",
+    "row": "--rows",
+    "model.backbone": "--backbone",
+    "train.schedule": "--schedule",
+}
+# How the names of settings begin that costs depend on, and those of costs at stated sizes.
+SIZED = (
+    *("seed", "device", "model", "data.path", "data.train_file", "data.images", "data.train_split"),
+    *("data.degenerate_boxes", "data.deep_white", "train.precision", "train.clip_norm"),
+    *("train.no_decay", "train.lr_multipliers", "profile.proposals", "profile.repeats"),
+    "profile.seconds",
+)
+MEASURED = (
+    *SIZED,
+    *("data.min_sizes", "data.max_size", "data.fixed_size", "profile.image_size"),
+    *("profile.batch_size", "profile.training"),
+)
+_SUITE_KEYS = (
+    *("backbone", "recipe", "recipes", "rows", "default", "needs", "stages"),
+    *("run", "row_run", "with_data"),
+)
+_ROW_KEYS = ("attention", "dense", "feature", "num_global", "family", "position", "options")
 _GLOBALS = (1, 1, 1, 0)
 _FEATURE = 7
 
@@ -94,6 +116,7 @@ def load_suite(
     """
     choose(name, suites(), "suite")
     suite = _read(f"suites/{name}.yaml")
+    _check_keys(suite, _SUITE_KEYS, f"suites/{name}.yaml")
     recipes, known_backbones = _read(suite.get("recipes", "recipes.yaml")), _read("backbones.yaml")
     if schedule is not None:
         choose(schedule, recipes, "schedule")
@@ -105,6 +128,7 @@ def load_suite(
             )
         suite |= {"backbone": backbone}
     table = _suite_rows(name, suite, schedule, method)
+    _check_keys(suite.get("row_run", {}), table, f"suites/{name}.yaml at row_run")
     layers = [suite.get("run", {})]
     needs = suite.get("needs")
     named = {} if data is None else {"data": {"path": data}}
@@ -114,26 +138,24 @@ def load_suite(
     if data is not None:
         layers += [suite.get("with_data", {}), {"data": {"path": data}}]
     command_line = _overrides(overrides)
-    runs = []
+    plain: list[RunConfig] = []
+    runs: list[RunConfig] = []
     chosen = _chosen(rows or suite.get("default", ["all"]), table)
     for row in chosen:
         found = _suite_row(row, table, name, suite)
         layer = _row_layer(found.stages, known_backbones[found.backbone])
+        _check_mechanism(row, found.stages["attention"], command_line)
         top: dict[str, Any] = {"suite": name, "row": row, **named}
         top |= {key: v for key, v in (("seed", seed), ("device", device)) if v is not None}
         top |= {} if method is None else {"model": {"method": method}}
         recipe = recipes[found.recipe]
         said = merged([top, command_line], agree="")
         layers_of_row = [recipe, *layers, layer, found.settings, said]
-        run = _with_fixed_size(build_config(merged(layers_of_row)))
-        check_sizes(run)
-        for key in ("steps", "warmup_steps"):
-            if run.classify.epochs is not None and key in command_line.get("train", {}):
-                raise InputError(
-                    f"train.{key}={command_line['train'][key]}: this recipe counts epochs; give"
-                    " classify.epochs and classify.warmup_epochs, or classify.epochs=null with it"
-                )
-        runs.append(run)
+        plain.append(build_config(merged(layers_of_row)))
+        runs.append(_with_fixed_size(plain[-1]))
+        check_sizes(runs[-1])
+    check_effects(command_line, plain)
+    _check_apart(runs, overrides)
     more = () if rows else tuple(row for row in table if row not in chosen)
     return Suite(name, tuple(runs), needs, more, suite.get("backbone"))
 
@@ -160,6 +182,7 @@ def profile_configs(
     image_size: tuple[int, int] | None = None,
     values: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
+    used: Sequence[str] = ("",),
 ) -> tuple[RunConfig, ...]:
     """Return a configuration for each name, to be measured and not trained.
 
@@ -171,6 +194,7 @@ def profile_configs(
         image_size: (height, width) of every image in pixels, which the detector takes as it is.
         values: nested values besides, such as {"model": {"method": "retinanet"}}.
         overrides: `key=value`.
+        used: how the names of settings begin that overrides may be of.
 
     Raises:
         InputError: for an unknown name, backbone or key, a value that is not allowed, or sizes that
@@ -196,18 +220,27 @@ def profile_configs(
             "profile": {"image_size": list(image_size)},
         }
     command_line = _overrides(overrides)
-    if position is not None and "arch" in command_line.get("model", {}):
+    if position is not None and "model.arch" in flat(command_line):
         raise InputError("model.arch says where positions are absolute (a1); leave out --position")
-    configs = []
+    plain = []
     for row in dict.fromkeys(rows):
         spec = table.get(row, {"attention": row}) | ({"position": position} if position else {})
         layer = _row_layer(spec, known_backbones[backbone])
+        _check_mechanism(row, spec["attention"], command_line)
         top = {"suite": "profile", "row": row}
-        config = build_config(merged([size, values or {}, layer, top, command_line]))
-        configs.append(_with_fixed_size(config, image_size))
-        if image_size is not None:
-            check_sizes(configs[-1])
-    return tuple(configs)
+        plain.append(build_config(merged([size, values or {}, layer, top, command_line])))
+    for name, value in flat(command_line).items():
+        if not name.startswith(tuple(used)):
+            raise InputError(
+                f"{name}={shown(value)} has no effect in this command; those that have begin with"
+                f" {', '.join(used)}"
+            )
+    check_effects(command_line, plain)
+    configs = tuple(_with_fixed_size(config, image_size) for config in plain)
+    for config in configs if image_size is not None else ():
+        check_sizes(config)
+    _check_apart(configs, overrides)
+    return configs
 
 
 @dataclass(frozen=True)
@@ -315,6 +348,23 @@ def default_root() -> Path | None:
     return root if root is not None and root.is_dir() else None
 
 
+def check_effects(given: Mapping[str, Any], runs: Sequence[RunConfig]) -> None:
+    """Refuse a setting that is given and changes nothing in any of some runs.
+
+    Args:
+        given: nested values, as a person said them; what asks for nothing (null, false, 0 or an
+            empty list) need not change anything.
+        runs: with these values.
+
+    Raises:
+        InputError: for the first such setting.
+    """
+    for name, value in flat(given).items():
+        idle = [schema.without_effect(run, name) for run in runs]
+        if value and all(idle):
+            raise InputError(f"{name}={shown(value)} has no effect {idle[0]}")
+
+
 def build_config(values: Mapping[str, Any]) -> RunConfig:
     """Return the `RunConfig` of nested plain values, such as those of a record.
 
@@ -348,15 +398,23 @@ def build_config(values: Mapping[str, Any]) -> RunConfig:
 
 
 def _read(path: str) -> dict[str, Any]:
-    content = read((importlib.resources.files("configs") / path).read_text(encoding="utf-8"))
+    text = (importlib.resources.files("configs") / path).read_text(encoding="utf-8")
+    content = read(text, f"configs/{path}")
     if not isinstance(content, dict):
         raise InputError(f"configs/{path} is not a mapping")
     return content
 
 
+def _check_keys(values: Mapping[str, Any], allowed: Iterable[str], where: str) -> None:
+    for key in values:
+        choose(str(key), allowed, f"key in configs/{where}:")
+
+
 def _rows() -> dict[str, Any]:
     """Return those of rows.yaml, then one and a partial one for every other mechanism."""
     table = _read("rows.yaml")
+    for row, spec in table.items():
+        _check_keys(spec, _ROW_KEYS, f"rows.yaml at {row}")
     named = {spec["attention"] for spec in table.values()}
     for mechanism in attentions.names():
         if mechanism not in named:
@@ -498,11 +556,29 @@ def _needs(mechanism: str) -> tuple[int, int]:
 
 
 def _overrides(given: Sequence[str]) -> dict[str, Any]:
-    for override in given:
-        name = override.partition("=")[0]
+    values = assigned(given)
+    for name, value in flat(values).items():
         if name in CHOSEN:
-            raise InputError(f"{override!r}: {name} is chosen by {CHOSEN[name]}")
-    return assigned(given)
+            raise InputError(f"'{name}={shown(value)}': {name} is chosen by {CHOSEN[name]}")
+    return values
+
+
+def _check_mechanism(row: str, own: str, given: Mapping[str, Any]) -> None:
+    """Refuse a mechanism under whose row another one would stand."""
+    said = flat(given).get("model.attention")
+    if said is not None and own not in str(said).split(","):
+        raise InputError(f"model.attention={said}: row {row} is of {own}; name another row instead")
+
+
+def _check_apart(runs: Sequence[RunConfig], overrides: Sequence[str]) -> None:
+    """Refuse settings that make one of two rows, whose names would then say what they are not."""
+    rows: dict[str, str] = {}
+    for run in runs if overrides else ():
+        other = rows.setdefault(repr(replace(run, row="")), run.row)
+        if other != run.row:
+            raise InputError(
+                f"rows {other} and {run.row} are the same with {' '.join(overrides)}; name one"
+            )
 
 
 def _stages(config: RunConfig) -> tuple[StageSpec, ...]:

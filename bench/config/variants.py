@@ -16,10 +16,11 @@ from bench.config.suites import (
     Reference,
     Suite,
     build_config,
+    check_effects,
     check_sizes,
     reference_config,
 )
-from bench.config.values import read
+from bench.config.values import nested, read
 from bench.errors import InputError, nearest
 from bench.record import slug
 
@@ -124,6 +125,7 @@ def expanded(
     suite, bases = plain, {config.row: config.row for config in plain.runs}
     if searched is not None:
         suite = expand(plain, searched)
+        check_effects(nested(searched.path, list(searched.values)), suite.runs)
         bases = {searched.row(row, value): row for row in bases for value in searched.values}
     if seeds is not None:
         first = plain.runs[0].seed

@@ -23,7 +23,7 @@ from bench import record
 from bench.config.arch import parse
 from bench.config.schema import MODES, SWEPT, RunConfig
 from bench.config.sources import mechanism_sources
-from bench.config.suites import profile_configs
+from bench.config.suites import SIZED, profile_configs
 from bench.measure.costs import effort, flops_of_one
 from bench.measure.worker import Worker
 from bench.model.build import model_section
@@ -159,6 +159,7 @@ def plan(
                 image_size=size,
                 values=_with(values or {}, size, batch_size),
                 overrides=overrides,
+                used=SIZED,
             ):
                 device = make_fabric(config).device.type
                 named = config.device if ":" in config.device else device

@@ -1,6 +1,7 @@
 """What a suite would do, without doing it: steps, rates, memory and time."""
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,8 +20,9 @@ from bench.data import split as inputs
 from bench.data.classes import ClassDataset
 from bench.data.coco import CocoDataset
 from bench.data.generated import data_root
+from bench.errors import InputError
 from bench.measure.predict import NotPredictedError, predict
-from bench.measure.workload import COCO_CLASSES, Workload
+from bench.measure.workload import COCO_CLASSES, Workload, attention_of
 from bench.model import build as models
 from bench.model import classifier, detectors
 from bench.model.optimizer import build_optimizer, effective, learning_rate, schedule_notes
@@ -30,6 +32,8 @@ UNKNOWN = "-"
 # Of COCO's train2017, the images with an instance that is not a crowd.
 _COCO_IMAGES = 117_266
 _DAY, _HOUR, _MINUTE = 86400, 3600, 60
+# Of the largest grid that a mechanism of the user is run on: that of stage 3 of 800x1344.
+_MOST_TOKENS = 50 * 84
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class Planned:
         on_gpu: whether memory is that of a GPU.
         seconds: of its training steps, or None if none was timed.
         seeds: that it would be run with.
-        remarks: what is odd but usable in its data, as the run would say it.
+        remarks: what is odd but usable in its data, as the run would say it, and why memory is not
+            predicted.
     """
 
     config: RunConfig
@@ -89,12 +94,13 @@ def plan(
         if any(run.config.row == config.row for run in planned):
             continue
         progress(config.row)
+        _run_own(config)
         name = repr((config.data, config.evaluate.splits))
         if name not in opened:
             opened[name] = _dataset(config, output, needed=measure_steps > 0)
         dataset, remarks = opened[name]
         run = _plan(config, suite, dataset, measure_steps)
-        planned.append(replace(run, remarks=tuple(remarks)))
+        planned.append(replace(run, remarks=(*run.remarks, *remarks)))
     return planned
 
 
@@ -222,6 +228,7 @@ def _plan(
         seconds = _seconds(config, dataset, classes, part, measure_steps)
         seconds *= recipe.accumulate * recipe.steps
     on_gpu = _on_gpu(config)
+    memory, why = _memory(config, part, classes, "cuda" if on_gpu else "cpu")
     data, images = _data(config, dataset, suite.needs if coco else None)
     return Planned(
         config=config,
@@ -229,10 +236,11 @@ def _plan(
         library=detectors.resolve_library(config.model.library),
         data=data,
         images=images,
-        memory=_memory(config, part, classes, "cuda" if on_gpu else "cpu"),
+        memory=memory,
         on_gpu=on_gpu,
         seconds=seconds,
         seeds=tuple(run.seed for run in suite.runs if run.row == config.row),
+        remarks=why,
     )
 
 
@@ -249,6 +257,7 @@ def _plan_classifier(config: RunConfig, dataset: Any, measure_steps: int) -> Pla
         call = _classifier_step(config, size, part)
         seconds = _median(call, measure_steps, devices.single_fabric(config).device)
         seconds *= recipe.accumulate * recipe.steps
+    memory, why = _predicted(vil, config, part, size, "cuda" if on_gpu else "cpu")
     where = "generated" if config.data.path is None else config.data.path
     return Planned(
         config=config,
@@ -256,10 +265,11 @@ def _plan_classifier(config: RunConfig, dataset: Any, measure_steps: int) -> Pla
         library="timm",
         data=f"{where}, {images} images",
         images=images,
-        memory=_predicted(vil, config, part, size, "cuda" if on_gpu else "cpu"),
+        memory=memory,
         on_gpu=on_gpu,
         seconds=seconds,
         seeds=(config.seed,),
+        remarks=why,
     )
 
 
@@ -370,8 +380,43 @@ def _on_gpu(config: RunConfig) -> bool:
     return half or config.device.startswith("cuda") or torch.cuda.is_available()
 
 
-def _memory(config: RunConfig, images: int, num_classes: int, device: str) -> float | None:
-    """The predicted peak of a training step on one device, in bytes; None where there is none."""
+def _run_own(config: RunConfig) -> None:
+    """Run a layer of each stage with a mechanism of the user, forward and backward, for one image.
+
+    What is for a GPU that is not here is not run, nor are grids that are large.
+
+    Raises:
+        InputError: with what the mechanism raised.
+    """
+    fabric = devices.single_fabric(config)
+    own = ":" in config.model.attention
+    if not own or (fabric.device.type == "cpu" and _on_gpu(config)):
+        return
+    size = classes.image_size(config) if config.model.method == CLASSIFIER else None
+    profile = replace(config.profile, batch_size=1, image_size=size or config.profile.image_size)
+    config = replace(config, profile=profile)
+    vil = models.build_backbone(config).to(fabric.device)
+    vil.start_training_step(0)
+    for stage in vil.stages:
+        layer, (tokens, grid) = attention_of(vil, config, device=fabric.device, stage=stage.number)
+        if ":" not in stage.attention or math.prod(grid) > _MOST_TOKENS:
+            continue
+        try:
+            with fabric.autocast():
+                out = layer(tokens.requires_grad_(), grid)
+            if out.requires_grad:
+                out.sum().backward()
+        except Exception as error:
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InputError(
+                f"row {config.row!r}: stage {stage.number}, a grid of {grid[0]}x{grid[1]}: {said}"
+            ) from error
+
+
+def _memory(
+    config: RunConfig, images: int, num_classes: int, device: str
+) -> tuple[float | None, tuple[str, ...]]:
+    """The predicted peak of a training step on one device, in bytes, or None and why."""
     size = config.profile.image_size
     detector = models.on_meta(models.build_detector, config, num_classes)
     # These have the errors that the run would have.
@@ -383,7 +428,7 @@ def _memory(config: RunConfig, images: int, num_classes: int, device: str) -> fl
 
 def _predicted(
     module: nn.Module, config: RunConfig, images: int, size: tuple[int, int], device: str
-) -> float | None:
+) -> tuple[float | None, tuple[str, ...]]:
     try:
         prediction = predict(
             module,
@@ -393,6 +438,6 @@ def _predicted(
             precision=config.train.precision,
             device=device,
         )
-    except NotPredictedError:
-        return None
-    return float(prediction.total)
+    except NotPredictedError as error:
+        return None, (f"memory of {config.row} not predicted: {error}",)
+    return float(prediction.total), ()

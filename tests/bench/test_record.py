@@ -95,6 +95,12 @@ def test_a_file_that_holds_no_record_is_named(text: str, tmp_path: Path) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_a_name_twice_as_of_two_files_merged_is_named() -> None:
+    text = make().to_json().replace('"seed"', '"notes": ["theirs"], "seed"', 1)
+    with pytest.raises(InputError, match="is not JSON: 'notes' stands twice in one object"):
+        Record.from_json(text)
+
+
 def test_other_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     path = tmp_path / "odd.json"
     with pytest.raises(InputError, match=r"odd\.json: No such file"):

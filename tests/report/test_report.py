@@ -367,6 +367,7 @@ def test_commands_that_differ_in_their_rows_alone_are_one() -> None:
         # No mean holds a figure that is not one, nor -1, COCO's for none.
         ("evaluation.box.AP", float("nan"), "evaluation.box.AP is nan: Input should be"),
         ("evaluation.box.AP", -1, "evaluation.box.AP is -1: Input should be greater"),
+        ("evaluation.box_interval", {"AP": [1.0, 2.0]}, "outside of its interval [1.0, 2.0]"),
         ("latency.inference.median", float("inf"), "latency.inference.median is inf"),
         ("flops.total", -5, "flops.total is -5"),
         ("memory.unit", "MB", "memory.unit is 'MB': Input should be 'bytes'"),

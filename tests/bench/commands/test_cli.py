@@ -187,6 +187,23 @@ WRONG = {
     # A budget needs no device.
     "profile --attention ViL --backbone quick --image-size 64 --memory-budget 1MB": "too small",
     "profile --output=": "error: --output is empty; give it a value or leave it out",
+    "profile --device cpu device=cuda": "device is given twice, as 'cpu' and 'cuda'",
+    "profile --batch-size 2 profile.batch_size=3": "profile.batch_size is given twice, as 2 and 3",
+    "profile --image-size 64 profile.image_size=[64,96]": "as [64, 64] and [64, 96]",
+    "profile --amp train.precision=32-true": "train.precision is given twice, as '--amp' and",
+    "profile train.steps=4": "train.steps=4 has no effect in this command",
+    "profile classify.mixup=1": "classify.mixup=1 has no effect in this command",
+    "profile --fit batch-size": "--fit has no effect without --memory-budget",
+    "profile --sizes val2017 --batch-size 2": "--batch-size has no effect with --sizes",
+    "profile --memory-budget 8GB --what flops": "--what has no effect with --memory-budget",
+    "sweep --seed 1 seed=2": "seed is given twice, as 1 and 2",
+    "sweep profile.image_size=[64,64]": "profile.image_size=[64, 64] has no effect in this command",
+    "convert --source a --output b train.lr=1": "train.lr=1 has no effect in this command",
+    "eval --weights a --batch-size 2 evaluate.batch_size=3": "evaluate.batch_size is given twice",
+    "eval --weights a --amp train.precision=32-true": "train.precision is given twice",
+    "pretrain --batch-size 3": "--batch-size has no effect without --eval",
+    "pretrain --jobs 3": "--jobs has no effect without --launcher local",
+    "pretrain --seed 1 seed=2": "seed is given twice, as 1 and 2",
 }
 
 

@@ -1,6 +1,8 @@
 import csv
 import functools
+import importlib.resources
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import configs
 from attentions import registry
 from attentions.contract import Attention
 from bench.config.arch import parse
-from bench.config.schema import RunConfig, build
+from bench.config.schema import RunConfig, build, leaves, without_effect
 from bench.config.suites import (
     build_config,
     families,
@@ -180,6 +182,22 @@ def test_every_fourth_block_of_mixed_rows_is_dense(backbone, dense):
     mixed, plain = profile_configs(["Mixed ViL", "ViL"], backbone=backbone)
     assert mixed.model.dense == dense
     assert (mixed.model.arch, plain.model.dense) == (plain.model.arch, {})
+
+
+def test_a_key_twice_or_unknown_in_a_file_of_configs_is_named(tmp_path, monkeypatch):
+    shutil.copytree(FOLDER, tmp_path / "configs")
+    monkeypatch.setattr(importlib.resources, "files", lambda _: tmp_path / "configs")
+    quick, rows = (tmp_path / "configs" / name for name in ("suites/quick.yaml", "rows.yaml"))
+    before = quick.read_text()
+    quick.write_text(before + "recipe: 1x\n")
+    assert "'configs/suites/quick.yaml': 'recipe' is given twice, near line" in refuse()
+    quick.write_text(before + "row_runs: {ViL: {seed: 1}}\n")
+    assert "key in configs/suites/quick.yaml: 'row_runs' (did you mean 'row_run'?)" in refuse()
+    quick.write_text(before + "row_run: {Vil: {seed: 1}}\n")
+    assert "at row_run: 'Vil' (did you mean 'ViL'?)" in refuse()
+    quick.write_text(before)
+    rows.write_text(rows.read_text() + "mine: {attention: swin, positon: relative}\n")
+    assert "rows.yaml at mine: 'positon' (did you mean 'position'?)" in refuse()
 
 
 def test_dense_blocks_by_stage(monkeypatch):
@@ -362,6 +380,7 @@ WRONG = {
     "model.drop_path=1": ["model.drop_path=1 must be less than 1"],
     "model.method=maskrcnn": ["model.method", "(did you mean 'mask_rcnn'?); allowed: mask_rcnn,"],
     "model.options=3": ["model.options=3 must be"],
+    "train={steps: 3, steps: 4}": ["cannot read", "'steps' is given twice"],
 }
 CONTRADICTIONS = {
     "train.batch_size=3 train.devices=2": ["train.batch_size=3 must be a multiple"],
@@ -369,7 +388,8 @@ CONTRADICTIONS = {
     "data.min_sizes=[96] data.max_size=120": ["profile.image_size=[128, 160]", "data.max_size=120"],
     "data.max_size=128 profile.enabled=false": ["profile.image_size=[128, 160]"],
     "data.fixed_size=[64,96]": ["profile.image_size=[128, 160]", "data.fixed_size=[64, 96]"],
-    "model.attention=longfromer": ["'longfromer' (did you mean 'longformer'?)", "srformer"],
+    "model.attention=longfromer": ["row ViL is of longformer; name another row"],
+    "model.attention=longformer,full,ful,full": ["'ful' (did you mean 'full'?)", "srformer"],
     "model.attention=longformer,full": ["2 mechanisms", "4 stages"],
     "model.arch=l1_l2,q3_l3": ["ARCH", "character 7", ">>>q3<<<"],
     "model.options.windw=3": ["model.options.windw", "'ViL'", "'window'", "padding"],
@@ -377,6 +397,9 @@ CONTRADICTIONS = {
     "row=other": ["'row=other'", "--rows"],
     "suite=other": ["'suite=other'", "--suite"],
     "train.schedule=3x": ["'train.schedule=3x'", "--schedule"],
+    'model={"backbone":tiny}': ["'model.backbone=tiny'", "--backbone"],
+    "train.steps=3 train.steps=4": ["train.steps is given twice, as 3 and 4"],
+    "train=3 train.steps=4": ["train is given twice, as 3 and {'steps': 4}"],
 }
 
 
@@ -393,6 +416,65 @@ def test_wrong_values_are_refused_by_one_clear_line(word):
 def test_values_that_contradict_each_other_are_refused_by_one_clear_line(words):
     message = refuse(*words.split())
     assert [part for part in CONTRADICTIONS[words] if part not in message] == [], message
+
+
+# Settings that are given, and what is said of the last of them, which changes nothing.
+IDLE = {
+    "train.gamma=0.5": "where train.decay is cosine, only where it is steps",
+    "train.milestones=[3]": "where train.decay is cosine, only where it is steps",
+    "train.decay=steps train.gamma=0.5": "where train.milestones is []",
+    "train.warmup_steps=0 train.warmup_factor=0.1": "where train.warmup_steps is 0",
+    "train.weight_decay=0 train.no_decay=[norms]": "where train.weight_decay is 0.0",
+    "classify.mixup=0.8": "where model.method is mask_rcnn, only where it is classifier",
+    "model.method=retinanet model.detector.roi_batch=64": "only where it is mask_rcnn",
+    "model.method=retinanet profile.proposals=50": "only where it is mask_rcnn",
+    "data.path=a data.generated.seed=3": "where data.path is a, only where it is null",
+    "data.images=pictures": "where data.path is null",
+    "data.fixed_size=[128,160] data.max_size=200": "is [128, 160], only where it is null",
+}
+
+
+@pytest.mark.parametrize("words", IDLE)
+def test_a_setting_that_changes_nothing_is_refused(words):
+    message = refuse(*words.split())
+    assert f"{words.split()[-1].partition('=')[0]}=" in message.partition(" has no effect ")[0]
+    assert message.endswith(IDLE[words])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train.decay=steps train.milestones=[3] train.gamma=0.5",
+        "train.decay=cosine train.milestones=[]",
+        "model.method=retinanet model.detector.fpn_channels=32",
+        "classify.mixup=0",
+        "data.generated.seed=3",
+        "data.fixed_size=[128,160]",
+        "profile.enabled=false profile.batch_size=2",
+    ],
+)
+def test_a_setting_that_changes_something_or_asks_for_nothing_is_taken(words):
+    assert load(*words.split())
+
+
+def test_a_setting_has_to_change_one_of_several_rows(tmp_path):
+    sizes = ["data.min_sizes=[100]", "data.max_size=170"]
+    assert load(*sizes, rows=["linformer"])
+    zoo = ["ViL-Tiny RetinaNet 1x", "ViL-Tiny Mask R-CNN 1x"]
+    roi_batch, path = "model.detector.roi_batch=64", str(tmp_path)
+    assert load(roi_batch, suite="zoo", rows=zoo, data=path)
+    assert "no effect" in refuse(roi_batch, suite="zoo", rows=zoo[:1], data=path)
+
+
+def test_what_settings_need_is_a_setting():
+    config = RunConfig()
+    assert [name for name in leaves() if without_effect(config, name)][:2]
+
+
+def test_settings_that_make_one_of_two_rows_are_refused():
+    (whole,) = load()
+    said = refuse(f"model.arch={whole.model.arch}", rows=["ViL", "Partial ViL"])
+    assert said.startswith("rows ViL and Partial ViL are the same with model.arch=")
 
 
 def test_sizes_count_where_something_is_measured():

@@ -26,6 +26,8 @@ SMALL = (
     "profile.proposals=50",
     "device=cpu",
 )
+# What says something of RetinaNet, too.
+OF_BOTH = ("model.detector.detections=10", "device=cpu")
 PARTS = {"stage1", "stage2", "stage3", "stage4", "fpn", "rpn", "box_head", "mask_head"}
 
 
@@ -123,7 +125,7 @@ def test_heads_run_on_stated_numbers_of_rois(measured):
             backbone="quick",
             image_size=(64, 96),
             values={"model": {"method": "retinanet"}},
-            overrides=SMALL,
+            overrides=OF_BOTH,
         ),
         quantities=("memory",),
         modes=("inference",),
@@ -228,6 +230,18 @@ def test_the_largest_batch_within_a_budget(capsys):
     assert found["largest"] == found["prediction"]["batch_size"] > 1
 
 
+def test_a_budget_is_of_the_values_of_a_search_and_of_settings(capsys):
+    words = ["profile", "--attention", "ViL", "--backbone", "quick", "--image-size", "64"]
+    words += ["--memory-budget", "60MB", "--mode", "inference", "--method", "retinanet"]
+    settings = ["--search", "fpn_channels=16,256", "profile.batch_size=2", "device=cuda"]
+    assert cli.main([*words, *settings, "--format", "json"]) == 0
+    narrow, wide = json.loads(capsys.readouterr().out)
+    assert narrow["row"] == "ViL (fpn_channels=16)"
+    assert narrow["prediction"]["batch_size"] == wide["prediction"]["batch_size"] == 2
+    assert narrow["prediction"]["device"] == "cuda"
+    assert narrow["prediction"]["weights"] < wide["prediction"]["weights"]
+
+
 @pytest.mark.parametrize("method", ["mask_rcnn", "retinanet"])
 def test_mixed_precision_trains_and_keeps_coordinates(method):
     (config,) = profile_configs(
@@ -235,7 +249,7 @@ def test_mixed_precision_trains_and_keeps_coordinates(method):
         backbone="quick",
         image_size=(64, 96),
         values={"model": {"method": method}, "train": {"precision": "bf16-mixed"}},
-        overrides=SMALL,
+        overrides=SMALL if method == "mask_rcnn" else OF_BOTH,
     )
     workload = build(config)
     seen = []

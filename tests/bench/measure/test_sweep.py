@@ -174,9 +174,12 @@ def test_a_key_depends_on_what_the_numbers_depend_on():
     (walk,) = plan(["full"], SIZES[:2])
     keys = [point.key for point in walk]
     assert len(set(keys)) == len(walk)
-    assert [
-        p.key for p in plan(["full"], SIZES[:2], overrides=["evaluate.batch_size=9"])[0]
-    ] == keys
+    values = {
+        "device": "cpu",
+        "profile": {"repeats": 2, "seconds": 0.0},
+        "evaluate": {"batch_size": 9},
+    }
+    assert [p.key for p in plan(["full"], SIZES[:2], values=values)[0]] == keys
     for other in (
         {"overrides": ["train.precision=bf16-mixed"]},
         {"modes": ("training",)},

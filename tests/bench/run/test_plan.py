@@ -27,7 +27,7 @@ def test_what_rows_share_is_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         plan, "_dataset", lambda *a, **k: (opened.append(a[0].row), real(*a, **k))[1]
     )
-    monkeypatch.setattr(plan, "_memory", lambda *_: 1e9)
+    monkeypatch.setattr(plan, "_memory", lambda *_: (1e9, ()))
     suite = load_suite("quick", rows=["ViL", "full", "swin"], device="cpu")
     assert len(plan.plan(suite, tmp_path, measure_steps=0, progress=opened.append)) == 3
     assert opened == ["ViL", "ViL", "full", "swin"]

@@ -315,7 +315,7 @@ def test_wrong_shards_are_one_line(files, said, shards):
         (["profile.enabled=true"], "profile.enabled"),
         (["data.fixed_size=null"], "data.fixed_size"),
         (["classify.mixup=-1"], "classify.mixup"),
-        (["--data", ".", "train.steps=4"], "train.steps=4: this recipe counts epochs"),
+        (["--data", ".", "train.steps=4"], "train.steps=4 has no effect where classify.epochs"),
     ],
 )
 def test_wrong_input_is_one_line(words, said, tmp_path, refusal):
