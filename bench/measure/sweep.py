@@ -313,7 +313,9 @@ class _Walker:
         ask("building", "build", config.as_dict(), point.scope, None)
         ran = ask("first call", "ran", mode)
         if "memory" in point.what:
-            task.sections["memory"] = ask("memory", "memory", (mode,), False)
+            section, notes = ask("memory", "memory", (mode,), False)
+            task.sections["memory"] = section
+            task.notes += notes
         if "latency" in point.what:
             how = replace(effort(config), max_warm_up_seconds=_WARM_UP_SECONDS)
             found = ask("latency", "latency", (mode,), how)
