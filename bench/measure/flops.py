@@ -75,7 +75,8 @@ _MANY, _MANY_ADDED = (0.5, 100), (0.2, 12)
 _SMALL = 100
 _UNREGISTERED = (
     "it computes with a weight of shape {} that is not among its parameters: nothing would train,"
-    " count or keep it; make it in __init__, as an nn.Parameter or within nn.ModuleList"
+    " count or keep it; make it in __init__, as an nn.Parameter or within nn.ModuleList; or,"
+    " if it is a variable of forward, as a tensor with requires_grad_()"
 )
 _FROM_VALUES = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 _LEAVE = (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.tolist, Tensor.data_ptr)

@@ -1022,8 +1022,21 @@ def test_weights_that_are_no_parameters_are_refused(layer):
         def forward(self, x, grid):
             return super().forward(layer(self, x), grid)
 
-    with pytest.raises(ValueError, match=r"weight of shape \(8, 8\) that is not among its param"):
+    with pytest.raises(ValueError, match=r"weight of shape \(8, 8\) .* variable of forward"):
         flops.count_flops(Hides(), grid=GRID)
+
+
+def test_a_variable_of_forward_is_no_weight():
+    def adapted(q, k, v):
+        with torch.enable_grad():
+            state = torch.zeros(8, 8, device=q.device).requires_grad_()
+            (step,) = torch.autograd.grad((k.detach() @ state).sum(), state)
+        return q @ (state - step) + v
+
+    module = Attention()
+    module.product = adapted
+    counted = flops.count_flops(module, grid=GRID)
+    assert (counted.total, counted.uncounted) == (TOKENS * (4 + 3) * 8 * 8, {})
 
 
 def test_what_runs_for_real_is_limited(monkeypatch):
