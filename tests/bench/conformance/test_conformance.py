@@ -40,8 +40,9 @@ def test_the_mechanism_of_the_readme_passes(tmp_path):
     assert set(of(report, "skipped")) == {"reference"}
 
 
-def test_a_sound_mechanism_passes():
-    report = conformance.check(f"{BROKEN}:Sound")
+@pytest.mark.parametrize("name", ["Sound", "KeepsAverages", "RoundsInside"])
+def test_a_sound_mechanism_passes(name):
+    report = conformance.check(f"{BROKEN}:{name}")
     assert set(of(report, "passed")) | {"reference"} == {one.name for one in conformance.CHECKS}
 
 
