@@ -251,6 +251,10 @@ class LiveTensors(TorchDispatchMode):
     def peaked(self, operator: object) -> None:
         """Called after each operator that made a new peak."""
 
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run one operator."""
+        return func(*args, **kwargs)
+
     def _add_before(self, tensor: Tensor) -> None:
         added = self._update(tensor)
         self.before += added
@@ -267,7 +271,7 @@ class LiveTensors(TorchDispatchMode):
                 for part in _dense(value):
                     if self._key(part) not in self._alive:
                         self._add_before(part)
-        result = func(*args, **kwargs)
+        result = self.call(func, args, kwargs)
         for value in tree_leaves(result):
             for part in _dense(value):
                 self._update(part)
