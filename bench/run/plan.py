@@ -42,7 +42,7 @@ class Planned:
         library: of its detector, the one that "auto" stands for here.
         data: what it trains on.
         images: of its training data with an instance, or None if that is not known.
-        memory: predicted peak of a training step on one device, in bytes; None if it cannot be.
+        memory: predicted peak of a training step on one device, in bytes, or why there is none.
         on_gpu: whether memory is that of a GPU.
         seconds: of its training steps, or None if none was timed.
         seeds: that it would be run with.
@@ -54,7 +54,7 @@ class Planned:
     library: str
     data: str
     images: int | None
-    memory: float | None
+    memory: float | str
     on_gpu: bool
     seconds: float | None
     seeds: tuple[int, ...]
@@ -111,7 +111,7 @@ def table(planned: Sequence[Planned]) -> pd.DataFrame:
             "steps": str(run.recipe.steps),
             "epochs": _epochs(run),
             "clip norm": f"{run.recipe.clip_norm:g}",
-            "memory GB": UNKNOWN if run.memory is None else f"{run.memory / 1e9:.2f}",
+            "memory GB": UNKNOWN if isinstance(run.memory, str) else f"{run.memory / 1e9:.2f}",
             "time": UNKNOWN if run.seconds is None else duration(run.seconds),
         }
         for run in planned
@@ -131,6 +131,9 @@ def lines(planned: Sequence[Planned], measure_steps: int) -> list[str]:
         found += [line for line in said if line not in found]
     found += _each(planned, _about_memory)
     found += dict.fromkeys(f"note: {remark}" for run in planned for remark in run.remarks)
+    found += [
+        f"note: {run.config.row}: {run.memory}" for run in planned if isinstance(run.memory, str)
+    ]
     if not measure_steps:
         return [*found, "time: --measure-steps N times training steps and predicts it"]
     found += _each(planned, lambda run: _about_time(run, measure_steps))
@@ -370,8 +373,8 @@ def _on_gpu(config: RunConfig) -> bool:
     return half or config.device.startswith("cuda") or torch.cuda.is_available()
 
 
-def _memory(config: RunConfig, images: int, num_classes: int, device: str) -> float | None:
-    """The predicted peak of a training step on one device, in bytes; None where there is none."""
+def _memory(config: RunConfig, images: int, num_classes: int, device: str) -> float | str:
+    """The predicted peak of a training step on one device, in bytes, or why there is none."""
     size = config.profile.image_size
     detector = models.on_meta(models.build_detector, config, num_classes)
     # These have the errors that the run would have.
@@ -383,7 +386,7 @@ def _memory(config: RunConfig, images: int, num_classes: int, device: str) -> fl
 
 def _predicted(
     module: nn.Module, config: RunConfig, images: int, size: tuple[int, int], device: str
-) -> float | None:
+) -> float | str:
     try:
         prediction = predict(
             module,
@@ -393,6 +396,6 @@ def _predicted(
             precision=config.train.precision,
             device=device,
         )
-    except NotPredictedError:
-        return None
+    except NotPredictedError as error:
+        return f"memory not predicted: {error}"
     return float(prediction.total)
