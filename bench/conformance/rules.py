@@ -316,7 +316,8 @@ def gradients(subject: Subject) -> None:
 
 @check(
     "derivatives",
-    "correct its backward: torch.autograd.gradcheck finds the part of it that is wrong",
+    "correct its backward: torch.autograd.gradcheck finds the part of it that is wrong; where it is"
+    " meant, as of what is rounded, declare gradient_note",
 )
 def derivatives(subject: Subject) -> None:
     """Gradients equal central differences, for each layout of input and incoming gradient."""
