@@ -390,10 +390,11 @@ def describe(point: Record) -> str:
     parts = [f"{error['kind'].replace('_', ' ')}: {error['message']}"] if error else []
     if point.flops:
         parts.append(f"{point.flops['total'] / 1e9:,.2f} G multiply-adds")
-    if point.memory:
+    if point.memory and point.memory[mode] is not None:
         parts.append(f"{point.memory[mode] / 1e6:,.0f} MB")
     if point.latency:
         parts.append(f"{point.latency[mode]['median'] * 1e3:,.1f} ms")
+    parts += [note for note in point.notes if "not measured" in note]
     return ", ".join(parts)
 
 
