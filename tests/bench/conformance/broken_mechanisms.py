@@ -448,8 +448,8 @@ class RoundsInside(Sound):
     """Passes: some of it is in float32, or less, whatever the input is."""
 
     def mix(self, x, grid):
-        weights = (x.float() @ x.bfloat16().float().mT).softmax(-1, dtype=torch.float32)
-        return super().mix(x, grid) + weights.to(x.dtype) @ x
+        turned = torch.polar(torch.ones_like(x, dtype=torch.float32), x.float()).real
+        return super().mix(x, grid) + turned.to(x.dtype) + x.bfloat16().sin().to(x.dtype)
 
 
 class GraphBreak(Sound):
