@@ -167,7 +167,8 @@ class Standing:
         full = chosen["flops"].mask(chosen["flops_uncounted"].notna())
         predicted = ", predicted" if self.about else ""
         most = ""
-        if self.about and self.data[self.memory].max() > chosen[self.memory].min():
+        needs = chosen[self.memory].dropna()
+        if self.about and len(needs) and self.data[self.memory].max() > needs.min():
             largest = self.data[self.memory].max() / Unit.GB.size
             most = f"; the most of any row is {number(2)(largest)} GB"
         least = [

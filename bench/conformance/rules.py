@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attentions.contract import Grid, accepted_options
 from bench.conformance.subject import (
     BATCH,
     OUTPUT,
     FailedError,
+    InFloat64,
     SkippedError,
     Subject,
     WarnedError,
@@ -34,7 +35,7 @@ from bench.conformance.subject import (
     show,
 )
 from bench.measure.fake import copied
-from bench.measure.flops import ELEMENTWISE, THREADS, UNSEEN, count_call
+from bench.measure.flops import ELEMENTWISE, SQUARES, THREADS, UNSEEN, count_call
 
 _SIZE = ("dim", "num_heads", "num_global")
 _PLACE = ("grid", "seq_len", "position", "block_index")
@@ -51,6 +52,7 @@ _FORMULA = (
     "register a formula with torch.utils.flop_counter.register_flop_formula, or use matrix products"
 )
 _COUNTED_IF = {
+    SQUARES: "write squared distances as |q|² + |k|² - 2 q kᵀ, with a matrix product",
     ELEMENTWISE: "write what multiplies and adds as matrix products or torch.einsum",
     **dict.fromkeys(
         (THREADS, UNSEEN),
@@ -314,7 +316,8 @@ def gradients(subject: Subject) -> None:
 
 @check(
     "derivatives",
-    "correct its backward: torch.autograd.gradcheck finds the part of it that is wrong",
+    "correct its backward: torch.autograd.gradcheck finds the part of it that is wrong; where it is"
+    " meant, as of what is rounded, declare gradient_note",
 )
 def derivatives(subject: Subject) -> None:
     """Gradients equal central differences, for each layout of input and incoming gradient."""
@@ -324,6 +327,14 @@ def derivatives(subject: Subject) -> None:
         gradients(subject)
     except FailedError as error:
         raise SkippedError(f"its gradients fail already: {error.reason}") from error
+    try:
+        with InFloat64():
+            outcome(subject.module(), subject.tokens(), subject.grid)
+    except Exception as error:
+        raise SkippedError(
+            "it rounds to less than float64 inside, which finite differences need, and does not run"
+            f" where that is left out: {subject.reason(error)}"
+        ) from error
     wrong: dict[int, str] = {}
     for batch, (layout, x, gradient) in itertools.product((1, 2), _layouts(subject)):
         found = _wrong_derivative(subject, x[:batch], gradient[:batch])
@@ -363,16 +374,21 @@ def _wrong_derivative(subject: Subject, x: Tensor, gradient: Tensor) -> str | No
     Each is moved along one random direction; the derivative along it is the gradient's product
     with the direction.
     """
-    module = subject.module().train()
+    module = subject.module()
+    # What a call changes while training (running averages, the vectors of a spectral norm) is a
+    # constant to its gradient, and another at each call; while evaluating it stays as it is.
+    module.train(not _changed_by(subject.module().train(), x, subject.grid))
     moved = no_leaf(x.detach()).requires_grad_()
 
     def loss() -> Tensor:
         torch.manual_seed(0)
-        y: Tensor = module(no_leaf(moved), subject.grid)
+        with InFloat64():
+            y: Tensor = module(no_leaf(moved), subject.grid)
         return y
 
     module.zero_grad()
-    loss().backward(gradient)
+    with InFloat64():
+        loss().backward(gradient)
     generator = torch.Generator().manual_seed(2)
     places = [
         ("the input", moved),
@@ -416,7 +432,6 @@ def _central_difference(
 def calls(subject: Subject) -> None:
     """No call leaves a trace: same input, same output; the input stays as it is."""
     module, x, other = subject.module(), subject.tokens(), subject.tokens(seed=1)
-    before = {name: value.clone() for name, value in module.state_dict().items()}
     kept = x.clone()
     with torch.no_grad():
         first = module(x, subject.grid)
@@ -425,14 +440,21 @@ def calls(subject: Subject) -> None:
         module(other, subject.grid)
         if difference(module(x, subject.grid), first) > 0:
             raise FailedError("the same input gives another output after a call in between")
-    changed = [
-        name for name, value in module.state_dict().items() if not torch.equal(value, before[name])
-    ]
+    changed = _changed_by(subject.module(), x, subject.grid)
     if changed:
         raise FailedError(
             f"a call while evaluating changes {', '.join(changed)}",
             "change parameters and buffers only where self.training",
         )
+
+
+def _changed_by(module: nn.Module, x: Tensor, grid: Grid) -> list[str]:
+    """Names of the parameters and buffers that a call changes."""
+    before = {n: v.clone() for n, v in module.state_dict().items() if isinstance(v, Tensor)}
+    with torch.no_grad():
+        module(x.clone(), grid)
+    after = module.state_dict()
+    return [name for name, value in before.items() if not torch.equal(value, after[name])]
 
 
 @check("instances", "keep nothing that changes in the class body or the module")

@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import attentions
 from attentions.contract import Grid
+from bench.measure.memory import is_made_of_others
 
 DIM, NUM_HEADS, NUM_GLOBAL = 48, 3, 2
 GRID: Grid = (6, 8)
@@ -23,6 +26,8 @@ _SPREAD = 0.2
 # The largest difference between two sums of the same numbers in another order, relative to the
 # largest value but at least to 1.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
+_WIDE = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64)
+_WIDE |= dict.fromkeys((torch.complex32, torch.complex64), torch.complex128)
 OUTPUT = "the output"
 # Characters of an error that are shown.
 _LONGEST = 200
@@ -162,6 +167,16 @@ class Subject:
         lines = [frame.lineno for frame in stack if frame.filename == file]
         place = f" ({Path(file).name}, line {lines[-1]})" if lines else ""
         return f"{type(error).__name__}: {one_line(error)}{place}"
+
+
+class InFloat64(TorchDispatchMode):
+    """Leaves out that a mechanism rounds to less inside, as a softmax in float32 does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_made_of_others(types):
+            return NotImplemented
+        args, kwargs = tree_map_only(torch.dtype, lambda d: _WIDE.get(d, d), (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def disturb(module: nn.Module, seed: int = 0) -> None:

@@ -36,8 +36,8 @@ def run_sections(
     *,
     model: nn.Module | None = None,
     with_latency: bool = True,
-) -> dict[str, dict[str, Any]]:
-    """Return what a run measures at its end, on images of one stated size, by section.
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return what a run measures at its end, on images of one stated size, by section, and notes.
 
     Args:
         model: the detector as Fabric wrapped it, where that was done before.
@@ -49,20 +49,28 @@ def run_sections(
         detector, (images,), fabric=fabric, config=config, targets=targets, model=model
     )
     modes = MODES if profile.training else ("inference",)
-    sections = {"memory": measure_memory(workload, modes)}
+    section, notes = measure_memory(workload, modes)
+    sections = {"memory": section}
     if with_latency:
         sections["latency"] = measure_latency(workload, modes, effort(config))
-    return sections
+    return sections, notes
 
 
 def measure_memory(
     workload: Workload, modes: Sequence[str], *, by_part: bool = False
-) -> dict[str, Any]:
-    """Return the `memory` section: peaks in bytes, best of a process that has seen nothing else."""
-    section = memory_section(workload.conditions)
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the `memory` section: peaks in bytes, best of a process that has seen nothing else.
+
+    A mode that cannot be measured is null, and a note says why.
+    """
+    section, notes = memory_section(workload.conditions), []
     for mode in modes:
         call = workload.call(mode)
-        peak = memory.peak(call, device=workload.fabric.device, live=workload.live(mode))
+        try:
+            peak = memory.peak(call, device=workload.fabric.device, live=workload.live(mode))
+        except memory.NotMeasuredError as error:
+            notes.append(f"memory of {mode} not measured: {error}")
+            continue
         section |= {mode: peak.bytes, "kind": peak.kind}
         section["before"][mode], section["reserved"][mode] = peak.before, peak.reserved
         if by_part:
@@ -70,7 +78,7 @@ def measure_memory(
             section["by_part"][mode] = {
                 name: _part_peak(part, mode) for name, part in workload.parts().items()
             }
-    return section
+    return section, notes
 
 
 def memory_section(conditions: Mapping[str, Any]) -> dict[str, Any]:

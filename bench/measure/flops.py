@@ -7,15 +7,16 @@ table.
 Counted are matrix products, convolutions and fused attention (queries times keys and weights times
 values, densely: a causal or additive mask saves nothing), and products written out: an elementwise
 product of two tensors that is summed over an axis which both have, or three or more of them that
-are added up, as in a loop over neighbours (`products`). A sparse operand costs what it stores. Not
-counted are operators without products of matrices, such as views, other elementwise operators,
-biases, reductions, normalisation, softmax, pooling, interpolation, indexing, copies, sorting,
-random numbers and creation (`formulas.FREE`). Every other operator that ran without a formula is
-listed in `uncounted`, and the count is then incomplete. So are elementwise operators where their
-results hold far more elements than what is counted and what a module gets account for, as those of
-distances that are squared by hand, threads that a module starts, and tensors that operators made
-or wrote out of sight, as in threads from before the count, and large ones that leave torch, as for
-NumPy.
+are added up, as in a loop over neighbours, or a difference of all pairs that is squared and summed
+(`products`). A sparse operand costs what it stores. Not counted are operators without products of
+matrices, such as views, other elementwise operators, biases, reductions, normalisation, softmax,
+pooling, interpolation, indexing, copies, sorting, random numbers and creation (`formulas.FREE`).
+Every other operator that ran without a formula is listed in `uncounted`, and the count is then
+incomplete. So are elementwise operators where their results hold far more elements than what is
+counted and what a module gets account for; other differences that are squared and summed, as
+distances to neighbours are, where they may be a hundredth of the count; threads that a module
+starts; and tensors that operators made or wrote out of sight, as in threads from before the count,
+and large ones that leave torch, as for NumPy.
 
 A copy of the module runs on the meta device, so nothing is allocated or computed, whatever the size
 of the image, and nothing is left in the module. A mechanism that cannot run there, since it reads a
@@ -62,6 +63,8 @@ ELEMENTWISE = "elements of elementwise operators"
 THREADS, UNSEEN = "threads", "results of operators out of sight"
 # Gradients of products that are written out, where fewer multiply-adds are found than they take.
 GRADIENTS = "gradients of products written out"
+# Differences of two tensors, squared and summed: distances to neighbours, or norms, which are free.
+SQUARES = "squared differences"
 # A share of a count that may be missing.
 _FEW = 0.01
 # Such elements that may be left out: as a share of what is counted, and for each element that a
@@ -72,7 +75,8 @@ _MANY, _MANY_ADDED = (0.5, 100), (0.2, 12)
 _SMALL = 100
 _UNREGISTERED = (
     "it computes with a weight of shape {} that is not among its parameters: nothing would train,"
-    " count or keep it; make it in __init__, as an nn.Parameter or within nn.ModuleList"
+    " count or keep it; make it in __init__, as an nn.Parameter or within nn.ModuleList; or,"
+    " if it is a variable of forward, as a tensor with requires_grad_()"
 )
 _FROM_VALUES = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 _LEAVE = (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.tolist, Tensor.data_ptr)
@@ -334,6 +338,8 @@ def _run(
             if elements > max(share * total, each * given):
                 counter.uncounted[ELEMENTWISE] += elements
                 break
+    if counter.squares > _FEW * counter.total:
+        counter.uncounted[SQUARES] = counter.squares
     if training and counter.due - counter.found > _FEW * counter.total:
         counter.uncounted[GRADIENTS] = counter.due - counter.found
     return OperatorCount(by_part, dict(counter.uncounted), tuple(counter.notes))
@@ -443,6 +449,7 @@ class _Counter(TorchDispatchMode):
         self.given: Counter[str] = Counter()
         # Of products that are written out: what their gradients cost, and what of it was found.
         self.due, self.found = 0, 0
+        self.squares = 0
         self._products = Products()
         self._live: LiveTensors | None = None
         self._limit = 0
@@ -454,12 +461,12 @@ class _Counter(TorchDispatchMode):
     @contextmanager
     def undone_if_it_fails(self) -> Iterator[None]:
         """Forget what is counted inside where it ends with an error."""
-        counts = copy.deepcopy((self.by_part, self.uncounted, self.elementwise))
+        counts = copy.deepcopy((self.by_part, self.uncounted, self.elementwise, self.squares))
         depth = len(self.parts)
         try:
             yield
         except BaseException:
-            self.by_part, self.uncounted, self.elementwise = counts
+            self.by_part, self.uncounted, self.elementwise, self.squares = counts
             del self.parts[depth:]
             raise
 
@@ -547,6 +554,7 @@ class _Counter(TorchDispatchMode):
             self.due += seen.gradients
         elif not torch.is_grad_enabled():
             self.found += seen.multiply_adds
+        self.squares += seen.squares
         self.add(WRITTEN_OUT, seen.multiply_adds)
         every, sums = self.elementwise[self.parts[-1]]
         self.elementwise[self.parts[-1]] = [every + seen.elements, sums + seen.added]

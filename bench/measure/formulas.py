@@ -143,6 +143,17 @@ def _product_flops(left: Shape, right: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(left) * right[-1]
 
 
+def _distance_flops(left: Shape, right: Shape, p: float = 2.0, *_: Any, **__: Any) -> int:
+    """Differences of all pairs, squared; other powers have no products."""
+    return 2 * math.prod(left) * right[-2] if p == 2 else 0
+
+
+def _distance_backward_flops(
+    _grad: Shape, left: Shape, right: Shape, p: float, *_: Any, **__: Any
+) -> int:
+    return _distance_flops(left, right, p)
+
+
 def _convolution_backward_flops(
     grad: Shape,
     image: Shape,
@@ -187,6 +198,9 @@ FORMULAS: Mapping[Any, Callable[..., int]] = {
     aten._addmm_activation: _add_batched_flops,
     aten._int_mm: _product_flops,
     aten._sparse_addmm: _add_batched_flops,
+    aten._euclidean_dist: _distance_flops,
+    aten._cdist_forward: _distance_flops,
+    aten._cdist_backward: _distance_backward_flops,
 }
 """FLOPs (two a multiply-add) of operators that torch has no formula for, or none for grouped heads,
 from the shapes of their arguments."""

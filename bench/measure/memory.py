@@ -29,6 +29,10 @@ LIVE_TENSORS = "live tensor bytes"
 JUST_MADE = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)
 
 
+class NotMeasuredError(RuntimeError):
+    """A call that runs, but not where its tensors are watched."""
+
+
 @dataclass(frozen=True)
 class MemoryPeak:
     """The peak during a call.
@@ -64,6 +68,7 @@ def peak(
 
     Raises:
         ValueError: for another kind of device.
+        NotMeasuredError: on the CPU, for a call that runs only where nobody sees its operators.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -93,8 +98,19 @@ def _allocator_peak(fn: Callable[[], object], device: torch.device) -> MemoryPea
 def _live_peak(fn: Callable[[], object], live: Iterable[object]) -> MemoryPeak:
     watch = LiveTensors()
     watch.found_before(live)
-    with no_collector(), watch:
+    error: Exception | None = None
+    try:
+        with no_collector(), watch:
+            fn()
+    except Exception as caught:
+        error = caught
+    # What torch traced under a mode (FlexAttention, torch.cond) fails without it.
+    torch.compiler.reset()
+    if error is not None:
+        # What fails unseen too is no matter of the watch.
         fn()
+        said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise NotMeasuredError(f"it does not run where its tensors are watched ({said})") from error
     return MemoryPeak(bytes=watch.peak, kind=LIVE_TENSORS, device="cpu", before=watch.before)
 
 
@@ -136,7 +152,8 @@ def run_higher_order(mode: TorchDispatchMode, func: Any, *args: Any, **kwargs: A
     if dense is None:
         return func(*args, **kwargs)
     with mode:
-        return dense(*args, **kwargs)
+        # Within torch's own call of its compiler it would be traced, with the mode in it.
+        return torch.compiler.disable(dense)(*args, **kwargs)
 
 
 def _tensors(things: object) -> Iterator[Tensor]:
@@ -234,6 +251,10 @@ class LiveTensors(TorchDispatchMode):
     def peaked(self, operator: object) -> None:
         """Called after each operator that made a new peak."""
 
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run one operator."""
+        return func(*args, **kwargs)
+
     def _add_before(self, tensor: Tensor) -> None:
         added = self._update(tensor)
         self.before += added
@@ -250,7 +271,7 @@ class LiveTensors(TorchDispatchMode):
                 for part in _dense(value):
                     if self._key(part) not in self._alive:
                         self._add_before(part)
-        result = func(*args, **kwargs)
+        result = self.call(func, args, kwargs)
         for value in tree_leaves(result):
             for part in _dense(value):
                 self._update(part)

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from attentions.parts import fake_on
@@ -48,11 +49,17 @@ PRECISIONS: Mapping[str, torch.dtype | None] = {
 }
 VARY = ("image_size", "batch_size")
 
+aten = torch.ops.aten
+
 # What is not within a part: matching, RoI pooling, losses, pasting of masks.
 BETWEEN = "between parts"
 _WEIGHTS, _INPUTS = "weights", "inputs"
 _CUDA_BLOCK = 512
 _STAGE_1_STRIDE = 4
+_TO_SPARSE = (
+    *(aten._to_sparse, aten._to_sparse_csr, aten._to_sparse_csc),
+    *(aten._to_sparse_bsr, aten._to_sparse_bsc),
+)
 _SIDE = 32
 _FIRST_SIDE = 256
 
@@ -262,6 +269,15 @@ class _Ledger(LiveTensors):
         self.operator = str(operator).removesuffix(".default")
         self.part = self._part_now()
 
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func.overloadpacket in _TO_SPARSE:
+            raise RuntimeError("how much a sparse tensor stores depends on values")
+        result = super().call(func, args, kwargs)
+        if func.overloadpacket is aten.col2im:
+            # torch makes it as large as what is folded, and keeps the memory.
+            result.untyped_storage().resize_(args[0].nbytes)
+        return result
+
     def _part_now(self) -> str:
         node: Any = torch._C._current_autograd_node()
         if node is None:
@@ -291,6 +307,7 @@ def _dry_run(module: nn.Module, case: _Case) -> dict[str, Any]:
         _follow_parts(copy, ledger)
         if case.device == "cuda":
             stack.enter_context(AsOnCuda())
+        stack.enter_context(_Refusals(case.device))
         stack.enter_context(fake_on("cpu" if case.device == "cpu" else "other"))
         stack.enter_context(no_collector())
         stack.enter_context(fake)
@@ -304,6 +321,20 @@ def _dry_run(module: nn.Module, case: _Case) -> dict[str, Any]:
         stack.enter_context(ledger)
         found = _train(call, leaves, case, ledger) if case.training else _infer(call, case, ledger)
     return max((_terms(phase, found) for phase in found.phases), key=lambda t: t["total"])
+
+
+class _Refusals(TorchFunctionMode):
+    """Refuses layers for which a library (oneDNN, cuDNN) keeps what no operator of torch shows."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self._names = {"cpu": ("lstm",), "cuda": ("lstm", "gru", "rnn_tanh", "rnn_relu")}[device]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in self._names:
+            raise RuntimeError(f"what {name} keeps is its library's, and not known from shapes")
+        return func(*args, **(kwargs or {}))
 
 
 def _shaped_in(mode: FakeTensorMode) -> Callable[[Tensor], Tensor]:

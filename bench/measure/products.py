@@ -1,7 +1,8 @@
 """Products of two tensors that are written out element by element, followed until they are summed.
 
 Attention is written so too: queries times keys, summed over channels, and weights times values,
-summed over neighbours or added up in a loop over them.
+summed over neighbours or added up in a loop over them. So are squared distances of all pairs: a
+difference times itself, summed over channels, is as many products as queries times keys.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ _MIXED = (aten.lerp, aten.lerp_)
 _FUSED = (aten.addcmul, aten.addcmul_, *_MIXED)
 _PRODUCTS = (aten.mul, *_FUSED)
 _COPIES = (aten.clone, aten._to_copy, aten.copy_)
-_MULTIPLES = (aten.mul, aten.div, aten.where, aten.masked_fill, *_COPIES)
+_MULTIPLES = (aten.mul, aten.div, aten.neg, aten.where, aten.masked_fill, *_COPIES)
 _PUT = (
     *(aten.stack, aten.index_put, aten.index_put_, aten.index_copy, aten.index_copy_),
     *(aten.scatter, aten.scatter_, aten.slice_scatter, aten.select_scatter),
@@ -42,6 +43,9 @@ _SCATTERED = (
 _POOLS = {aten.avg_pool1d: 1, aten.avg_pool2d: 2, aten._adaptive_avg_pool2d: 2, aten.col2im: 2}
 _POOLS |= {aten.avg_pool3d: 3, aten._adaptive_avg_pool3d: 3}
 _SUMS = (aten.sum, aten.mean, aten.nansum, aten.cumsum)
+# Of squares, and how a tensor is squared besides by a product.
+_NORMS, _POWERS = (aten.linalg_vector_norm, aten.norm), (aten.pow, aten.pow_)
+_DIFFERENCES = (aten.sub, aten.mse_loss)
 # Whose results hold the same element several times where they are larger than what they got.
 _REPEATS = (aten.repeat, aten.cat, aten.stack, aten.index, aten.index_select, aten.gather)
 # Products an element that are added up and yet no sum over neighbours: one of a gate, two where
@@ -58,12 +62,15 @@ class Seen(NamedTuple):
             what was taken for that before turns out to be part of one.
         added: those of them that are sums with a product, which may be one over many neighbours.
         gradients: multiply-adds of the gradients of the factors of what it sums.
+        squares: multiply-adds of differences squared and summed that are distances or norms, which
+            nothing tells apart.
     """
 
     multiply_adds: int = 0
     elements: int = 0
     added: int = 0
     gradients: int = 0
+    squares: int = 0
 
 
 class _Chain:
@@ -90,8 +97,9 @@ class _Product:
         again: whether a factor is such a sum, as in a recurrence.
         rescaled: that sum, if the other factor is one number for several of its elements, as an
             online softmax rescales what it has added up.
-        elements: of the additions of that sum, as long as it is not counted.
+        elements: of the additions of that sum, or of what is squared, as long as it is not counted.
         gradients: factors of each that have a gradient.
+        sure: False for the square of a difference, unless it is of all pairs.
     """
 
     count: float
@@ -103,11 +111,15 @@ class _Product:
     rescaled: "_Product | None" = None
     elements: float = 0
     gradients: int = 0
+    sure: bool = True
 
     def summed(self) -> Seen:
         """What their sum is."""
         elements, multiply_adds = -round(self.elements), round(self.count) * self.each
-        return Seen(multiply_adds, elements, elements, multiply_adds * self.gradients)
+        added = elements if self.chain else 0
+        if not self.sure:
+            return Seen(squares=multiply_adds)
+        return Seen(multiply_adds, elements, added, multiply_adds * self.gradients)
 
     def is_summed(self, dims: int, over: int | Sequence[int] | None = None) -> bool:
         """Whether a sum over some of `dims` axes, all without `over`, is a sum of products."""
@@ -136,6 +148,8 @@ class Products:
         self._chains: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._constants: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._repeated: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        # Differences of two tensors, with what their squares are.
+        self._squares: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def see(self, func: Any, args: tuple[Any, ...], result: Any) -> Seen:
         """Follow one operator.
@@ -153,6 +167,10 @@ class Products:
             return Seen()
         for one in results if tensors else ():
             self._note_repeats(func, tensors, one)
+            self._note_differences(func, tensors, one)
+        if operator in _NORMS and args[1:2] in ((), (2,)) and args[0] in self._squares:
+            product = self._squares[args[0]]
+            return product.summed() if product.is_summed(args[0].dim(), *args[2:3]) else Seen()
         if operator in _SUMS or operator in _POOLS:
             product = self._held.pop(args[0], None)
             over = [range(-_POOLS[operator], 0)] if operator in _POOLS else args[1:2]
@@ -167,10 +185,14 @@ class Products:
                 self._constants[one._base] = False
         enough = 3 if operator in _FUSED else 2
         factors = tensors[-2:] if operator in _PRODUCTS and len(tensors) >= enough else []
+        is_power = operator in _POWERS and isinstance(args[1], int | float) and args[1] == 2
+        if operator is aten.mse_loss or is_power:
+            factors = [args[0] if is_power else results[0]] * 2
         made = self._made(*factors) if factors else None
         puts = operator in (aten.index_put, aten.index_put_)
         is_added = operator in (*_ADDED, *_SCATTERED) or (puts and args[3:4] == (True,))
-        goes_on = is_added or operator in _MULTIPLES or _is_view(func)
+        is_square = len(factors) == 2 and factors[0] is factors[1] and made is not None
+        goes_on = is_added or operator in _MULTIPLES or _is_view(func) or is_square
         if operator is aten.mul_ and self._rescales(tensors[-1], tensors[0]):
             goes_on, factors = True, []
         # A sum that something else reads is complete, as before each layer of a residual.
@@ -221,25 +243,44 @@ class Products:
             return frozenset()
         return self._repeated.get(tensor, varying(tensor))
 
+    def _note_differences(self, func: Any, tensors: Sequence[Tensor], out: Tensor) -> None:
+        """Remember what the squares of differences are, and of multiples of these."""
+        operator = func.overloadpacket
+        known = next((tensor for tensor in tensors if tensor in self._squares), None)
+        if operator in _DIFFERENCES and len(tensors) == 2:
+            left, right = map(self._varying, tensors)
+            made = self._product(tensors[0], tensors[1], left & right)
+            pairs = bool(left - right and right - left)
+            elements = made.count if pairs and operator is aten.sub else 0
+            self._squares[out] = replace(made, elements=elements, sure=pairs)
+        elif known is not None and (_is_view(func) or operator in _MULTIPLES):
+            squares = self._squares[known]
+            self._squares[out] = squares.seen_as(known, out, is_view=_is_view(func))
+
     def _rescales(self, factor: Tensor, total: Tensor) -> bool:
         """Whether `total` is a sum that is multiplied by one number for several elements."""
         return bool(self._chain(total)) and self._varying(factor) < varying(total)
 
     def _made(self, left: Tensor, right: Tensor) -> _Product | None:
-        """The products of two tensors; none where they are one, or one is constant."""
+        """The products of two tensors; none of constants, nor of one that is no difference."""
+        if left is right:
+            return self._squares.get(left)
         constant = self._constants.get(left) or self._constants.get(right)
-        if constant or left is right or min(left.numel(), right.numel()) < 2:
+        if constant or min(left.numel(), right.numel()) < 2:
             return None
-        count = torch.broadcast_shapes(left.shape, right.shape).numel()
-        each = 4 if is_complex((left, right)) else 1
-        with_gradient = left.requires_grad + right.requires_grad if torch.is_grad_enabled() else 0
-        axes = varying(left) & varying(right)
-        made = _Product(count, each, axes, gradients=with_gradient)
+        made = self._product(left, right, varying(left) & varying(right))
         for one, other in ((left, right), (right, left)):
             if self._chain(one) and not self._varying(one) < varying(other):
                 rescaled = self._held[one] if self._rescales(other, one) else None
                 made = replace(made, again=True, rescaled=rescaled)
         return made
+
+    def _product(self, left: Tensor, right: Tensor, axes: frozenset[int]) -> _Product:
+        """As many products as two tensors make together."""
+        count = torch.broadcast_shapes(left.shape, right.shape).numel()
+        each = 4 if is_complex((left, right)) else 1
+        with_gradient = left.requires_grad + right.requires_grad if torch.is_grad_enabled() else 0
+        return _Product(count, each, axes, gradients=with_gradient)
 
     def _carry(
         self, func: Any, tensors: Sequence[Tensor], made: _Product | None, out: Tensor
@@ -366,4 +407,5 @@ def _merged(products: Sequence[_Product], *, count: Any) -> _Product:
         rescaled=next((product.rescaled for product in products if product.rescaled), None),
         elements=count(product.elements for product in products),
         gradients=min(product.gradients for product in products),
+        sure=all(product.sure for product in products),
     )

@@ -400,7 +400,9 @@ def free_memory(device: torch.device) -> int | None:
 def _measure_memory(row: _Row, *, by_part: bool) -> None:
     assert row.worker is not None
     section = row.sections["memory"]
-    section |= row.worker.ask("memory", row.modes, by_part)
+    measured, notes = row.worker.ask("memory", row.modes, by_part)
+    section |= measured
+    row.notes += notes
     for mode in row.modes:
         ran = section["ran"][mode] = row.worker.ask("ran", mode)
         row.notes += [f"{mode}: {note}" for note in ran["notes"]]

@@ -314,7 +314,9 @@ class _Walker:
         ask("building", "build", config.as_dict(), point.scope, None)
         ran = ask("first call", "ran", mode)
         if "memory" in point.what:
-            task.sections["memory"] = ask("memory", "memory", (mode,), False)
+            section, notes = ask("memory", "memory", (mode,), False)
+            task.sections["memory"] = section
+            task.notes += notes
         if "latency" in point.what:
             how = replace(effort(config), max_warm_up_seconds=_WARM_UP_SECONDS)
             found = ask("latency", "latency", (mode,), how)
@@ -389,10 +391,11 @@ def describe(point: Record) -> str:
     parts = [f"{error['kind'].replace('_', ' ')}: {error['message']}"] if error else []
     if point.flops:
         parts.append(f"{point.flops['total'] / 1e9:,.2f} G multiply-adds")
-    if point.memory:
+    if point.memory and point.memory[mode] is not None:
         parts.append(f"{point.memory[mode] / 1e6:,.0f} MB")
     if point.latency:
         parts.append(f"{point.latency[mode]['median'] * 1e3:,.1f} ms")
+    parts += [note for note in point.notes if "not measured" in note]
     return ", ".join(parts)
 
 

@@ -161,8 +161,8 @@ class Server:
         call = self._workload.call(mode)
         return dataclasses.asdict(what_ran(call, device=self._workload.fabric.device))
 
-    def memory(self, modes: Sequence[str], by_part: bool) -> dict[str, Any]:
-        """The `memory` section."""
+    def memory(self, modes: Sequence[str], by_part: bool) -> tuple[dict[str, Any], list[str]]:
+        """The `memory` section, and notes on it."""
         return costs.measure_memory(self._workload, modes, by_part=by_part)
 
     def latency(self, modes: Sequence[str], effort: Effort) -> dict[str, Any]:

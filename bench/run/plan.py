@@ -32,7 +32,7 @@ UNKNOWN = "-"
 # Of COCO's train2017, the images with an instance that is not a crowd.
 _COCO_IMAGES = 117_266
 _DAY, _HOUR, _MINUTE = 86400, 3600, 60
-# Of the largest grid that a mechanism of the user is run on: that of stage 3 of 800x1344.
+# Tokens of the largest grid that a mechanism of the user is run on, that of stage 3 of 800x1344.
 _MOST_TOKENS = 50 * 84
 
 
@@ -46,12 +46,11 @@ class Planned:
         library: of its detector, the one that "auto" stands for here.
         data: what it trains on.
         images: of its training data with an instance, or None if that is not known.
-        memory: predicted peak of a training step on one device, in bytes; None if it cannot be.
+        memory: predicted peak of a training step on one device, in bytes, or why there is none.
         on_gpu: whether memory is that of a GPU.
         seconds: of its training steps, or None if none was timed.
         seeds: that it would be run with.
-        remarks: what is odd but usable in its data, as the run would say it, and why memory is not
-            predicted.
+        remarks: what is odd but usable in its data, as the run would say it.
     """
 
     config: RunConfig
@@ -59,7 +58,7 @@ class Planned:
     library: str
     data: str
     images: int | None
-    memory: float | None
+    memory: float | str
     on_gpu: bool
     seconds: float | None
     seeds: tuple[int, ...]
@@ -100,7 +99,7 @@ def plan(
             opened[name] = _dataset(config, output, needed=measure_steps > 0)
         dataset, remarks = opened[name]
         run = _plan(config, suite, dataset, measure_steps)
-        planned.append(replace(run, remarks=(*run.remarks, *remarks)))
+        planned.append(replace(run, remarks=tuple(remarks)))
     return planned
 
 
@@ -117,7 +116,7 @@ def table(planned: Sequence[Planned]) -> pd.DataFrame:
             "steps": str(run.recipe.steps),
             "epochs": _epochs(run),
             "clip norm": f"{run.recipe.clip_norm:g}",
-            "memory GB": UNKNOWN if run.memory is None else f"{run.memory / 1e9:.2f}",
+            "memory GB": UNKNOWN if isinstance(run.memory, str) else f"{run.memory / 1e9:.2f}",
             "time": UNKNOWN if run.seconds is None else duration(run.seconds),
         }
         for run in planned
@@ -137,6 +136,9 @@ def lines(planned: Sequence[Planned], measure_steps: int) -> list[str]:
         found += [line for line in said if line not in found]
     found += _each(planned, _about_memory)
     found += dict.fromkeys(f"note: {remark}" for run in planned for remark in run.remarks)
+    found += [
+        f"note: {run.config.row}: {run.memory}" for run in planned if isinstance(run.memory, str)
+    ]
     if not measure_steps:
         return [*found, "time: --measure-steps N times training steps and predicts it"]
     found += _each(planned, lambda run: _about_time(run, measure_steps))
@@ -228,7 +230,6 @@ def _plan(
         seconds = _seconds(config, dataset, classes, part, measure_steps)
         seconds *= recipe.accumulate * recipe.steps
     on_gpu = _on_gpu(config)
-    memory, why = _memory(config, part, classes, "cuda" if on_gpu else "cpu")
     data, images = _data(config, dataset, suite.needs if coco else None)
     return Planned(
         config=config,
@@ -236,11 +237,10 @@ def _plan(
         library=detectors.resolve_library(config.model.library),
         data=data,
         images=images,
-        memory=memory,
+        memory=_memory(config, part, classes, "cuda" if on_gpu else "cpu"),
         on_gpu=on_gpu,
         seconds=seconds,
         seeds=tuple(run.seed for run in suite.runs if run.row == config.row),
-        remarks=why,
     )
 
 
@@ -257,7 +257,6 @@ def _plan_classifier(config: RunConfig, dataset: Any, measure_steps: int) -> Pla
         call = _classifier_step(config, size, part)
         seconds = _median(call, measure_steps, devices.single_fabric(config).device)
         seconds *= recipe.accumulate * recipe.steps
-    memory, why = _predicted(vil, config, part, size, "cuda" if on_gpu else "cpu")
     where = "generated" if config.data.path is None else config.data.path
     return Planned(
         config=config,
@@ -265,11 +264,10 @@ def _plan_classifier(config: RunConfig, dataset: Any, measure_steps: int) -> Pla
         library="timm",
         data=f"{where}, {images} images",
         images=images,
-        memory=memory,
+        memory=_predicted(vil, config, part, size, "cuda" if on_gpu else "cpu"),
         on_gpu=on_gpu,
         seconds=seconds,
         seeds=(config.seed,),
-        remarks=why,
     )
 
 
@@ -413,10 +411,8 @@ def _run_own(config: RunConfig) -> None:
             ) from error
 
 
-def _memory(
-    config: RunConfig, images: int, num_classes: int, device: str
-) -> tuple[float | None, tuple[str, ...]]:
-    """The predicted peak of a training step on one device, in bytes, or None and why."""
+def _memory(config: RunConfig, images: int, num_classes: int, device: str) -> float | str:
+    """The predicted peak of a training step on one device, in bytes, or why there is none."""
     size = config.profile.image_size
     detector = models.on_meta(models.build_detector, config, num_classes)
     # These have the errors that the run would have.
@@ -428,7 +424,7 @@ def _memory(
 
 def _predicted(
     module: nn.Module, config: RunConfig, images: int, size: tuple[int, int], device: str
-) -> tuple[float | None, tuple[str, ...]]:
+) -> float | str:
     try:
         prediction = predict(
             module,
@@ -439,5 +435,5 @@ def _predicted(
             device=device,
         )
     except NotPredictedError as error:
-        return None, (f"memory of {config.row} not predicted: {error}",)
-    return float(prediction.total), ()
+        return f"memory not predicted: {error}"
+    return float(prediction.total)

@@ -368,7 +368,7 @@ class Run:
                 model = None
                 gc.collect()
                 fabric = devices.alone(self.config, fabric)
-            self.sections |= run_sections(
+            sections, notes = run_sections(
                 self.detector,
                 self.training,
                 self.config,
@@ -376,6 +376,8 @@ class Run:
                 model=model,
                 with_latency=self.options.latency,
             )
+            self.sections |= sections
+            self.notes += notes
         self.fabric.barrier()
 
     def fit(self, progress: Callable[[int, float], None]) -> tuple[nn.Module, TrainingLog]:

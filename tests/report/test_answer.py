@@ -94,6 +94,12 @@ def test_the_answer_says_what_is_best_what_ties_and_what_is_unknown(
     assert "srformer/32: memory not predicted: RuntimeError: no luck." in table.notes
 
 
+def test_the_answer_where_the_memory_of_no_row_is_known(records: list[Record]) -> None:
+    (found,) = answer.first(records, [cost(one.row, 255, None) for one in records])
+    assert "ViL and full need the fewest FLOPs" in found.sentences[0]
+    assert "memory" not in found.sentences[0]
+
+
 def test_the_answer_without_costs_at_full_size(records: list[Record]) -> None:
     unlike = [records[0], replace(records[2], memory=None, latency=None)]
     (found,) = answer.first(unlike, [])

@@ -37,6 +37,7 @@ BROKEN = {
     "ChangesGradient": ("gradients", "changes the gradient of the output in place"),
     "NoGrad": ("gradients", "the output has no gradient"),
     "WrongBackward": ("derivatives", "batch 1, contiguous: the gradient of the input is wrong"),
+    "WrongWhileKeeping": ("derivatives", "the gradient of the input is wrong"),
     "InstanceNorm": (
         "derivatives",
         "batch 1, .*: the gradient of the input is wrong",
@@ -56,6 +57,7 @@ BROKEN = {
     "Distances": ("FLOPs", "not in the count: elements of elementwise operators"),
     "Threaded": ("FLOPs", "not in the count: threads, results of operators out of sight"),
     "KeptElsewhere": ("FLOPs", "after a count: RuntimeError: .* device"),
+    "Neighbours": ("FLOPs", "not in the count: squared differences"),
     "WrongCount": ("FLOPs", r"multiply_adds\(\(6, 8\)\) declares 1,"),
     "WrongReference": ("reference", "grid 6x8, num_global 0: the output is off by"),
 }
@@ -373,7 +375,14 @@ class NoFormula(Sound):
 class Distances(Sound):
     def mix(self, x, grid):
         value = super().mix(x, grid)
-        return (value.unsqueeze(1) - x.unsqueeze(2)).square().mean(-1).softmax(-1) @ value
+        return (value.unsqueeze(1) - x.unsqueeze(2)).abs().mean(-1).softmax(-1) @ value
+
+
+class Neighbours(Sound):
+    def mix(self, x, grid):
+        value = super().mix(x, grid)
+        apart = [(value - value.roll(i, 1)).pow(2).sum(-1, keepdim=True) for i in (1, 2, 3, 4)]
+        return sum((-one).exp() * value.roll(i, 1) for i, one in enumerate(apart))
 
 
 class Threaded(Sound):
@@ -413,6 +422,36 @@ class InferenceInside(Sound):
         return weights.clone() @ value
 
 
+class KeepsAverages(Sound):
+    """Passes: its weights are normalised by vectors that each call while training makes better."""
+
+    def __init__(self, *, dim, **common):
+        super().__init__(dim=dim, **common)
+        self.proj = nn.utils.parametrizations.spectral_norm(self.proj)
+        self.norm = nn.BatchNorm1d(dim)
+        self.register_buffer("center", torch.zeros(dim))
+
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+    def mix(self, x, grid):
+        if self.training:
+            self.center = 0.9 * self.center + 0.1 * x.detach().mean((0, 1))
+        y = super().mix(x - self.center, grid)
+        return self.norm(y.flatten(0, 1)).view_as(y)
+
+
+class RoundsInside(Sound):
+    """Passes: some of it is in float32, or less, whatever the input is."""
+
+    def mix(self, x, grid):
+        turned = torch.polar(torch.ones_like(x, dtype=torch.float32), x.float()).real
+        return super().mix(x, grid) + turned.to(x.dtype) + x.bfloat16().sin().to(x.dtype)
+
+
 class GraphBreak(Sound):
     """Passes, with a warning."""
 
@@ -443,3 +482,8 @@ class Chatty(Sound):
         if not torch.compiler.is_compiling():
             print("mixing")
         return super().mix(x, grid)
+
+
+class WrongWhileKeeping(KeepsAverages):
+    def mix(self, x, grid):
+        return super().mix(_HalfOfTheGradient.apply(x), grid)

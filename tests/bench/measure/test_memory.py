@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
-from bench.measure.memory import LIVE_TENSORS, LiveTensors, peak
+from bench.measure.memory import LIVE_TENSORS, LiveTensors, NotMeasuredError, peak
 from tests.processes import python
 
 FLOAT = 4
@@ -69,8 +69,11 @@ def test_views_are_counted_once():
 
 def test_what_operators_of_functions_do_is_seen():
     q = torch.randn(1, 1, 40, 8)
-    result = peak(lambda: flex_attention(q, q, q), device="cpu", live=[q])
-    assert result.bytes > result.before + FLOAT * 40 * 40
+    for _ in range(2):
+        # What was watched runs unwatched, and the other way round.
+        result = peak(lambda: flex_attention(q, q, q), device="cpu", live=[q])
+        assert result.bytes > result.before + FLOAT * 40 * 40
+        flex_attention(q, q, q)
 
 
 def test_in_place_operators_cost_nothing():
@@ -258,3 +261,15 @@ def test_allocator_peak():
     result = peak(lambda: x + 1, device="cuda")
     assert result.bytes == result.before + x.nbytes
     assert result.reserved >= result.bytes
+
+
+def test_what_runs_unseen_alone_is_said_and_other_errors_are_their_own():
+    x = torch.randn(4, requires_grad=True)
+
+    def step():
+        torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)).sum().backward()
+
+    with pytest.raises(NotMeasuredError, match="where its tensors are watched"):
+        peak(step, device="cpu")
+    with pytest.raises(ZeroDivisionError):
+        peak(lambda: 1 / 0, device="cpu")

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import attentions
 from attentions import cache
@@ -393,6 +394,41 @@ def test_mechanisms_of_others():
     found = predict(module, grid=(3, 4), mode="training")
     assert found.total > 0
     assert vars(module) == before
+
+
+class Folds(Reads):
+    def forward(self, x, grid):
+        image = x[:, 1:].mT.unflatten(2, grid)
+        y = F.fold(F.unfold(image, 3, padding=1), grid, 3, padding=1)
+        return torch.cat([x[:, :1], y.flatten(2).mT], 1).exp()
+
+
+class Sparse(Reads):
+    def forward(self, x, grid):
+        return (torch.eye(x.shape[1]).to_sparse() @ x[0])[None]
+
+
+class Recurrent(Reads):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer(4, 4, batch_first=True)
+
+    def forward(self, x, grid):
+        return self.layer(x)[0]
+
+
+def test_what_torch_keeps_beside_its_tensors_is_predicted_or_refused():
+    x = torch.randn(1, 13, 4)
+    for module in (Folds(), Recurrent(torch.nn.GRU)):
+        peak = measured(module, x, (3, 4), mode="inference", precision="32-true")
+        assert predict(module, grid=(3, 4)).total == peak.bytes
+    for module, device in (
+        (Sparse(), "cpu"),
+        (Recurrent(torch.nn.LSTM), "cpu"),
+        (Recurrent(torch.nn.GRU), "cuda"),
+    ):
+        with pytest.raises(NotPredictedError):
+            predict(module, grid=(3, 4), device=device)
 
 
 def on_meta(_size):

@@ -3,6 +3,7 @@ import json
 import textwrap
 from argparse import ArgumentTypeError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,6 +154,19 @@ def test_flops_alone_need_no_process(tmp_path, monkeypatch):
     points = run(planned, tmp_path)
     assert [point.flops["mode"] for point in points] == ["inference"] * 2 + ["training"] * 2
     assert all(point.memory is None and point.latency is None for point in points)
+
+
+def test_a_point_says_what_was_not_measured():
+    why = "memory of training not measured: it does not run where its tensors are watched"
+    point = SimpleNamespace(
+        config={"sweep": {"mode": "training"}},
+        error=None,
+        flops={"total": 2e9},
+        memory={"training": None},
+        latency=None,
+        notes=(why, "something else"),
+    )
+    assert sweep.describe(point) == f"2.00 G multiply-adds, {why}"
 
 
 def test_walks_rise_and_differ_in_size_alone():

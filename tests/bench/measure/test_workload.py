@@ -10,9 +10,10 @@ from torch import nn
 
 from bench.config.suites import profile_configs
 from bench.data.loader import Pace
-from bench.measure.costs import phase_latencies
+from bench.measure import memory
+from bench.measure.costs import measure_memory, phase_latencies
 from bench.measure.latency import Effort
-from bench.measure.memory import peak
+from bench.measure.memory import NotMeasuredError, peak
 from bench.measure.workload import Workload, build, stated_rois
 from bench.model.detectors.rois import Counts, fixed_rois
 from bench.model.optimizer import build_optimizer
@@ -119,3 +120,19 @@ def test_a_step_is_forward_backward_and_optimizer():
     found = phase_latencies(workload, effort)
     assert list(found) == ["forward", "backward", "optimizer"]
     assert all(0 < one["q1"] <= one["median"] <= one["q3"] for one in found.values())
+
+
+def test_memory_that_cannot_be_measured_loses_nothing_else(monkeypatch):
+    def watched(call, **how):
+        if torch.is_grad_enabled() and workload.model.training:
+            raise NotMeasuredError("it does not run where its tensors are watched")
+        return peak(call, **how)
+
+    monkeypatch.setattr(memory, "peak", watched)
+    workload = build(config(profile={"batch_size": 1}), "attention")
+    section, notes = measure_memory(workload, ("inference", "training"))
+    assert section["inference"] > 0
+    assert section["training"] is None
+    assert notes == [
+        "memory of training not measured: it does not run where its tensors are watched"
+    ]

@@ -4,6 +4,7 @@ import pytest
 
 from bench.config.suites import load_suite
 from bench.run import plan
+from tests import mechanisms
 
 
 def test_the_time_of_a_run_is_its_steps_times_parts(
@@ -27,10 +28,20 @@ def test_what_rows_share_is_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         plan, "_dataset", lambda *a, **k: (opened.append(a[0].row), real(*a, **k))[1]
     )
-    monkeypatch.setattr(plan, "_memory", lambda *_: (1e9, ()))
+    monkeypatch.setattr(plan, "_memory", lambda *_: 1e9)
     suite = load_suite("quick", rows=["ViL", "full", "swin"], device="cpu")
     assert len(plan.plan(suite, tmp_path, measure_steps=0, progress=opened.append)) == 3
     assert opened == ["ViL", "ViL", "full", "swin"]
+
+
+def test_why_memory_is_not_predicted_is_said(tmp_path: Path) -> None:
+    row = mechanisms.write(tmp_path / "mine.py", "x = x * (1 if x.sum().item() < 1e9 else 2)")
+    overrides = ["data.generated.train_images=2"]
+    suite = load_suite("quick", rows=[row], device="cpu", overrides=overrides)
+    planned = plan.plan(suite, tmp_path, measure_steps=0, progress=lambda _: None)
+    assert plan.table(planned).loc[0, "memory GB"] == "-"
+    (note,) = (line for line in plan.lines(planned, 0) if "memory not predicted" in line)
+    assert note.startswith(f"note: {row}: memory not predicted: ")
 
 
 @pytest.mark.parametrize(
