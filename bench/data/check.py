@@ -160,6 +160,7 @@ def check(
             found += one.found
             outlined.append(one.outlined)
             decoded += bool(one.digest)
+        found += seen.sources(dataset, found)
         found += [*_of_the_whole(dataset, found, outlined), *_unlisted(dataset)]
         found += _other_classes(dataset, reports)
         reports.append(
@@ -204,6 +205,7 @@ def remarks(datasets: Iterable[CocoDataset]) -> list[str]:
                 raise InputError(f"{dataset.annotation_file}: {error.text}")
         if sampled:
             found += seen.files(dataset, {f.image for f in found if f.kind == COPIED})
+        found += seen.sources(dataset, found)
         for each in [*found, *_of_the_whole(dataset, found, outlined)]:
             tally.add(each)
         part = "" if most == len(dataset) else f" (pixels of {most} of {len(dataset)} images)"

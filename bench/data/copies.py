@@ -3,8 +3,9 @@
 Trained on and evaluated with, they make accuracies that say nothing of other images.
 """
 
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,9 @@ from bench.files import sha256
 # Sides of a look, how far cells of two looks of one image are apart at most (of 255), and the
 # standard deviation from which on a look tells images apart.
 _SIDE, _APART, _CONTRAST = 16, 6, 8
+
+# Names of what is made of one source: Roboflow's augmented copies, and tiles of DOTA's tools.
+_OF_A_SOURCE = re.compile(r"(.+)(?:\.rf\.\w+|__[\d.]+__-?\d+___-?\d+)\.\w+")
 
 COPIED, ALIKE = "image in two splits", "image alike in two splits"
 
@@ -49,6 +53,7 @@ class Seen:
         self._split_of: dict[Path, str] = {}
         self._looks: list[Look] = []
         self._places: list[str] = []
+        self._sources: dict[str, tuple[str, str]] = {}
         self._sha256 = cache(sha256)
 
     def again(self, dataset: CocoDataset, entry: Entry, digest: str) -> Iterator[Finding]:
@@ -109,6 +114,23 @@ class Seen:
         for size, path in paths:
             self._files[size].append(path)
             self._split_of.setdefault(path, dataset.split)
+
+    def sources(self, dataset: CocoDataset, found: Iterable[Finding]) -> Iterator[Finding]:
+        """Which images are, by their names, made of the source of one of the splits before.
+
+        Args:
+            found: what was found of this split; images that are there twice are passed over.
+        """
+        known = {f.image for f in found if f.kind in (COPIED, ALIKE)}
+        for index in range(len(dataset)):
+            entry, _ = dataset.entry(index)
+            name = dataset.path(entry).name
+            source = _OF_A_SOURCE.fullmatch(name)
+            if source is not None:
+                split, other = self._sources.setdefault(source[1], (dataset.split, name))
+                if split != dataset.split and entry["id"] not in known:
+                    kind = "source in two splits"
+                    yield finding(kind, other=f"{other} of {split}", **place_of(entry))
 
     def _same(self, one: Path, other: Path) -> bool:
         return one == other or self._sha256(one) == self._sha256(other)

@@ -123,6 +123,10 @@ KINDS: Mapping[str, Kind] = {
         "looks like {other}{how}: is it a copy, encoded or resized anew?",
         "trained on and evaluated with, if you choose both splits",
     ),
+    "source in two splits": Kind(
+        "is made of the same image as {other}, by its name: is it an augmented copy, or a tile?",
+        "trained on and evaluated with, if you choose both splits",
+    ),
     "image twice in a split": Kind("has the pixels of {other}", "used twice"),
     "image file of another path": Kind("is found as {path}", "read from there"),
     "number written as text or fraction": Kind("has {key!r} {value}", "taken as a whole number"),

@@ -732,6 +732,33 @@ def test_what_encoding_resizing_and_mirroring_leave_of_an_image_is_found(tmp_pat
     assert any("3 of: image alike in two splits (images 1, 2, 3)" in line for line in remarks(sets))
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        ("cat_jpg.rf.0f3a1c.png", "cat_jpg.rf.77aa02.png", True),
+        ("P0006__1__0___0.png", "P0006__1__824___-3.png", True),
+        ("P0006__1.0__0___0.png", "P0007__1.0__0___0.png", False),
+        ("cat_1.png", "cat_2.png", False),
+    ],
+)
+def test_what_is_made_of_one_source_is_said_in_two_splits(
+    tmp_path: Path, one: str, other: str, said: bool
+) -> None:
+    first, second = content(), content()
+    first["images"][0]["file_name"], second["images"][2]["file_name"] = one, other
+    write(tmp_path, first)
+    write(tmp_path, second, split="val2017", first=50)
+    text = f"image 3 ({other}) is made of the same image as {one} of train2017, by its name"
+    _, report = check(tmp_path)
+    assert [text in found.text for found in report.odd] == [True] * said
+    sets = [CocoDataset(tmp_path, split) for split in ("val2017", "train2017")]
+    lines = remarks(sets)
+    assert ["1 of: source in two splits (images 1)" in line for line in lines] == [True] * said
+    # A copy is said to be one.
+    picture(53).save(tmp_path / "train2017" / one)
+    assert kinds(check(tmp_path)[1].odd) == {"image in two splits": 1}
+
+
 def test_files_in_both_of_large_splits_are_found_beyond_the_images_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
