@@ -297,6 +297,8 @@ def _inspect_file(
         stated = {"height": expected[0], "width": expected[1], "hint": picture.hint(expected)}
         found.append(finding("image of another size", **size, **stated, **own))
     found += (finding(kind, **values, **own) for kind, values in _oddities(picture))
+    why = images.damage(raw, picture.mode)
+    found += [finding("damaged JPEG", why=why, **own)] if why else []
     found += (finding("image with a warning", why=each.message, **own) for each in caught)
     digest = hashlib.blake2b(picture.pixels.numpy().tobytes(), digest_size=16)
     return digest.hexdigest(), look(picture.pixels)

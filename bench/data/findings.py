@@ -214,6 +214,7 @@ KINDS: Mapping[str, Kind] = {
     "image of an unusual mode": Kind(_MODE, _RGB),
     "image turned by EXIF": Kind("has the EXIF orientation {orientation}", "turned upright"),
     "image of several frames": Kind("has several frames", "the first is used"),
+    "damaged JPEG": Kind("is damaged: {why}", "what can be decoded of it is used"),
     "image with a warning": Kind("makes Pillow warn: {why}", "read all the same"),
 }
 

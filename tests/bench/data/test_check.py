@@ -683,6 +683,38 @@ def test_a_small_range_of_deep_images_is_said_and_can_be_scaled(tmp_path: Path) 
         CocoDataset(tmp_path, "train2017", deep_white=255)[1]
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_damaged_jpeg_is_said(tmp_path: Path, mode: str) -> None:
+    folder = write(tmp_path, content())
+    picture(2, mode).save(folder / "2.png", "JPEG", quality=95)
+    sound = kinds(only(tmp_path).odd)
+    assert not sound["damaged JPEG"]
+    raw = bytearray((folder / "2.png").read_bytes())
+    middle = len(raw) // 2
+    raw[middle : middle + 600] = bytes(600)
+    (folder / "2.png").write_bytes(raw)
+    (found,) = [found for found in only(tmp_path).odd if found.kind == "damaged JPEG"]
+    assert found.text.startswith("image 2 (2.png) is damaged: Corrupt JPEG data: ")
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    assert any("1 of: damaged JPEG (images 2); what can be decoded of it" in x for x in lines)
+    # Bytes behind the end are none of the image.
+    picture(2).save(folder / "2.png", "JPEG", quality=95)
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes() + b"more")
+    assert only(tmp_path).odd == ()
+
+
+def test_a_damaged_avif_is_one_line(tmp_path: Path) -> None:
+    folder = write(tmp_path, content())
+    picture(2).save(folder / "2.png", "AVIF")
+    raw = bytearray((folder / "2.png").read_bytes())
+    start = raw.index(b"mdat") + 4
+    raw[start : start + 200] = b"\xff" * 200
+    (folder / "2.png").write_bytes(raw)
+    (found,) = only(tmp_path).errors
+    assert found.kind == "image unreadable"
+    assert "Failed to decode" in found.text
+
+
 def test_remarks_are_of_every_split_the_first_first(tmp_path: Path) -> None:
     folder = write(tmp_path, content())
     data = content()
