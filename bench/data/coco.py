@@ -359,6 +359,9 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         if self._at_one >= max(_SOME**2, _FEW * count):
             kind = "boxes that look counted from 1"
             self._report(finding(kind, count=self._at_one, all=count))
+        crowds = count - int(self._instances.sum())
+        if crowds >= max(_SOME, _MANY * count):
+            self._report(finding("many crowds", count=crowds, all=count))
         if not self.has_masks:
             self._report(finding("no masks at all"))
 

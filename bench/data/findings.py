@@ -86,6 +86,10 @@ KINDS: Mapping[str, Kind] = {
         " counted from the same first pixel?",
         "both are used as they are",
     ),
+    "many crowds": Kind(
+        "{count} of {all} annotations are crowds: are they objects whose masks are run lengths?",
+        "not trained on; what is found there counts neither for nor against",
+    ),
     "classes of each image": Kind(
         "{count} of {all} images list classes that were looked for in them, or not, as LVIS's do",
         "not read: what is not annotated counts as not there, so AP is not that of LVIS",

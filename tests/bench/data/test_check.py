@@ -533,6 +533,19 @@ def test_names_of_classes_that_look_alike_are_said(tmp_path: Path, other: str) -
     assert first != second
 
 
+def test_many_crowds_are_suspected(tmp_path: Path) -> None:
+    """As CVAT writes what was drawn with a brush."""
+    data = content(12)
+    said = "2 of 12 annotations are crowds: are they objects whose masks are run lengths?"
+    for one in data["annotations"][:2]:
+        write(tmp_path, data)
+        assert not any(said in line for line in remarks([CocoDataset(tmp_path, "train2017")]))
+        one.update(iscrowd=1, segmentation=RUN_OF_BOX)
+    write(tmp_path, data)
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    assert any(f"{said}; not trained on" in line for line in lines)
+
+
 def test_a_list_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
     """As where files were put together as text; Python keeps the last one alone."""
     write(tmp_path, content())
