@@ -90,6 +90,11 @@ KINDS: Mapping[str, Kind] = {
         "{count} of {all} annotations are crowds: are they objects whose masks are run lengths?",
         "not trained on; what is found there counts neither for nor against",
     ),
+    "images of many objects": Kind(
+        "{count} of {all} images have more than {found} objects, up to {most}",
+        "the others count as missed: detectors give model.detector.detections of an image, and"
+        " COCO's rules take {found} of a class",
+    ),
     "classes of each image": Kind(
         "{count} of {all} images list classes that were looked for in them, or not, as LVIS's do",
         "not read: what is not annotated counts as not there, so AP is not that of LVIS",

@@ -546,6 +546,21 @@ def test_many_crowds_are_suspected(tmp_path: Path) -> None:
     assert any(f"{said}; not trained on" in line for line in lines)
 
 
+def test_more_objects_than_are_evaluated_are_said(tmp_path: Path) -> None:
+    data = content()
+    data["annotations"] += [
+        annotation(1000 + n, 2, bbox=[n % 50, n // 50, 9, 9], segmentation=None) for n in range(99)
+    ]
+    said = "images have more than 100 objects"
+    write(tmp_path, data)
+    assert not any(said in line for line in remarks([CocoDataset(tmp_path, "train2017")]))
+    data["annotations"].append(annotation(2000, 2, bbox=[40, 20, 15, 15], segmentation=None))
+    write(tmp_path, data)
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    (line,) = [line for line in lines if said in line]
+    assert "1 of 4 images have more than 100 objects, up to 101; the others count as missed" in line
+
+
 def test_a_list_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
     """As where files were put together as text; Python keeps the last one alone."""
     write(tmp_path, content())
