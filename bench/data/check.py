@@ -5,6 +5,7 @@ or all splits. Runs say the same of what they read: `remarks`.
 """
 
 import hashlib
+import re
 import unicodedata
 import warnings
 from collections import Counter
@@ -52,10 +53,9 @@ _FILLS, _FILLING = 0.98, 0.2
 _BLANK = ("Zs", "Zl", "Zp", "Cc", "Cf", "Pd", "Pc")
 
 # What other benchmarks call what counts neither as an object nor as a miss, by its letters.
-_NO_OBJECTS = {
-    *("background", "dontcare", "ignore", "ignored", "ignoredregion", "ignoredregions"),
-    *("unlabeled", "unlabelled", "void"),
-}
+_NO_OBJECTS = re.compile(
+    r"background|don.?tcare|ignored?(region|area)?s?|(un|not)labell?ed|noobjects?|void"
+)
 
 # Kinds by Pillow's modes; RGB is the ordinary one.
 _MODES = {
@@ -452,9 +452,11 @@ def _of_the_whole(
         yield finding("class name used twice", name=repr(name), count=names[name])
     first: dict[str, str] = {}
     for name in names.keys() - {*dataset.unused_classes()}:
-        if _letters(name) in _NO_OBJECTS:
+        if _NO_OBJECTS.fullmatch(_letters(name)):
             yield finding("class of no objects", name=f"class {quoted(name)}")
     for name in names:
+        if not any(c.isprintable() and c != " " for c in name):
+            yield finding("class without a name", name=f"class {quoted(name)}")
         other = first.setdefault(_letters(name), name)
         if other != name:
             yield finding("class names alike", name=f"class {quoted(name)}", other=quoted(other))

@@ -204,6 +204,7 @@ KINDS: Mapping[str, Kind] = {
     "class of no objects": Kind(
         "has a name that others give to what is no object", "it is a class like any other"
     ),
+    "class without a name": Kind("has no name", "it is a class like any other"),
     "class name used twice": Kind("is the name of {count} classes", "they stay apart"),
     "class names alike": Kind(
         "differs from {other} in case, blanks, dashes or the form of letters alone",

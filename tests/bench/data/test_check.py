@@ -507,17 +507,20 @@ def test_fields_that_are_not_read_are_said(tmp_path: Path) -> None:
     assert "its box is upright" in line
 
 
-def test_a_class_of_regions_to_ignore_is_said_where_it_has_an_instance(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["Ignored Regions", "ignore-region", "Don\u2019t Care"])
+def test_a_class_of_regions_to_ignore_is_said_where_it_has_an_instance(
+    tmp_path: Path, name: str
+) -> None:
     data = content()
     data["categories"] += [
         {"id": 0, "name": "__background__"},
-        {"id": 1, "name": "Ignored Regions"},
+        {"id": 1, "name": name},
     ]
     data["annotations"][2]["category_id"] = 1
     write(tmp_path, data)
     assert [(f.kind, f.name) for f in only(tmp_path).odd] == [
         ("class without an instance", "class '__background__'"),
-        ("class of no objects", "class 'Ignored Regions'"),
+        ("class of no objects", f"class {name!r}"),
     ]
 
 
@@ -559,6 +562,16 @@ def test_more_objects_than_are_evaluated_are_said(tmp_path: Path) -> None:
     lines = remarks([CocoDataset(tmp_path, "train2017")])
     (line,) = [line for line in lines if said in line]
     assert "1 of 4 images have more than 100 objects, up to 101; the others count as missed" in line
+
+
+@pytest.mark.parametrize("name", ["", " ", "\u200b"])
+def test_a_class_without_a_name_is_said(tmp_path: Path, name: str) -> None:
+    data = content()
+    data["categories"][0]["name"] = name
+    data["categories"][1]["name"] = "-"
+    write(tmp_path, data)
+    (found,) = [found for found in only(tmp_path).odd if found.kind == "class without a name"]
+    assert found.text == f"class {name!a} has no name"
 
 
 def test_a_list_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
