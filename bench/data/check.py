@@ -328,22 +328,25 @@ def _inspect_mask(annotation: Entry, entry: Entry) -> Iterator[Finding]:
         return
     x, y, w, h = mask_api.toBbox(runs).tolist()
     extent = np.array([x, y, x + w, y + h])
-    if not _fits(_corners(annotation["bbox"]), extent, height, width):
+    box = annotation["bbox"]
+    corners = _corners(box)
+    if not _fits(corners, extent, height, width):
+        sides = np.array([width, height, width, height])
         formats = {
-            "x1, y1, x2, y2": np.array(annotation["bbox"], dtype=float),
-            "a centre, width and height": _corners(annotation["bbox"])
-            - np.tile(np.array(annotation["bbox"][2:]) / 2, 2),
-            "y, x, height, width": _corners([annotation["bbox"][place] for place in (1, 0, 3, 2)]),
-            "fractions of the image": _corners(annotation["bbox"]) * [width, height, width, height],
-            "percentages of the image": _corners(annotation["bbox"])
-            * np.array([width, height, width, height])
-            / 100,
+            "x1, y1, x2, y2": np.array(box, dtype=float),
+            "a centre, width and height": corners - np.tile(np.array(box[2:]) / 2, 2),
+            "y, x, height, width": _corners([box[place] for place in (1, 0, 3, 2)]),
+            "x, y from the bottom, width, height": _corners(
+                [box[0], height - box[1] - box[3], *box[2:]]
+            ),
+            "fractions of the image": corners * sides,
+            "percentages of the image": corners * sides / 100,
         }
-        fitting = [n for n, corners in formats.items() if _fits(corners, extent, height, width)]
+        fitting = [name for name, read in formats.items() if _fits(read, extent, height, width)]
         shown = [int(value) for value in (x, y, w, h)]
         yield finding(
             "box that does not fit its mask",
-            box=annotation["bbox"],
+            box=box,
             extent=shown,
             format=next(iter(fitting), ""),
             **own,
@@ -433,10 +436,9 @@ def _of_the_whole(
     )
     formats.pop("", None)
     format_, count = formats.most_common(1)[0] if formats else ("", 0)
-    if count >= max(2, _MANY * dataset.num_annotations):
-        whole = dataset.num_annotations
+    if count >= max(2, _MANY * every):
         kind = "boxes in another format than the masks"
-        yield finding(kind, count=count, all=whole, format=format_)
+        yield finding(kind, count=count, all=every, format=format_)
     else:
         yield from _beside(outlines[:, :4])
     wrong = {f.image for f in found if f.annotation is not None and f.is_error}

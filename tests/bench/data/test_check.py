@@ -395,6 +395,11 @@ def centres(a: dict[str, Any]) -> None:
     a["bbox"] = [x + w / 2, y + h / 2, w, h]
 
 
+def from_the_bottom(a: dict[str, Any]) -> None:
+    x, y, w, h = a["bbox"]
+    a["bbox"] = [x, HEIGHT - y - h, w, h]
+
+
 def rows_first(a: dict[str, Any]) -> None:
     x, y, w, h = a["bbox"]
     a["bbox"] = [y, x, h, w]
@@ -410,6 +415,7 @@ def rows_first(a: dict[str, Any]) -> None:
         (corners, True, "4 of 4 boxes fit their masks if they are read as x1, y1, x2, y2"),
         (centres, False, "4 of 4 boxes reach over the image's edge"),
         (centres, True, "4 of 4 boxes fit their masks if they are read as a centre"),
+        (from_the_bottom, True, "4 of 4 boxes fit their masks if they are read as x, y from the"),
         (rows_first, True, "4 of 4 boxes fit their masks if they are read as y, x, height, width"),
         (None, False, ""),
         (None, True, ""),
@@ -431,6 +437,19 @@ def test_boxes_of_another_format_are_suspected(
     suspected = [x for x in remarks([CocoDataset(tmp_path, "train2017")]) if " of 4 boxes " in x]
     assert any(said in line for line in suspected) if said else suspected == []
     assert len(suspected) == len({f.text for f in only(tmp_path).odd if " of 4 boxes " in f.text})
+
+
+def test_boxes_of_another_format_are_suspected_by_those_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.data.check._LOOKED_AT_WHOLE", 2)
+    monkeypatch.setattr("bench.data.check._LOOKED_AT", 3)
+    data = content(12)
+    for one in data["annotations"]:
+        corners(one)
+    write(tmp_path, data)
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    assert any("3 of 3 boxes fit their masks if they are read as x1, y1" in line for line in lines)
 
 
 @pytest.mark.parametrize("pairs", [False, True])
