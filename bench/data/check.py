@@ -45,6 +45,8 @@ _MANY = 0.5
 # Boxes whose edges are all off those of their masks by the same pixels lie beside them, from so
 # many boxes and pixels on; rounding moves a single edge by half a pixel.
 _BESIDE, _OFF, _ALIKE = 16, 0.75, 0.5
+# Pixels that boxes of one object are apart by, at most, where one of them was rounded.
+_SAME_PIXELS = 1
 # Outlines that take this share of their own box are boxes, where such a share of all does: of
 # COCO's, one in a hundred does.
 _FILLS, _FILLING = 0.98, 0.2
@@ -239,6 +241,7 @@ class _Inspections(Dataset[_Inspection]):
             digest, seen = _inspect_file(self.dataset, entry, found)
         for annotation in annotations:
             found += _inspect_mask(annotation, entry)
+        found += _nearly_twice(annotations)
         return _Inspection(found, digest, seen, _outlined(annotations, entry))
 
 
@@ -366,6 +369,23 @@ def _inspect_mask(annotation: Entry, entry: Entry) -> Iterator[Finding]:
         shared = float(mask_api.area(mask_api.frPyObjects(parts, height, width)).sum()) - pixels
         if shared > _SPARE * pixels:
             yield finding("polygons within each other", pixels=shared, **own)
+
+
+def _nearly_twice(annotations: Iterable[Entry]) -> Iterator[Finding]:
+    """Which annotations are, but for rounding, another one of their image."""
+    ordered = sorted(annotations, key=lambda one: float(one["bbox"][0]))
+    for place, one in enumerate(ordered):
+        for other in ordered[place + 1 :]:
+            offsets = np.subtract(other["bbox"], one["bbox"])
+            if offsets[0] > _SAME_PIXELS:
+                break
+            kinds = [(a["category_id"], a["iscrowd"]) for a in (one, other)]
+            same = other["bbox"] == one["bbox"] and other["segmentation"] == one["segmentation"]
+            # The same is said by the data set.
+            if np.abs(offsets).max() <= _SAME_PIXELS and kinds[0] == kinds[1] and not same:
+                own = {"image": other["image_id"], "annotation": other["id"]}
+                yield finding("annotation nearly twice", other=one["id"], **own)
+                break
 
 
 def _outlined(annotations: Iterable[Entry], entry: Entry) -> NDArray[np.float64]:

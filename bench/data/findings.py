@@ -156,6 +156,9 @@ KINDS: Mapping[str, Kind] = {
     "annotation twice": Kind(
         "has the class, box and segmentation of annotation {other}", _BOTH_USED
     ),
+    "annotation nearly twice": Kind(
+        "has the class of annotation {other}, and its box but for a pixel", _BOTH_USED
+    ),
     "annotation without a segmentation": Kind("has no segmentation", "its box is its mask"),
     "annotation without an area": Kind("has no area", "that of its mask is used"),
     "box over the image's edge": Kind(

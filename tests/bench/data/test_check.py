@@ -639,6 +639,25 @@ def test_annotations_that_are_there_twice_are_found(tmp_path: Path) -> None:
     assert (found.kind, found.annotation, found.values["other"]) == ("annotation twice", 7, 101)
 
 
+def test_annotations_that_are_there_twice_but_for_rounding_are_found(tmp_path: Path) -> None:
+    data = content()
+    first = data["annotations"][0]
+    x, y, w, h = first["bbox"]
+    data["annotations"] += [
+        first | {"id": 7, "bbox": [x + 0.5, y, w, h - 0.5]},
+        first | {"id": 8, "bbox": [x + 0.5, y, w, h - 0.5], "category_id": 8},
+        first | {"id": 9, "bbox": [x + 2, y, w - 2, h]},
+    ]
+    write(tmp_path, data)
+    (found,) = only(tmp_path).findings
+    assert (found.kind, found.annotation, found.values["other"]) == (
+        *("annotation nearly twice", 7),
+        101,
+    )
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    assert any("1 of: annotation nearly twice (annotations 7); both" in line for line in lines)
+
+
 def test_boxes_that_begin_at_1_are_suspected(tmp_path: Path) -> None:
     data = content()
     for one in data["annotations"]:
