@@ -51,6 +51,9 @@ _SAME_PIXELS = 1
 # COCO's, one in a hundred does.
 _FILLS, _FILLING = 0.98, 0.2
 
+# Values of 255 that those of an image span at least; labels and shares of 1 do not.
+_CONTRAST = 16
+
 # Categories of characters: blanks, controls, formats, dashes and underscores.
 _BLANK = ("Zs", "Zl", "Zp", "Cc", "Cf", "Pd", "Pc")
 
@@ -314,6 +317,9 @@ def _oddities(picture: Picture) -> Iterator[tuple[str, dict[str, Any]]]:
         yield kind, {"mode": picture.mode, "top": picture.top}
     if picture.cut:
         yield "16-bit colour image", {"top": int(picture.pixels.max())}
+    low, high = int(picture.pixels.min()), int(picture.pixels.max())
+    if high - low < _CONTRAST and not picture.top:
+        yield "image without contrast", {"low": low, "high": high}
     if picture.orientation != 1:
         yield "image turned by EXIF", {"orientation": picture.orientation}
     if picture.animated:

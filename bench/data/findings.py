@@ -226,6 +226,10 @@ KINDS: Mapping[str, Kind] = {
     ),
     "image of an unusual mode": Kind(_MODE, _RGB),
     "image turned by EXIF": Kind("has the EXIF orientation {orientation}", "turned upright"),
+    "image without contrast": Kind(
+        "has values of {low} to {high} alone: is it of 0 to 1, a map of labels, or empty?",
+        "used as it is",
+    ),
     "image of several frames": Kind("has several frames", "the first is used"),
     "damaged JPEG": Kind("is damaged: {why}", "what can be decoded of it is used"),
     "image with a warning": Kind("makes Pillow warn: {why}", "read all the same"),

@@ -794,6 +794,21 @@ def test_a_damaged_avif_is_one_line(tmp_path: Path) -> None:
     assert "Failed to decode" in found.text
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "said"), [(0, 1, True), (200, 200, True), (90, 110, False)]
+)
+def test_an_image_without_contrast_is_said(tmp_path: Path, low: int, high: int, said: bool) -> None:
+    """As of values from 0 to 1 that were written as bytes."""
+    folder = write(tmp_path, content())
+    values = np.full((HEIGHT, WIDTH, 3), low, dtype=np.uint8)
+    values[: HEIGHT // 2] = high
+    Image.fromarray(values).save(folder / "2.png")
+    texts = [found.text for found in only(tmp_path).odd]
+    assert [f"image 2 (2.png) has values of {low} to {high} alone" in t for t in texts] == [
+        True
+    ] * said
+
+
 def test_remarks_are_of_every_split_the_first_first(tmp_path: Path) -> None:
     folder = write(tmp_path, content())
     data = content()
