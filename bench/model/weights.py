@@ -4,7 +4,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ DETECTOR_PREFIX = "backbone.bottom_up."
 _PARALLEL_PREFIX = "module."
 # Under which a file may hold its state dict.
 _WRAPPERS = ("model", "net", "state_dict")
+# Of weights and counters; torch computes nothing with floats of 8 bits.
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.long)
 # Beside it, what the weights were pretrained on.
 _ORIGIN = "pretrain"
 # Constants of an architecture, which every model makes for itself.
@@ -49,8 +51,8 @@ def load_file(path: Path) -> dict[str, Tensor]:
 
     Raises:
         InputError: naming the file, where it cannot be read, is no such file, holds anything but
-            plain values and tensors, or has no state dict, or several of the same names, such as
-            an average of the weights beside them.
+            plain values and tensors, or has no state dict, or several that share most of their
+            names, such as an average of the weights beside them.
     """
     content = _load(path)
     state = content
@@ -64,10 +66,9 @@ def load_file(path: Path) -> dict[str, Tensor]:
             f"{path}: no state dict in it, tensors by name, alone or under {', '.join(_WRAPPERS)}:"
             f" no tensors are {some(others)}"
         )
+    own = _plain_names(state)
     alike = [
-        str(key)
-        for key, value in content.items()
-        if isinstance(value, Mapping) and _plain_names(value) == _plain_names(state)
+        key for key, value in _mappings(content) if 2 * len(own & _plain_names(value)) > len(own)
     ]
     if len(alike) > 1:
         raise InputError(
@@ -75,15 +76,24 @@ def load_file(path: Path) -> dict[str, Tensor]:
             " is meant alone"
         )
     for name, tensor in state.items():
-        known = tensor.is_floating_point() or tensor.dtype == torch.long
+        known = tensor.dtype in _DTYPES
         if tensor.is_meta or tensor.layout != torch.strided or not known:
             what = "no values" if tensor.is_meta else f"{tensor.layout} {tensor.dtype}"
             raise InputError(f"{path}: {name} has {what}; dense numbers that are real are needed")
     return {str(name): tensor for name, tensor in state.items()}
 
 
+def _mappings(content: Mapping[object, object], at: str = "") -> Iterator[tuple[str, Any]]:
+    """Each mapping within another, of any depth, and its keys from the outermost on."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield f"{at}{key}", value
+            yield from _mappings(value, f"{at}{key}.")
+
+
 def _plain_names(state: Mapping[object, object]) -> set[str]:
-    return {str(name).removeprefix(_PARALLEL_PREFIX) for name in state}
+    tensors = (name for name, value in state.items() if isinstance(value, Tensor))
+    return {str(name).removeprefix(_PARALLEL_PREFIX) for name in tensors}
 
 
 def load_origin(path: Path) -> str | None:

@@ -271,6 +271,14 @@ def without(*names):
             lambda own: {"model": own, "model_ema": {f"module.{name}": own[name] for name in own}},
             "several state dicts of the same names, model, model_ema",
         ),
+        (
+            lambda own: {"model": own, "ema": {"shadow": dict([*own.items()][9:])}},
+            "several state dicts of the same names, model, ema.shadow",
+        ),
+        (
+            lambda own: {n: t.to(torch.float8_e5m2) for n, t in own.items()},
+            "float8_e5m2; dense numbers",
+        ),
         (lambda own: {name: own[name].to("meta") for name in own}, "has no values; dense"),
         (lambda own: {name: own[name].to(torch.int8) for name in own}, "has torch.strided torch"),
     ],
