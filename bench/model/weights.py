@@ -283,10 +283,9 @@ def convert(state_dict: Mapping[str, Any], vil: ViL) -> Conversion:
     tensors: Mapping[str, Tensor] = state_dict.get("net", state_dict)
     target = vil.state_dict()
     converted: dict[str, Tensor] = {}
-    # By place: what comes later in the source wins there, as `proj_global` does over `proj`.
     steps: dict[tuple[str, str], Step] = {}
-    for full_name, tensor in tensors.items():
-        name = full_name.removeprefix(_PARALLEL_PREFIX)
+    named = {name.removeprefix(_PARALLEL_PREFIX): tensor for name, tensor in tensors.items()}
+    for name, tensor in named.items():
         shape = tuple(tensor.shape)
         places = {} if name.endswith(_DERIVED) else _places(name, tensor, target)
         if not places:
@@ -294,6 +293,9 @@ def convert(state_dict: Mapping[str, Any], vil: ViL) -> Conversion:
             reason = "every model makes its own" if derived else "the backbone has no such tensor"
             steps["", name] = Step(name, "", LEFT_OUT, shape, None, reason)
         for place, part in places.items():
+            if place != name and place in named:
+                # Its own tensor goes there, as `proj_global` rather than `proj`.
+                continue
             fitted, action = _fit(place, part, target[place])
             own = tuple(target[place].shape)
             reason = ""

@@ -56,6 +56,17 @@ def test_the_file_holds_the_published_conversion(classifiers, tmp_path, capsys, 
     assert max(map(len, printed)) <= 120
 
 
+def test_a_tensor_of_its_own_goes_before_one_that_serves_its_place_in_any_order():
+    source = ViL(arch(), image_size=64, share_weights=False).state_dict()
+    vil = ViL(arch(), image_size=128, share_weights=False)
+    expected = convert_classifier(source, vil)
+    found = convert_classifier(dict(reversed(source.items())), vil)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    place = "layer1.1.attn.proj_global.weight"
+    assert torch.equal(found[DETECTOR_PREFIX + place], source[place])
+
+
 def test_a_detector_starts_from_the_file(classifiers, tmp_path):
     output = tmp_path / "det.pth"
     assert convert(classifiers / "longformer.pth", output) == 0
