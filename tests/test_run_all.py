@@ -800,6 +800,11 @@ def test_a_checkpoint_of_another_backbone_is_one_clear_line(
     torch.save({"model": heads}, tmp_path / "other.pth")
     with pytest.raises(InputError, match=f"none of its {len(heads)} tensors fits the backbone"):
         models.initialise(detector, tmp_path / "other.pth")
+    # One of the two would win.
+    apart = "backbone.bottom_up.layer1.1.attn.proj_global.weight"
+    torch.save({"model": state | {apart: state[apart] + 1}}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match=rf"1 shared here .* different in the file: {apart}"):
+        models.initialise(detector, tmp_path / "other.pth")
     spoilt = {
         name: torch.full_like(value, torch.nan) for name, value in detector.state_dict().items()
     }

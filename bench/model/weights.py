@@ -39,6 +39,9 @@ _ORIGIN = "pretrain"
 # Constants of an architecture, which every model makes for itself.
 _DERIVED = "relative_position_index"
 
+# What is wrong with weights of which a module has one, and a state dict two.
+SHARED = "shared here (share_weights), but different in the file"
+
 COPIED, EXPANDED, RESIZED, SPLIT, LEFT_OUT = "copied", "expanded", "resized", "split", "left out"
 ACTIONS = (COPIED, EXPANDED, RESIZED, SPLIT, LEFT_OUT)
 
@@ -165,7 +168,7 @@ def load_published(vil: ViL, state_dict: Mapping[str, Tensor]) -> None:
             for name, tensor in state_dict.items()
             if name.startswith(DETECTOR_PREFIX)
         }
-    problems = misfits(vil.state_dict(), state_dict)
+    problems = misfits(vil, state_dict)
     if problems:
         parts = [f"{what}: {', '.join(names)}" for what, names in problems.items()]
         raise InputError(f"the state dict does not fit the backbone; {'; '.join(parts)}")
@@ -184,7 +187,7 @@ def load_classifier(vil: ViL, state_dict: Mapping[str, Tensor], source: str) -> 
     own = vil.state_dict()
     named = {name.removeprefix(_PARALLEL_PREFIX): tensor for name, tensor in state_dict.items()}
     given = {n: t for n, t in named.items() if n in own or not n.endswith(_DERIVED)}
-    problems = misfits(own, given)
+    problems = misfits(vil, given)
     if problems:
         parts = [f"{len(names)} {what}: {some(names, _SHOWN)}" for what, names in problems.items()]
         raise InputError(
@@ -195,16 +198,18 @@ def load_classifier(vil: ViL, state_dict: Mapping[str, Tensor], source: str) -> 
     vil.load_state_dict(given)
 
 
-def misfits(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """What keeps a state dict from being loaded whole: "missing", "unexpected" and "misshapen".
+def misfits(module: nn.Module, given: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """What keeps a state dict from being loaded whole.
 
     Args:
-        own: of the module.
-        given: to be loaded.
+        module: into which it is to be loaded.
+        given: the state dict.
 
     Returns:
-        Names by what is wrong with them, in the order of the state dicts; empty if all fits.
+        Names by what is wrong with them ("missing", "unexpected", "misshapen" and so on), in the
+        order of the state dicts; empty if all fits.
     """
+    own = module.state_dict()
     found = {
         "missing": [name for name in own if name not in given],
         "unexpected": [name for name in given if name not in own],
@@ -213,8 +218,25 @@ def misfits(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str,
             for name, tensor in own.items()
             if name in given and given[name].shape != tensor.shape
         ],
+        SHARED: shared(module, given),
     }
     return {what: names for what, names in found.items() if names}
+
+
+def shared(module: nn.Module, given: Mapping[str, Tensor]) -> list[str]:
+    """Return the names whose weights a module shares with an earlier name, unlike a state dict.
+
+    Of two values, the one that is loaded last would win.
+    """
+    first: dict[int, str] = {}
+    found = []
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        pair = [given[one] for one in (name, other) if one in given and other != name]
+        # A NaN differs from itself.
+        if len(pair) > 1 and not torch.equal(*(one.double().nan_to_num() for one in pair)):
+            found.append(name)
+    return found
 
 
 @dataclass(frozen=True)
@@ -368,12 +390,13 @@ def load_detector(detector: Detector, state_dict: Mapping[str, Tensor]) -> None:
         InputError: listing the names that are missing, unexpected or of another shape.
     """
     own = detector.state_dict()
-    problems = misfits(own, state_dict)
+    problems = misfits(detector, state_dict)
     if problems:
         parts = [f"{len(names)} {what}: {some(names, _SHOWN)}" for what, names in problems.items()]
+        hint = "" if problems.keys() == {SHARED} else _hint(state_dict, own)
         raise InputError(
             f"the weights do not fit the {detector.library} {detector.method} that was built"
-            f"{_hint(state_dict, own)}; {'; '.join(parts)}"
+            f"{hint}; {'; '.join(parts)}"
         )
     detector.load_state_dict(dict(state_dict))
 

@@ -43,6 +43,8 @@ OVERRIDES = [
     *(f"data.{name}={value}" for name, value in SIZES.items()),
 ]
 CLASSES = 6
+# Shared with the projection of the other tokens, unless share_weights is false.
+GLOBAL = "backbone.bottom_up.layer1.1.attn.proj_global.weight"
 detectron2 = pytest.param("detectron2", marks=pytest.mark.detectron2)
 
 
@@ -274,6 +276,10 @@ def without(*names):
         (
             lambda own: {"model": own, "ema": {"shadow": dict([*own.items()][9:])}},
             "several state dicts of the same names, model, ema.shadow",
+        ),
+        (
+            lambda own: own | {GLOBAL: own[GLOBAL] + 1},
+            rf"was built; 1 shared here \(share_weights\), but different in the file: {GLOBAL}$",
         ),
         (
             lambda own: {n: t.to(torch.float8_e5m2) for n, t in own.items()},
