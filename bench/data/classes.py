@@ -96,6 +96,7 @@ def _folders(folder: Path) -> tuple[tuple[str, ...], list[tuple[Place, int]]]:
     """Return the names of classes, and place and class of each image."""
     # Detectors start sooner without it.
     from timm.data.readers import create_reader
+    from timm.utils.misc import natural_key
 
     try:
         reader: Any = create_reader("", root=str(folder))
@@ -113,7 +114,9 @@ def _folders(folder: Path) -> tuple[tuple[str, ...], list[tuple[Place, int]]]:
         if below[parent] is not None and not name.startswith("."):
             kept.append((path, label))
     used = {label for _, label in kept}
-    own = tuple(name for name, label in reader.class_to_idx.items() if label in used)
+    names = (name for name, label in reader.class_to_idx.items() if label in used)
+    # To timm "01" is "1" and "A" is "a", in an order that differs from run to run.
+    own = tuple(sorted(names, key=lambda name: (natural_key(name), name)))
     places = [place for place in below.values() if place is not None]
     depths = {len(place.parts) for place in places}
     if 0 in depths or len(depths) > 1 or len(places) > len(own):

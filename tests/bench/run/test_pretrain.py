@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -340,6 +343,21 @@ def test_hidden_files_are_no_images_and_folders_within_no_classes(tmp_path):
     picture.save(tmp_path / "train" / "a" / "more" / "3.png")
     with pytest.raises(InputError, match=r"a folder for each class, not in a.more"):
         classes.ClassDataset(tmp_path, "train")
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+def test_classes_have_one_order_in_any_process(tmp_path, seed):
+    names = [f"{zeros}{number}" for zeros in ("", "0", "00") for number in (1, 2)]
+    for name in names:
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "train" / name / "1.png")
+    code = "import sys; from bench.data.classes import ClassDataset, Path; "
+    code += "print(*ClassDataset(Path(sys.argv[1]), 'train').classes)"
+    out = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], env=os.environ | {"PYTHONHASHSEED": str(seed)},
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert out.split() == ["001", "01", "1", "002", "02", "2"]
 
 
 def test_validation_of_other_classes_is_refused(tmp_path):
