@@ -10,6 +10,7 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -325,6 +326,27 @@ def test_wrong_input_is_one_line(words, said, tmp_path, refusal):
     error = refusal(main, *command(tmp_path, *words), begun=True)
     assert said in error
     assert error.startswith("python -m bench pretrain: error: ")
+
+
+def test_images_are_read_as_for_detection(tmp_path):
+    """Deep ones scaled, not cut off at 255, and upright; what cannot be is one line."""
+    values = np.arange(48, dtype=np.uint16).reshape(6, 8) * 1000
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    Image.fromarray(values).save(folder / "0.png")
+    Image.fromarray((values // 257).astype(np.uint8)).save(folder / "1.png", exif=exif)
+    # Of a kind that timm's reader passes over.
+    Image.fromarray(values.astype(np.float32)).save(folder / "2.tif")
+    found = classes.ClassDataset(tmp_path, "train")
+    deep, turned = (np.asarray(found.read(index)[0])[..., 0] for index in range(2))
+    np.testing.assert_allclose(deep, values / 257, atol=0.51)
+    np.testing.assert_array_equal(turned, np.rot90(values // 257, -1))
+    white = np.asarray(found.read(0, 47000)[0])[..., 0]
+    np.testing.assert_allclose(white, values * (255 / 47000), atol=0.51)
+    with pytest.raises(InputError, match=r"2\.tif: the range of floating-point pixels"):
+        found.read(2)
 
 
 def test_hidden_files_are_no_images_and_folders_within_no_classes(tmp_path):
