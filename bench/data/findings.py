@@ -202,7 +202,7 @@ KINDS: Mapping[str, Kind] = {
     "image with crowds only": Kind("has crowds only", "left out of training; evaluated"),
     "class without an instance": Kind(
         "has no instance but crowds, or none at all",
-        "it keeps its label; its AP is left out of the mean",
+        "it keeps its label; evaluated, its AP is left out of the mean",
     ),
     "class of no objects": Kind(
         "has a name that others give to what is no object", "it is a class like any other"
