@@ -1,4 +1,4 @@
-"""Images that are there more than once: copies, and what encoding, resizing or mirroring leaves.
+"""Images that are there more than once: copies, also encoded or resized anew, turned or mirrored.
 
 Trained on and evaluated with, they make accuracies that say nothing of other images.
 """
@@ -71,20 +71,20 @@ class Seen:
     def alike(
         self, dataset: CocoDataset, looks: Sequence[tuple[Entry, Look | None]]
     ) -> Iterator[Finding]:
-        """Which images look like one of the splits before, as they are or mirrored.
+        """Which images look like one of the splits before, as they are, turned or mirrored.
 
         Args:
             looks: of the images of this split that are not copies.
         """
         known = [(entry, seen) for entry, seen in looks if seen is not None]
         before = np.reshape(self._looks, (-1, _SIDE, _SIDE))
-        # A mean that is further off belongs to other cells, mirrored or not.
+        # A mean that is further off belongs to other cells, turned or not.
         means = before.mean(axis=(1, 2))
         order = np.argsort(means)
         for entry, seen in known:
             ends = np.searchsorted(means[order], [seen.mean() - _APART, seen.mean() + _APART])
             near = order[slice(*ends)]
-            for how, turned in (("", seen), (", mirrored", seen[:, ::-1])):
+            for how, turned in _turned(seen):
                 apart = np.abs(before[near] - turned).max(axis=(1, 2), initial=0)
                 if len(near) and apart.min() <= _APART:
                     other = self._places[near[apart.argmin()]]
@@ -134,6 +134,15 @@ class Seen:
 
     def _same(self, one: Path, other: Path) -> bool:
         return one == other or self._sha256(one) == self._sha256(other)
+
+
+def _turned(seen: Look) -> Iterator[tuple[str, Look]]:
+    """The looks of an image as it is, mirrored and turned by right angles, and what they are."""
+    mirrored = seen[:, ::-1]
+    yield from (("", seen), (", mirrored", mirrored))
+    for quarters in (1, 2, 3):
+        yield ", turned", np.rot90(seen, quarters)
+        yield ", mirrored and turned", np.rot90(mirrored, quarters)
 
 
 def place_of(entry: Entry) -> dict[str, Any]:

@@ -834,16 +834,20 @@ def scene(number: int, height: int = HEIGHT, width: int = WIDTH) -> Image.Image:
 
 
 def test_what_encoding_resizing_and_mirroring_leave_of_an_image_is_found(tmp_path: Path) -> None:
-    folder = write(tmp_path, content())
-    data = content()
+    folder = write(tmp_path, content(7))
+    data = content(7)
     data["images"][2] |= {"height": 2 * HEIGHT, "width": 2 * WIDTH}
+    data["images"][4] |= {"height": WIDTH, "width": HEIGHT}
     data["images"][0]["file_name"] = "1.jpg"
     other = write(tmp_path, data, split="val2017", first=50)
-    for number in range(1, 5):
+    for number in range(1, 8):
         scene(number).save(folder / f"{number}.png")
     scene(1).save(other / "1.jpg", quality=75)
     ImageOps.mirror(scene(2)).save(other / "2.png")
     scene(3, 2 * HEIGHT, 2 * WIDTH).save(other / "3.png")
+    scene(5).transpose(Image.Transpose.ROTATE_90).save(other / "5.png")
+    ImageOps.flip(scene(6)).save(other / "6.png")
+    scene(7).transpose(Image.Transpose.ROTATE_180).save(other / "7.png")
     # Of one colour, as any night.
     Image.new("RGB", (WIDTH, HEIGHT), (5, 5, 5)).save(other / "4.png")
     Image.new("RGB", (WIDTH, HEIGHT), (6, 5, 5)).save(folder / "4.png")
@@ -853,9 +857,15 @@ def test_what_encoding_resizing_and_mirroring_leave_of_an_image_is_found(tmp_pat
         "image 1 (1.jpg) looks like 1.png of train2017",
         "image 2 (2.png) looks like 2.png of train2017, mirrored",
         "image 3 (3.png) looks like 3.png of train2017",
+        "image 5 (5.png) looks like 5.png of train2017, turned",
+        "image 6 (6.png) looks like 6.png of train2017, mirrored and turned",
+        "image 7 (7.png) looks like 7.png of train2017, turned",
     ]
     sets = [CocoDataset(tmp_path, split) for split in ("val2017", "train2017")]
-    assert any("3 of: image alike in two splits (images 1, 2, 3)" in line for line in remarks(sets))
+    lines = remarks(sets)
+    assert any(
+        "6 of: image alike in two splits (images 1, 2, 3, 5, 6, …)" in line for line in lines
+    )
 
 
 @pytest.mark.parametrize(
