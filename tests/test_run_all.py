@@ -17,7 +17,7 @@ import torch
 
 import run_all
 from bench import cli, record
-from bench.config.suites import build_config, load_suite
+from bench.config.suites import build_config, load_suite, profile_configs
 from bench.config.variants import started
 from bench.data.generated import generate
 from bench.errors import InputError
@@ -784,6 +784,15 @@ def test_a_run_starts_from_a_classifier(tmp_path: Path) -> None:
     models.initialise(detector, tmp_path / "classifier.pth")
     own = detector.vil.state_dict()
     assert all(torch.equal(own[name.removeprefix("module.")], v) for name, v in state.items())
+
+
+def test_what_every_model_makes_does_not_start_anew(tmp_path: Path) -> None:
+    (config,) = profile_configs(["ViL"], backbone="quick", position="relative")
+    detector = models.build_detector(config, 6)
+    state = detector.vil.state_dict()
+    assert any(name.endswith("relative_position_index") for name in state)
+    torch.save(state, tmp_path / "classifier.pth")
+    assert "start anew" not in models.initialise(detector, tmp_path / "classifier.pth")
 
 
 def test_a_checkpoint_of_another_backbone_is_one_clear_line(

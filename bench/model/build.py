@@ -127,9 +127,9 @@ def fitting(detector: detectors.Detector, path: Path) -> tuple[dict[str, Tensor]
 
 
 def _is_of_backbone(name: str) -> bool:
-    # The head of a classifier is of no use to a detector.
-    head = f"{weights.DETECTOR_PREFIX}head."
-    return name.startswith(weights.DETECTOR_PREFIX) and not name.startswith(head)
+    # The head of a classifier is of no use to a detector, and each makes what is derived.
+    inside = name.startswith(weights.DETECTOR_PREFIX) and not name.endswith(weights.DERIVED)
+    return inside and not name.startswith(f"{weights.DETECTOR_PREFIX}head.")
 
 
 def initialise(detector: detectors.Detector, path: Path) -> str:

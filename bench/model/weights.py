@@ -37,7 +37,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.lo
 # Beside it, what the weights were pretrained on.
 _ORIGIN = "pretrain"
 # Constants of an architecture, which every model makes for itself.
-_DERIVED = "relative_position_index"
+DERIVED = "relative_position_index"
 
 # What is wrong with weights of which a module has one, and a state dict two.
 SHARED = "shared here (share_weights), but different in the file"
@@ -186,7 +186,7 @@ def load_classifier(vil: ViL, state_dict: Mapping[str, Tensor], source: str) -> 
     """
     own = vil.state_dict()
     named = {name.removeprefix(_PARALLEL_PREFIX): tensor for name, tensor in state_dict.items()}
-    given = {n: t for n, t in named.items() if n in own or not n.endswith(_DERIVED)}
+    given = {n: t for n, t in named.items() if n in own or not n.endswith(DERIVED)}
     problems = misfits(vil, given)
     if problems:
         parts = [f"{len(names)} {what}: {some(names, _SHOWN)}" for what, names in problems.items()]
@@ -295,7 +295,7 @@ def convert_classifier(state_dict: Mapping[str, Any], vil: ViL) -> dict[str, Ten
     """
     conversion = convert(state_dict, vil)
     for step in conversion.steps:
-        if step.action == LEFT_OUT and not step.source.endswith(_DERIVED):
+        if step.action == LEFT_OUT and not step.source.endswith(DERIVED):
             log.warning("left out %s: %s", step.target or step.source, step.reason)
     return conversion.tensors
 
@@ -309,9 +309,9 @@ def convert(state_dict: Mapping[str, Any], vil: ViL) -> Conversion:
     named = {name.removeprefix(_PARALLEL_PREFIX): tensor for name, tensor in tensors.items()}
     for name, tensor in named.items():
         shape = tuple(tensor.shape)
-        places = {} if name.endswith(_DERIVED) else _places(name, tensor, target)
+        places = {} if name.endswith(DERIVED) else _places(name, tensor, target)
         if not places:
-            derived = name.endswith(_DERIVED)
+            derived = name.endswith(DERIVED)
             reason = "every model makes its own" if derived else "the backbone has no such tensor"
             steps["", name] = Step(name, "", LEFT_OUT, shape, None, reason)
         for place, part in places.items():
@@ -337,7 +337,7 @@ def convert(state_dict: Mapping[str, Any], vil: ViL) -> Conversion:
     untouched = tuple(
         name
         for name in target
-        if DETECTOR_PREFIX + name not in converted and not name.endswith(_DERIVED)
+        if DETECTOR_PREFIX + name not in converted and not name.endswith(DERIVED)
     )
     return Conversion(converted, tuple(steps.values()), untouched)
 
