@@ -87,7 +87,8 @@ KINDS: Mapping[str, Kind] = {
         "both are used as they are",
     ),
     "many crowds": Kind(
-        "{count} of {all} annotations are crowds: are they objects whose masks are run lengths?",
+        "{count} of {all} annotations are crowds: are they groups, or objects whose masks an export"
+        " wrote as run lengths?",
         "not trained on; what is found there counts neither for nor against",
     ),
     "images of many objects": Kind(

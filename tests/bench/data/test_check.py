@@ -558,14 +558,14 @@ def test_names_of_classes_that_look_alike_are_said(tmp_path: Path, other: str) -
 def test_many_crowds_are_suspected(tmp_path: Path) -> None:
     """As CVAT writes what was drawn with a brush."""
     data = content(12)
-    said = "2 of 12 annotations are crowds: are they objects whose masks are run lengths?"
+    said = "2 of 12 annotations are crowds: are they groups, or objects whose masks an export"
     for one in data["annotations"][:2]:
         write(tmp_path, data)
         assert not any(said in line for line in remarks([CocoDataset(tmp_path, "train2017")]))
         one.update(iscrowd=1, segmentation=RUN_OF_BOX)
     write(tmp_path, data)
     lines = remarks([CocoDataset(tmp_path, "train2017")])
-    assert any(f"{said}; not trained on" in line for line in lines)
+    assert any(f"{said} wrote as run lengths?; not trained on" in line for line in lines)
 
 
 def test_more_objects_than_are_evaluated_are_said(tmp_path: Path) -> None:
