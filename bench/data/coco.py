@@ -34,7 +34,7 @@ from bench.data.annotations import (
     listed,
     outline,
 )
-from bench.data.findings import Finding, Report, Tally, finding
+from bench.data.findings import Finding, Report, Tally, finding, quoted
 from bench.errors import InputError, choose, saying, some
 
 Target = dict[str, Tensor]
@@ -144,6 +144,9 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         self._labels = {id_: label for label, (id_, _) in enumerate(self.categories, start=1)}
         groups = self._groups(content, entries, drop=drop_degenerate)
         del content
+        for category in categories:
+            if category["id"] in self._used and category.get("isthing") == 0:
+                self._report(finding("class of stuff", name=f"class {quoted(category['name'])}"))
         self._find_files(entries.values())
         self._keep(entries, groups)
         self._suspect()

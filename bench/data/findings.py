@@ -209,6 +209,9 @@ KINDS: Mapping[str, Kind] = {
         "has a name that others give to what is no object", "it is a class like any other"
     ),
     "class without a name": Kind("has no name", "it is a class like any other"),
+    "class of stuff": Kind(
+        "is of regions, not of objects ('isthing' 0)", "it is a class like any other"
+    ),
     "class name used twice": Kind("is the name of {count} classes", "they stay apart"),
     "class names alike": Kind(
         "differs from {other} in case, blanks, dashes or the form of letters alone",

@@ -583,6 +583,18 @@ def test_more_objects_than_are_evaluated_are_said(tmp_path: Path) -> None:
     assert "1 of 4 images have more than 100 objects, up to 101; the others count as missed" in line
 
 
+def test_classes_of_stuff_with_an_instance_are_said(tmp_path: Path) -> None:
+    data = content()
+    for place, thing in enumerate((1, 0)):
+        data["categories"][place]["isthing"] = thing
+    data["categories"].append({"id": 9, "name": "sky", "isthing": 0})
+    write(tmp_path, data)
+    (found,) = [found for found in only(tmp_path).odd if found.kind == "class of stuff"]
+    assert found.text == "class 'cup' is of regions, not of objects ('isthing' 0)"
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    assert any("class 'cup' is of regions" in line for line in lines)
+
+
 @pytest.mark.parametrize("name", ["", " ", "\u200b"])
 def test_a_class_without_a_name_is_said(tmp_path: Path, name: str) -> None:
     data = content()
