@@ -357,7 +357,8 @@ def _places(name: str, tensor: Tensor, target: Mapping[str, Tensor]) -> dict[str
 
 def _fit(name: str, tensor: Tensor, target: Tensor) -> tuple[Tensor, str]:
     """Expand or resize what the published conversion expands or resizes, and say which."""
-    if tensor.shape == target.shape or tensor.ndim != target.ndim:
+    same = tensor.shape == target.shape or tensor.ndim != target.ndim
+    if same or not tensor.is_floating_point():
         return tensor, COPIED
     kind = name.rpartition(".")[2]
     if kind == "cls_token" and tensor.shape[1] == 1:
