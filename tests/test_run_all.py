@@ -17,7 +17,7 @@ import torch
 
 import run_all
 from bench import cli, record
-from bench.config.suites import build_config, load_suite
+from bench.config.suites import build_config, load_suite, profile_configs
 from bench.config.variants import started
 from bench.data.generated import generate
 from bench.errors import InputError
@@ -792,6 +792,15 @@ def test_a_run_starts_from_a_classifier(tmp_path: Path) -> None:
     assert all(torch.equal(own[name.removeprefix("module.")], v) for name, v in state.items())
 
 
+def test_what_every_model_makes_does_not_start_anew(tmp_path: Path) -> None:
+    (config,) = profile_configs(["ViL"], backbone="quick", position="relative")
+    detector = models.build_detector(config, 6)
+    state = detector.vil.state_dict()
+    assert any(name.endswith("relative_position_index") for name in state)
+    torch.save(state, tmp_path / "classifier.pth")
+    assert "start anew" not in models.initialise(detector, tmp_path / "classifier.pth")
+
+
 def test_a_checkpoint_of_another_backbone_is_one_clear_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -805,6 +814,11 @@ def test_a_checkpoint_of_another_backbone_is_one_clear_line(
     assert "backbone.bottom_up.head.bias" in heads
     torch.save({"model": heads}, tmp_path / "other.pth")
     with pytest.raises(InputError, match=f"none of its {len(heads)} tensors fits the backbone"):
+        models.initialise(detector, tmp_path / "other.pth")
+    # One of the two would win.
+    apart = "backbone.bottom_up.layer1.1.attn.proj_global.weight"
+    torch.save({"model": state | {apart: state[apart] + 1}}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match=rf"1 shared here .* different in the file: {apart}"):
         models.initialise(detector, tmp_path / "other.pth")
     spoilt = {
         name: torch.full_like(value, torch.nan) for name, value in detector.state_dict().items()

@@ -220,8 +220,11 @@ class AnnotationReader:
             self._say(raw, "malformed polygon", what=f"the segmentation {shortened(segmentation)}")
             return None
         if not isinstance(segmentation, list):
-            return segmentation if self._is_run_length(raw, segmentation, image) else None
-        if raw.get("iscrowd") == 1:
+            if not self._is_run_length(raw, segmentation, image):
+                return None
+            # A size of 480.0 is equal, but no whole number.
+            return segmentation | {"size": [image["height"], image["width"]]}
+        if whole(raw.get("iscrowd")) == 1:
             self._say(raw, "crowd outlined by polygons")
         others = [part for part in segmentation if not isinstance(part, list)]
         if others:
@@ -294,7 +297,7 @@ class AnnotationReader:
         return True
 
     def _say(self, raw: Entry, kind: str, *, error: str = "", **values: Any) -> None:
-        for key in ("value", "box"):
+        for key in ("value", "box", "other", "category"):
             if key in values:
                 values[key] = shortened(values[key])
         place = {"image": raw["image_id"], "annotation": raw["id"]}

@@ -5,6 +5,7 @@ or all splits. Runs say the same of what they read: `remarks`.
 """
 
 import hashlib
+import re
 import unicodedata
 import warnings
 from collections import Counter
@@ -44,18 +45,22 @@ _MANY = 0.5
 # Boxes whose edges are all off those of their masks by the same pixels lie beside them, from so
 # many boxes and pixels on; rounding moves a single edge by half a pixel.
 _BESIDE, _OFF, _ALIKE = 16, 0.75, 0.5
+# Pixels that boxes of one object are apart by, at most, where one of them was rounded.
+_SAME_PIXELS = 1
 # Outlines that take this share of their own box are boxes, where such a share of all does: of
 # COCO's, one in a hundred does.
 _FILLS, _FILLING = 0.98, 0.2
+
+# Values of 255 that those of an image span at least; labels and shares of 1 do not.
+_CONTRAST = 16
 
 # Categories of characters: blanks, controls, formats, dashes and underscores.
 _BLANK = ("Zs", "Zl", "Zp", "Cc", "Cf", "Pd", "Pc")
 
 # What other benchmarks call what counts neither as an object nor as a miss, by its letters.
-_NO_OBJECTS = {
-    *("background", "dontcare", "ignore", "ignored", "ignoredregion", "ignoredregions"),
-    *("unlabeled", "unlabelled", "void"),
-}
+_NO_OBJECTS = re.compile(
+    r"background|don.?tcare|ignored?(region|area)?s?|(un|not)labell?ed|noobjects?|void"
+)
 
 # Kinds by Pillow's modes; RGB is the ordinary one.
 _MODES = {
@@ -160,6 +165,7 @@ def check(
             found += one.found
             outlined.append(one.outlined)
             decoded += bool(one.digest)
+        found += seen.sources(dataset, found)
         found += [*_of_the_whole(dataset, found, outlined), *_unlisted(dataset)]
         found += _other_classes(dataset, reports)
         reports.append(
@@ -204,6 +210,7 @@ def remarks(datasets: Iterable[CocoDataset]) -> list[str]:
                 raise InputError(f"{dataset.annotation_file}: {error.text}")
         if sampled:
             found += seen.files(dataset, {f.image for f in found if f.kind == COPIED})
+        found += seen.sources(dataset, found)
         for each in [*found, *_of_the_whole(dataset, found, outlined)]:
             tally.add(each)
         part = "" if most == len(dataset) else f" (pixels of {most} of {len(dataset)} images)"
@@ -237,6 +244,7 @@ class _Inspections(Dataset[_Inspection]):
             digest, seen = _inspect_file(self.dataset, entry, found)
         for annotation in annotations:
             found += _inspect_mask(annotation, entry)
+        found += _nearly_twice(annotations)
         return _Inspection(found, digest, seen, _outlined(annotations, entry))
 
 
@@ -295,6 +303,8 @@ def _inspect_file(
         stated = {"height": expected[0], "width": expected[1], "hint": picture.hint(expected)}
         found.append(finding("image of another size", **size, **stated, **own))
     found += (finding(kind, **values, **own) for kind, values in _oddities(picture))
+    why = images.damage(raw, picture.mode)
+    found += [finding("damaged JPEG", why=why, **own)] if why else []
     found += (finding("image with a warning", why=each.message, **own) for each in caught)
     digest = hashlib.blake2b(picture.pixels.numpy().tobytes(), digest_size=16)
     return digest.hexdigest(), look(picture.pixels)
@@ -307,6 +317,9 @@ def _oddities(picture: Picture) -> Iterator[tuple[str, dict[str, Any]]]:
         yield kind, {"mode": picture.mode, "top": picture.top}
     if picture.cut:
         yield "16-bit colour image", {"top": int(picture.pixels.max())}
+    low, high = int(picture.pixels.min()), int(picture.pixels.max())
+    if high - low < _CONTRAST and not picture.top:
+        yield "image without contrast", {"low": low, "high": high}
     if picture.orientation != 1:
         yield "image turned by EXIF", {"orientation": picture.orientation}
     if picture.animated:
@@ -324,22 +337,25 @@ def _inspect_mask(annotation: Entry, entry: Entry) -> Iterator[Finding]:
         return
     x, y, w, h = mask_api.toBbox(runs).tolist()
     extent = np.array([x, y, x + w, y + h])
-    if not _fits(_corners(annotation["bbox"]), extent, height, width):
+    box = annotation["bbox"]
+    corners = _corners(box)
+    if not _fits(corners, extent, height, width):
+        sides = np.array([width, height, width, height])
         formats = {
-            "x1, y1, x2, y2": np.array(annotation["bbox"], dtype=float),
-            "a centre, width and height": _corners(annotation["bbox"])
-            - np.tile(np.array(annotation["bbox"][2:]) / 2, 2),
-            "y, x, height, width": _corners([annotation["bbox"][place] for place in (1, 0, 3, 2)]),
-            "fractions of the image": _corners(annotation["bbox"]) * [width, height, width, height],
-            "percentages of the image": _corners(annotation["bbox"])
-            * np.array([width, height, width, height])
-            / 100,
+            "x1, y1, x2, y2": np.array(box, dtype=float),
+            "a centre, width and height": corners - np.tile(np.array(box[2:]) / 2, 2),
+            "y, x, height, width": _corners([box[place] for place in (1, 0, 3, 2)]),
+            "x, y from the bottom, width, height": _corners(
+                [box[0], height - box[1] - box[3], *box[2:]]
+            ),
+            "fractions of the image": corners * sides,
+            "percentages of the image": corners * sides / 100,
         }
-        fitting = [n for n, corners in formats.items() if _fits(corners, extent, height, width)]
+        fitting = [name for name, read in formats.items() if _fits(read, extent, height, width)]
         shown = [int(value) for value in (x, y, w, h)]
         yield finding(
             "box that does not fit its mask",
-            box=annotation["bbox"],
+            box=box,
             extent=shown,
             format=next(iter(fitting), ""),
             **own,
@@ -359,6 +375,23 @@ def _inspect_mask(annotation: Entry, entry: Entry) -> Iterator[Finding]:
         shared = float(mask_api.area(mask_api.frPyObjects(parts, height, width)).sum()) - pixels
         if shared > _SPARE * pixels:
             yield finding("polygons within each other", pixels=shared, **own)
+
+
+def _nearly_twice(annotations: Iterable[Entry]) -> Iterator[Finding]:
+    """Which annotations are, but for rounding, another one of their image."""
+    ordered = sorted(annotations, key=lambda one: float(one["bbox"][0]))
+    for place, one in enumerate(ordered):
+        for other in ordered[place + 1 :]:
+            offsets = np.subtract(other["bbox"], one["bbox"])
+            if offsets[0] > _SAME_PIXELS:
+                break
+            kinds = [(a["category_id"], a["iscrowd"]) for a in (one, other)]
+            same = other["bbox"] == one["bbox"] and other["segmentation"] == one["segmentation"]
+            # The same is said by the data set.
+            if np.abs(offsets).max() <= _SAME_PIXELS and kinds[0] == kinds[1] and not same:
+                own = {"image": other["image_id"], "annotation": other["id"]}
+                yield finding("annotation nearly twice", other=one["id"], **own)
+                break
 
 
 def _outlined(annotations: Iterable[Entry], entry: Entry) -> NDArray[np.float64]:
@@ -429,10 +462,9 @@ def _of_the_whole(
     )
     formats.pop("", None)
     format_, count = formats.most_common(1)[0] if formats else ("", 0)
-    if count >= max(2, _MANY * dataset.num_annotations):
-        whole = dataset.num_annotations
+    if count >= max(2, _MANY * every):
         kind = "boxes in another format than the masks"
-        yield finding(kind, count=count, all=whole, format=format_)
+        yield finding(kind, count=count, all=every, format=format_)
     else:
         yield from _beside(outlines[:, :4])
     wrong = {f.image for f in found if f.annotation is not None and f.is_error}
@@ -448,9 +480,11 @@ def _of_the_whole(
         yield finding("class name used twice", name=repr(name), count=names[name])
     first: dict[str, str] = {}
     for name in names.keys() - {*dataset.unused_classes()}:
-        if _letters(name) in _NO_OBJECTS:
+        if _NO_OBJECTS.fullmatch(_letters(name)):
             yield finding("class of no objects", name=f"class {quoted(name)}")
     for name in names:
+        if not any(c.isprintable() and c != " " for c in name):
+            yield finding("class without a name", name=f"class {quoted(name)}")
         other = first.setdefault(_letters(name), name)
         if other != name:
             yield finding("class names alike", name=f"class {quoted(name)}", other=quoted(other))

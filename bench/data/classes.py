@@ -9,7 +9,6 @@ training, as for detection.
 """
 
 import functools
-import io
 import os
 import random
 import tarfile
@@ -20,13 +19,15 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
 
 from bench.config.schema import RunConfig
+from bench.data import images
 from bench.data.fingerprint import files_of, fingerprint_images
 from bench.data.generated import CLASS_SPLITS
 from bench.data.loader import Batch, Pace, Sample, Samples, load, ordered_batches
-from bench.errors import InputError, some
+from bench.errors import InputError, saying, some
 
 TRAIN, VAL = CLASS_SPLITS
 # What folders of a split are called.
@@ -35,6 +36,8 @@ LAYOUT = "train/CLASS/IMAGE and val/CLASS/IMAGE, or train/*.tar and val/*.tar (W
 # A file, and where it lies in it: first byte and number of bytes, -1 for all.
 Place = tuple[str, int, int]
 _SHARD_IMAGES = ("jpg", "jpeg", "png", "webp")
+# What timm passes over in folders, besides jpg, jpeg and png.
+_MORE_IMAGES = (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class ClassDataset:
@@ -75,28 +78,31 @@ class ClassDataset:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """Return an image in RGB and its class.
+    def read(self, index: int, white: int = images.DEEPEST) -> tuple[Image.Image, int]:
+        """Return an image in RGB, upright, and its class.
+
+        Args:
+            white: the value that becomes 255 in grey images of 16 bits.
 
         Raises:
             InputError: naming the file, where it cannot be read.
         """
         (path, start, length), label = self.samples[index]
-        try:
-            with Path(path).open("rb") as file:
-                file.seek(start)
-                with Image.open(io.BytesIO(file.read(length))) as image:
-                    return image.convert("RGB"), label
-        except (OSError, UnidentifiedImageError) as error:
-            where = f" at byte {start}" if start else ""
-            raise InputError(f"cannot read image {path}{where}: {error}") from error
+        place = Path(f"{path} at byte {start}" if start else path)
+        with saying(f"cannot read image {place}"), Path(path).open("rb") as file:
+            file.seek(start)
+            raw = file.read(length)
+        return to_pil_image(images.read(place, raw, white=white).pixels), label
 
 
 def _folders(folder: Path) -> tuple[tuple[str, ...], list[tuple[Place, int]]]:
     """Return the names of classes, and place and class of each image."""
     # Detectors start sooner without it.
     from timm.data.readers import create_reader
+    from timm.data.readers.img_extensions import add_img_extensions
+    from timm.utils.misc import natural_key
 
+    add_img_extensions(_MORE_IMAGES)
     try:
         reader: Any = create_reader("", root=str(folder))
     except RuntimeError as error:
@@ -113,7 +119,9 @@ def _folders(folder: Path) -> tuple[tuple[str, ...], list[tuple[Place, int]]]:
         if below[parent] is not None and not name.startswith("."):
             kept.append((path, label))
     used = {label for _, label in kept}
-    own = tuple(name for name, label in reader.class_to_idx.items() if label in used)
+    names = (name for name, label in reader.class_to_idx.items() if label in used)
+    # To timm "01" is "1" and "A" is "a", in an order that differs from run to run.
+    own = tuple(sorted(names, key=lambda name: (natural_key(name), name)))
     places = [place for place in below.values() if place is not None]
     depths = {len(place.parts) for place in places}
     if 0 in depths or len(depths) > 1 or len(places) > len(own):
@@ -194,7 +202,7 @@ class _Samples(Samples):
     """Images as the network sees them, and their classes."""
 
     def __init__(self, dataset: ClassDataset, config: RunConfig, *, training: bool) -> None:
-        self.dataset, self.seed = dataset, config.seed
+        self.dataset, self.seed, self.white = dataset, config.seed, config.data.deep_white
         options: dict[str, Any] = {}
         how = config.classify
         if training:
@@ -221,7 +229,7 @@ class _Samples(Samples):
 
     def __getitem__(self, key: tuple[int, int] | int) -> Sample:
         index, place = key if isinstance(key, tuple) else (key, 0)
-        image, label = self.dataset.read(index)
+        image, label = self.dataset.read(index, self.white)
         with random_from(self.seed, place):
             pixels: Any = self.transform(image)
         return pixels, {"label": torch.tensor(label), "image_id": torch.tensor(index)}

@@ -34,7 +34,7 @@ from bench.data.annotations import (
     listed,
     outline,
 )
-from bench.data.findings import Finding, Report, Tally, finding
+from bench.data.findings import Finding, Report, Tally, finding, quoted
 from bench.errors import InputError, choose, saying, some
 
 Target = dict[str, Tensor]
@@ -42,6 +42,8 @@ Categories = tuple[tuple[int, str], ...]
 
 # A share of boxes that ordinary data does not come near.
 _MANY, _FEW, _SOME = 0.1, 0.01, 2
+# Detections of an image and class that the rules of COCO look at.
+_FOUND = 100
 _SECTIONS = ("images", "annotations", "categories")
 _ONE_OBJECT = "annotations are one JSON object with lists images, annotations and categories"
 _LOOKED_FOR = ("neg_category_ids", "not_exhaustive_category_ids")
@@ -142,6 +144,9 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         self._labels = {id_: label for label, (id_, _) in enumerate(self.categories, start=1)}
         groups = self._groups(content, entries, drop=drop_degenerate)
         del content
+        for category in categories:
+            if category["id"] in self._used and category.get("isthing") == 0:
+                self._report(finding("class of stuff", name=f"class {quoted(category['name'])}"))
         self._find_files(entries.values())
         self._keep(entries, groups)
         self._suspect()
@@ -359,6 +364,13 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         if self._at_one >= max(_SOME**2, _FEW * count):
             kind = "boxes that look counted from 1"
             self._report(finding(kind, count=self._at_one, all=count))
+        over = self._instances[self._instances > _FOUND]
+        if len(over):
+            kind, most = "images of many objects", int(over.max())
+            self._report(finding(kind, count=len(over), all=len(self), most=most, found=_FOUND))
+        crowds = count - int(self._instances.sum())
+        if crowds >= max(_SOME, _MANY * count):
+            self._report(finding("many crowds", count=crowds, all=count))
         if not self.has_masks:
             self._report(finding("no masks at all"))
 

@@ -1,10 +1,11 @@
-"""Images that are there more than once: copies, and what encoding, resizing or mirroring leaves.
+"""Images that are there more than once: copies, also encoded or resized anew, turned or mirrored.
 
 Trained on and evaluated with, they make accuracies that say nothing of other images.
 """
 
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,9 @@ from bench.files import sha256
 # Sides of a look, how far cells of two looks of one image are apart at most (of 255), and the
 # standard deviation from which on a look tells images apart.
 _SIDE, _APART, _CONTRAST = 16, 6, 8
+
+# Names of what is made of one source: Roboflow's augmented copies, and tiles of DOTA's tools.
+_OF_A_SOURCE = re.compile(r"(.+)(?:\.rf\.\w+|__[\d.]+__-?\d+___-?\d+)\.\w+")
 
 COPIED, ALIKE = "image in two splits", "image alike in two splits"
 
@@ -49,6 +53,7 @@ class Seen:
         self._split_of: dict[Path, str] = {}
         self._looks: list[Look] = []
         self._places: list[str] = []
+        self._sources: dict[str, tuple[str, str]] = {}
         self._sha256 = cache(sha256)
 
     def again(self, dataset: CocoDataset, entry: Entry, digest: str) -> Iterator[Finding]:
@@ -66,20 +71,20 @@ class Seen:
     def alike(
         self, dataset: CocoDataset, looks: Sequence[tuple[Entry, Look | None]]
     ) -> Iterator[Finding]:
-        """Which images look like one of the splits before, as they are or mirrored.
+        """Which images look like one of the splits before, as they are, turned or mirrored.
 
         Args:
             looks: of the images of this split that are not copies.
         """
         known = [(entry, seen) for entry, seen in looks if seen is not None]
         before = np.reshape(self._looks, (-1, _SIDE, _SIDE))
-        # A mean that is further off belongs to other cells, mirrored or not.
+        # A mean that is further off belongs to other cells, turned or not.
         means = before.mean(axis=(1, 2))
         order = np.argsort(means)
         for entry, seen in known:
             ends = np.searchsorted(means[order], [seen.mean() - _APART, seen.mean() + _APART])
             near = order[slice(*ends)]
-            for how, turned in (("", seen), (", mirrored", seen[:, ::-1])):
+            for how, turned in _turned(seen):
                 apart = np.abs(before[near] - turned).max(axis=(1, 2), initial=0)
                 if len(near) and apart.min() <= _APART:
                     other = self._places[near[apart.argmin()]]
@@ -110,8 +115,34 @@ class Seen:
             self._files[size].append(path)
             self._split_of.setdefault(path, dataset.split)
 
+    def sources(self, dataset: CocoDataset, found: Iterable[Finding]) -> Iterator[Finding]:
+        """Which images are, by their names, made of the source of one of the splits before.
+
+        Args:
+            found: what was found of this split; images that are there twice are passed over.
+        """
+        known = {f.image for f in found if f.kind in (COPIED, ALIKE)}
+        for index in range(len(dataset)):
+            entry, _ = dataset.entry(index)
+            name = dataset.path(entry).name
+            source = _OF_A_SOURCE.fullmatch(name)
+            if source is not None:
+                split, other = self._sources.setdefault(source[1], (dataset.split, name))
+                if split != dataset.split and entry["id"] not in known:
+                    kind = "source in two splits"
+                    yield finding(kind, other=f"{other} of {split}", **place_of(entry))
+
     def _same(self, one: Path, other: Path) -> bool:
         return one == other or self._sha256(one) == self._sha256(other)
+
+
+def _turned(seen: Look) -> Iterator[tuple[str, Look]]:
+    """The looks of an image as it is, mirrored and turned by right angles, and what they are."""
+    mirrored = seen[:, ::-1]
+    yield from (("", seen), (", mirrored", mirrored))
+    for quarters in (1, 2, 3):
+        yield ", turned", np.rot90(seen, quarters)
+        yield ", mirrored and turned", np.rot90(mirrored, quarters)
 
 
 def place_of(entry: Entry) -> dict[str, Any]:

@@ -86,6 +86,16 @@ KINDS: Mapping[str, Kind] = {
         " counted from the same first pixel?",
         "both are used as they are",
     ),
+    "many crowds": Kind(
+        "{count} of {all} annotations are crowds: are they groups, or objects whose masks an export"
+        " wrote as run lengths?",
+        "not trained on; what is found there counts neither for nor against",
+    ),
+    "images of many objects": Kind(
+        "{count} of {all} images have more than {found} objects, up to {most}",
+        "the others count as missed: detectors give model.detector.detections of an image, and"
+        " COCO's rules take {found} of a class",
+    ),
     "classes of each image": Kind(
         "{count} of {all} images list classes that were looked for in them, or not, as LVIS's do",
         "not read: what is not annotated counts as not there, so AP is not that of LVIS",
@@ -123,6 +133,10 @@ KINDS: Mapping[str, Kind] = {
         "looks like {other}{how}: is it a copy, encoded or resized anew?",
         "trained on and evaluated with, if you choose both splits",
     ),
+    "source in two splits": Kind(
+        "is made of the same image as {other}, by its name: is it an augmented copy, or a tile?",
+        "trained on and evaluated with, if you choose both splits",
+    ),
     "image twice in a split": Kind("has the pixels of {other}", "used twice"),
     "image file of another path": Kind("is found as {path}", "read from there"),
     "number written as text or fraction": Kind("has {key!r} {value}", "taken as a whole number"),
@@ -142,6 +156,9 @@ KINDS: Mapping[str, Kind] = {
     ),
     "annotation twice": Kind(
         "has the class, box and segmentation of annotation {other}", _BOTH_USED
+    ),
+    "annotation nearly twice": Kind(
+        "has the class of annotation {other}, and its box but for a pixel", _BOTH_USED
     ),
     "annotation without a segmentation": Kind("has no segmentation", "its box is its mask"),
     "annotation without an area": Kind("has no area", "that of its mask is used"),
@@ -186,10 +203,14 @@ KINDS: Mapping[str, Kind] = {
     "image with crowds only": Kind("has crowds only", "left out of training; evaluated"),
     "class without an instance": Kind(
         "has no instance but crowds, or none at all",
-        "it keeps its label; its AP is left out of the mean",
+        "it keeps its label; evaluated, its AP is left out of the mean",
     ),
     "class of no objects": Kind(
         "has a name that others give to what is no object", "it is a class like any other"
+    ),
+    "class without a name": Kind("has no name", "it is a class like any other"),
+    "class of stuff": Kind(
+        "is of regions, not of objects ('isthing' 0)", "it is a class like any other"
     ),
     "class name used twice": Kind("is the name of {count} classes", "they stay apart"),
     "class names alike": Kind(
@@ -209,7 +230,12 @@ KINDS: Mapping[str, Kind] = {
     ),
     "image of an unusual mode": Kind(_MODE, _RGB),
     "image turned by EXIF": Kind("has the EXIF orientation {orientation}", "turned upright"),
+    "image without contrast": Kind(
+        "has values of {low} to {high} alone: is it of 0 to 1, a map of labels, or empty?",
+        "used as it is",
+    ),
     "image of several frames": Kind("has several frames", "the first is used"),
+    "damaged JPEG": Kind("is damaged: {why}", "what can be decoded of it is used"),
     "image with a warning": Kind("makes Pillow warn: {why}", "read all the same"),
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -124,8 +125,37 @@ def read(
         raise InputError(
             f"cannot read image {path}: not an image, or of an unknown format"
         ) from error
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+    # libavif raises RuntimeError.
+    except (
+        *(OSError, SyntaxError, ValueError, RuntimeError, struct.error),
+        Image.DecompressionBombError,
+    ) as error:
         raise InputError(f"cannot read image {path}: {' '.join(str(error).split())}") from error
+
+
+def damage(raw: bytes, mode: str) -> str:
+    """What libjpeg warns of in a JPEG, of whose damaged parts `read` takes what is decoded.
+
+    Not all damage is seen: of JPEG there is no checksum.
+
+    Args:
+        raw: a file of any format; of others than JPEG there is nothing to say.
+        mode: Pillow's mode of the image.
+
+    Returns:
+        Its words; empty where it has none.
+    """
+    if not raw.startswith(b"\xff\xd8"):
+        return ""
+    colours = "CMYK" if mode == "CMYK" else "GRAY"
+    try:
+        # The smallest size does: the file is read whole.
+        simplejpeg.decode_jpeg(raw, colours, min_height=1, min_width=1, min_factor=8)
+    except ValueError as error:
+        # Others are of what this decoder cannot do.
+        if str(error).startswith(("Corrupt JPEG data", "Premature end")):
+            return str(error)
+    return ""
 
 
 @contextmanager

@@ -76,7 +76,20 @@ def remarks(config: RunConfig, splits: Sequence[CocoDataset]) -> list[str]:
         _said[key] = check.remarks(distinct.values())
     first = splits[1].split
     seen = f"{first} is trained on and fills the tables: its mAP says nothing of other images"
-    return [seen] * (first == config.data.train_split) + _said[key]
+    return [seen] * (first == config.data.train_split) + _untrained(splits) + _said[key]
+
+
+def _untrained(splits: Sequence[CocoDataset]) -> list[str]:
+    """Which classes are evaluated that the first split has no instance of, a line each split."""
+    trained, *evaluated = splits
+    absent = trained.unused_classes()
+    found = {split: sorted({*absent} - {*split.unused_classes()}) for split in evaluated}
+    return [
+        f"{split.annotation_file}: classes of which {trained.split} has no instance, but for"
+        f" crowds: {some([quoted(name) for name in names])}; never trained on, they count in mAP"
+        for split, names in found.items()
+        if names
+    ]
 
 
 def check_data(

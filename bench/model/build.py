@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bench.config.arch import parse
 from bench.config.schema import CLASSIFIER, RunConfig
-from bench.errors import InputError
+from bench.errors import InputError, some
 from bench.files import sha256
 from bench.model import detectors, weights
 from bench.model.backbone import ViL
@@ -114,6 +114,9 @@ def fitting(detector: detectors.Detector, path: Path) -> tuple[dict[str, Tensor]
     }
     if not any(map(_is_of_backbone, found)):
         raise InputError(f"train.init={path}: none of its {len(given)} tensors fits the backbone")
+    both = weights.shared(detector, found)
+    if both:
+        raise InputError(f"train.init={path}: {len(both)} {weights.SHARED}: {some(both)}")
     spoilt = [name for name, tensor in found.items() if not tensor.isfinite().all()]
     if spoilt:
         raise InputError(
@@ -124,9 +127,9 @@ def fitting(detector: detectors.Detector, path: Path) -> tuple[dict[str, Tensor]
 
 
 def _is_of_backbone(name: str) -> bool:
-    # The head of a classifier is of no use to a detector.
-    head = f"{weights.DETECTOR_PREFIX}head."
-    return name.startswith(weights.DETECTOR_PREFIX) and not name.startswith(head)
+    # The head of a classifier is of no use to a detector, and each makes what is derived.
+    inside = name.startswith(weights.DETECTOR_PREFIX) and not name.endswith(weights.DERIVED)
+    return inside and not name.startswith(f"{weights.DETECTOR_PREFIX}head.")
 
 
 def initialise(detector: detectors.Detector, path: Path) -> str:

@@ -4,7 +4,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,15 @@ DETECTOR_PREFIX = "backbone.bottom_up."
 _PARALLEL_PREFIX = "module."
 # Under which a file may hold its state dict.
 _WRAPPERS = ("model", "net", "state_dict")
+# Of weights and counters; torch computes nothing with floats of 8 bits.
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.long)
 # Beside it, what the weights were pretrained on.
 _ORIGIN = "pretrain"
 # Constants of an architecture, which every model makes for itself.
-_DERIVED = "relative_position_index"
+DERIVED = "relative_position_index"
+
+# What is wrong with weights of which a module has one, and a state dict two.
+SHARED = "shared here (share_weights), but different in the file"
 
 COPIED, EXPANDED, RESIZED, SPLIT, LEFT_OUT = "copied", "expanded", "resized", "split", "left out"
 ACTIONS = (COPIED, EXPANDED, RESIZED, SPLIT, LEFT_OUT)
@@ -49,8 +54,8 @@ def load_file(path: Path) -> dict[str, Tensor]:
 
     Raises:
         InputError: naming the file, where it cannot be read, is no such file, holds anything but
-            plain values and tensors, or has no state dict, or several of the same names, such as
-            an average of the weights beside them.
+            plain values and tensors, or has no state dict, or several that share most of their
+            names, such as an average of the weights beside them.
     """
     content = _load(path)
     state = content
@@ -64,10 +69,9 @@ def load_file(path: Path) -> dict[str, Tensor]:
             f"{path}: no state dict in it, tensors by name, alone or under {', '.join(_WRAPPERS)}:"
             f" no tensors are {some(others)}"
         )
+    own = _plain_names(state)
     alike = [
-        str(key)
-        for key, value in content.items()
-        if isinstance(value, Mapping) and _plain_names(value) == _plain_names(state)
+        key for key, value in _mappings(content) if 2 * len(own & _plain_names(value)) > len(own)
     ]
     if len(alike) > 1:
         raise InputError(
@@ -75,15 +79,24 @@ def load_file(path: Path) -> dict[str, Tensor]:
             " is meant alone"
         )
     for name, tensor in state.items():
-        known = tensor.is_floating_point() or tensor.dtype == torch.long
+        known = tensor.dtype in _DTYPES
         if tensor.is_meta or tensor.layout != torch.strided or not known:
             what = "no values" if tensor.is_meta else f"{tensor.layout} {tensor.dtype}"
             raise InputError(f"{path}: {name} has {what}; dense numbers that are real are needed")
     return {str(name): tensor for name, tensor in state.items()}
 
 
+def _mappings(content: Mapping[object, object], at: str = "") -> Iterator[tuple[str, Any]]:
+    """Each mapping within another, of any depth, and its keys from the outermost on."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield f"{at}{key}", value
+            yield from _mappings(value, f"{at}{key}.")
+
+
 def _plain_names(state: Mapping[object, object]) -> set[str]:
-    return {str(name).removeprefix(_PARALLEL_PREFIX) for name in state}
+    tensors = (name for name, value in state.items() if isinstance(value, Tensor))
+    return {str(name).removeprefix(_PARALLEL_PREFIX) for name in tensors}
 
 
 def load_origin(path: Path) -> str | None:
@@ -155,7 +168,7 @@ def load_published(vil: ViL, state_dict: Mapping[str, Tensor]) -> None:
             for name, tensor in state_dict.items()
             if name.startswith(DETECTOR_PREFIX)
         }
-    problems = misfits(vil.state_dict(), state_dict)
+    problems = misfits(vil, state_dict)
     if problems:
         parts = [f"{what}: {', '.join(names)}" for what, names in problems.items()]
         raise InputError(f"the state dict does not fit the backbone; {'; '.join(parts)}")
@@ -173,8 +186,8 @@ def load_classifier(vil: ViL, state_dict: Mapping[str, Tensor], source: str) -> 
     """
     own = vil.state_dict()
     named = {name.removeprefix(_PARALLEL_PREFIX): tensor for name, tensor in state_dict.items()}
-    given = {n: t for n, t in named.items() if n in own or not n.endswith(_DERIVED)}
-    problems = misfits(own, given)
+    given = {n: t for n, t in named.items() if n in own or not n.endswith(DERIVED)}
+    problems = misfits(vil, given)
     if problems:
         parts = [f"{len(names)} {what}: {some(names, _SHOWN)}" for what, names in problems.items()]
         raise InputError(
@@ -185,16 +198,18 @@ def load_classifier(vil: ViL, state_dict: Mapping[str, Tensor], source: str) -> 
     vil.load_state_dict(given)
 
 
-def misfits(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """What keeps a state dict from being loaded whole: "missing", "unexpected" and "misshapen".
+def misfits(module: nn.Module, given: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """What keeps a state dict from being loaded whole.
 
     Args:
-        own: of the module.
-        given: to be loaded.
+        module: into which it is to be loaded.
+        given: the state dict.
 
     Returns:
-        Names by what is wrong with them, in the order of the state dicts; empty if all fits.
+        Names by what is wrong with them ("missing", "unexpected", "misshapen" and so on), in the
+        order of the state dicts; empty if all fits.
     """
+    own = module.state_dict()
     found = {
         "missing": [name for name in own if name not in given],
         "unexpected": [name for name in given if name not in own],
@@ -203,8 +218,25 @@ def misfits(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str,
             for name, tensor in own.items()
             if name in given and given[name].shape != tensor.shape
         ],
+        SHARED: shared(module, given),
     }
     return {what: names for what, names in found.items() if names}
+
+
+def shared(module: nn.Module, given: Mapping[str, Tensor]) -> list[str]:
+    """Return the names whose weights a module shares with an earlier name, unlike a state dict.
+
+    Of two values, the one that is loaded last would win.
+    """
+    first: dict[int, str] = {}
+    found = []
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        pair = [given[one] for one in (name, other) if one in given and other != name]
+        # A NaN differs from itself.
+        if len(pair) > 1 and not torch.equal(*(one.double().nan_to_num() for one in pair)):
+            found.append(name)
+    return found
 
 
 @dataclass(frozen=True)
@@ -263,7 +295,7 @@ def convert_classifier(state_dict: Mapping[str, Any], vil: ViL) -> dict[str, Ten
     """
     conversion = convert(state_dict, vil)
     for step in conversion.steps:
-        if step.action == LEFT_OUT and not step.source.endswith(_DERIVED):
+        if step.action == LEFT_OUT and not step.source.endswith(DERIVED):
             log.warning("left out %s: %s", step.target or step.source, step.reason)
     return conversion.tensors
 
@@ -273,17 +305,19 @@ def convert(state_dict: Mapping[str, Any], vil: ViL) -> Conversion:
     tensors: Mapping[str, Tensor] = state_dict.get("net", state_dict)
     target = vil.state_dict()
     converted: dict[str, Tensor] = {}
-    # By place: what comes later in the source wins there, as `proj_global` does over `proj`.
     steps: dict[tuple[str, str], Step] = {}
-    for full_name, tensor in tensors.items():
-        name = full_name.removeprefix(_PARALLEL_PREFIX)
+    named = {name.removeprefix(_PARALLEL_PREFIX): tensor for name, tensor in tensors.items()}
+    for name, tensor in named.items():
         shape = tuple(tensor.shape)
-        places = {} if name.endswith(_DERIVED) else _places(name, tensor, target)
+        places = {} if name.endswith(DERIVED) else _places(name, tensor, target)
         if not places:
-            derived = name.endswith(_DERIVED)
+            derived = name.endswith(DERIVED)
             reason = "every model makes its own" if derived else "the backbone has no such tensor"
             steps["", name] = Step(name, "", LEFT_OUT, shape, None, reason)
         for place, part in places.items():
+            if place != name and place in named:
+                # Its own tensor goes there, as `proj_global` rather than `proj`.
+                continue
             fitted, action = _fit(place, part, target[place])
             own = tuple(target[place].shape)
             reason = ""
@@ -303,7 +337,7 @@ def convert(state_dict: Mapping[str, Any], vil: ViL) -> Conversion:
     untouched = tuple(
         name
         for name in target
-        if DETECTOR_PREFIX + name not in converted and not name.endswith(_DERIVED)
+        if DETECTOR_PREFIX + name not in converted and not name.endswith(DERIVED)
     )
     return Conversion(converted, tuple(steps.values()), untouched)
 
@@ -323,7 +357,8 @@ def _places(name: str, tensor: Tensor, target: Mapping[str, Tensor]) -> dict[str
 
 def _fit(name: str, tensor: Tensor, target: Tensor) -> tuple[Tensor, str]:
     """Expand or resize what the published conversion expands or resizes, and say which."""
-    if tensor.shape == target.shape or tensor.ndim != target.ndim:
+    same = tensor.shape == target.shape or tensor.ndim != target.ndim
+    if same or not tensor.is_floating_point():
         return tensor, COPIED
     kind = name.rpartition(".")[2]
     if kind == "cls_token" and tensor.shape[1] == 1:
@@ -356,12 +391,13 @@ def load_detector(detector: Detector, state_dict: Mapping[str, Tensor]) -> None:
         InputError: listing the names that are missing, unexpected or of another shape.
     """
     own = detector.state_dict()
-    problems = misfits(own, state_dict)
+    problems = misfits(detector, state_dict)
     if problems:
         parts = [f"{len(names)} {what}: {some(names, _SHOWN)}" for what, names in problems.items()]
+        hint = "" if problems.keys() == {SHARED} else _hint(state_dict, own)
         raise InputError(
             f"the weights do not fit the {detector.library} {detector.method} that was built"
-            f"{_hint(state_dict, own)}; {'; '.join(parts)}"
+            f"{hint}; {'; '.join(parts)}"
         )
     detector.load_state_dict(dict(state_dict))
 

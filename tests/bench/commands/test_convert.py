@@ -8,7 +8,7 @@ import torch
 
 from bench import cli
 from bench.config.suites import profile_configs
-from bench.model import detectors
+from bench.model import detectors, weights
 from bench.model.backbone import ViL
 from bench.model.weights import DETECTOR_PREFIX, convert_classifier, load_file
 
@@ -54,6 +54,25 @@ def test_the_file_holds_the_published_conversion(classifiers, tmp_path, capsys, 
     _paths, *printed = capsys.readouterr().out.splitlines()
     assert any(line.startswith(f"{len(expected)} tensors written: ") for line in printed)
     assert max(map(len, printed)) <= 120
+
+
+def test_a_tensor_of_its_own_goes_before_one_that_serves_its_place_in_any_order():
+    source = ViL(arch(), image_size=64, share_weights=False).state_dict()
+    vil = ViL(arch(), image_size=128, share_weights=False)
+    expected = convert_classifier(source, vil)
+    found = convert_classifier(dict(reversed(source.items())), vil)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    place = "layer1.1.attn.proj_global.weight"
+    assert torch.equal(found[DETECTOR_PREFIX + place], source[place])
+
+
+def test_whole_numbers_are_not_resized():
+    source = ViL(arch(), image_size=64).state_dict()
+    name = "layer1.0.x_pos_embed"
+    steps = weights.convert(source | {name: source[name].long()}, ViL(arch(), image_size=128)).steps
+    (step,) = (step for step in steps if step.source == name)
+    assert step.action == "left out"
 
 
 def test_a_detector_starts_from_the_file(classifiers, tmp_path):

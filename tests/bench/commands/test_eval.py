@@ -51,6 +51,8 @@ def overrides(method="mask_rcnn"):
 
 OVERRIDES = overrides()
 CLASSES = 6
+# Shared with the projection of the other tokens, unless share_weights is false.
+GLOBAL = "backbone.bottom_up.layer1.1.attn.proj_global.weight"
 detectron2 = pytest.param("detectron2", marks=pytest.mark.detectron2)
 
 
@@ -278,6 +280,18 @@ def without(*names):
         (
             lambda own: {"model": own, "model_ema": {f"module.{name}": own[name] for name in own}},
             "several state dicts of the same names, model, model_ema",
+        ),
+        (
+            lambda own: {"model": own, "ema": {"shadow": dict([*own.items()][9:])}},
+            "several state dicts of the same names, model, ema.shadow",
+        ),
+        (
+            lambda own: own | {GLOBAL: own[GLOBAL] + 1},
+            rf"was built; 1 shared here \(share_weights\), but different in the file: {GLOBAL}$",
+        ),
+        (
+            lambda own: {n: t.to(torch.float8_e5m2) for n, t in own.items()},
+            "float8_e5m2; dense numbers",
         ),
         (lambda own: {name: own[name].to("meta") for name in own}, "has no values; dense"),
         (lambda own: {name: own[name].to(torch.int8) for name in own}, "has torch.strided torch"),

@@ -395,6 +395,11 @@ def centres(a: dict[str, Any]) -> None:
     a["bbox"] = [x + w / 2, y + h / 2, w, h]
 
 
+def from_the_bottom(a: dict[str, Any]) -> None:
+    x, y, w, h = a["bbox"]
+    a["bbox"] = [x, HEIGHT - y - h, w, h]
+
+
 def rows_first(a: dict[str, Any]) -> None:
     x, y, w, h = a["bbox"]
     a["bbox"] = [y, x, h, w]
@@ -410,6 +415,7 @@ def rows_first(a: dict[str, Any]) -> None:
         (corners, True, "4 of 4 boxes fit their masks if they are read as x1, y1, x2, y2"),
         (centres, False, "4 of 4 boxes reach over the image's edge"),
         (centres, True, "4 of 4 boxes fit their masks if they are read as a centre"),
+        (from_the_bottom, True, "4 of 4 boxes fit their masks if they are read as x, y from the"),
         (rows_first, True, "4 of 4 boxes fit their masks if they are read as y, x, height, width"),
         (None, False, ""),
         (None, True, ""),
@@ -431,6 +437,19 @@ def test_boxes_of_another_format_are_suspected(
     suspected = [x for x in remarks([CocoDataset(tmp_path, "train2017")]) if " of 4 boxes " in x]
     assert any(said in line for line in suspected) if said else suspected == []
     assert len(suspected) == len({f.text for f in only(tmp_path).odd if " of 4 boxes " in f.text})
+
+
+def test_boxes_of_another_format_are_suspected_by_those_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.data.check._LOOKED_AT_WHOLE", 2)
+    monkeypatch.setattr("bench.data.check._LOOKED_AT", 3)
+    data = content(12)
+    for one in data["annotations"]:
+        corners(one)
+    write(tmp_path, data)
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    assert any("3 of 3 boxes fit their masks if they are read as x1, y1" in line for line in lines)
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -507,17 +526,20 @@ def test_fields_that_are_not_read_are_said(tmp_path: Path) -> None:
     assert "its box is upright" in line
 
 
-def test_a_class_of_regions_to_ignore_is_said_where_it_has_an_instance(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["Ignored Regions", "ignore-region", "Don\u2019t Care"])
+def test_a_class_of_regions_to_ignore_is_said_where_it_has_an_instance(
+    tmp_path: Path, name: str
+) -> None:
     data = content()
     data["categories"] += [
         {"id": 0, "name": "__background__"},
-        {"id": 1, "name": "Ignored Regions"},
+        {"id": 1, "name": name},
     ]
     data["annotations"][2]["category_id"] = 1
     write(tmp_path, data)
     assert [(f.kind, f.name) for f in only(tmp_path).odd] == [
         ("class without an instance", "class '__background__'"),
-        ("class of no objects", "class 'Ignored Regions'"),
+        ("class of no objects", f"class {name!r}"),
     ]
 
 
@@ -531,6 +553,56 @@ def test_names_of_classes_that_look_alike_are_said(tmp_path: Path, other: str) -
     assert found.kind == "class names alike"
     first, second = re.findall("'.*?'", found.text)
     assert first != second
+
+
+def test_many_crowds_are_suspected(tmp_path: Path) -> None:
+    """As CVAT writes what was drawn with a brush."""
+    data = content(12)
+    said = "2 of 12 annotations are crowds: are they groups, or objects whose masks an export"
+    for one in data["annotations"][:2]:
+        write(tmp_path, data)
+        assert not any(said in line for line in remarks([CocoDataset(tmp_path, "train2017")]))
+        one.update(iscrowd=1, segmentation=RUN_OF_BOX)
+    write(tmp_path, data)
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    assert any(f"{said} wrote as run lengths?; not trained on" in line for line in lines)
+
+
+def test_more_objects_than_are_evaluated_are_said(tmp_path: Path) -> None:
+    data = content()
+    data["annotations"] += [
+        annotation(1000 + n, 2, bbox=[n % 50, n // 50, 9, 9], segmentation=None) for n in range(99)
+    ]
+    said = "images have more than 100 objects"
+    write(tmp_path, data)
+    assert not any(said in line for line in remarks([CocoDataset(tmp_path, "train2017")]))
+    data["annotations"].append(annotation(2000, 2, bbox=[40, 20, 15, 15], segmentation=None))
+    write(tmp_path, data)
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    (line,) = [line for line in lines if said in line]
+    assert "1 of 4 images have more than 100 objects, up to 101; the others count as missed" in line
+
+
+def test_classes_of_stuff_with_an_instance_are_said(tmp_path: Path) -> None:
+    data = content()
+    for place, thing in enumerate((1, 0)):
+        data["categories"][place]["isthing"] = thing
+    data["categories"].append({"id": 9, "name": "sky", "isthing": 0})
+    write(tmp_path, data)
+    (found,) = [found for found in only(tmp_path).odd if found.kind == "class of stuff"]
+    assert found.text == "class 'cup' is of regions, not of objects ('isthing' 0)"
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    assert any("class 'cup' is of regions" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", ["", " ", "\u200b"])
+def test_a_class_without_a_name_is_said(tmp_path: Path, name: str) -> None:
+    data = content()
+    data["categories"][0]["name"] = name
+    data["categories"][1]["name"] = "-"
+    write(tmp_path, data)
+    (found,) = [found for found in only(tmp_path).odd if found.kind == "class without a name"]
+    assert found.text == f"class {name!a} has no name"
 
 
 def test_a_list_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
@@ -577,6 +649,25 @@ def test_annotations_that_are_there_twice_are_found(tmp_path: Path) -> None:
     write(tmp_path, data)
     (found,) = only(tmp_path).findings
     assert (found.kind, found.annotation, found.values["other"]) == ("annotation twice", 7, 101)
+
+
+def test_annotations_that_are_there_twice_but_for_rounding_are_found(tmp_path: Path) -> None:
+    data = content()
+    first = data["annotations"][0]
+    x, y, w, h = first["bbox"]
+    data["annotations"] += [
+        first | {"id": 7, "bbox": [x + 0.5, y, w, h - 0.5]},
+        first | {"id": 8, "bbox": [x + 0.5, y, w, h - 0.5], "category_id": 8},
+        first | {"id": 9, "bbox": [x + 2, y, w - 2, h]},
+    ]
+    write(tmp_path, data)
+    (found,) = only(tmp_path).findings
+    assert (found.kind, found.annotation, found.values["other"]) == (
+        *("annotation nearly twice", 7),
+        101,
+    )
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    assert any("1 of: annotation nearly twice (annotations 7); both" in line for line in lines)
 
 
 def test_boxes_that_begin_at_1_are_suspected(tmp_path: Path) -> None:
@@ -683,6 +774,53 @@ def test_a_small_range_of_deep_images_is_said_and_can_be_scaled(tmp_path: Path) 
         CocoDataset(tmp_path, "train2017", deep_white=255)[1]
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_damaged_jpeg_is_said(tmp_path: Path, mode: str) -> None:
+    folder = write(tmp_path, content())
+    picture(2, mode).save(folder / "2.png", "JPEG", quality=95)
+    sound = kinds(only(tmp_path).odd)
+    assert not sound["damaged JPEG"]
+    raw = bytearray((folder / "2.png").read_bytes())
+    middle = len(raw) // 2
+    raw[middle : middle + 600] = bytes(600)
+    (folder / "2.png").write_bytes(raw)
+    (found,) = [found for found in only(tmp_path).odd if found.kind == "damaged JPEG"]
+    assert found.text.startswith("image 2 (2.png) is damaged: Corrupt JPEG data: ")
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    assert any("1 of: damaged JPEG (images 2); what can be decoded of it" in x for x in lines)
+    # Bytes behind the end are none of the image.
+    picture(2).save(folder / "2.png", "JPEG", quality=95)
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes() + b"more")
+    assert only(tmp_path).odd == ()
+
+
+def test_a_damaged_avif_is_one_line(tmp_path: Path) -> None:
+    folder = write(tmp_path, content())
+    picture(2).save(folder / "2.png", "AVIF")
+    raw = bytearray((folder / "2.png").read_bytes())
+    start = raw.index(b"mdat") + 4
+    raw[start : start + 200] = b"\xff" * 200
+    (folder / "2.png").write_bytes(raw)
+    (found,) = only(tmp_path).errors
+    assert found.kind == "image unreadable"
+    assert "Failed to decode" in found.text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"), [(0, 1, True), (200, 200, True), (90, 110, False)]
+)
+def test_an_image_without_contrast_is_said(tmp_path: Path, low: int, high: int, said: bool) -> None:
+    """As of values from 0 to 1 that were written as bytes."""
+    folder = write(tmp_path, content())
+    values = np.full((HEIGHT, WIDTH, 3), low, dtype=np.uint8)
+    values[: HEIGHT // 2] = high
+    Image.fromarray(values).save(folder / "2.png")
+    texts = [found.text for found in only(tmp_path).odd]
+    assert [f"image 2 (2.png) has values of {low} to {high} alone" in t for t in texts] == [
+        True
+    ] * said
+
+
 def test_remarks_are_of_every_split_the_first_first(tmp_path: Path) -> None:
     folder = write(tmp_path, content())
     data = content()
@@ -708,16 +846,20 @@ def scene(number: int, height: int = HEIGHT, width: int = WIDTH) -> Image.Image:
 
 
 def test_what_encoding_resizing_and_mirroring_leave_of_an_image_is_found(tmp_path: Path) -> None:
-    folder = write(tmp_path, content())
-    data = content()
+    folder = write(tmp_path, content(7))
+    data = content(7)
     data["images"][2] |= {"height": 2 * HEIGHT, "width": 2 * WIDTH}
+    data["images"][4] |= {"height": WIDTH, "width": HEIGHT}
     data["images"][0]["file_name"] = "1.jpg"
     other = write(tmp_path, data, split="val2017", first=50)
-    for number in range(1, 5):
+    for number in range(1, 8):
         scene(number).save(folder / f"{number}.png")
     scene(1).save(other / "1.jpg", quality=75)
     ImageOps.mirror(scene(2)).save(other / "2.png")
     scene(3, 2 * HEIGHT, 2 * WIDTH).save(other / "3.png")
+    scene(5).transpose(Image.Transpose.ROTATE_90).save(other / "5.png")
+    ImageOps.flip(scene(6)).save(other / "6.png")
+    scene(7).transpose(Image.Transpose.ROTATE_180).save(other / "7.png")
     # Of one colour, as any night.
     Image.new("RGB", (WIDTH, HEIGHT), (5, 5, 5)).save(other / "4.png")
     Image.new("RGB", (WIDTH, HEIGHT), (6, 5, 5)).save(folder / "4.png")
@@ -727,9 +869,42 @@ def test_what_encoding_resizing_and_mirroring_leave_of_an_image_is_found(tmp_pat
         "image 1 (1.jpg) looks like 1.png of train2017",
         "image 2 (2.png) looks like 2.png of train2017, mirrored",
         "image 3 (3.png) looks like 3.png of train2017",
+        "image 5 (5.png) looks like 5.png of train2017, turned",
+        "image 6 (6.png) looks like 6.png of train2017, mirrored and turned",
+        "image 7 (7.png) looks like 7.png of train2017, turned",
     ]
     sets = [CocoDataset(tmp_path, split) for split in ("val2017", "train2017")]
-    assert any("3 of: image alike in two splits (images 1, 2, 3)" in line for line in remarks(sets))
+    lines = remarks(sets)
+    assert any(
+        "6 of: image alike in two splits (images 1, 2, 3, 5, 6, …)" in line for line in lines
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        ("cat_jpg.rf.0f3a1c.png", "cat_jpg.rf.77aa02.png", True),
+        ("P0006__1__0___0.png", "P0006__1__824___-3.png", True),
+        ("P0006__1.0__0___0.png", "P0007__1.0__0___0.png", False),
+        ("cat_1.png", "cat_2.png", False),
+    ],
+)
+def test_what_is_made_of_one_source_is_said_in_two_splits(
+    tmp_path: Path, one: str, other: str, said: bool
+) -> None:
+    first, second = content(), content()
+    first["images"][0]["file_name"], second["images"][2]["file_name"] = one, other
+    write(tmp_path, first)
+    write(tmp_path, second, split="val2017", first=50)
+    text = f"image 3 ({other}) is made of the same image as {one} of train2017, by its name"
+    _, report = check(tmp_path)
+    assert [text in found.text for found in report.odd] == [True] * said
+    sets = [CocoDataset(tmp_path, split) for split in ("val2017", "train2017")]
+    lines = remarks(sets)
+    assert ["1 of: source in two splits (images 1)" in line for line in lines] == [True] * said
+    # A copy is said to be one.
+    picture(53).save(tmp_path / "train2017" / one)
+    assert kinds(check(tmp_path)[1].odd) == {"image in two splits": 1}
 
 
 def test_files_in_both_of_large_splits_are_found_beyond_the_images_looked_at(

@@ -72,7 +72,9 @@ def mutated(draw: st.DrawFn) -> dict[str, Any]:
         for key in path[:-1]:
             parent = parent[key]
         value = parent[path[-1]]
-        change = draw(st.sampled_from(("set", "set", "drop", "text", "nest", "negate", "move")))
+        change = draw(
+            st.sampled_from(("set", "set", "drop", "text", "nest", "negate", "float", "move"))
+        )
         if change == "set":
             parent[path[-1]] = copy.deepcopy(draw(st.sampled_from(ODDITIES)))
         elif change == "drop":
@@ -81,8 +83,10 @@ def mutated(draw: st.DrawFn) -> dict[str, Any]:
             parent[path[-1]] = str(value)
         elif change == "nest":
             parent[path[-1]] = draw(st.sampled_from(([value], {"value": value}, [[value]])))
-        elif change == "negate" and isinstance(value, int | float):
+        elif change == "negate" and number(value) and abs(value) < 2**53:
             parent[path[-1]] = draw(st.sampled_from((-value, 1e6 * value, value + 0.5, value - 3)))
+        elif change == "float" and number(value) and abs(value) < 2**53:
+            parent[path[-1]] = float(value)
         elif change == "move" and isinstance(parent, list):
             parent.insert(draw(st.integers(0, len(parent))), copy.deepcopy(value))
             if draw(st.booleans()):
@@ -168,7 +172,8 @@ def test_a_mutated_file_is_refused_in_one_line_or_read_as_it_says(
             box = np.clip([x, y, x + w, y + h], 0, [WIDTH, HEIGHT] * 2)
             np.testing.assert_allclose(target["boxes"][place], box, rtol=1e-5, atol=1e-4)
             if raw.get("area") is not None:
-                np.testing.assert_allclose(target["area"][place], raw["area"], rtol=1e-6)
+                area = float(target["area"][place])
+                np.testing.assert_allclose(area, raw["area"], rtol=1e-6, atol=1e-30)
             if annotation["id"] not in about:
                 mask = target["masks"][place].numpy()
                 np.testing.assert_array_equal(mask, mask_of(raw["segmentation"]))
@@ -182,3 +187,14 @@ def test_a_byte_order_mark_changes_nothing(root: Path, encoding: str) -> None:
     marked = CocoDataset(root, "train2017")
     assert isinstance(plain_, CocoDataset)
     assert marked.ground_truth() == plain_.ground_truth()
+
+
+@pytest.mark.parametrize("annotation", [2, 3])
+def test_a_size_of_run_lengths_may_have_a_fraction_of_zero(root: Path, annotation: int) -> None:
+    data = content()
+    plain_ = opened(root, data)
+    data["annotations"][annotation]["segmentation"]["size"] = [float(HEIGHT), float(WIDTH)]
+    dataset = opened(root, data)
+    assert isinstance(plain_, CocoDataset)
+    assert isinstance(dataset, CocoDataset)
+    coco.assert_same(dataset, plain_)

@@ -110,6 +110,23 @@ def test_training_on_the_images_of_the_tables_is_said(root: Path, tmp_path: Path
     assert ["is trained on and fills the tables" in line for (line,) in said] == [False, True]
 
 
+def test_classes_that_are_evaluated_and_never_trained_on_are_said(
+    root: Path, tmp_path: Path
+) -> None:
+    config = relisted(root, tmp_path / "data", lambda old: [*old, {"id": 7, "name": "ring"}])
+    for split, ids in (("train2017", [1]), ("val2017", [1, 2])):
+        path = tmp_path / "data" / "annotations" / f"instances_{split}.json"
+        content = json.loads(path.read_text())
+        content["categories"] = [{"id": id_, "name": f"class {id_}"} for id_ in (1, 2, 3)]
+        for place, annotation in enumerate(content["annotations"]):
+            annotation["category_id"] = ids[place % len(ids)]
+        path.write_text(json.dumps(content))
+    lines = inputs.check_data([config], tmp_path)
+    (line,) = [line for line in lines if "never trained on" in line]
+    assert "instances_val2017.json: classes of which train2017 has no instance" in line
+    assert ": 'class 2'; never" in line
+
+
 def test_a_run_compares_the_categories_too(root: Path, tmp_path: Path) -> None:
     config = relisted(root, tmp_path / "data", lambda old: old[1:])
     with pytest.raises(InputError, match="only train2017 has 1 'disc'"):

@@ -2,11 +2,15 @@
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -324,6 +328,27 @@ def test_wrong_input_is_one_line(words, said, tmp_path, refusal):
     assert error.startswith("python -m bench pretrain: error: ")
 
 
+def test_images_are_read_as_for_detection(tmp_path):
+    """Deep ones scaled, not cut off at 255, and upright; what cannot be is one line."""
+    values = np.arange(48, dtype=np.uint16).reshape(6, 8) * 1000
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    Image.fromarray(values).save(folder / "0.png")
+    Image.fromarray((values // 257).astype(np.uint8)).save(folder / "1.png", exif=exif)
+    # Of a kind that timm's reader passes over.
+    Image.fromarray(values.astype(np.float32)).save(folder / "2.tif")
+    found = classes.ClassDataset(tmp_path, "train")
+    deep, turned = (np.asarray(found.read(index)[0])[..., 0] for index in range(2))
+    np.testing.assert_allclose(deep, values / 257, atol=0.51)
+    np.testing.assert_array_equal(turned, np.rot90(values // 257, -1))
+    white = np.asarray(found.read(0, 47000)[0])[..., 0]
+    np.testing.assert_allclose(white, values * (255 / 47000), atol=0.51)
+    with pytest.raises(InputError, match=r"2\.tif: the range of floating-point pixels"):
+        found.read(2)
+
+
 def test_hidden_files_are_no_images_and_folders_within_no_classes(tmp_path):
     """Jupyter and macOS leave copies; timm's reader takes the innermost folder for the class."""
     picture = Image.new("RGB", (8, 8))
@@ -340,6 +365,21 @@ def test_hidden_files_are_no_images_and_folders_within_no_classes(tmp_path):
     picture.save(tmp_path / "train" / "a" / "more" / "3.png")
     with pytest.raises(InputError, match=r"a folder for each class, not in a.more"):
         classes.ClassDataset(tmp_path, "train")
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+def test_classes_have_one_order_in_any_process(tmp_path, seed):
+    names = [f"{zeros}{number}" for zeros in ("", "0", "00") for number in (1, 2)]
+    for name in names:
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "train" / name / "1.png")
+    code = "import sys; from bench.data.classes import ClassDataset, Path; "
+    code += "print(*ClassDataset(Path(sys.argv[1]), 'train').classes)"
+    out = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], env=os.environ | {"PYTHONHASHSEED": str(seed)},
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert out.split() == ["001", "01", "1", "002", "02", "2"]
 
 
 def test_validation_of_other_classes_is_refused(tmp_path):
