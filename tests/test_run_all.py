@@ -1008,7 +1008,7 @@ def test_a_dry_run_runs_a_mechanism_of_the_user(
     values = words("x = x * x.abs().max().item()", "values.py")
     assert run_all.main(values) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert f"note: memory of {values[1]} not predicted" in said
+    assert f"note: {values[1]}: memory not predicted: " in said
 
 
 def test_a_dry_run_names_rows_with_a_record_and_refuses_what_the_run_would(
