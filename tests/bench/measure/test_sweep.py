@@ -252,8 +252,9 @@ def test_a_point_of_each_scope(scope, mode):
     (walk,) = plan(["ViL"], sizes=[(64, 96)], scope=scope, modes=(mode,), overrides=overrides)
     server = Server()
     server.build(walk[0].config.as_dict(), scope, None)
-    memory = server.memory((mode,), False)
+    memory, notes = server.memory((mode,), False)
     assert memory[mode] > memory["before"][mode] > 0
+    assert not notes
     assert server.latency((mode,), effort(walk[0].config))[mode]["median"] > 0
     assert server.ran(mode)["sdpa"]
 
