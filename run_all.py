@@ -372,6 +372,7 @@ def _load(options: argparse.Namespace, world: processes.World) -> Suite:
         seed=options.seed,
         device=options.device,
         overrides=overrides,
+        searched=variants.values_of(options.search),
     )
     if options.init is None:
         return suite

@@ -420,7 +420,14 @@ def test_probes_in_the_folder_of_a_suite_leave_its_page(tmp_path: Path) -> None:
         (["--measure-steps", "2"], "--measure-steps has no effect without --dry-run"),
         (["--slurm", "a=b"], "--slurm has no effect without --launcher slurm"),
         (["--jobs", "3"], "--jobs has no effect without --launcher local"),
-        (["--search", "gamma=0.1,0.5"], "train.gamma=[0.1, 0.5] has no effect where train.decay"),
+        (
+            ["--search", "gamma=0.1,0.5"],
+            "no effect in row srformer/64, where train.decay",
+        ),
+        (
+            ["--rows", "ViL,linformer", "--search", "min_sizes=[64],[96]"],
+            "no effect in row linformer, where data.fixed_size is",
+        ),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(

@@ -139,7 +139,8 @@ def _configs(
     from bench.config import variants
     from bench.config.suites import Suite, profile_configs
 
-    configs = profile_configs(names, image_size=size, **_given(options))
+    searched = variants.values_of(options.search)
+    configs = profile_configs(names, image_size=size, searched=searched, **_given(options))
     suite, bases = variants.expanded(
         Suite("profile", tuple(configs)),
         text=options.search,

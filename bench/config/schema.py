@@ -190,7 +190,7 @@ class DataConfig:
     workers: Whole = 0
     aspect_ratio_grouping: Annotated[bool, _DETECTORS] = False
     degenerate_boxes: Annotated[str, _one_of(DEGENERATE_BOXES), _DETECTORS] = "error"
-    deep_white: Annotated[int, Field(strict=True, ge=1, le=65535), _DETECTORS] = 65535
+    deep_white: Annotated[int, Field(strict=True, ge=1, le=65535)] = 65535
 
 
 @dataclass(frozen=True, config=_RULES)

@@ -18,7 +18,7 @@ from attentions.contract import accepted_options
 from bench.config import schema
 from bench.config.arch import StageSpec, parse, render
 from bench.config.schema import CLASSIFIER, METHODS, RunConfig
-from bench.config.values import assigned, flat, merged, read, shown
+from bench.config.values import assigned, flat, merged, nested, read, shown
 from bench.errors import InputError, choose, nearest
 
 DATASETS_VARIABLE = "DETECTRON2_DATASETS"
@@ -93,6 +93,7 @@ def load_suite(
     seed: int | None = None,
     device: str | None = None,
     overrides: Sequence[str] = (),
+    searched: Mapping[str, Sequence[Any]] | None = None,
 ) -> Suite:
     """Read a suite and what the command line changes of it.
 
@@ -109,6 +110,8 @@ def load_suite(
         seed: of everything random.
         device: "auto", "cpu", "cuda" or "cuda:N".
         overrides: `key=value`, for example `train.steps=100`.
+        searched: values that a search will give settings, by dotted name; what has an effect with
+            one of them has one.
 
     Raises:
         InputError: for an unknown suite, row or key, a value that is not allowed, or values that
@@ -151,8 +154,10 @@ def load_suite(
         recipe = recipes[found.recipe]
         said = merged([top, command_line], agree="")
         layers_of_row = [recipe, *layers, layer, found.settings, said]
-        plain.append(build_config(merged(layers_of_row)))
-        runs.append(_with_fixed_size(plain[-1]))
+        values = merged(layers_of_row)
+        config = build_config(values)
+        plain += [config, *_varied(values, searched)]
+        runs.append(_with_fixed_size(config))
         check_sizes(runs[-1])
     check_effects(command_line, plain)
     _check_apart(runs, overrides)
@@ -183,6 +188,7 @@ def profile_configs(
     values: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
     used: Sequence[str] = ("",),
+    searched: Mapping[str, Sequence[Any]] | None = None,
 ) -> tuple[RunConfig, ...]:
     """Return a configuration for each name, to be measured and not trained.
 
@@ -195,6 +201,7 @@ def profile_configs(
         values: nested values besides, such as {"model": {"method": "retinanet"}}.
         overrides: `key=value`.
         used: how the names of settings begin that overrides may be of.
+        searched: as in `load_suite`.
 
     Raises:
         InputError: for an unknown name, backbone or key, a value that is not allowed, or sizes that
@@ -222,20 +229,22 @@ def profile_configs(
     command_line = _overrides(overrides)
     if position is not None and "model.arch" in flat(command_line):
         raise InputError("model.arch says where positions are absolute (a1); leave out --position")
-    plain = []
+    plain, varied = [], []
     for row in dict.fromkeys(rows):
         spec = table.get(row, {"attention": row}) | ({"position": position} if position else {})
         layer = _row_layer(spec, known_backbones[backbone])
         _check_mechanism(row, spec["attention"], command_line)
         top = {"suite": "profile", "row": row}
-        plain.append(build_config(merged([size, values or {}, layer, top, command_line])))
+        whole = merged([size, values or {}, layer, top, command_line])
+        plain.append(build_config(whole))
+        varied += _varied(whole, searched)
     for name, value in flat(command_line).items():
         if not name.startswith(tuple(used)):
             raise InputError(
                 f"{name}={shown(value)} has no effect in this command; those that have begin with"
                 f" {', '.join(used)}"
             )
-    check_effects(command_line, plain)
+    check_effects(command_line, [*plain, *varied])
     configs = tuple(_with_fixed_size(config, image_size) for config in plain)
     for config in configs if image_size is not None else ():
         check_sizes(config)
@@ -348,13 +357,14 @@ def default_root() -> Path | None:
     return root if root is not None and root.is_dir() else None
 
 
-def check_effects(given: Mapping[str, Any], runs: Sequence[RunConfig]) -> None:
+def check_effects(given: Mapping[str, Any], runs: Sequence[RunConfig], row: str = "") -> None:
     """Refuse a setting that is given and changes nothing in any of some runs.
 
     Args:
         given: nested values, as a person said them; what asks for nothing (null, false, 0 or an
             empty list) need not change anything.
         runs: with these values.
+        row: the one that they are of, where others have theirs.
 
     Raises:
         InputError: for the first such setting.
@@ -362,7 +372,19 @@ def check_effects(given: Mapping[str, Any], runs: Sequence[RunConfig]) -> None:
     for name, value in flat(given).items():
         idle = [schema.without_effect(run, name) for run in runs]
         if value and all(idle):
-            raise InputError(f"{name}={shown(value)} has no effect {idle[0]}")
+            of_row = f"in row {row}, " if row else ""
+            raise InputError(f"{name}={shown(value)} has no effect {of_row}{idle[0]}")
+
+
+def _varied(
+    values: Mapping[str, Any], searched: Mapping[str, Sequence[Any]] | None
+) -> list[RunConfig]:
+    """Return the configurations of `values` with each that a search will give a setting."""
+    return [
+        build_config(merged([values, nested(name, value)]))
+        for name, each in (searched or {}).items()
+        for value in each
+    ]
 
 
 def build_config(values: Mapping[str, Any]) -> RunConfig:

@@ -77,6 +77,16 @@ def parse(text: str) -> Search:
     return Search(found[0], tuple(once))
 
 
+def values_of(text: str | None) -> dict[str, tuple[Any, ...]]:
+    """Return the values that --search gives a setting, by its dotted name; none without it.
+
+    Raises:
+        InputError: as `parse` does.
+    """
+    search = parse(text) if text else None
+    return {} if search is None else {search.path: search.values}
+
+
 def expand(suite: Suite, search: Search) -> Suite:
     """Return the suite with each of its rows once for each value.
 
@@ -125,8 +135,11 @@ def expanded(
     suite, bases = plain, {config.row: config.row for config in plain.runs}
     if searched is not None:
         suite = expand(plain, searched)
-        check_effects(nested(searched.path, list(searched.values)), suite.runs)
         bases = {searched.row(row, value): row for row in bases for value in searched.values}
+        for row in dict.fromkeys(bases.values()):
+            # Else it would have several rows of one and the same run.
+            own = [run for run in suite.runs if bases[run.row] == row]
+            check_effects(nested(searched.path, list(searched.values)), own, row)
     if seeds is not None:
         first = plain.runs[0].seed
         suite = expand(suite, Search(SEED, tuple(range(first, first + seeds))))

@@ -464,6 +464,13 @@ def test_a_setting_has_to_change_one_of_several_rows(tmp_path):
     roi_batch, path = "model.detector.roi_batch=64", str(tmp_path)
     assert load(roi_batch, suite="zoo", rows=zoo, data=path)
     assert "no effect" in refuse(roi_batch, suite="zoo", rows=zoo[:1], data=path)
+    assert load("data.deep_white=4095", suite="pretrain")
+
+
+def test_a_setting_may_change_what_is_searched():
+    milestones = "train.milestones=[3]"
+    assert load(milestones, searched={"train.decay": ("cosine", "steps")})
+    assert "no effect" in refuse(milestones, searched={"train.lr": (1e-3, 2e-3)})
 
 
 def test_what_settings_need_is_a_setting():
