@@ -82,7 +82,7 @@ class Standing:
 
     Args:
         library: the rows, with their costs at full size where they are known.
-        about: what these costs are of; None for those of the size of training.
+        about: what these costs are of; None for those of the rows' own profile.
         mode: "inference" or "training", for memory; None for training where that is known.
 
     Attributes:
@@ -110,7 +110,12 @@ class Standing:
     @property
     def at_size(self) -> str:
         """Where the costs are of, for sentences."""
-        return f" at {self.about.image_size}" if self.about else " at the size of training"
+        return f" at {self.about.image_size}" if self.about else f" at {self.sizes}"
+
+    @property
+    def sizes(self) -> str:
+        """The images that the rows' own costs are of."""
+        return " or ".join(self.data["flops_size"].dropna().unique()) or "unknown sizes"
 
     def _alike(self, row: int) -> list[int]:
         same = [place for place in range(len(self.data)) if self.pairs[row, place] == 0]
@@ -296,7 +301,7 @@ def rows(standing: Standing, sees: Profile | None = None) -> Table:
     ]
     if about is None:
         columns.append(Column("latency_median_s", "latency {}", "latency", Unit.MS))
-        costs = "FLOPs, memory and latency are of the images that the rows were trained on."
+        costs = f"FLOPs, memory and latency are of images of {standing.sizes}."
     else:
         columns.append(
             Column("layers_median_s", "attention layers {}", "layers", Unit.MS, optional=True)

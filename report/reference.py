@@ -143,7 +143,7 @@ def _with(record: Record, counted: Record | None, layers: Record | None) -> Reco
 
 
 def tables(records: Sequence[Record], costs: Sequence[Record]) -> list[Table]:
-    """Return what rows cost at full size, with their cost at the size of training beside it."""
+    """Return what rows cost at full size, with their cost in the comparison beside it."""
     about = conditions(costs)
     if about is None:
         return []
@@ -183,7 +183,7 @@ def _table(library: Library, about: Conditions) -> Table:
         ),
     ]
     if trained and trained != about.image_size:
-        heading = f"FLOPs {{}} at {trained}, the size of training"
+        heading = f"FLOPs {{}} at {trained}, as in the comparison"
         columns.append(Column("flops_as_trained", heading, "trained", Unit.GIGA))
     notes = [
         f"{about.sentence}. Parameters and FLOPs (multiply-adds of one image, without the mask"

@@ -104,8 +104,8 @@ def test_the_answer_without_costs_at_full_size(records: list[Record]) -> None:
     unlike = [records[0], replace(records[2], memory=None, latency=None)]
     (found,) = answer.first(unlike, [])
     assert found.sentences == (
-        "ViL has the highest box mAP, 30.2 ± 6.4 %; ViL needs the fewest FLOPs at the size of"
-        " training (1.44 G), the least memory for training (0.49 GB) and the least time for"
+        f"ViL has the highest box mAP, 30.2 ± 6.4 %; ViL needs the fewest FLOPs at 128{X}160"
+        " (1.44 G), the least memory for training (0.49 GB) and the least time for"
         " inference (151 ms, median).",
         "Told apart as worse: performer; in all, 1 of 1 pairs of rows are told apart by mAP.",
         "Not measured here: costs at the size of large images (--costs counted); accuracy on"
@@ -124,8 +124,8 @@ def test_the_answer_of_rows_that_cannot_be_told_apart_or_failed() -> None:
     )
     (found,) = answer.first([failed("full"), failed("ViL")], [])
     assert found.sentences == (
-        "No row was evaluated, so none is best; full and ViL need the fewest FLOPs at the size of"
-        " training (1.44 G).",
+        f"No row was evaluated, so none is best; full and ViL need the fewest FLOPs at 128{X}160"
+        " (1.44 G).",
         "Which rows could be told apart is not known: no two have draws of images.",
         "Not measured here: costs at the size of large images (--costs counted); what each row can"
         " see (--suite probes); full (out of memory); ViL (out of memory).",
@@ -140,7 +140,7 @@ def test_costs_at_the_size_of_training_stand_beside_under_their_name(
     assert table.raw["flops_multiply_adds"].tolist()[0] == 255 * GIGA
     small = records[0].flops or {}
     assert table.raw["flops_as_trained"].tolist()[0] == small["total"]
-    assert f"FLOPs G at 128{X}160, the size of training" in table.shown
+    assert f"FLOPs G at 128{X}160, as in the comparison" in table.shown
     text = page.write(records, tmp_path, title="T", costs=costs).read_text()
     assert f"Comparison, costs at 128{X}160" in text
     assert text.index("## Answer") < text.index("## Costs at 800") < text.index("## Comparison")
