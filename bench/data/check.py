@@ -318,7 +318,7 @@ def _oddities(picture: Picture) -> Iterator[tuple[str, dict[str, Any]]]:
     if picture.cut:
         yield "16-bit colour image", {"top": int(picture.pixels.max())}
     low, high = int(picture.pixels.min()), int(picture.pixels.max())
-    if high - low < _CONTRAST and not picture.top:
+    if high - low < _CONTRAST:
         yield "image without contrast", {"low": low, "high": high}
     if picture.orientation != 1:
         yield "image turned by EXIF", {"orientation": picture.orientation}

@@ -82,8 +82,8 @@ KINDS: Mapping[str, Kind] = {
         "taken as x, y, width, height",
     ),
     "boxes beside their masks": Kind(
-        "{count} of {all} boxes begin {begin} and end {end} pixels (x, y) off their masks: are both"
-        " counted from the same first pixel?",
+        "{count} of {all} boxes begin {begin} and end {end} pixels (x, y) off their masks: were"
+        " they cut to whole pixels, or are both not counted from the same first one?",
         "both are used as they are",
     ),
     "many crowds": Kind(
@@ -231,7 +231,8 @@ KINDS: Mapping[str, Kind] = {
     "image of an unusual mode": Kind(_MODE, _RGB),
     "image turned by EXIF": Kind("has the EXIF orientation {orientation}", "turned upright"),
     "image without contrast": Kind(
-        "has values of {low} to {high} alone: is it of 0 to 1, a map of labels, or empty?",
+        "has values of {low} to {high} of 255 alone: is it of 0 to 1, a map of labels, of a small"
+        " part of 16 bits, or empty?",
         "used as it is",
     ),
     "image of several frames": Kind("has several frames", "the first is used"),
@@ -247,6 +248,7 @@ _COVERED = {
     "polygons that look like fractions": ("mask within the first pixel", "mask without a pixel"),
     "boxes that look like corners": ("box over the image's edge",),
     "no masks at all": ("annotation without a segmentation",),
+    "deep images with a small range": ("image without contrast",),
 }
 
 

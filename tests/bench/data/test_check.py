@@ -816,9 +816,18 @@ def test_an_image_without_contrast_is_said(tmp_path: Path, low: int, high: int, 
     values[: HEIGHT // 2] = high
     Image.fromarray(values).save(folder / "2.png")
     texts = [found.text for found in only(tmp_path).odd]
-    assert [f"image 2 (2.png) has values of {low} to {high} alone" in t for t in texts] == [
+    assert [f"image 2 (2.png) has values of {low} to {high} of 255 alone" in t for t in texts] == [
         True
     ] * said
+
+
+def test_a_small_part_of_16_bits_is_said_wherever_it_lies(tmp_path: Path) -> None:
+    """As of thermal images in hundredths of a kelvin."""
+    folder = write(tmp_path, content())
+    values = np.linspace(28315, 31315, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH)
+    Image.fromarray(values.astype(np.uint16)).save(folder / "2.png")
+    (said,) = (found.text for found in only(tmp_path).odd if "alone" in found.text)
+    assert "has values of 110 to 122 of 255 alone" in said
 
 
 def test_remarks_are_of_every_split_the_first_first(tmp_path: Path) -> None:
