@@ -162,6 +162,7 @@ def run(options: argparse.Namespace) -> int:
     from bench import record
     from bench.data.check import remarks
     from bench.data.split import open_split
+    from bench.files import sha256
     from bench.model import weights
     from bench.model.build import build_detector
     from bench.model.weights import load_file
@@ -184,6 +185,11 @@ def run(options: argparse.Namespace) -> int:
     if options.limit:
         split.limit(options.limit)
     labels, notes = _labels(options.record, found, split)
+    if found is not None and _kept_sha256(found) != sha256(path):
+        notes.append(
+            f"{path} is not what the run of {options.record} kept: AP is of these weights in that"
+            " run's detector; names and shapes do not tell whether they are of its mechanism"
+        )
     detector = build_detector(config, split.num_classes)
     try:
         weights.load_detector(detector, state)
@@ -234,6 +240,11 @@ def _kept(path: Path, record: "Record") -> Path:
             " the same with --weights"
         )
     return file
+
+
+def _kept_sha256(record: "Record") -> str | None:
+    kept: str | None = ((record.training or {}).get("weights") or {}).get("sha256")
+    return kept
 
 
 def _labels(

@@ -197,6 +197,9 @@ def test_the_checkpoint_of_a_run_with_its_record(capsys, data, tmp_path):
     code, out, _ = run(capsys, *arguments, "--format", "json")
     assert code == 0
     assert json.loads(out)["evaluation"]["box"] == pytest.approx(by_hand(data)["box"])
+    # full and swin, for example, have weights of the same names and shapes.
+    (note,) = (one for one in json.loads(out)["notes"] if one.startswith(str(path)))
+    assert f"is not what the run of {written} kept" in note
     code, _, err = run(capsys, *arguments, "--attention", "full", "seed=1")
     assert code == 2
     assert "leave out --attention, seed=1" in err
