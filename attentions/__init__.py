@@ -11,7 +11,9 @@ import inspect
 import pkgutil
 import sys
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,21 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from attentions.contract import Attention, AttentionModule, Grid, accepted_options
+from attentions.reads import Reads, listening
 from attentions.registry import registered
 
-__all__ = ["Attention", "AttentionModule", "Grid", "build", "build_for", "find", "names", "options"]
+__all__ = [
+    "Attention",
+    "AttentionModule",
+    "Grid",
+    "Reads",
+    "build",
+    "build_for",
+    "find",
+    "names",
+    "options",
+    "read_by",
+]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -30,6 +44,8 @@ _SIZE = ("dim", "num_heads", "num_global")
 _PLACE = ("grid", "seq_len", "position", "block_index")
 # Where files of the user lie, from beside which they import.
 _folders: list[Path] = []
+# What each mechanism of the user has read so far.
+_reads: defaultdict[str, Reads] = defaultdict(Reads)
 
 
 def names() -> tuple[str, ...]:
@@ -93,7 +109,8 @@ def build(name: str, *, dim: int, num_heads: int, num_global: int = 1, **options
     ]
     if missing:
         raise ValueError(f"{name} needs the option {', '.join(map(repr, missing))}")
-    module = factory(dim=dim, num_heads=num_heads, num_global=num_global, **options)
+    with listening(_reads[name]) if ":" in name else nullcontext():
+        module = factory(dim=dim, num_heads=num_heads, num_global=num_global, **options)
     lazy = [key for key, value in module.state_dict(keep_vars=True).items() if is_lazy(value)]
     if lazy:
         raise ValueError(
@@ -131,6 +148,11 @@ def build_for(
     return build(name, dim=dim, num_heads=num_heads, num_global=num_global, **fitted)
 
 
+def read_by(name: str) -> Reads:
+    """Return what a mechanism of the user read when it was imported, and built in this process."""
+    return _reads[name]
+
+
 def _nearest(value: str, allowed: Iterable[str]) -> str:
     close = difflib.get_close_matches(value, list(allowed), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
@@ -139,7 +161,8 @@ def _nearest(value: str, allowed: Iterable[str]) -> str:
 def _load(name: str) -> type[nn.Module]:
     source, _, attribute = name.rpartition(":")
     try:
-        module = _load_file(Path(source)) if source.endswith(".py") else _import(source)
+        with listening(_reads[name]):
+            module = _load_file(Path(source)) if source.endswith(".py") else _import(source)
     except (Exception, SystemExit) as error:
         # Whatever goes wrong in the user's code is a mistake in what this name points at.
         reason = " ".join(f"{type(error).__name__}: {error}".split())

@@ -8,12 +8,17 @@ import os
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+import torch
+
+import attentions
 from bench.files import sha256
 
 _OURS = Path(__file__).resolve().parents[2]
@@ -26,6 +31,9 @@ _OF_A_PROCESS = re.compile(
 )
 # What all mechanisms stand on: their versions are in each record, and run nothing again.
 _GROUND = {"torch", "torchvision", "numpy"}
+# Where the system's own files lie, and folders of what is made again where it is missing.
+_SYSTEM = tuple(map(Path, ("/dev", "/etc", "/proc", "/sys", "/usr/lib", "/usr/share")))
+_CACHES = {"__pycache__", ".cache", ".triton", "torch_extensions", "site-packages", "dist-packages"}
 _INSTALLED = tuple(
     Path(sysconfig.get_path(name)).resolve()
     for name in ("purelib", "platlib", "stdlib", "platstdlib")
@@ -48,29 +56,39 @@ class Source:
     sha256: str
 
 
-def mechanism_sources(attention: str) -> list[Source]:
+def mechanism_sources(attention: str, options: Mapping[str, Any] | None = None) -> list[Source]:
     """Return the files that the user's mechanisms in `attention` are made of.
 
     They are the files that `file.py:Class` or `package.module:Class` names, the modules that these
     import from their own folder or package, or from elsewhere if it is not installed, theirs too,
-    and the files that each names in texts: beside it, in folders that it names, or by an absolute
-    path. So are the environment variables that are set and that a file of them which reads the
-    environment names, whole or by a prefix that ends in `_`, and the versions of the installed
-    packages that they import. Mechanisms of this package have none: their version is the commit in
-    the record.
+    the files that are opened while it is imported and built, and those that each names in texts:
+    beside it, in folders that it names, or by an absolute path. So are the environment variables
+    that are set and that are read then, or that a file of them which reads the environment names,
+    whole or by a prefix that ends in `_`, and the versions of the installed packages that they
+    import. Mechanisms of this package have none: their version is the commit in the record.
 
     Args:
         attention: one name, or one for each stage, comma-separated.
+        options: of the mechanisms.
     """
-    names = [name.rpartition(":")[0] for name in attention.split(",") if ":" in name]
-    starts = [start for start in map(_file, dict.fromkeys(names)) if start is not None]
+    mechanisms = defaultdict(list)
+    for mechanism in dict.fromkeys(name for name in attention.split(",") if ":" in name):
+        start = _file(mechanism.rpartition(":")[0])
+        if start is not None:
+            mechanisms[start].append(_read_by(mechanism, options or {}))
     found = []
-    for start in starts:
-        reached = sorted(_reached(start))
+    for start, reads in mechanisms.items():
+        opened = filter(None, (_of_a_user(path) for one in reads for path in one.files))
+        reached = sorted({*_reached(start), *opened, *_loaded_from(start.parent)})
         for path in reached:
             name = Path(os.path.relpath(path, start.parent)).as_posix()
             found.append(Source(name, path, sha256(path)))
         readers = {name: path for path in reached if path.suffix == ".py" for name in _read(path)}
+        for one in reads:
+            for name in one.variables.keys() & os.environ.keys():
+                by = {path.resolve() for path in one.variables[name]}.intersection(reached)
+                if by and not _OF_A_PROCESS.fullmatch(name):
+                    readers[name] = min(by)
         for name in sorted(readers):
             value = hashlib.sha256(os.fsencode(os.environ[name]))
             found.append(Source(f"${name}", readers[name], value.hexdigest()))
@@ -80,6 +98,41 @@ def mechanism_sources(attention: str) -> list[Source]:
             version = hashlib.sha256(metadata.version(name).encode())
             found.append(Source(f"package {name}", users[name], version.hexdigest()))
     return found
+
+
+def _read_by(mechanism: str, options: Mapping[str, Any]) -> attentions.Reads:
+    """What a mechanism reads when it is imported, and when a small one is built."""
+    # What is wrong with it is an error of the run.
+    with suppress(Exception), torch.random.fork_rng([]):
+        attentions.build_for(mechanism, grid=(8, 8), dim=64, num_heads=4, **options)
+    return attentions.read_by(mechanism)
+
+
+def _of_a_user(path: Path) -> Path | None:
+    """A file that was opened, if it is of a user and has content."""
+    if path.suffix == ".pyc":
+        with suppress(ValueError, NotImplementedError):
+            path = Path(importlib.util.source_from_cache(str(path)))
+    with suppress(OSError):
+        path = path.resolve()
+        if not _is_ours(path) and path.is_file() and path.stat().st_size:
+            return path
+    return None
+
+
+def _loaded_from(folder: Path) -> set[Path]:
+    """Files of modules that were imported from below a folder."""
+    files = [getattr(module, "__file__", None) for module in [*sys.modules.values()]]
+    paths = {Path(file).resolve() for file in files if isinstance(file, str)}
+    return {path for path in paths if path.is_relative_to(folder) and _of_a_user(path)}
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is of this package, or installed, or in a cache."""
+    ours = (_OURS / name for name in ("attentions", "bench", "configs", "report", "run_all.py"))
+    places = (*ours, *_INSTALLED, *_SYSTEM)
+    below = any(path.is_relative_to(place) for place in places)
+    return below or not _CACHES.isdisjoint(path.parts)
 
 
 def _file(source: str) -> Path | None:
@@ -120,7 +173,10 @@ def _texts(tree: ast.AST) -> set[str]:
 def _read(path: Path) -> Iterator[str]:
     """Environment variables that a file reads."""
     tree = _parsed(path)
-    named = {getattr(node, "attr", getattr(node, "id", None)) for node in ast.walk(tree)}
+    named = {
+        getattr(node, "attr", getattr(node, "id", getattr(node, "name", None)))
+        for node in ast.walk(tree)
+    }
     if not named & {"environ", "environb", "getenv"}:
         return
     texts = _texts(tree)

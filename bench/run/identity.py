@@ -165,7 +165,7 @@ def identify(
     made = {k: values.pop(k) for k in list(values) if k.startswith(_AFTER_TRAINING)}
     sources: list[Source] = []
     if inputs is None:
-        sources = mechanism_sources(config.model.attention)
+        sources = mechanism_sources(config.model.attention, config.model.options)
         inputs = _inputs(config, sources, {} if seen is None else seen)
     place = {name: getattr(config.data, name) for name in _PLACES}
     return Identity(

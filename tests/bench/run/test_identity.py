@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import attentions
 from bench import record
@@ -437,3 +438,56 @@ def test_versions_of_installed_packages_count(
     assert [key for key in after if after[key] != before[key]] == ["package timm"]
     of_timm = [source.name for source in mechanism_sources("timm.layers.attention:Attention")]
     assert of_timm[-1] == "package timm"
+
+
+# What a mechanism does, the file of its folder that it reads so, and whether that is a module.
+READS = {
+    "by a module's name in a variable": (
+        "import importlib\nNAME = 'wide_of_tests'\nimportlib.import_module(NAME)",
+        "wide_of_tests.py",
+    ),
+    "by its own name": (
+        "from pathlib import Path\nPath(__file__).with_suffix('.json').read_text()",
+        "mine.json",
+    ),
+    "by a name put together": (
+        "import os\nN = 'small'\n"
+        "open(os.path.join(os.path.dirname(__file__), 'c', f'{N}_v{2}.yaml'))",
+        "c/small_v2.yaml",
+    ),
+    "from the folder above": (
+        "from pathlib import Path\nROOT = Path(__file__).resolve().parents[1]\n"
+        "(ROOT / 'settings_of_tests' / 'a.json').read_text()",
+        "../settings_of_tests/a.json",
+    ),
+    "by a variable": ("import os\nopen(os.environ['SETTINGS_OF_TESTS'])", "../named.yaml"),
+}
+
+
+@pytest.mark.parametrize("how", READS)
+def test_what_a_mechanism_opens_counts(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, file = READS[how]
+    place = tmp_path / "own" / file
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text("# 1")
+    monkeypatch.setenv("SETTINGS_OF_TESTS", str(place))
+    name = mechanism(tmp_path / "own", text)
+    before = {source.name: source.sha256 for source in mechanism_sources(name)}
+    place.write_text("# 2")
+    after = {source.name: source.sha256 for source in mechanism_sources(name)}
+    assert [key for key in after if after[key] != before.get(key)] == [file]
+
+
+def test_a_variable_that_is_read_by_a_name_put_together_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = mechanism(tmp_path, "from os import environ as env\nenv.get('WIDTH_OF_' + 'TESTS')")
+    monkeypatch.setenv("WIDTH_OF_TESTS", "1")
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    found = [source.name for source in mechanism_sources(name)]
+    assert found == ["helper.py", "mine.py", "$WIDTH_OF_TESTS"]
+    # A small one was built.
+    assert torch.equal(torch.get_rng_state(), state)
