@@ -12,8 +12,8 @@ import pkgutil
 import sys
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from attentions.contract import Attention, AttentionModule, Grid, accepted_options
-from attentions.reads import Reads, listening
+from attentions.reads import Reads, listening, settings_kept
 from attentions.registry import registered
 
 __all__ = [
@@ -109,8 +109,12 @@ def build(name: str, *, dim: int, num_heads: int, num_global: int = 1, **options
     ]
     if missing:
         raise ValueError(f"{name} needs the option {', '.join(map(repr, missing))}")
-    with listening(_reads[name]) if ":" in name else nullcontext():
-        module = factory(dim=dim, num_heads=num_heads, num_global=num_global, **options)
+    with _heard(name) if ":" in name else nullcontext():
+        try:
+            module = factory(dim=dim, num_heads=num_heads, num_global=num_global, **options)
+        except SystemExit as error:
+            # One row must not end the others.
+            raise ValueError(f"{name}: its constructor calls sys.exit: {error}") from error
     lazy = [key for key, value in module.state_dict(keep_vars=True).items() if is_lazy(value)]
     if lazy:
         raise ValueError(
@@ -153,6 +157,13 @@ def read_by(name: str) -> Reads:
     return _reads[name]
 
 
+@contextmanager
+def _heard(name: str) -> Iterator[None]:
+    """Hear what a mechanism of the user reads; it must not change settings of torch."""
+    with settings_kept(), listening(_reads[name]):
+        yield
+
+
 def _nearest(value: str, allowed: Iterable[str]) -> str:
     close = difflib.get_close_matches(value, list(allowed), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
@@ -161,7 +172,7 @@ def _nearest(value: str, allowed: Iterable[str]) -> str:
 def _load(name: str) -> type[nn.Module]:
     source, _, attribute = name.rpartition(":")
     try:
-        with listening(_reads[name]):
+        with _heard(name):
             module = _load_file(Path(source)) if source.endswith(".py") else _import(source)
     except (Exception, SystemExit) as error:
         # Whatever goes wrong in the user's code is a mistake in what this name points at.
@@ -206,6 +217,9 @@ def _let_import_from(folder: Path) -> None:
         ImportError: where a module of that name was imported from beside another file.
     """
     if folder in _folders:
+        # Before those of other mechanisms, whose modules may have the same names.
+        sys.path.remove(str(folder))
+        sys.path.insert(_first_of_users(), str(folder))
         return
     for name, module in list(sys.modules.items()):
         path = Path(getattr(module, "__file__", None) or "")
@@ -217,5 +231,11 @@ def _let_import_from(folder: Path) -> None:
                 f"{own} and {path} have one name, by which one of them can be imported in a"
                 " process; rename one, or run the rows by commands of their own"
             )
+    sys.path.insert(_first_of_users(), str(folder))
     _folders.append(folder)
-    sys.path.append(str(folder))
+
+
+def _first_of_users() -> int:
+    """Where the folders of the user's files begin in the path, which is after all others."""
+    own = [sys.path.index(str(folder)) for folder in _folders if str(folder) in sys.path]
+    return min(own, default=len(sys.path))

@@ -1,13 +1,20 @@
-"""What a mechanism of the user reads while it is imported and built: files and variables."""
+"""What a mechanism of the user does besides while it is imported and built.
+
+It reads files and environment variables, which it is then made of, and it must not change settings
+of torch, which would change other rows of the same process.
+"""
 
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -60,3 +67,59 @@ def _hear_files() -> None:
 
     # It cannot be taken away again.
     sys.addaudithook(hear)
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Refuse what changes settings of torch that hold for all rows, and take the change back.
+
+    Raises:
+        ValueError: naming the settings.
+    """
+    before = {name: get() for name, (get, _) in _SETTINGS.items()}
+    try:
+        yield
+    finally:
+        changed = {name: get() for name, (get, _) in _SETTINGS.items() if get() != before[name]}
+        for name in changed:
+            _SETTINGS[name][1](before[name])
+    if changed:
+        said = ", ".join(f"{name} to {value}" for name, value in changed.items())
+        raise ValueError(
+            f"it sets {said}, which would change other rows too; do that within forward, with a"
+            " context manager that takes it back"
+        )
+
+
+def _attribute(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    return partial(getattr, owner, name), partial(setattr, owner, name)
+
+
+_CUDA, _CUDNN = torch.backends.cuda, torch.backends.cudnn
+# How a setting is read and written, by its name.
+_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "the default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "the default device": (torch.get_default_device, torch.set_default_device),
+    "the number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "whether there are gradients": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "detection of anomalies": (
+        torch.is_anomaly_enabled,
+        torch.autograd.set_detect_anomaly,
+    ),
+    "deterministic algorithms": (
+        torch.are_deterministic_algorithms_enabled,
+        torch.use_deterministic_algorithms,
+    ),
+    "the precision of float32 products": (
+        torch.get_float32_matmul_precision,
+        torch.set_float32_matmul_precision,
+    ),
+    "flash attention": (_CUDA.flash_sdp_enabled, _CUDA.enable_flash_sdp),
+    "memory-efficient attention": (_CUDA.mem_efficient_sdp_enabled, _CUDA.enable_mem_efficient_sdp),
+    "cuDNN's attention": (_CUDA.cudnn_sdp_enabled, _CUDA.enable_cudnn_sdp),
+    "plain attention": (_CUDA.math_sdp_enabled, _CUDA.enable_math_sdp),
+    "cudnn.enabled": _attribute(_CUDNN, "enabled"),
+    "cudnn.benchmark": _attribute(_CUDNN, "benchmark"),
+    "cudnn.deterministic": _attribute(_CUDNN, "deterministic"),
+    "cudnn.allow_tf32": _attribute(_CUDNN, "allow_tf32"),
+}

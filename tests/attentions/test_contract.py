@@ -9,6 +9,7 @@ import attentions
 from attentions.contract import Attention, Redrawing
 from attentions.registry import register
 from bench.model.backbone import ViL
+from tests.mechanisms import write
 
 EXAMPLES = [
     pytest.param(name, options, id=f"{name}-{'-'.join(map(str, options.values()))}")
@@ -392,6 +393,44 @@ def test_a_mechanism_that_cannot_be_loaded(users_folder, name, message):
         attentions.find(name)
     assert "\n" not in str(caught.value)
     assert repr(name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("torch.backends.cuda.enable_flash_sdp(False)", "flash attention to False"),
+        ("torch.set_default_dtype(torch.float64)", "the default dtype to torch.float64"),
+        ("torch.backends.cudnn.benchmark = True", "cudnn.benchmark to True"),
+    ],
+)
+def test_a_mechanism_must_not_change_settings_of_torch(tmp_path, line, said):
+    """Other rows of the process would be others."""
+    name = write(tmp_path / "mine.py", imports=line)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        attentions.find(name)
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_a_mechanism_imports_from_beside_itself_first(tmp_path):
+    """A folder of another mechanism may have a module of the same name that nothing imported."""
+    for folder, width in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "utils_of_tests.py").write_text(f"WIDTH = {width}\n")
+    attentions.find(write(tmp_path / "a" / "mine.py"))
+    attentions.find(write(tmp_path / "b" / "mine.py", imports="import utils_of_tests"))
+    assert sys.modules["utils_of_tests"].WIDTH == 2
+
+
+def test_a_constructor_that_exits_is_an_error_of_its_row(tmp_path):
+    name = write(tmp_path / "mine.py", imports="import sys")
+    text = (tmp_path / "mine.py").read_text()
+    (tmp_path / "mine.py").write_text(
+        text.replace("super().__init__()", "super().__init__(); sys.exit('needs CUDA')")
+    )
+    with pytest.raises(ValueError, match=r"its constructor calls sys\.exit: needs CUDA"):
+        attentions.build(name, dim=4, num_heads=1)
 
 
 def test_a_mechanism_with_the_base_class_needs_its_two_forms():
