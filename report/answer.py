@@ -21,7 +21,7 @@ from report.columns import (
     table,
     three_digits,
 )
-from report.load import Library, Named, at, per_library
+from report.load import Library, Named, at, inputs_of, per_library
 from report.probes import Profile
 from report.provenance import listed
 from report.reference import Conditions
@@ -140,7 +140,8 @@ class Standing:
         said = f"{leader} has the highest box mAP, {self.accuracy(self.leader)}"
         others = len(self.ties) - 1
         if not others:
-            return f"{said}; {self.cheapest(self.ties)}."
+            # Of one row there is no cheapest.
+            return f"{said}; of all rows, {self.cheapest(range(len(self.data)))}."
         rows = "row" if others == 1 else f"{others} rows"
         among = f"of it and the {rows} that cannot be told apart from it"
         probes = "" if sees is None else self._by_probes(sees)
@@ -258,6 +259,11 @@ class Standing:
             )
             found.append(
                 f"accuracy on photographs (mAP is of {images} generated images after {steps} steps)"
+            )
+        trained = [inputs_of(one, at(one, "config.data.train_split")) for one in done]
+        if len({str(sorted(one.items())) for one in trained if one}) > 1:
+            found.append(
+                "the rows with the same training data, which differs (Environment says whose)"
             )
         if done and all(at(one, "evaluation.seeds") is None for one in done):
             found.append("what another seed changes (--seeds 3)")

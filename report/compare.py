@@ -1,5 +1,6 @@
 """Two sets of records, row by row and figure by figure: what changed, and whether it is chance."""
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -192,6 +193,7 @@ def _quantities() -> list[Quantity]:
 
 def _pairs(a: Sequence[Record], b: Sequence[Record]) -> list[tuple[Record, Record]]:
     """The records that are compared: of a row with the same settings, or else its newest."""
+    a, b = _latest(a), _latest(b)
     if len(a) == len(b) == 1:
         return [(a[0], b[0])]
     found: list[tuple[Record, Record]] = []
@@ -207,6 +209,14 @@ def _pairs(a: Sequence[Record], b: Sequence[Record]) -> list[tuple[Record, Recor
         ]
         found += same or [(newest[0], newest[1])]
     return found
+
+
+def _latest(records: Sequence[Record]) -> list[Record]:
+    """The newest of each run, which was run again where its data or mechanism changed."""
+    found: dict[str, Record] = {}
+    for record in sorted(records, key=lambda one: (one.status == "done", one.created)):
+        found[json.dumps(record.config, sort_keys=True)] = record
+    return [record for record in records if any(record is one for one in found.values())]
 
 
 def _name(record: Record) -> tuple[str, ...]:

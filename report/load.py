@@ -167,7 +167,8 @@ def _images(record: Record) -> str | None:
     )
     if annotations is None:
         return None
-    return f"{split} of {count} images ({str(annotations)[:8]})"
+    hashes = ", ".join(one[:8] for one in str(annotations).split())
+    return f"{split} of {count} images ({hashes})"
 
 
 def load_one(path: Path) -> Record:
@@ -237,7 +238,25 @@ def load_newest(folder: Path, *, needed: bool = False) -> list[Record]:
 def _timed(records: Iterable[Record], output: Path) -> list[Record]:
     """Records with the latency that was measured for all rows of an output folder together."""
     timed = read_latencies(output / LATENCIES)
+    records = map(_known_by_pixels, records)
     return [replace(one, latency=timed.get((one.row, one.key), one.latency)) for one in records]
+
+
+def _known_by_pixels(record: Record) -> Record:
+    """A record whose images are told from others by their pixels too, where it knows them."""
+    evaluation = record.evaluation or {}
+    pixels = inputs_of(record, evaluation.get("split")).get("pixels")
+    if pixels is None or not evaluation.get("annotations_sha256"):
+        return record
+    both = f"{evaluation['annotations_sha256']} {pixels}"
+    return replace(record, evaluation={**evaluation, "annotations_sha256": both})
+
+
+def inputs_of(record: Record, split: str | None) -> Mapping[str, Any]:
+    """Return the hashes of a split that a record knows, by "annotations" and "pixels"."""
+    inputs = record.environment.get("inputs") or {}
+    found: Mapping[str, Any] = (inputs.get("data") or {}).get(split) or {}
+    return found
 
 
 def ordered(records: Iterable[Record]) -> list[Record]:

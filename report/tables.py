@@ -367,7 +367,9 @@ def to_text(shown: pd.DataFrame, width: int = WIDTH) -> str:
     for values in shown.itertuples(index=False):
         table.add_row(*(escape(value) for value in values))
     buffer = io.StringIO()
-    console = Console(file=buffer, width=width, color_system=None, force_terminal=False)
+    console = Console(
+        emoji=False, file=buffer, width=width, color_system=None, force_terminal=False
+    )
     if console.measure(table, options=console.options.update(width=10 * width)).maximum > width:
         table.padding = 0
     console.print(table)

@@ -104,9 +104,9 @@ def test_the_answer_without_costs_at_full_size(records: list[Record]) -> None:
     unlike = [records[0], replace(records[2], memory=None, latency=None)]
     (found,) = answer.first(unlike, [])
     assert found.sentences == (
-        f"ViL has the highest box mAP, 30.2 ± 6.4 %; ViL needs the fewest FLOPs at 128{X}160"
-        " (1.44 G), the least memory for training (0.49 GB) and the least time for"
-        " inference (151 ms, median).",
+        "ViL has the highest box mAP, 30.2 ± 6.4 %; of all rows, ViL and performer need the fewest"
+        f" FLOPs at 128{X}160 (1.44 G), ViL needs the least memory for training (0.49 GB) and the"
+        " least time for inference (151 ms, median).",
         "Told apart as worse: performer; in all, 1 of 1 pairs of rows are told apart by mAP.",
         "Not measured here: costs at the size of large images (--costs counted); accuracy on"
         " photographs (mAP is of 100 generated images after 320 steps); what another seed changes"

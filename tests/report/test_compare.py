@@ -47,6 +47,13 @@ def test_what_changed_is_told_apart_from_chance() -> None:
     assert slightly["box mAP"] == slightly["latency, inference"] == confidence.SAME
 
 
+def test_the_newest_record_of_a_run_is_compared() -> None:
+    """Where its data or mechanism changed, the one before stays beside it."""
+    before, after = row("ViL"), row("ViL", shift=-2)
+    after = replace(after, created="2030-01-01T00:00:00", environment={"inputs": {"data": {}}})
+    assert verdicts([before], [before, after])["box mAP"] == "worse"
+
+
 def test_pairs_of_seeds_tell_apart_what_single_seeds_do_not() -> None:
     before = [seeded("ViL", seed, shift) for seed, shift in enumerate((0, 2, 4))]
     after = [seeded("ViL", seed, shift - 1) for seed, shift in enumerate((0, 2.1, 3.9))]

@@ -1,13 +1,16 @@
 """Intervals of mAP and differences of rows, over made-up records."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from bench import record
 from bench.record import Record
 from bench.run.bootstrap import IOU_THRESHOLDS, Matches, average_precision, draws, interval
-from report import answer, confidence, page, tables
+from report import answer, confidence, load, page, tables
 from report.columns import MISSING
 from tests.report.test_report import failed, make
 
@@ -183,3 +186,20 @@ def test_rows_on_other_images_share_no_table() -> None:
         "ViL",
         "full",
     ]
+
+
+def test_images_are_told_apart_by_their_pixels(tmp_path: Path) -> None:
+    """Annotations alone do not say what was evaluated on."""
+    for row, pixels in (("ViL", "a" * 64), ("full", "b" * 64)):
+        one = evaluated(row, common())
+        own = {name: {"pixels": pixels} for name in ("val2017", "train2017")}
+        place = {**one.environment, "inputs": {"data": own}}
+        record.write(replace(one, environment=place), tmp_path / "records")
+    records = load.load(tmp_path)
+    assert not confidence.same_draws(*records)
+    assert len(answer.first(records, [])) == 2
+    # Of those that were evaluated alike, the answer says so.
+    config = {**records[0].config, "data": {"train_split": "train2017"}}
+    alike = [replace(one, evaluation=records[0].evaluation, config=config) for one in records]
+    (found,) = answer.first(alike, [])
+    assert "the rows with the same training data, which differs" in found.sentences[-1]
