@@ -9,6 +9,7 @@ import functools
 import gc
 import json
 import logging
+import operator
 import os
 import sys
 import textwrap
@@ -271,7 +272,7 @@ def _run(options: argparse.Namespace, given: Sequence[str], world: processes.Wor
     from bench.run import identity, runner
     from bench.run import suite as rows
 
-    console = Console(quiet=not world.is_first)
+    console = Console(emoji=False, quiet=not world.is_first)
     where = suite, output, console
     retry, command = options.retry_failed, _command(given)
     row = functools.partial(_row_arguments, bases, output, options)
@@ -296,13 +297,19 @@ def _run(options: argparse.Namespace, given: Sequence[str], world: processes.Wor
 
         return identity.chosen([standing.identity for standing in standings], load.load(output))
 
+    late = identity.edited(standings)
+    if late:
+        # What is measured from here on imports them anew.
+        said = f"{', '.join(late)} changed while the rows ran: neither latency, pictures nor costs"
+        console.print(f"note: {said} are made; the same command goes on", highlight=False)
+        options.no_latency = options.no_pictures = True
     if not options.no_latency:
         rows.measure_latency(records(), output, console, command=command)
     if options.no_report:
         return code
     if not options.no_pictures:
         rows.make_pictures(records(), output, console)
-    found = rows.count_costs(full_size, output, console, command=command)
+    found = [] if late else rows.count_costs(full_size, output, console, command=command)
     from report import page
 
     return max(code, page.write_suite(records(), output, title=f"Suite {suite.name}", costs=found))
@@ -373,6 +380,8 @@ def _load(options: argparse.Namespace, world: processes.World) -> Suite:
         device=options.device,
         overrides=overrides,
         searched=variants.values_of(options.search),
+        # A row of a launcher is one of those that its command has checked.
+        whole=not options.no_report,
     )
     if options.init is None:
         return suite
@@ -430,7 +439,7 @@ def _dry_run(suite: Suite, output: Path, retry_failed: bool, measure_steps: int)
     if not missing:
         return 0
     suite = dataclasses.replace(suite, runs=missing)
-    with Console(stderr=True).status("planning") as status:
+    with Console(emoji=False, stderr=True).status("planning") as status:
         planned = plan.plan(
             suite,
             output,
@@ -462,7 +471,9 @@ def _row_arguments(
         *("retry-failed", "tensorboard", "no-weights", "init-partial"),
     )
     if config.row != base:
-        arguments += ["--search", config.row.removeprefix(f"{base} (").removesuffix(")")]
+        (path,) = variants.values_of(options.search)
+        value = json.dumps(operator.attrgetter(path)(config), ensure_ascii=False)
+        arguments += ["--search", f"{path}={value}"]
     return [*arguments, *(word for word in options.overrides if not word.startswith("seed="))]
 
 

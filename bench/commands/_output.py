@@ -67,7 +67,7 @@ def progress(found: Iterable[Any], name: Callable[[Any], str]) -> Iterator[Any]:
     """Pass through what is found, with the last name on stderr where that is a terminal."""
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console = Console(emoji=False, stderr=True)
     with console.status("counting") as status:
         for one in found:
             status.update(f"counted {name(one)}")

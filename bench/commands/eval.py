@@ -198,7 +198,7 @@ def run(options: argparse.Namespace) -> int:
     fabric = make_fabric(config)
     model: Any = fabric.setup_module(detector)
     is_first = world().is_first
-    console = Console(stderr=True, quiet=not is_first)
+    console = Console(emoji=False, stderr=True, quiet=not is_first)
     with Bar(f"evaluating {split.split}", len(split), console=console) as bar:
         section = evaluate(
             model, split, config, fabric, lambda share, _doing: bar.update(share), labels=labels

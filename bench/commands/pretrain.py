@@ -147,7 +147,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     module = build_classifier(config, len(split.classes))
     load_classifier(module.vil, load_file(options.weights), str(options.weights))
     fabric = make_fabric(config)
-    console = Console(stderr=True)
+    console = Console(emoji=False, stderr=True)
     with Bar("evaluating", len(split), console=console) as bar:
         section = evaluate(
             fabric.setup_module(module), split, config, fabric, lambda share, _: bar.update(share)

@@ -102,8 +102,16 @@ def _costs(
     from bench.config.suites import Reference, build_config, reference_config
     from bench.measure import reference
     from bench.record import COSTS
+    from bench.run.identity import edited_since
     from report import searches
 
+    for one in records:
+        edited = edited_since(one)
+        if edited:
+            raise InputError(
+                f"{', '.join(edited)} changed since the record of {one.row} was made: costs would"
+                " be of another mechanism than its mAP; run it again"
+            )
     place = Reference(options.image_size, options.batch_size, options.precision)
     configs = {
         config.row: config

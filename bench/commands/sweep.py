@@ -160,7 +160,7 @@ def run(options: argparse.Namespace) -> int:
         limits=Limits(memory=options.memory_limit, seconds=options.max_seconds or None),
         command=["python", "-m", "bench", *sys.argv[1:]],
         # Progress goes to stderr, so that JSON and CSV can be piped.
-        console=Console(stderr=True),
+        console=Console(emoji=False, stderr=True),
     )
     page = write(alike(points, options.output), options.output)
     print_points(points, options.format)

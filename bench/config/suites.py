@@ -94,6 +94,7 @@ def load_suite(
     device: str | None = None,
     overrides: Sequence[str] = (),
     searched: Mapping[str, Sequence[Any]] | None = None,
+    whole: bool = True,
 ) -> Suite:
     """Read a suite and what the command line changes of it.
 
@@ -112,6 +113,7 @@ def load_suite(
         overrides: `key=value`, for example `train.steps=100`.
         searched: values that a search will give settings, by dotted name; what has an effect with
             one of them has one.
+        whole: whether these are all rows of a command: a setting has to change one of them.
 
     Raises:
         InputError: for an unknown suite, row or key, a value that is not allowed, or values that
@@ -159,7 +161,8 @@ def load_suite(
         plain += [config, *_varied(values, searched)]
         runs.append(_with_fixed_size(config))
         check_sizes(runs[-1])
-    check_effects(command_line, plain)
+    if whole:
+        check_effects(command_line, plain)
     _check_apart(runs, overrides)
     more = () if rows else tuple(row for row in table if row not in chosen)
     return Suite(name, tuple(runs), needs, more, suite.get("backbone"))

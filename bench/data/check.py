@@ -267,7 +267,7 @@ def _inspect(
         collate_fn=list,
         worker_init_fn=prepare_worker,
     )
-    console = Console(stderr=True, quiet=most is not None)
+    console = Console(emoji=False, stderr=True, quiet=most is not None)
     with Bar(f"checking {dataset.split}", count, console=console) as bar, clear_worker_errors():
         places = iter(chosen)
         looks: list[tuple[Entry, Look | None]] = []
@@ -362,7 +362,9 @@ def _inspect_mask(annotation: Entry, entry: Entry) -> Iterator[Finding]:
         )
     area = float(annotation["area"])
     ratio = max(area, pixels) / max(min(area, pixels), 1.0)
-    if ratio > _AREA_FACTOR and abs(area - pixels) > _AREA_PIXELS:
+    # Without a mask the box stands for it, of which an object may take any share.
+    unmasked = annotation["segmentation"] is None and area < pixels
+    if ratio > _AREA_FACTOR and abs(area - pixels) > _AREA_PIXELS and not unmasked:
         whole = area == height * width
         kind = "area of the whole image" if whole else "area that does not fit its mask"
         yield finding(kind, area=area, pixels=pixels, **own)

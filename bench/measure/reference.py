@@ -46,7 +46,8 @@ def count(
         InputError: if the folder cannot be written.
     """
     known = {} if folder is None else _known(folder)
-    todo = {key: config for config in configs if (key := _key(config)) not in known}
+    keys = [_key(config) for config in configs]
+    todo = {key: one for key, one in zip(keys, configs, strict=True) if key not in known}
     # A process for each core, of those only that have something to do.
     idle: SimpleQueue[Worker] = SimpleQueue()
     workers = [Worker(threads=1) for _ in range(min(cores(), len(todo)))]
@@ -70,7 +71,7 @@ def count(
     finally:
         for worker in workers:
             worker.close()
-    return [known[_key(config)] for config in configs]
+    return [known[key] for key in keys]
 
 
 def measure_layers(

@@ -103,7 +103,7 @@ def fitting(detector: detectors.Detector, path: Path) -> tuple[dict[str, Tensor]
         InputError: for a file that cannot be read, none of whose tensors fits the backbone, or with
             values that are not finite.
     """
-    given = weights.load_file(path)
+    loaded = given = weights.load_file(path)
     if not any(name.startswith(weights.DETECTOR_PREFIX) for name in given):
         given = weights.convert(given, detector.vil).tensors
     own = detector.state_dict()
@@ -113,7 +113,7 @@ def fitting(detector: detectors.Detector, path: Path) -> tuple[dict[str, Tensor]
         if name in own and own[name].shape == tensor.shape
     }
     if not any(map(_is_of_backbone, found)):
-        raise InputError(f"train.init={path}: none of its {len(given)} tensors fits the backbone")
+        raise InputError(f"train.init={path}: none of its {len(loaded)} tensors fits the backbone")
     both = weights.shared(detector, found)
     if both:
         raise InputError(f"train.init={path}: {len(both)} {weights.SHARED}: {some(both)}")

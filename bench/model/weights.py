@@ -50,7 +50,8 @@ def load_file(path: Path) -> dict[str, Tensor]:
     """Read the state dict of a file that torch.save wrote: tensors by name.
 
     It may stand alone or under "model", "net" or "state_dict"; what stands beside it, such as an
-    optimizer's state, is not returned. Pickled code is never run.
+    optimizer's state, is not returned, nor is the `module.` of parallel training before all names.
+    Pickled code is never run.
 
     Raises:
         InputError: naming the file, where it cannot be read, is no such file, holds anything but
@@ -83,7 +84,9 @@ def load_file(path: Path) -> dict[str, Tensor]:
         if tensor.is_meta or tensor.layout != torch.strided or not known:
             what = "no values" if tensor.is_meta else f"{tensor.layout} {tensor.dtype}"
             raise InputError(f"{path}: {name} has {what}; dense numbers that are real are needed")
-    return {str(name): tensor for name, tensor in state.items()}
+    parallel = all(str(name).startswith(_PARALLEL_PREFIX) for name in state)
+    begun = len(_PARALLEL_PREFIX) if parallel else 0
+    return {str(name)[begun:]: tensor for name, tensor in state.items()}
 
 
 def _mappings(content: Mapping[object, object], at: str = "") -> Iterator[tuple[str, Any]]:

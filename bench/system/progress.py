@@ -97,7 +97,7 @@ class Bar(_Display):
     ) -> None:
         super().__init__(
             MofNCompleteColumn(),
-            console=console or Console(stderr=True),
+            console=console or Console(emoji=False, stderr=True),
             clock=clock,
             window=60,
             transient=True,
@@ -143,7 +143,7 @@ class SuiteProgress(_Display):
         super().__init__(
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
-            console=console or Console(),
+            console=console or Console(emoji=False),
             clock=clock,
             # A row's parts differ in pace; a short window would make the time left jump.
             window=600,
