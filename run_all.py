@@ -229,7 +229,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "run_all.py") -> in
             world = processes.world()
             first = world.is_first
             code = _run(options, given, world)
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                # None where it was closed before.
+                sys.stdout.flush()
             return code
     except InputError as error:
         if first:

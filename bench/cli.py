@@ -105,6 +105,7 @@ class Parser(argparse.ArgumentParser):
         setting = getattr(action, "setting", None)
         if setting is not None:
             said = str(value) if isinstance(value, Path) else name if value is True else value
+            said = getattr(action, "said", lambda value: value)(said)
             said = list(said) if isinstance(said, tuple) else said
             merged([nested(setting, said), assigned(getattr(found, "overrides", ()))], agree="")
 
@@ -151,7 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser_of(prog, command).parse(words)
         with raised_where_it_arrives(signal.SIGINT):
             code: int = command.run(options)
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                # None where it was closed before.
+                sys.stdout.flush()
     except InputError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
@@ -405,7 +408,7 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
 
 
 # What `add_argument` does not know.
-_OURS = ("setting", "needs")
+_OURS = ("setting", "said", "needs")
 
 
 def add(parser: "argparse._ActionsContainer", *options: str, **own: Any) -> None:
@@ -415,7 +418,8 @@ def add(parser: "argparse._ActionsContainer", *options: str, **own: Any) -> None
         parser: of the command, or a group of it.
         options: their names; of those in SHARED, what they are is known.
         own: what this command says besides or otherwise, as `add_argument` takes it, and
-            `setting`, the one that the option sets, `needs`, another option that it has an effect
+            `setting`, the one that the option sets, `said`, what makes its value of the option's,
+            `needs`, another option that it has an effect
             with, such as "launcher=local".
     """
     for name in options:

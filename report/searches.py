@@ -29,8 +29,13 @@ class Search:
 
     @property
     def best(self) -> tuple[str, Record] | None:
-        """The value with the highest box mAP, the first of equal ones; None without any."""
+        """The value with the highest box mAP, the first of equal ones; None without any.
+
+        Values that were evaluated on other images have no best.
+        """
         known = [one for one in self.tried if box_ap(one[1]) is not None]
+        if len({images(record) for _, record in known}) > 1:
+            return None
         return max(known, key=lambda one: box_ap(one[1]) or 0.0) if known else None
 
 
@@ -69,6 +74,12 @@ def box_ap(record: Record) -> float | None:
     box = (record.evaluation or {}).get("box") or {}
     value: float | None = box.get("AP")
     return value
+
+
+def images(record: Record) -> tuple[Any, Any]:
+    """Return what tells the images that a record was evaluated on from others."""
+    evaluation = record.evaluation or {}
+    return evaluation.get("split"), evaluation.get("annotations_sha256")
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

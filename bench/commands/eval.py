@@ -85,6 +85,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "split",
         metavar="NAME",
         setting="evaluate.splits",
+        said=lambda split: [split],
         help=f"split of the data (default: the first of --record, or {_SPLIT})",
     )
     model = parser.add_argument_group("the detector")

@@ -60,7 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(parser, "batch-size")
     add_precision(parser)
     add(parser, "device")
-    add(parser, "mode", setting="profile.training")
+    add(parser, "mode", setting="profile.training", said=lambda modes: "training" in modes)
     add_what(parser, QUANTITIES, ON_DEMAND)
     add(parser, "repeats", default=10)
     add(parser, "seconds", default="1")
@@ -268,14 +268,15 @@ def _over_sizes(options: argparse.Namespace) -> int:
     Raises:
         InputError: for an unknown data set.
     """
-    from bench.config.suites import profile_configs
+    from bench.config.suites import SIZED, profile_configs
     from bench.measure import sizes
     from bench.measure.costs import build_on_meta
     from report import counts
 
     sizes.image_sizes(options.sizes)
     # Positions for the largest image of the data set, whatever size is profiled otherwise.
-    configs = profile_configs(options.attention, **_given(options))
+    given = _given(options) | {"used": SIZED}
+    configs = profile_configs(options.attention, **given)
 
     def count(config: "RunConfig") -> dict[str, Any]:
         proposals = config.profile.proposals

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.data import images, layout
 from bench.data.annotations import Entry, outline
+from bench.data.classes import ClassDataset
 from bench.data.coco import CocoDataset
 from bench.data.copies import COPIED, Look, Seen, look, place_of
 from bench.data.findings import Finding, Tally, finding, quoted
@@ -218,6 +219,40 @@ def remarks(datasets: Iterable[CocoDataset]) -> list[str]:
     return lines
 
 
+def class_remarks(splits: Iterable[ClassDataset], white: int) -> list[str]:
+    """What is odd in images by class, a line for each kind and split.
+
+    Of a large split some are looked at, evenly spread.
+
+    Args:
+        splits: of a data set.
+        white: the value that becomes 255 in grey images of 16 bits.
+
+    Raises:
+        InputError: for an image that cannot be read; naming it.
+    """
+    lines: list[str] = []
+    before: dict[str, str] = {}
+    for split in splits:
+        tally, tops, seen = Tally(), [], {}
+        most = len(split) if len(split) <= _LOOKED_AT_WHOLE else _LOOKED_AT
+        for index in np.linspace(0, len(split), most, endpoint=False).astype(int).tolist():
+            picture, place = split.picture(index, white)
+            for kind, values in _oddities(picture):
+                tally.add(finding(kind, **values, name=place))
+            tops += [picture.top] if picture.top else []
+            digest = _digest(picture)
+            seen[digest] = place
+            if digest in before:
+                tally.add(finding(COPIED, other=before[digest], name=place))
+        before |= seen
+        for whole in _small_range(tops, white):
+            tally.add(whole)
+        part = "" if most == len(split) else f" (pixels of {most} of {len(split)} images)"
+        lines += tally.lines(f"{split.folder}{part}")
+    return lines
+
+
 class _Inspection(NamedTuple):
     """Of an image what is found, a digest and a look of its pixels, and `_outlined`."""
 
@@ -306,8 +341,11 @@ def _inspect_file(
     why = images.damage(raw, picture.mode)
     found += [finding("damaged JPEG", why=why, **own)] if why else []
     found += (finding("image with a warning", why=each.message, **own) for each in caught)
-    digest = hashlib.blake2b(picture.pixels.numpy().tobytes(), digest_size=16)
-    return digest.hexdigest(), look(picture.pixels)
+    return _digest(picture), look(picture.pixels)
+
+
+def _digest(picture: Picture) -> str:
+    return hashlib.blake2b(picture.pixels.numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def _oddities(picture: Picture) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -453,12 +491,7 @@ def _of_the_whole(
     if every >= _BESIDE and filling >= _FILLING * every:
         yield finding("masks that look like boxes", count=filling, all=every)
     deep = [f.values["top"] for f in found if f.kind == "16-bit image"]
-    top = max(deep, default=dataset.deep_white)
-    if dataset.deep_white == DEEPEST and 4 * top < DEEPEST:
-        left = round(255 * top / DEEPEST)
-        white = 2 ** max(top.bit_length(), 8) - 1
-        kind = "deep images with a small range"
-        yield finding(kind, top=top, count=len(deep), left=f"0 to {left}", white=white)
+    yield from _small_range(deep, dataset.deep_white)
     formats = Counter(
         f.values["format"] for f in found if f.kind == "box that does not fit its mask"
     )
@@ -490,6 +523,16 @@ def _of_the_whole(
         other = first.setdefault(_letters(name), name)
         if other != name:
             yield finding("class names alike", name=f"class {quoted(name)}", other=quoted(other))
+
+
+def _small_range(tops: Sequence[int], white: int) -> Iterator[Finding]:
+    """Whether the highest values of 16-bit images say that they have fewer bits."""
+    top = max(tops, default=white)
+    if white == DEEPEST and 4 * top < DEEPEST:
+        left = round(255 * top / DEEPEST)
+        bits = 2 ** max(top.bit_length(), 8) - 1
+        kind = "deep images with a small range"
+        yield finding(kind, top=top, count=len(tops), left=f"0 to {left}", white=bits)
 
 
 def _letters(name: str) -> str:

@@ -79,7 +79,11 @@ class ClassDataset:
         return len(self.samples)
 
     def read(self, index: int, white: int = images.DEEPEST) -> tuple[Image.Image, int]:
-        """Return an image in RGB, upright, and its class.
+        """Return an image in RGB, upright, and its class; arguments and errors as of `picture`."""
+        return to_pil_image(self.picture(index, white)[0].pixels), self.samples[index][1]
+
+    def picture(self, index: int, white: int = images.DEEPEST) -> tuple[images.Picture, str]:
+        """Return an image with what its file was, and where that is.
 
         Args:
             white: the value that becomes 255 in grey images of 16 bits.
@@ -87,12 +91,12 @@ class ClassDataset:
         Raises:
             InputError: naming the file, where it cannot be read.
         """
-        (path, start, length), label = self.samples[index]
+        (path, start, length), _ = self.samples[index]
         place = Path(f"{path} at byte {start}" if start else path)
         with saying(f"cannot read image {place}"), Path(path).open("rb") as file:
             file.seek(start)
             raw = file.read(length)
-        return to_pil_image(images.read(place, raw, white=white).pixels), label
+        return images.read(place, raw, white=white), str(place)
 
 
 def _folders(folder: Path) -> tuple[tuple[str, ...], list[tuple[Place, int]]]:

@@ -163,9 +163,11 @@ def audit_mechanisms(names: Iterable[str], grid: Grid) -> Iterator[Audited]:
 
 def _line(name: str, options: Mapping[str, Any], grid: Grid) -> Audited:
     try:
-        attention = attentions.build_for(
+        attention: Any = attentions.build_for(
             name, grid=grid, dim=DIM, num_heads=NUM_HEADS, num_global=NUM_GLOBAL, **options
         )
+        # A mechanism of others need not say them.
+        attention.dim, attention.num_global = DIM, NUM_GLOBAL
         return Audited(name, options, audit(attention, grid))
     except ValueError as error:
         return Audited(name, options, None, " ".join(str(error).split()))

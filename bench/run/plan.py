@@ -19,8 +19,8 @@ from bench.data import classes
 from bench.data import split as inputs
 from bench.data.classes import ClassDataset
 from bench.data.coco import CocoDataset
-from bench.data.generated import data_root
-from bench.errors import InputError
+from bench.data.generated import SPLITS, data_root
+from bench.errors import InputError, choose
 from bench.measure.predict import NotPredictedError, predict
 from bench.measure.workload import COCO_CLASSES, Workload, attention_of
 from bench.model import build as models
@@ -331,6 +331,9 @@ def _dataset(
         InputError: for data that is there and that the run would refuse.
     """
     path = config.data.path
+    if path is None and config.model.method != CLASSIFIER:
+        for split in (config.data.train_split, *config.evaluate.splits):
+            choose(split, SPLITS, "split of generated data:")
     if not needed and (path is None or not Path(path).is_dir()):
         return None, []
     if config.model.method == CLASSIFIER:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bench import record
 from bench.config.schema import RunConfig
 from bench.data import classes
+from bench.data.check import class_remarks
 from bench.data.classes import ClassDataset
 from bench.data.loader import clear_worker_errors
 from bench.measure.flops import NotCountedError, count_flops
@@ -44,6 +45,8 @@ class Pretraining(Run):
         self.splits: list[Any] = [val]
         self.recipe = classifier.recipe(self.config, len(self.images))
         self.notes += schedule_notes(self.config)
+        if self.config.data.path is not None:
+            self.notes += class_remarks([self.images, val], self.config.data.deep_white)
         if self.step_log is not None:
             self.step_log.total = self.recipe.steps
 

@@ -77,6 +77,13 @@ def test_nothing_is_best_where_all_failed() -> None:
     assert table.raw["best"].tolist() == [False, False]
 
 
+def test_nothing_is_best_of_values_on_other_images() -> None:
+    records = [tried("ViL", 0.05, 20.0), tried("ViL", 0.1, 22.0)]
+    other = {**(records[1].evaluation or {}), "annotations_sha256": "other"}
+    (search,) = searches.find([records[0], replace(records[1], evaluation=other)])
+    assert search.best is None
+
+
 def test_rows_of_a_search_stand_where_their_row_does() -> None:
     rows = [make("Partial ViL"), tried("ViL", 0.1, 1.0), make("zzz"), make("performer")]
     names = [record.row for record in load.ordered(rows)]

@@ -10,6 +10,7 @@ from torch import nn
 import attentions
 from bench import cli
 from bench.measure import audit, flops
+from tests import mechanisms
 
 FUSED = ("full", "global", "linformer", "longformer", "srformer", "swin")
 EXAMPLES = [
@@ -223,6 +224,17 @@ def test_command_prints_and_passes(capsys):
     assert max(map(len, out.splitlines())) <= 120
     for words in ("multiply-adds", "grid 6x9", "shift=2", "padding=cyclic", "agree"):
         assert words in out
+
+
+def test_a_mechanism_need_not_say_its_size(tmp_path, capsys):
+    name = mechanisms.write(tmp_path / "mine.py")
+    (tmp_path / "mine.py").write_text(
+        (tmp_path / "mine.py")
+        .read_text()
+        .replace("self.dim, self.num_global = dim, num_global", "")
+    )
+    assert cli.main(["audit", "--attention", name, "--grid", "4x5"]) == 0
+    assert "agree" in capsys.readouterr().out
 
 
 def test_command_fails_where_one_fails_and_loses_no_other(capsys):

@@ -20,6 +20,7 @@ import run_all
 from bench.cli import main
 from bench.config.suites import load_suite
 from bench.data import classes
+from bench.data.check import class_remarks
 from bench.data.generated import CLASSES, generate
 from bench.errors import InputError
 from bench.model.classifier import build_classifier, build_optimizer, rates, recipe
@@ -347,6 +348,28 @@ def test_images_are_read_as_for_detection(tmp_path):
     np.testing.assert_allclose(white, values * (255 / 47000), atol=0.51)
     with pytest.raises(InputError, match=r"2\.tif: the range of floating-point pixels"):
         found.read(2)
+
+
+def test_what_is_odd_in_images_is_said(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, low in (("train", 0), ("val", 1)):
+        for name in ("a", "b"):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for index in range(3):
+                deep = rng.integers(low, 4096, (8, 8)).astype(np.uint16)
+                Image.fromarray(deep).save(folder / f"{index}.png")
+    copied = (tmp_path / "train" / "a" / "0.png").read_bytes()
+    (tmp_path / "val" / "b" / "9.png").write_bytes(copied)
+    splits = classes.open_splits(tmp_path)
+    said = class_remarks(splits, 65535)
+    small = [line for line in said if "data.deep_white=4095 scales by that" in line]
+    assert [
+        str(tmp_path / split) in line for split, line in zip(("train", "val"), small, strict=True)
+    ]
+    (twice,) = (line for line in said if "9.png" in line and "pixels" in line)
+    assert str(tmp_path / "train" / "a" / "0.png") in twice
+    assert not any("deep_white" in line for line in class_remarks(splits, 4095))
 
 
 def test_hidden_files_are_no_images_and_folders_within_no_classes(tmp_path):
