@@ -167,7 +167,8 @@ def _line(name: str, options: Mapping[str, Any], grid: Grid) -> Audited:
             name, grid=grid, dim=DIM, num_heads=NUM_HEADS, num_global=NUM_GLOBAL, **options
         )
         # A mechanism of others need not say them.
-        attention.dim, attention.num_global = DIM, NUM_GLOBAL
+        for key, value in (("dim", DIM), ("num_global", NUM_GLOBAL)):
+            setattr(attention, key, getattr(attention, key, value))
         return Audited(name, options, audit(attention, grid))
     except ValueError as error:
         return Audited(name, options, None, " ".join(str(error).split()))
