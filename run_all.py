@@ -259,7 +259,7 @@ def _run(options: argparse.Namespace, given: Sequence[str], world: processes.Wor
         text=options.search,
         seed=options.seed,
         seeds=options.seeds,
-        settings=options.overrides,
+        settings=[*options.overrides, *_said(options)],
     )
     output = options.output or Path("results") / suite.name
     if options.dry_run:
@@ -385,10 +385,17 @@ def _load(options: argparse.Namespace, world: processes.World) -> Suite:
         # A row of a launcher is one of those that its command has checked.
         whole=not options.no_report,
     )
-    if options.init is None:
-        return suite
-    _add(overrides, "train.init", options.init)
-    return variants.started(suite, options.init, options.init_partial)
+    if options.init is not None:
+        _add(overrides, "train.init", options.init)
+    init = options.init or assigned(overrides).get("train", {}).get("init")
+    return suite if init is None else variants.started(suite, init, options.init_partial)
+
+
+def _said(options: argparse.Namespace) -> list[str]:
+    """The options that are settings, as such."""
+    paths = {"data": "data.path", "method": "model.method", "init": "train.init"}
+    given = {name: getattr(options, name) for name in (*paths, "device")}
+    return [f"{paths.get(k, k)}={value}" for k, value in given.items() if value is not None]
 
 
 def _pretrain(options: argparse.Namespace, world: processes.World) -> int | None:

@@ -412,6 +412,8 @@ def test_probes_in_the_folder_of_a_suite_leave_its_page(tmp_path: Path) -> None:
         (["--seeds", "2", "--search", "seed=0,1"], "--seeds 2 both say which seeds"),
         (["--seed", "2", "--search", "seed=0,1"], "--seed 2 both say which seeds"),
         (["--search", "lr=1e-3,2e-3", "train.lr=5e-4"], "and train.lr=5e-4 set the same"),
+        (["--method", "retinanet", "--search", "method=mask_rcnn,retinanet"], "set the same"),
+        (["--rows", "ViL,full", "train.init=a.pth"], "is one file for rows of several mechanisms"),
         (["--rows", "ViL", "--rows=swin"], "--rows is given twice, as 'ViL' and 'swin'"),
         (["--rows", "ViL", "--dry-run", "train.lr_multipliers.fpn=2", *TINY], "is called 'fpn'"),
         (["--device", "cpu", "device=cuda"], "device is given twice, as 'cpu' and 'cuda'"),
