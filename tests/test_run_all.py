@@ -45,6 +45,8 @@ TINY = [
 # Of data that is not generated.
 OF_DATA = [word for word in TINY if "data.generated" not in word]
 Refusal = Callable[..., str]
+# But for how long and how often it is saved.
+LONGER = [word for word in TINY if not word.startswith(("train.steps", "train.checkpoint_every"))]
 REPORTED = [word for word in TINY if word != "--no-report"]
 TIMED = [word for word in REPORTED if word != "--no-latency"]
 
@@ -533,7 +535,7 @@ def test_told_to_stop_it_finishes_the_record_and_the_same_command_continues(
     tmp_path: Path, number: signal.Signals, processes: str
 ) -> None:
     # No step is lost that no checkpoint was due for.
-    arguments = ["--rows", "ViL", "--devices", processes, *TINY, "train.steps=25",
+    arguments = ["--rows", "ViL", "--devices", processes, *LONGER, "train.steps=25",
                  "train.checkpoint_every=1000", "profile.enabled=false"]  # fmt: skip
     process = start(*arguments, output=tmp_path)
     deadline = time.monotonic() + 240
@@ -628,8 +630,8 @@ def test_a_row_that_lost_a_data_worker_is_taken_up_again(
                 worker.kill()
                 worker.join()
 
-    arguments = ["--rows", "ViL", "--output", str(tmp_path), *TINY, "train.steps=12",
-                 "data.workers=1", "profile.enabled=false"]  # fmt: skip
+    arguments = ["--rows", "ViL", "--output", str(tmp_path), *LONGER, "train.steps=12",
+                 "train.checkpoint_every=1", "data.workers=1", "profile.enabled=false"]  # fmt: skip
     with monkeypatch.context() as meddled:
         meddled.setattr(SuiteProgress, "update", kill_a_worker)
         assert run_all.main(arguments) == 1

@@ -10,7 +10,7 @@ BROKEN = {
     "NoNumGlobal": ("constructor", "does not take num_global"),
     "NoDefault": ("constructor", "no default for the option window"),
     "FailsToBuild": ("constructor", r"RuntimeError: no luck \(broken_mechanisms.py, line \d+\)"),
-    "Exits": ("constructor", "SystemExit: 3"),
+    "Exits": ("constructor", r"its constructor calls sys\.exit: 3"),
     "Positional": ("keywords", "dim, num_heads, num_global can be given by position"),
     "Swallows": ("keywords", "a misspelt option goes unnoticed"),
     "WrongArchOption": ("keywords", "arch_option names 'window'"),
