@@ -289,19 +289,21 @@ def edited(standings: Sequence[Standing]) -> list[str]:
     """Return the files of mechanisms that changed since a command began, by name."""
     found: set[str] = set()
     for standing in standings:
-        model, before = standing.config.model, standing.identity.inputs.get("mechanism") or {}
-        now = {s.name: s.sha256 for s in mechanism_sources(model.attention, model.options)}
-        found |= {name for name in before if now.get(name) != before[name]}
+        found |= _edited(standing.config, standing.identity.inputs)
     return sorted(found)
 
 
 def edited_since(entry: Record) -> list[str]:
     """Return the files of a record's mechanism that changed since it was made, by name."""
-    before = (entry.environment.get("inputs") or {}).get("mechanism") or {}
-    model = build_config(entry.config).model if before else None
-    sources = mechanism_sources(model.attention, model.options) if model else []
+    inputs = entry.environment.get("inputs") or {}
+    return sorted(_edited(build_config(entry.config), inputs) if inputs.get("mechanism") else ())
+
+
+def _edited(config: RunConfig, inputs: Mapping[str, Any]) -> set[str]:
+    before = inputs.get("mechanism") or {}
+    sources = mechanism_sources(config.model.attention, config.model.options) if before else []
     now = {source.name: source.sha256 for source in sources}
-    return sorted(name for name in before if now.get(name) != before[name])
+    return {name for name in before if now.get(name) != before[name]}
 
 
 def chosen(identities: Sequence[Identity], records: Sequence[Record]) -> list[Record]:

@@ -20,7 +20,7 @@ from bench.data.fingerprint import fingerprint_images
 from bench.data.generated import generate
 from bench.files import sha256
 from bench.record import Record
-from bench.run.identity import identify, survey
+from bench.run.identity import edited, edited_since, identify, survey
 from bench.run.runner import Ending, ending
 from tests.mechanisms import write
 from tests.records import MODEL
@@ -491,3 +491,13 @@ def test_a_variable_that_is_read_by_a_name_put_together_counts(
     assert found == ["helper.py", "mine.py", "$WIDTH_OF_TESTS"]
     # A small one was built.
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_mechanism_that_is_edited_is_found(tmp_path: Path) -> None:
+    name = mechanism(tmp_path)
+    suite = load_suite("quick", rows=[name], device="cpu")
+    standings = survey(suite.runs, tmp_path / "out", retry_failed=False)
+    entry = a_record(suite.runs[0])
+    assert edited(standings) == edited_since(entry) == []
+    (tmp_path / "helper.py").write_text("WIDTH = 2\n")
+    assert edited(standings) == edited_since(entry) == ["helper.py"]
