@@ -307,6 +307,31 @@ def test_costs_at_full_size_are_counted_once_and_lead_the_page(
     refusal(cli.main, "recommend", tmp_path / "nothing")
 
 
+def test_a_mechanism_edited_while_rows_run_gets_no_costs_beside_its_accuracy(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    refusal: Refusal,
+) -> None:
+    file, output = tmp_path / "mine.py", tmp_path / "out"
+    row, whole = mechanisms.write(file), suite.run
+
+    def edited(*arguments: object, **options: object) -> object:
+        found = whole(*arguments, **options)
+        file.write_text(file.read_text().replace("self.proj(x)", "self.proj(self.proj(x))"))
+        return found
+
+    monkeypatch.setattr(suite, "run", edited)
+    command = ["--rows", row, "--output", str(output), *TIMED, "profile.enabled=false"]
+    command[command.index("none")] = "counted"
+    assert run_all.main([*command, "--reference", "256x320"]) == 0
+    assert "mine.py changed while the rows ran: neither latency" in capsys.readouterr().out
+    assert {"records", "index.md"} <= {path.name for path in output.iterdir()}
+    assert not {"latency", "costs"} & {path.name for path in output.iterdir()}
+    said = "mine.py changed since the record of"
+    assert said in refusal(cli.main, "recommend", output, "--image-size", "256x320")
+
+
 def test_killed_in_the_second_row_it_continues_to_the_same_numbers(
     finished: Path, tmp_path: Path
 ) -> None:

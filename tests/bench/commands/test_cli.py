@@ -275,6 +275,18 @@ def test_an_output_that_cannot_be_written_is_one_line(words, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell that closes its output")
+@pytest.mark.parametrize("words", [["-m", "bench", "recommend"], ["run_all.py", "--dry-run"]])
+def test_an_output_that_is_closed_is_no_mistake(words, tmp_path):
+    folder = ROOT / "results" / "measured" / "cpu-2-cores" / "quick"
+    more = [str(folder)] if "bench" in words else ["--rows", "pooling", "--output", str(tmp_path)]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, *words, *more],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_file_that_may_not_be_read_is_one_line(monkeypatch, capsys, tmp_path):
     def locked(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied", "/data/annotations")

@@ -186,6 +186,14 @@ def test_the_first_images_alone(capsys, saved, data):
     assert result["evaluation"]["box"] == pytest.approx(by_hand(data, images=2)["box"])
 
 
+def test_weights_of_a_model_in_parallel_are_its_own(capsys, saved, data, tmp_path):
+    state = torch.load(saved(), weights_only=True)["model"]
+    parallel = tmp_path / "parallel.pth"
+    torch.save({"model": {f"module.{name}": state[name] for name in state}}, parallel)
+    figures = evaluate(capsys, parallel, data, "--limit", 2)["evaluation"]["box"]
+    assert figures == pytest.approx(by_hand(data, images=2)["box"])
+
+
 def test_the_checkpoint_of_a_run_with_its_record(capsys, data, tmp_path):
     config = config_of()
     checkpoints = Checkpoints(tmp_path / "checkpoints")
