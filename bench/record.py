@@ -335,7 +335,7 @@ def write(record: Record, directory: Path) -> Path:
 
 
 def read_latencies(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """Return the newest `latency` section of each record, by its row and key.
+    """Return the newest `latency` section of each record, by its row and key, with its session.
 
     Args:
         folder: `latency` beside `records`.
@@ -351,7 +351,8 @@ def read_latencies(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
             rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
             for row in rows:
                 sections.check({"latency": row["latency"]})
-            found |= {(row["row"], row["key"]): dict(row["latency"]) for row in rows}
+            session = {"session": path.stem}
+            found |= {(row["row"], row["key"]): session | row["latency"] for row in rows}
         except (OSError, ValueError, KeyError, TypeError) as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise InputError(

@@ -135,6 +135,7 @@ class _Latency(_Measured, total=False):
     training: _Times | None
     layers: _Times | None
     group: dict[str, Text]
+    session: Text
     by_part: dict[str, Any]
     notes: list[str]
 

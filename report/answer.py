@@ -177,6 +177,8 @@ class Standing:
         if self.about and len(needs) and self.data[self.memory].max() > needs.min():
             largest = self.data[self.memory].max() / Unit.GB.size
             most = f"; the most of any row is {number(2)(largest)} GB"
+        time = "layers" if self.about else "latency"
+        sessions = chosen.loc[chosen[time].notna(), f"{time}_session"].nunique()
         least = [
             (full, "fewest FLOPs", f"{self.at_size} ({{}} G)", Unit.GIGA, 0.0),
             (
@@ -187,7 +189,7 @@ class Standing:
                 reference.ALIKE if self.about else 0.0,
             ),
             (
-                chosen["layers" if self.about else "latency"],
+                chosen[time][: len(chosen) * (sessions < 2)],
                 "least time in attention layers" if self.about else "least time for inference",
                 " ({} ms, median)",
                 Unit.MS,
@@ -212,6 +214,8 @@ class Standing:
             said = f"the {what}{where.format(digits(known.min() / unit.size))}"
             found.append(said if who == before else f"{who} {said}")
             before = who
+        if sessions > 1:
+            found.append(f"time does not decide, as it was taken in {sessions} sessions")
         return in_words(found) or "what rows cost is not known"
 
     def alike(self, sees: Profile | None = None) -> str:

@@ -190,5 +190,7 @@ def _comparable(data: pd.DataFrame, cost: str) -> pd.Series:
     if cost == "flops":
         known &= data["flops_uncounted"].isna()
     conditions = data["evaluated_as"].str.cat(data[f"{cost.partition('_')[0]}_as"], sep="; ")
+    if cost == "latency":
+        conditions += data["latency_session"].fillna("")
     usual = conditions[known].mode()
     return known & conditions.isin(usual.head(1))

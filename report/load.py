@@ -52,6 +52,8 @@ _TEXT = {
     "precision": "config.train.precision",
     "init": "config.train.init",
     **{f"group_{mode}": f"latency.group.{mode}" for mode in MODES},
+    "latency_session": "latency.session",
+    "layers_session": "latency.layers.session",
 }
 _WHOLE = {
     "seed": "seed",
@@ -301,7 +303,7 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
     best of a
     search. `flops_uncounted` names the operators that FLOPs lack. `*_size` are the images that
     costs are of, `latency_rate` is images a second. `*_as` say how a number was made: rows
-    are compared where they are the same.
+    are compared where they are the same, in time where `*_session` is the same too.
     """
     paths = _TEXT | _WHOLE | _REAL
     lines: list[dict[str, Any]] = [

@@ -404,6 +404,9 @@ def _counting(records: Sequence[Record]) -> list[str]:
     memory = [record.memory for record in records if record.memory]
     latency = [record.latency for record in records if record.latency]
     evaluation = [record.evaluation for record in records if record.evaluation]
+    sessions = {part["session"] for part in latency if "session" in part}
+    apart = f"; taken in {len(sessions)} sessions, those of one alone are compared"
+    apart *= len(sessions) > 1
     sentences = [
         "Average precision and recall: COCO's, in percent"
         f" ({_facts(evaluation, split='split', images='images')}).",
@@ -413,7 +416,7 @@ def _counting(records: Sequence[Record]) -> list[str]:
         f" ({_facts(flops, convention='convention', image_size='size', proposals='proposals')}).",
         f"Memory: the peak, MB = 10^6 and GB = 10^9 bytes ({_facts(memory, **_CONDITIONS)}).",
         "Latency: the median of one batch; its spread is the interquartile range"
-        f" ({_facts(latency, **_CONDITIONS, threads='threads')}).",
+        f" ({_facts(latency, **_CONDITIONS, threads='threads')}){apart}.",
         f"{MISSING} means that there is no such number.",
     ]
     uncounted = {

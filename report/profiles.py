@@ -30,6 +30,9 @@ _LATENCY = {"inference": "latency", "training": "latency_training"}
 def costs(records: Sequence[Record]) -> Table:
     """Return one line a row: parameters, FLOPs, measured and predicted memory, latency."""
     data = frame(records)
+    sessions = data["latency_session"].nunique()
+    if sessions > 1:
+        data[[f"group_{mode}" for mode in MODES]] = None
     unit = memory_unit(*(data[name] for name in _MEMORY))
     columns = [
         Column("row"),
@@ -61,7 +64,7 @@ def costs(records: Sequence[Record]) -> Table:
         Column("status"),
         Column("error", values="error_kind"),
     ]
-    return table("costs", _title(records[0]), data, columns, _notes(records))
+    return table("costs", _title(records[0]), data, columns, _notes(records, sessions))
 
 
 def parts(record: Record) -> Table | None:
@@ -232,7 +235,7 @@ def _rois(record: Record) -> str | None:
     )
 
 
-def _notes(records: Sequence[Record]) -> list[str]:
+def _notes(records: Sequence[Record], sessions: int) -> list[str]:
     masked = any(record.model["method"] == "mask_rcnn" for record in records)
     notes = [f"FLOPs are multiply-adds of one image{', without the mask head' * masked}."]
     kinds = {at(record, "memory.kind") for record in records} - {None, "", "not measured"}
@@ -241,7 +244,9 @@ def _notes(records: Sequence[Record]) -> list[str]:
     if any(at(record, "memory.predicted") for record in records):
         notes.append(f"Predicted memory is {PREDICTED}.")
     notes += sorted({line for record in records if (line := _rois(record))})
-    if any(at(record, "latency.group") for record in records):
+    if sessions > 1:
+        notes.append(f"Latencies were taken in {sessions} sessions; they are not compared.")
+    elif any(at(record, "latency.group") for record in records):
         notes.append("Latencies with a letter in common cannot be told apart.")
     for record in records:
         own = [*record.notes, *(at(record, "latency.notes") or [])]

@@ -126,10 +126,11 @@ def _with(record: Record, counted: Record | None, layers: Record | None) -> Reco
     latency: Mapping[str, Any] | None = record.latency
     largest = None
     stages = at(layers, f"latency.by_part.{MODES[0]}") if layers else None
-    if stages and len(stages) == str(counted.model["arch"]).count("_") + 1:
+    if layers and stages and len(stages) == str(counted.model["arch"]).count("_") + 1:
         every = {n: sum(one["layers"] * one[n] for one in stages.values()) for n in _TIMES}
+        every["session"] = at(layers, "latency.session")
         latency = {**(latency or {"unit": "s", "inference": None}), "layers": every}
-        peaks = (at(layers, f"memory.by_part.{MODES[0]}") or {}).values() if layers else ()
+        peaks = (at(layers, f"memory.by_part.{MODES[0]}") or {}).values()
         largest = max((peak for peak in peaks if peak is not None), default=None)
     own = {name: at(record, f"flops.{name}") for name in ("total", "image_size")}
     return replace(

@@ -24,7 +24,7 @@ from bench.errors import InputError
 from bench.measure import memory
 from bench.model import build as models
 from bench.model.weights import load_file
-from bench.run import runner, suite
+from bench.run import runner, suite, timing
 from bench.run.evaluate import CocoEvaluator
 from bench.run.identity import identify
 from bench.run.train import _Training
@@ -101,7 +101,7 @@ def test_every_row_leaves_a_full_record(finished: Path) -> None:
 
 
 def test_the_latency_of_all_rows_comes_from_one_pass_after_the_last(
-    finished: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert all(entry["latency"] is None for entry in records(finished).values())
     (path,) = (finished / "latency").iterdir()
@@ -110,6 +110,13 @@ def test_the_latency_of_all_rows_comes_from_one_pass_after_the_last(
     for entry in load.load(finished):
         for mode in ("inference", "training"):
             assert len(entry.latency[mode]["samples"]) >= 2
+    # Two sessions are none of all rows.
+    done = load.load(finished)
+    assert timing.are_timed(done, finished)
+    for entry in done:
+        entry.latency["session"] = entry.row
+    assert not timing.are_timed(done, tmp_path)
+    assert timing.are_timed(done[:1], tmp_path)
     # The same command runs and measures nothing again.
     before = {path: path.stat().st_mtime_ns for path in (finished / "records").iterdir()}
     assert run_all.main(["--rows", "ViL,linformer", "--output", str(finished), *TIMED]) == 0

@@ -8,8 +8,9 @@ them take turns, several times. A row that dies, for want of memory for one, har
 """
 
 import dataclasses
+import datetime
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,6 +152,7 @@ def profile(
         for row in rows:
             _add_throughput(row, modes, lambda doing: progress(1.0, doing))
     progress(1.0, "done")
+    _say_session(row.sections for row in rows)
     return [_record(row, command) for row in rows]
 
 
@@ -196,6 +198,7 @@ def measure_latency(
     ]
     show = progress or (lambda _share, _doing: None)
     _measure(rows, modes, ("latency",), by_part=False, progress=show)
+    _say_session(row.sections for row in rows)
     return [Interleaved(row.sections.get("latency"), row.error, row.notes) for row in rows]
 
 
@@ -241,6 +244,7 @@ def measure_layers(
             notes += [f"attention of stage {stage}: {note}" for note in row.notes]
             if row.error is not None:
                 notes.append(f"attention of stage {stage} not measured: {row.error['message']}")
+    _say_session(sections for sections, _ in found)
     return found
 
 
@@ -468,6 +472,14 @@ def _add_latency(rows: Sequence[_Row]) -> None:
         found = {str(n): timings[mode] for n, timings in enumerate(joined) if mode in timings}
         for number, letters in latency.groups(found).items():
             rows[int(number)].sections["latency"]["group"][mode] = letters
+
+
+def _say_session(rows: Iterable[Mapping[str, Any]]) -> None:
+    """Say in the sections of rows which latencies were taken in turns, in one session."""
+    session = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    for sections in rows:
+        if "latency" in sections:
+            sections["latency"]["session"] = session
 
 
 def _record(row: _Row, command: Sequence[str]) -> Record:

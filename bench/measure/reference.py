@@ -86,18 +86,32 @@ def measure_layers(
     One layer of each stage, in inference; on the CPU in full precision, as it has no other that is
     worth timing. Arguments as for `count`.
     """
-    known = _known(folder)
     there = [_here(config) for config in configs]
     device = devices.device_name(devices.single_fabric(there[0]).device)
     on = {"name": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
     keys = [_key(config, measured=on) for config in there]
-    todo = [pair for pair in zip(keys, there, strict=True) if pair[0] not in known]
-    measured = profile.measure_layers([config for _, config in todo], progress=progress)
-    for (key, config), (sections, notes) in zip(todo, measured, strict=True):
-        values = config.as_dict() | {"layers": on}
-        known[key] = _record(config, key, command, device, config=values, notes=notes, **sections)
-        record.write(known[key], folder)
-    return [known[key] for key in keys]
+    for session in _sessions(folder):
+        if session.keys() >= set(keys):
+            return [session[key] for key in keys]
+    # All of them, those too that were measured in other sessions: they could not be compared.
+    found = []
+    measured = profile.measure_layers(there, progress=progress)
+    for key, config, (sections, notes) in zip(keys, there, measured, strict=True):
+        values = config.as_dict() | {"layers": on | {"key": key}}
+        own = record.key({"key": key, "session": sections["latency"]["session"]})
+        found.append(_record(config, own, command, device, config=values, notes=notes, **sections))
+        record.write(found[-1], folder)
+    return found
+
+
+def _sessions(folder: Path) -> list[dict[str, Record]]:
+    """Records of layers by what they are of, for each session, the newest first."""
+    found: dict[str, dict[str, Record]] = {}
+    for one in record.read_all(folder.rglob("*.json")):
+        if "layers" in one.config:
+            session = found.setdefault((one.latency or {}).get("session", ""), {})
+            session[one.config["layers"].get("key", one.key)] = one
+    return [found[session] for session in sorted(found, reverse=True)]
 
 
 def _here(config: RunConfig) -> RunConfig:

@@ -189,8 +189,8 @@ def check_free(standings: Sequence[Standing], output: Path) -> None:
 def measure_latency(
     records: Sequence[Record], output: Path, console: Console, *, command: Sequence[str]
 ) -> None:
-    """Measure the latency of all rows together, where one has none yet."""
-    if not timing.untimed(records, output):
+    """Measure the latency of all rows together, where they have none yet of one session."""
+    if timing.are_timed(records, output):
         return
     console.print("measuring latency of all rows, in rounds", highlight=False)
     with console.status("") as status:

@@ -23,18 +23,19 @@ from bench.measure.profile import Progress
 from bench.record import Record
 
 
-def untimed(records: Sequence[Record], output: Path) -> list[Record]:
-    """Return the records of runs that were to be measured and have no latency, nor tried to.
+def are_timed(records: Sequence[Record], output: Path) -> bool:
+    """Return whether all runs that were to be measured have a latency of one session, or a failure.
 
     Of several seeds of a row one is measured, which stands for all.
     """
     timed = record.read_latencies(output / record.LATENCIES)
-    rows = {
-        entry.row
+    sessions = {
+        entry.row: section.get("session")
         for entry in records
-        if entry.latency is not None or (entry.row, entry.key) in timed
+        if (section := timed.get((entry.row, entry.key), entry.latency)) is not None
     }
-    return [entry for entry in _wanted(records) if entry.row not in rows]
+    rows = {entry.row for entry in _wanted(records)}
+    return rows <= sessions.keys() and len({sessions[row] for row in rows}) <= 1
 
 
 def measure(

@@ -114,6 +114,13 @@ def test_the_answer_without_costs_at_full_size(records: list[Record]) -> None:
     )
 
 
+def test_times_of_several_sessions_do_not_decide(records: list[Record]) -> None:
+    timed = [changed(one, {"latency.session": f"of {one.row}"}) for one in records]
+    (found,) = answer.first(timed, [])
+    assert "time does not decide, as it was taken in 2 sessions" in found.sentences[0]
+    assert "least time" not in found.sentences[0]
+
+
 def test_the_answer_of_rows_that_cannot_be_told_apart_or_failed() -> None:
     alike = [evaluated(row, common(0.0, noise=1.0, seed=9)) for row in "abcdefgh"]
     best, same, _ = answer.first(alike, [])[0].sentences

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from bench.record import Record
-from report import front, load, plots
+from report import front, load, page, plots
 from report.columns import MISSING
 from tests.records import changed
 from tests.report.test_report import drawn, failed, make
@@ -73,6 +73,16 @@ def test_another_machine_has_other_latencies() -> None:
     records = [make("ViL"), make("global", 1), elsewhere]
     assert {row for row, _ in names(records, "latency")} == {"ViL", "global"}
     assert len(names(records, "memory_training")) == 3
+
+
+def test_latencies_of_another_session_are_not_compared() -> None:
+    rows = [("ViL", "today"), ("full", "today"), ("global", "before")]
+    records = [changed(make(row), {"latency.session": session}) for row, session in rows]
+    assert {row for row, _ in names(records, "latency")} == {"ViL", "full"}
+    assert len(names(records, "memory_training")) == 3
+    said = " ".join(page._counting(records))
+    assert "taken in 2 sessions, those of one alone are compared" in said
+    assert "sessions" not in " ".join(page._counting(records[:2]))
 
 
 def test_of_a_search_its_best_row_is_compared() -> None:

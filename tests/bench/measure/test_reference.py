@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from bench.config.schema import RunConfig
 from bench.config.suites import Reference, load_suite, profile_configs, reference_config
 from bench.measure import reference
 from bench.measure.costs import counted
+from bench.record import Record
 from tests import mechanisms
 
 SMALL = Reference(image_size=(128, 192))
@@ -71,7 +73,18 @@ def test_layers_are_measured_at_every_stage(tmp_path: Path) -> None:
     tiny = dataclasses.replace(
         config, profile=dataclasses.replace(config.profile, image_size=(64, 64), batch_size=1)
     )
-    (found,) = reference.measure_layers([tiny], tmp_path, command=["x"])
+    other = dataclasses.replace(tiny, row="pooling", model=configs("pooling")[0].model)
+
+    def measured(*rows: RunConfig) -> list[Record]:
+        return reference.measure_layers(rows, tmp_path, command=["x"])
+
+    (found,) = measured(tiny)
+    assert [one.key for one in measured(tiny)] == [found.key]
+    # Beside another row it is measured again, in one session with it, which then serves both.
+    both = measured(tiny, other)
+    assert both[0].key != found.key
+    assert len({one.latency["session"] for one in both}) == 1
+    assert [one.key for one in measured(other, tiny)] == [one.key for one in both[::-1]]
     stages = found.latency["by_part"]["inference"]
     assert [stages[f"stage{n}"]["layers"] for n in (1, 2, 3, 4)] == [1, 2, 8, 1]
     assert all(stage["median"] > 0 for stage in stages.values())
