@@ -290,16 +290,21 @@ def _vector_handle(inputs: Sequence[Any], _outputs: Sequence[Any]) -> int:
 
 
 def _einsum_handle(inputs: Sequence[Any], outputs: Sequence[Any]) -> float:
-    """Of two operands, the sizes of all indices; of more, fvcore's count, which has four digits."""
+    """Of two operands, the sizes of all indices; of more, fvcore's count, which has four digits.
+
+    None where nothing is summed: an outer product is no product of matrices.
+    """
     shapes = [get_shape(operand) for operand in inputs[1].node().inputs()]
-    terms = inputs[0].toIValue().replace(" ", "").partition("->")[0].split(",")
+    given, arrow, made = inputs[0].toIValue().replace(" ", "").partition("->")
     if len(shapes) != 2:
         count: float = einsum_flop_jit(inputs, outputs)
         return count
     sizes: dict[str, int] = {}
-    for term, shape in zip(terms, shapes, strict=True):
+    for term, shape in zip(given.split(","), shapes, strict=True):
         for index, size in zip(_indices(term, len(shape)), shape, strict=True):
             sizes[index] = max(size, sizes.get(index, 1))
+    if arrow and sizes.keys() <= {*_indices(made, len(get_shape(outputs[0])))}:
+        return 0
     return math.prod(sizes.values())
 
 

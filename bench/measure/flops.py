@@ -21,7 +21,8 @@ and large ones that leave torch, as for NumPy.
 A copy of the module runs on the meta device, so nothing is allocated or computed, whatever the size
 of the image, and nothing is left in the module. A mechanism that cannot run there, since it reads a
 value or holds a constant of the CPU, runs on random tokens on the CPU instead, inside of a
-backbone that is still on the meta device.
+backbone that is still on the meta device. A mechanism is called twice, and its second call is
+counted: tables that it makes once are no cost of an image.
 """
 
 import copy
@@ -119,7 +120,7 @@ class FlopReport:
         proposals: boxes in the box head.
         detections: boxes in the mask head.
         convention: "actual" or "published".
-        notes: how it was counted, where not on the meta device alone.
+        notes: how it was counted, where not on the meta device alone, and what first calls take.
         unit: "multiply-adds".
     """
 
@@ -144,7 +145,7 @@ class OperatorCount:
             "stage1 attention" …, and "" for everything else.
         uncounted: calls of operators that have no formula and are not free by nature, and elements
             of elementwise ones where they are too many to be left out.
-        notes: what was counted on real tensors, and why.
+        notes: what was counted on real tensors, and why, and what first calls take.
     """
 
     by_part: Mapping[str, Mapping[str, int]]
@@ -342,6 +343,9 @@ def _run(
         counter.uncounted[SQUARES] = counter.squares
     if training and counter.due - counter.found > _FEW * counter.total:
         counter.uncounted[GRADIENTS] = counter.due - counter.found
+    if counter.of_first:
+        more = f"{counter.of_first:,} multiply-adds of first calls alone are not counted"
+        counter.notes[more] = None
     return OperatorCount(by_part, dict(counter.uncounted), tuple(counter.notes))
 
 
@@ -449,6 +453,8 @@ class _Counter(TorchDispatchMode):
         self.given: Counter[str] = Counter()
         # Of products that are written out: what their gradients cost, and what of it was found.
         self.due, self.found = 0, 0
+        # What first calls took more than second ones.
+        self.of_first = 0
         self.squares = 0
         self._products = Products()
         self._live: LiveTensors | None = None
@@ -459,16 +465,28 @@ class _Counter(TorchDispatchMode):
         return sum(part.total() for part in self.by_part.values())
 
     @contextmanager
-    def undone_if_it_fails(self) -> Iterator[None]:
-        """Forget what is counted inside where it ends with an error."""
-        counts = copy.deepcopy((self.by_part, self.uncounted, self.elementwise, self.squares))
-        depth = len(self.parts)
+    def undone(self, *, if_it_fails: bool = False) -> Iterator[None]:
+        """Forget what is counted inside, or else where it ends with an error alone."""
+        names = ("by_part", "uncounted", "elementwise", "squares", "due", "found")
+        counts = {name: copy.deepcopy(getattr(self, name)) for name in names}
+        depth, undone = len(self.parts), True
         try:
             yield
-        except BaseException:
-            self.by_part, self.uncounted, self.elementwise, self.squares = counts
-            del self.parts[depth:]
-            raise
+            undone = not if_it_fails
+        finally:
+            if undone:
+                vars(self).update(counts)
+                del self.parts[depth:]
+
+    def second(self, call: Callable[[], Any]) -> Any:
+        """Call twice and count the second: the first makes tables that later ones find."""
+        before = self.total
+        with self.undone():
+            call()
+            first = self.total - before
+        result = call()
+        self.of_first += max(0, first - (self.total - before))
+        return result
 
     @contextmanager
     def limited(self) -> Iterator[None]:
@@ -595,8 +613,8 @@ def _let_run_for_real(
 
     def forward(*inputs: Any) -> Any:
         try:
-            with counter.undone_if_it_fails():
-                return on_meta(*inputs)
+            with counter.undone(if_it_fails=True):
+                return counter.second(lambda: on_meta(*inputs))
         except NotCountedError:
             raise
         except Exception as error:
@@ -605,14 +623,14 @@ def _let_run_for_real(
             state = [*original.parameters(), *original.buffers()]
             without_values = any(tensor.is_meta for tensor in state)
             # It may be the size that it does not take.
-            if isinstance(error, ValueError) and (training or without_values):
+            if isinstance(error, ValueError) and training:
                 raise
             if training:
                 raise NotCountedError(f"{reason}; training is counted there alone") from error
             if without_values:
                 raise NotCountedError(reason, needs_values=True) from error
         try:
-            with counter.undone_if_it_fails():
+            with counter.undone(if_it_fails=True):
                 out = _run_for_real(original, inputs, counter)
         except (ValueError, NotCountedError) as error:
             raise error from None
@@ -631,7 +649,8 @@ def _run_for_real(original: nn.Module, inputs: tuple[Any, ...], counter: _Counte
         real = tree_map_only(Tensor, lambda x: torch.randn(x.shape).to(x.dtype), inputs)
         _MADE.see_all()
         counter.know_parameters(mechanism)
-        return tree_map_only(Tensor, lambda out: out.to(_META), mechanism(*real))
+        result = counter.second(lambda: mechanism(*real))
+        return tree_map_only(Tensor, lambda out: out.to(_META), result)
 
 
 def _result_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -128,7 +128,7 @@ def predict(
     mask_rois: int | None = None,
     targets: int = Counts.targets,
 ) -> MemoryPrediction:
-    """Predict the peak memory of inference, or of a training step that is not the first.
+    """Predict the peak memory of inference, or of a training step, that is not the first.
 
     A training step is forward, backward and optimizer; the gradients of the step before are gone
     when it begins. Of a backbone or a mechanism alone the loss is the sum of its outputs.
@@ -405,9 +405,16 @@ class _Found:
 
 
 def _infer(call: Callable[[], Any], case: _Case, ledger: _Ledger) -> _Found:
-    ledger.restart()
-    with torch.no_grad(), case.autocast():
-        call()
+    def once() -> None:
+        ledger.restart()
+        with torch.no_grad(), case.autocast():
+            call()
+
+    before = ledger.current
+    once()
+    if ledger.current > before:
+        # It keeps tables, which later calls need not make.
+        once()
     return _Found([ledger.phase("forward")])
 
 

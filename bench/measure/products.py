@@ -206,9 +206,11 @@ class Products:
         elements = 0 if is_copy else sum(out.numel() for out in results)
         if is_added:
             return self._add_up(operator, tensors, made, results[0], elements)
-        if goes_on or operator in _MOVED:
+        # As in sums of rectified products.
+        is_bent = not goes_on and len(tensors) == 1 and is_elementwise(func)
+        if goes_on or operator in _MOVED or is_bent:
             held = [self._carry(func, tensors, made, out) for out in results]
-            if any(product and product.axes != frozenset() for product in held):
+            if not is_bent and any(one and one.axes != frozenset() for one in held):
                 elements = 0
         return Seen(elements=elements)
 

@@ -490,6 +490,38 @@ def test_the_same_mathematics_costs_the_same(way):
     assert (report.notes == ()) == on_meta
 
 
+@pytest.mark.parametrize("bend", [torch.relu, torch.abs, torch.square, lambda x: x**3, F.gelu])
+def test_sums_of_bent_products_are_counted(bend):
+    module = Attention()
+    module.product = lambda q, k, v: bend(q[:, :, None] * k[:, None]).sum(-1).softmax(-1) @ v
+    report = flops.count_flops(module, grid=GRID)
+    assert (report.total, report.uncounted) == (BY_HAND, {})
+
+
+class Keeping(Attention):
+    """Makes a table in its first call, of each grid or of values."""
+
+    def __init__(self, *, of_values):
+        super().__init__()
+        self.table, self.kept, self.of_values = nn.Linear(8, 8), None, of_values
+
+    def product(self, q, k, v):
+        if self.kept is None:
+            if self.of_values:
+                float(q.sum())
+            self.kept = self.table(torch.ones_like(q))
+        return (q @ k.transpose(-2, -1)).softmax(-1) @ v + self.kept
+
+
+@pytest.mark.parametrize("of_values", [False, True])
+def test_what_is_made_in_the_first_call_alone_is_no_cost_of_an_image(of_values):
+    module = Keeping(of_values=of_values)
+    report = flops.count_flops(module, grid=GRID)
+    assert (report.total, report.uncounted) == (BY_HAND, {})
+    assert f"{TOKENS * 64:,} multiply-adds of first calls alone are not counted" in report.notes
+    assert module.kept is None
+
+
 def absolute_distances(q, k, v):
     return (-(q.unsqueeze(2) - k.unsqueeze(1)).abs().sum(-1)).softmax(-1) @ v
 

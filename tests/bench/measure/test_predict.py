@@ -396,6 +396,25 @@ def test_mechanisms_of_others():
     assert vars(module) == before
 
 
+class Tabulates(Reads):
+    """Makes a large table in its first call, and keeps a small one."""
+
+    kept = None
+
+    def forward(self, x, grid):
+        if self.kept is None:
+            self.kept = torch.ones(1000, 1000).sum(0)
+        return x + self.kept[:4]
+
+
+def test_memory_is_that_of_later_calls():
+    module, x = Tabulates().eval(), torch.randn(1, 13, 4)
+    found = predict(module, grid=(3, 4)).total
+    with torch.no_grad():
+        module(x, (3, 4))
+        assert memory.peak(lambda: module(x, (3, 4)), device="cpu").bytes <= found < 10_000
+
+
 class Folds(Reads):
     def forward(self, x, grid):
         image = x[:, 1:].mT.unflatten(2, grid)
