@@ -189,6 +189,13 @@ def disturb(module: nn.Module, seed: int = 0) -> None:
                 parameter.add_(_SPREAD * noise.to(parameter.dtype))
 
 
+def forget(module: nn.Module) -> None:
+    """Let a mechanism drop what it keeps while evaluating, as between two trainings' steps."""
+    mode = module.training
+    module.train()
+    module.train(mode)
+
+
 def one_line(error: BaseException) -> str:
     """The first line of an error that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -289,6 +296,7 @@ def outcome(
     """Output, and gradients of the input and of every parameter; of `call`, where it is given."""
     x = x.clone().requires_grad_()
     module.zero_grad()
+    forget(module)
     torch.manual_seed(0)
     y = (module if call is None else call)(no_leaf(x), grid)
     if y.requires_grad:

@@ -47,6 +47,7 @@ BROKEN = {
     "Counts": ("calls", "a call while evaluating changes calls"),
     "Shared": ("instances", "two instances share the parameter 'shared'"),
     "Loose": ("copies", "loaded into another"),
+    "Stale": ("copies", "loaded into another after a call, gives another output"),
     "SharedCopy": ("copies", "changing a deep copy changes the original"),
     "SingleOnly": ("precision", "RuntimeError"),
     "Cancels": ("precision", "of the largest value away from float64"),
@@ -323,6 +324,41 @@ class Loose(Sound):
 
     def mix(self, x, grid):
         return super().mix(x, grid) * self.gain.to(x.dtype)
+
+
+class Stale(Sound):
+    """Keeps what it makes of its weights while evaluating, and never drops it."""
+
+    kept = None
+
+    def mix(self, x, grid):
+        if self.training:
+            return super().mix(x, grid) * self.value.weight.mean()
+        if self.kept is None:
+            self.kept = self.value.weight.mean()
+        return super().mix(x, grid) * self.kept
+
+
+class Fresh(Stale):
+    """As timm's LeViT: training drops it, which was kept with its graph."""
+
+    def train(self, mode=True):
+        self.kept = None if mode else self.kept
+        return super().train(mode)
+
+
+class RefusesByItsLayers(Sound):
+    """Of one size, as a layer of it finds."""
+
+    fixed_size = True
+
+    def __init__(self, *, grid=(6, 8), num_global=1, **common):
+        super().__init__(num_global=num_global, **common)
+        tokens = num_global + grid[0] * grid[1]
+        self.across = nn.Linear(tokens, tokens)
+
+    def mix(self, x, grid):
+        return super().mix(x, grid) + self.across(x.transpose(1, 2)).transpose(1, 2)
 
 
 class SharedCopy(Sound):

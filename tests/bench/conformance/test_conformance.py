@@ -58,6 +58,12 @@ def test_a_broken_rule_fails_its_check_alone(name):
     assert not report.passed
 
 
+@pytest.mark.parametrize("name", ["Fresh", "RefusesByItsLayers"])
+def test_what_is_odd_but_right_passes(name):
+    report = conformance.check(f"{BROKEN}:{name}")
+    assert of(report, "failed") == {}
+
+
 def test_the_advice_names_the_wrong_gradient_of_torch():
     report = conformance.check(f"{BROKEN}:InstanceNorm")
     assert "nn.InstanceNorm2d" in of(report, "failed")["derivatives"].advice
