@@ -113,7 +113,17 @@ def fitting(detector: detectors.Detector, path: Path) -> tuple[dict[str, Tensor]
         if name in own and own[name].shape == tensor.shape
     }
     if not any(map(_is_of_backbone, found)):
-        raise InputError(f"train.init={path}: none of its {len(loaded)} tensors fits the backbone")
+        names = (some([*one], 2) for one in (loaded, detector.vil.state_dict()))
+        raise InputError(
+            "train.init={}: none of its {} tensors fits the backbone; they are called {}, those of"
+            " the backbone {}".format(path, len(loaded), *names)
+        )
+    others = [name for name in found if weights.kind_of(found[name]) != weights.kind_of(own[name])]
+    if others:
+        raise InputError(
+            f"train.init={path}: {len(others)} of its tensors are of {found[others[0]].dtype}, the"
+            f" model's of {own[others[0]].dtype}: {some(others)}"
+        )
     both = weights.shared(detector, found)
     if both:
         raise InputError(f"train.init={path}: {len(both)} {weights.SHARED}: {some(both)}")

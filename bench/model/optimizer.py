@@ -133,12 +133,12 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         lr=config.lr,
         # On the CPU a third of the time of the loop over parameters, or less. Under a scaler of the
         # loss, Fabric does not clip gradients for a fused optimizer; on CUDA the default is fast.
-        fused=(_on_cpu(model) and config.precision != "16-mixed") or None,
+        fused=(config.precision != "16-mixed" and all(map(_is_fused, model.parameters()))) or None,
     )
 
 
-def _on_cpu(model: nn.Module) -> bool:
-    return all(parameter.device.type == "cpu" for parameter in model.parameters())
+def _is_fused(parameter: nn.Parameter) -> bool:
+    return parameter.device.type == "cpu" and parameter.is_floating_point()
 
 
 def kinds_of(model: nn.Module) -> dict[str, str]:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from attentions.parts import resize_square_table
@@ -30,10 +32,12 @@ _SIGNS = {
 }
 DETECTOR_PREFIX = "backbone.bottom_up."
 _PARALLEL_PREFIX = "module."
+# What wraps a model, in the names of all its weights: parallel and compiled training, Lightning.
+_PREFIXES = (_PARALLEL_PREFIX, "_orig_mod.", "model.")
 # Under which a file may hold its state dict.
 _WRAPPERS = ("model", "net", "state_dict")
-# Of weights and counters; torch computes nothing with floats of 8 bits.
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.long)
+# torch computes nothing with floats of 8 bits, and with quantized numbers in its own layers alone.
+_COARSE = re.compile("float8|float4|qu?int")
 # Beside it, what the weights were pretrained on.
 _ORIGIN = "pretrain"
 # Constants of an architecture, which every model makes for itself.
@@ -50,8 +54,8 @@ def load_file(path: Path) -> dict[str, Tensor]:
     """Read the state dict of a file that torch.save wrote: tensors by name.
 
     It may stand alone or under "model", "net" or "state_dict"; what stands beside it, such as an
-    optimizer's state, is not returned, nor is the `module.` of parallel training before all names.
-    Pickled code is never run.
+    optimizer's state, is not returned, nor is what parallel and compiled training and Lightning put
+    before all names. A file of safetensors is read too. Pickled code is never run.
 
     Raises:
         InputError: naming the file, where it cannot be read, is no such file, holds anything but
@@ -80,13 +84,14 @@ def load_file(path: Path) -> dict[str, Tensor]:
             " is meant alone"
         )
     for name, tensor in state.items():
-        known = tensor.dtype in _DTYPES
+        known = not _COARSE.search(str(tensor.dtype))
         if tensor.is_meta or tensor.layout != torch.strided or not known:
             what = "no values" if tensor.is_meta else f"{tensor.layout} {tensor.dtype}"
-            raise InputError(f"{path}: {name} has {what}; dense numbers that are real are needed")
-    parallel = all(str(name).startswith(_PARALLEL_PREFIX) for name in state)
-    begun = len(_PARALLEL_PREFIX) if parallel else 0
-    return {str(name)[begun:]: tensor for name, tensor in state.items()}
+            raise InputError(f"{path}: {name} has {what}; dense floats or whole numbers are needed")
+    found = {str(name): tensor for name, tensor in state.items()}
+    while begun := next((p for p in _PREFIXES if all(n.startswith(p) for n in found)), ""):
+        found = {name.removeprefix(begun): tensor for name, tensor in found.items()}
+    return found
 
 
 def _mappings(content: Mapping[object, object], at: str = "") -> Iterator[tuple[str, Any]]:
@@ -114,6 +119,12 @@ def _load(path: Path) -> Any:
         raise InputError(f"{path}: no such file")
     with saying(f"{path}: cannot read it"):
         file = path.open("rb")
+    if path.suffix == ".safetensors":
+        file.close()
+        try:
+            return safetensors.torch.load_file(path)
+        except SafetensorError as error:
+            raise InputError(f"{path}: is damaged, or no file of safetensors ({error})") from error
     with file, warnings.catch_warnings():
         # Of other protocols of pickle, as soon as a file turns out not to be a checkpoint.
         warnings.simplefilter("ignore")
@@ -221,9 +232,19 @@ def misfits(module: nn.Module, given: Mapping[str, Tensor]) -> dict[str, list[st
             for name, tensor in own.items()
             if name in given and given[name].shape != tensor.shape
         ],
+        "of other numbers": [
+            f"{name} {given[name].dtype} instead of {tensor.dtype}"
+            for name, tensor in own.items()
+            if name in given and kind_of(given[name]) != kind_of(tensor)
+        ],
         SHARED: shared(module, given),
     }
     return {what: names for what, names in found.items() if names}
+
+
+def kind_of(tensor: Tensor) -> tuple[bool, bool]:
+    """Return whether it is of floats, and whether of complex numbers."""
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def shared(module: nn.Module, given: Mapping[str, Tensor]) -> list[str]:

@@ -2,9 +2,11 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from bench import cli, record
@@ -19,7 +21,7 @@ from bench.model.build import build_detector, model_section
 from bench.run.bootstrap import LEVEL
 from bench.run.checkpoints import Checkpoints
 from bench.run.evaluate import CocoEvaluator
-from tests import coco
+from tests import coco, mechanisms
 
 ARCH = (
     "l1,h1,d8,n1,s1,g1,p4,f3,a1_l2,h2,d16,n1,s1,g1,p2,f3,a1_"
@@ -188,10 +190,44 @@ def test_the_first_images_alone(capsys, saved, data):
 
 def test_weights_of_a_model_in_parallel_are_its_own(capsys, saved, data, tmp_path):
     state = torch.load(saved(), weights_only=True)["model"]
-    parallel = tmp_path / "parallel.pth"
-    torch.save({"model": {f"module.{name}": state[name] for name in state}}, parallel)
-    figures = evaluate(capsys, parallel, data, "--limit", 2)["evaluation"]["box"]
-    assert figures == pytest.approx(by_hand(data, images=2)["box"])
+    expected = by_hand(data, images=2)["box"]
+    for before in ("module.", "module._orig_mod.", "model."):
+        parallel = tmp_path / "parallel.pth"
+        torch.save({"state_dict": {f"{before}{name}": state[name] for name in state}}, parallel)
+        figures = evaluate(capsys, parallel, data, "--limit", 2)["evaluation"]["box"]
+        assert figures == pytest.approx(expected)
+    tensors = tmp_path / "tensors.safetensors"
+    safetensors.torch.save_file(own_storages(state), tensors)
+    figures = evaluate(capsys, tensors, data, "--limit", 2)["evaluation"]["box"]
+    assert figures == pytest.approx(expected)
+    tensors.write_bytes(tensors.read_bytes()[:100])
+    code, _, err = run(capsys, "--weights", tensors, "--data", data)
+    assert code == 2
+    assert "is damaged, or no file of safetensors" in err
+
+
+def own_storages(state):
+    return {name: tensor.clone().contiguous() for name, tensor in state.items()}
+
+
+def test_weights_with_masks_and_counters_are_evaluated(capsys, data, tmp_path):
+    row = mechanisms.write(
+        tmp_path / "mine.py", imports="import itertools", does="x = x * self.mask + 0 * self.count"
+    )
+    source = (tmp_path / "mine.py").read_text()
+    more = (
+        "        self.register_buffer('mask', torch.ones(dim, dtype=torch.bool))\n"
+        "        self.register_buffer('count', torch.zeros(1, dtype=torch.int32))\n"
+    )
+    head, tail = source.split("    def forward", 1)
+    (tmp_path / "mine.py").write_text(f"{head.rstrip()}\n{more}\n    def forward{tail}")
+    config = config_of()
+    config = replace(config, model=replace(config.model, attention=row))
+    path = tmp_path / "mine.pth"
+    torch.save({"model": build_detector(config, CLASSES).state_dict()}, path)
+    assert (
+        "AP" in evaluate(capsys, path, data, "--attention", row, "--limit", 1)["evaluation"]["box"]
+    )
 
 
 def test_the_checkpoint_of_a_run_with_its_record(capsys, data, tmp_path):
@@ -302,10 +338,13 @@ def without(*names):
         ),
         (
             lambda own: {n: t.to(torch.float8_e5m2) for n, t in own.items()},
-            "float8_e5m2; dense numbers",
+            "float8_e5m2; dense floats",
         ),
         (lambda own: {name: own[name].to("meta") for name in own}, "has no values; dense"),
-        (lambda own: {name: own[name].to(torch.int8) for name in own}, "has torch.strided torch"),
+        (
+            lambda own: {name: own[name].to(torch.int8) for name in own},
+            r"of other numbers: .* torch\.int8 instead of torch\.float32",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_one_line(refusal, saved, data, wrap, message):
