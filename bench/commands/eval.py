@@ -169,6 +169,7 @@ def run(options: argparse.Namespace) -> int:
     from bench.model.weights import load_file
     from bench.run.evaluate import evaluate
     from bench.run.evaluate import remarks as evaluation_remarks
+    from bench.run.identity import edited_since
     from bench.system.devices import make_fabric
     from bench.system.processes import world
     from bench.system.progress import Bar
@@ -190,6 +191,12 @@ def run(options: argparse.Namespace) -> int:
         notes.append(
             f"{path} is not what the run of {options.record} kept: AP is of these weights in that"
             " run's detector; names and shapes do not tell whether they are of its mechanism"
+        )
+    edited = edited_since(found) if found is not None else []
+    if edited:
+        notes.append(
+            f"{', '.join(edited)} changed since the record {options.record} was made: AP is of its"
+            " weights in the new code"
         )
     detector = build_detector(config, split.num_classes)
     try:

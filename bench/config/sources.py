@@ -1,15 +1,16 @@
-"""The source of a user's mechanism: its file, and what it imports and reads from beside it."""
+"""The source of a mechanism: its file, and what it imports; of a user's, what it reads too."""
 
 import ast
 import functools
 import hashlib
 import importlib.util
+import inspect
 import os
 import re
 import sys
 import sysconfig
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 import attentions
+from bench.config.schema import ModelConfig
 from bench.files import sha256
 
 _OURS = Path(__file__).resolve().parents[2]
@@ -29,8 +31,11 @@ _OF_A_PROCESS = re.compile(
     r"(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|(MASTER|SLURM|TORCHELASTIC|CUDA|G?OMP|XDG)_.*"
     r"|HOME|PATH|PWD|TMPDIR|USER"
 )
-# What all mechanisms stand on: their versions are in each record, and run nothing again.
-_GROUND = {"torch", "torchvision", "numpy"}
+# How files of this package are called that a mechanism is made of.
+OURS = " of this package"
+# What all mechanisms stand on: their versions are in each record, and run nothing again. Of this
+# package the files are known.
+_GROUND = {"torch", "torchvision", "numpy", "vil-attention-bench"}
 # Where the system's own files lie, and folders of what is made again where it is missing.
 _SYSTEM = tuple(map(Path, ("/dev", "/etc", "/proc", "/sys", "/usr/lib", "/usr/share")))
 _CACHES = {"__pycache__", ".cache", ".triton", "torch_extensions", "site-packages", "dist-packages"}
@@ -42,11 +47,11 @@ _INSTALLED = tuple(
 
 @dataclass(frozen=True)
 class Source:
-    """A file of a user's mechanism, or an environment variable or installed package of one.
+    """A file of a mechanism, or an environment variable or installed package of a user's.
 
     Attributes:
         name: its path from the folder of the mechanism's own file; `$NAME` of a variable,
-            `package NAME` of what is installed.
+            `package NAME` of what is installed; it ends in OURS where it lies in this package.
         path: where it is, or the file that reads or imports it.
         sha256: of its content, value or version.
     """
@@ -56,30 +61,42 @@ class Source:
     sha256: str
 
 
-def mechanism_sources(attention: str, options: Mapping[str, Any] | None = None) -> list[Source]:
-    """Return the files that the user's mechanisms in `attention` are made of.
+def sources_of(model: ModelConfig) -> list[Source]:
+    """Return the files that the mechanisms of a model are made of, those of dense blocks too."""
+    dense = ",full" if model.dense else ""
+    return mechanism_sources(model.attention + dense, model.options)
 
-    They are the files that `file.py:Class` or `package.module:Class` names, the modules that these
-    import from their own folder or package, or from elsewhere if it is not installed, theirs too,
-    the files that are opened while it is imported and built, and those that each names in texts:
-    beside it, in folders that it names, or by an absolute path. So are the environment variables
-    that are set and that are read then, or that a file of them which reads the environment names,
-    whole or by a prefix that ends in `_`, and the versions of the installed packages that they
-    import. Mechanisms of this package have none: their version is the commit in the record.
+
+def mechanism_sources(attention: str, options: Mapping[str, Any] | None = None) -> list[Source]:
+    """Return the files that the mechanisms in `attention` are made of.
+
+    Of this package they are the files that define them, and what these import from `attentions`.
+    Of a user's they are the files that `file.py:Class` or `package.module:Class` names, the modules
+    that these import from their own folder or package, or from elsewhere if it is not installed,
+    theirs too, the files that are opened while it is imported and built, and those that each names
+    in texts: beside it, in folders that it names, or by an absolute path. So are the environment
+    variables that are set and that are read then, or that a file of them which reads the
+    environment names, whole or by a prefix that ends in `_`, and the versions of the installed
+    packages that they import.
 
     Args:
         attention: one name, or one for each stage, comma-separated.
         options: of the mechanisms.
     """
-    mechanisms = defaultdict(list)
-    for mechanism in dict.fromkeys(name for name in attention.split(",") if ":" in name):
-        start = _file(mechanism.rpartition(":")[0])
-        if start is not None:
+    mechanisms, ours = defaultdict(list), set()
+    for mechanism in dict.fromkeys(attention.split(",")):
+        start = _file(mechanism)
+        if start is None:
+            continue
+        if ":" in mechanism:
             mechanisms[start].append(_read_by(mechanism, options or {}))
+        else:
+            ours.add(start)
     found = []
     for start, reads in mechanisms.items():
         opened = filter(None, (_of_a_user(path) for one in reads for path in one.files))
         reached = sorted({*_reached(start), *opened, *_loaded_from(start.parent)})
+        ours |= {path for one in reached if one.suffix == ".py" for path in _imported_of_ours(one)}
         for path in reached:
             name = Path(os.path.relpath(path, start.parent)).as_posix()
             found.append(Source(name, path, sha256(path)))
@@ -97,6 +114,9 @@ def mechanism_sources(attention: str, options: Mapping[str, Any] | None = None) 
         for name in sorted(users.keys() - _GROUND):
             version = hashlib.sha256(metadata.version(name).encode())
             found.append(Source(f"package {name}", users[name], version.hexdigest()))
+    for path in sorted(_reached(*ours, imported=_imported_of_ours)):
+        name = path.relative_to(_OURS).as_posix() + OURS
+        found.append(Source(name, path, sha256(path)))
     return found
 
 
@@ -135,7 +155,13 @@ def _is_ours(path: Path) -> bool:
     return below or not _CACHES.isdisjoint(path.parts)
 
 
-def _file(source: str) -> Path | None:
+def _file(mechanism: str) -> Path | None:
+    """The file that defines a mechanism, if there is one; else that is an error of the run."""
+    source = mechanism.rpartition(":")[0]
+    if not source:
+        with suppress(ValueError):
+            return Path(inspect.getfile(attentions.find(mechanism))).resolve()
+        return None
     if source.endswith(".py"):
         path = Path(source)
     else:
@@ -146,11 +172,11 @@ def _file(source: str) -> Path | None:
     return path.resolve() if path.is_file() else None
 
 
-def _reached(start: Path) -> set[Path]:
-    """The file and all that it imports from its own folder or package."""
-    reached, waiting = {start}, [start]
+def _reached(*start: Path, imported: Callable[[Path], Iterator[Path]] | None = None) -> set[Path]:
+    """The files and all that they import, by default from their own folder or package."""
+    reached, waiting = {*start}, [*start]
     while waiting:
-        for path in _imported(waiting.pop()):
+        for path in (imported or _imported)(waiting.pop()):
             if path not in reached:
                 reached.add(path)
                 waiting.append(path)
@@ -226,6 +252,20 @@ def _imported(path: Path) -> Iterator[Path]:
                     level = len(name) - len(name.lstrip("."))
                     roots = {path.parents[level - 1]} if level else {path.parent, top}
                     yield from _modules(roots, name[level:])
+
+
+def _imported_of_ours(path: Path) -> Iterator[Path]:
+    """The mechanisms of this package that a file imports, and what they have in common."""
+    for node in ast.walk(_parsed(path)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            file = _OURS.joinpath(*name.split(".")).with_suffix(".py")
+            if name.startswith("attentions.") and file.is_file():
+                yield file
 
 
 def _named(folder: Path, tree: ast.AST) -> Iterator[Path]:

@@ -16,7 +16,7 @@ import torch
 
 from bench import record
 from bench.config.schema import RunConfig
-from bench.config.sources import mechanism_sources
+from bench.config.sources import sources_of
 from bench.files import cores
 from bench.measure import profile
 from bench.measure.worker import Worker
@@ -147,7 +147,7 @@ def _record(
 
 def _key(config: RunConfig, **on: Any) -> str:
     """Of what the numbers depend on; a mechanism of the user that changed is counted again."""
-    sources = {source.name: source.sha256 for source in mechanism_sources(config.model.attention)}
+    sources = {source.name: source.sha256 for source in sources_of(config.model)}
     return record.key({"config": config.as_dict(), "mechanism": sources, **on})
 
 

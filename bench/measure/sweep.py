@@ -22,7 +22,7 @@ import attentions
 from bench import record
 from bench.config.arch import parse
 from bench.config.schema import MODES, SWEPT, RunConfig
-from bench.config.sources import mechanism_sources
+from bench.config.sources import sources_of
 from bench.config.suites import SIZED, profile_configs
 from bench.measure.costs import effort, flops_of_one
 from bench.measure.worker import Worker
@@ -88,7 +88,7 @@ class Point:
         values = self.values()
         data, train = values["data"], values["train"]
         named = ("row", "seed", "device", "model", "profile", "sweep")
-        sources = {s.name: s.sha256 for s in mechanism_sources(self.config.model.attention)}
+        sources = {s.name: s.sha256 for s in sources_of(self.config.model)}
         return record.key(
             {name: values[name] for name in named}
             | ({"sources": sources} if sources else {})

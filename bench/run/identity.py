@@ -19,7 +19,7 @@ from typing import Any
 
 from bench import record
 from bench.config.schema import CLASSIFIER, RunConfig, leaves
-from bench.config.sources import Source, mechanism_sources
+from bench.config.sources import OURS, Source, sources_of
 from bench.config.suites import build_config
 from bench.data import classes, layout
 from bench.data.fingerprint import files_of, fingerprint, fingerprint_images
@@ -65,7 +65,7 @@ class Identity:
         train_split: the split that is trained on.
         inputs: hashes of the files that the run depends on: `mechanism` (of each file by name),
             `init` and `data` (of each split); for the record. A file that is not there has None.
-        sources: the files of the user's mechanisms.
+        sources: the files of its mechanisms.
         data: where its data is, by setting.
     """
 
@@ -130,8 +130,12 @@ class Identity:
             found.append("the checkpoint of --init")
         if known is None:
             made = datetime.fromisoformat(other.created).timestamp()
-            return found + [s.name for s in self.sources if s.path.stat().st_mtime > made]
+            users = [one for one in self.sources if not one.name.endswith(OURS)]
+            return found + [s.name for s in users if s.path.stat().st_mtime > made]
         before, now = inputs.get("mechanism") or {}, self.inputs.get("mechanism") or {}
+        if not any(name.endswith(OURS) for name in before):
+            # Of a version that did not look at its own files.
+            now = {name: value for name, value in now.items() if not name.endswith(OURS)}
         return found + sorted(n for n in {*before, *now} if before.get(n) != now.get(n))
 
 
@@ -165,7 +169,7 @@ def identify(
     made = {k: values.pop(k) for k in list(values) if k.startswith(_AFTER_TRAINING)}
     sources: list[Source] = []
     if inputs is None:
-        sources = mechanism_sources(config.model.attention, config.model.options)
+        sources = sources_of(config.model)
         inputs = _inputs(config, sources, {} if seen is None else seen)
     place = {name: getattr(config.data, name) for name in _PLACES}
     return Identity(
@@ -301,7 +305,7 @@ def edited_since(entry: Record) -> list[str]:
 
 def _edited(config: RunConfig, inputs: Mapping[str, Any]) -> set[str]:
     before = inputs.get("mechanism") or {}
-    sources = mechanism_sources(config.model.attention, config.model.options) if before else []
+    sources = sources_of(config.model) if before else []
     now = {source.name: source.sha256 for source in sources}
     return {name for name in before if now.get(name) != before[name]}
 

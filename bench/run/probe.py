@@ -196,7 +196,6 @@ def run(
 
 
 def _standing(subject: Subject) -> _Standing:
-    # Mechanisms of this package have no sources: their version is the commit in the record.
     names = ",".join(stage.attention for stage in subject.stages)
     sources = {source.name: source.sha256 for source in mechanism_sources(names)}
     shown = {name: (t.levels, t.steps, t.easy) for name in subject.tasks if (t := TASKS[name])}

@@ -13,7 +13,7 @@ import torch
 import attentions
 from bench import record
 from bench.config.schema import RunConfig, leaves
-from bench.config.sources import mechanism_sources
+from bench.config.sources import mechanism_sources, sources_of
 from bench.config.suites import build_config, load_suite
 from bench.data import fingerprint, layout
 from bench.data.fingerprint import fingerprint_images
@@ -167,7 +167,7 @@ def mechanism(folder: Path, text: str = "") -> str:
 
 def test_a_mechanism_is_its_file_and_what_it_imports_from_beside_it(tmp_path: Path) -> None:
     name = mechanism(tmp_path)
-    before = {source.name: source.sha256 for source in mechanism_sources(f"full,{name},{name}")}
+    before = {source.name: source.sha256 for source in mechanism_sources(f"{name},{name}")}
     assert list(before) == ["helper.py", "mine.py"]
     (tmp_path / "helper.py").write_text("WIDTH = 16\n")
     after = {source.name: source.sha256 for source in mechanism_sources(name)}
@@ -491,6 +491,31 @@ def test_a_variable_that_is_read_by_a_name_put_together_counts(
     assert found == ["helper.py", "mine.py", "$WIDTH_OF_TESTS"]
     # A small one was built.
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_mechanism_of_the_package_is_its_files(tmp_path: Path) -> None:
+    (run,) = load_suite("quick", rows=["swin"], device="cpu").runs
+    names = [source.name for source in mechanism_sources("swin")]
+    assert {f"attentions/{name}.py of this package" for name in ("swin", "windows")} <= {*names}
+    assert "attentions/longformer.py of this package" not in names
+    own = write(tmp_path / "mine.py", imports="from attentions.swin import Swin")
+    assert [source.name for source in mechanism_sources(own)] == ["mine.py", *names]
+    assert sources_of(dataclasses.replace(run.model, dense={1: (0,)}))
+    assert survey([run], tmp_path, retry_failed=False)[0].note == ""
+
+    entry = a_record(run)
+    assert identify(run).changed(entry) == edited_since(entry) == []
+    of_then = dict(entry.environment["inputs"]["mechanism"])
+    inputs = {**entry.environment["inputs"], "mechanism": of_then}
+    edited_one = dataclasses.replace(entry, environment={"inputs": inputs})
+    of_then["attentions/swin.py of this package"] = "another"
+    record.write(edited_one, tmp_path / "records")
+    (standing,) = survey([run], tmp_path, retry_failed=False)
+    assert standing.record is None
+    assert "run again: attentions/swin.py of this package changed since" in standing.note
+    # A version that did not look at them.
+    older = dataclasses.replace(entry, environment={"inputs": {**inputs, "mechanism": {}}})
+    assert identify(run).changed(older) == []
 
 
 def test_a_mechanism_that_is_edited_is_found(tmp_path: Path) -> None:
