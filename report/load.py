@@ -328,9 +328,13 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
     data["steps_per_second"] = data["steps"] / data["train_seconds"].replace(0, pd.NA)
     data["best"] = pd.Series(_best(records), dtype="boolean")
     data["label"] = data["row"]
+    own, key = (data[name].astype(TEXT) for name in ("seed", "key"))
+    kinds = pd.Series(map(seeds.alike, records), index=data.index, dtype=TEXT)
+    # A seed is no name of rows that differ in something else too.
+    others = kinds.groupby(data["row"]).transform("nunique") > 1
     for more in (
-        " (seed " + data["seed"].astype(TEXT) + ")",
-        " #" + data["key"].str[:6],
+        (" (seed " + own + ")").mask(others, " #" + key.str[:6]),
+        " #" + key.str[:6],
         " of " + data["created"].str[:19],
     ):
         differ = more.groupby(data["label"]).transform("nunique") > 1

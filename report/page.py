@@ -313,6 +313,7 @@ def _sections(
     further, different = tables.further_splits(rows), provenance.differences(rows)
     about = reference.conditions(costs)
     full = reference.at_reference(rows, costs) if about else rows
+    varied = seeds.sentence(dict(zip(labels(rows), rows, strict=True)))
     drawn = [plot for plot in plots.draw(full) if learnt or not plot.skipped]
     return [
         *(
@@ -324,7 +325,7 @@ def _sections(
         Section("Rows that no other beats", front.tables(full)),
         Section(
             _as_trained(rows),
-            [how_many, *[seeds.sentence(records)] * learnt, *tables.comparison(rows)],
+            [how_many, *[varied] * learnt, *tables.comparison(rows)],
         ),
         probes,
         Section("Searched settings", tables.searches(records)),

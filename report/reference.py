@@ -1,6 +1,7 @@
 """What rows cost at full size, beside what they were trained at; from records of costs."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -103,19 +104,33 @@ def at_reference(records: Sequence[Record], costs: Sequence[Record]) -> list[Rec
     its `layers` has the times of all those of a backbone together, and that of memory the largest
     peak of one. A row that has no such costs has none, and its notes say why.
     """
-    known: dict[tuple[Any, ...], Record] = {}
-    for cost in sorted(costs, key=lambda one: one.created):
-        known[cost.row, cost.model["method"], _measured(cost)] = cost
+    newest = sorted(costs, key=lambda one: one.created, reverse=True)
 
     def find(record: Record, *, measured: bool) -> Record | None:
-        names = (record.row, searches.base(record))
-        keys = [(name, record.model["method"], measured) for name in names]
-        return next((known[key] for key in keys if key in known), None)
+        for name in (record.row, searches.base(record)):
+            for cost in newest:
+                known = cost.row == name and _measured(cost) == measured
+                if known and _model(cost, record) == _model(record, cost):
+                    return cost
+        return None
 
     return [
         _with(record, find(record, measured=False), find(record, measured=True))
         for record in records
     ]
+
+
+def _model(record: Record, other: Record) -> list[Any]:
+    """What two records of one model have in common, though one be of a larger backbone."""
+    found: list[Any] = [record.model["method"]]
+    model, its = (one.config.get("model") for one in (record, other))
+    if not (model and its):
+        return found
+    found += [model.get(name) for name in ("attention", "options")]
+    if record.model["backbone"] == other.model["backbone"]:
+        found.append(model.get("detector"))
+    # Heads, widths, depths and patches are those of the backbone.
+    return [*found, re.sub(r"\b[hdnp]\d+,?", "", str(model.get("arch")))]
 
 
 def _with(record: Record, counted: Record | None, layers: Record | None) -> Record:

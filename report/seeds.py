@@ -65,19 +65,23 @@ def listed(record: Record) -> str:
     return ", ".join(map(str, of(record).get("seeds", [record.seed])))
 
 
-def sentence(records: Sequence[Record]) -> str:
-    """Say which seeds the rows are means of, or that seeds were not varied."""
-    means = merged(records)
-    several = [record for record in means if of(record)]
+def sentence(means: Mapping[str, Record]) -> str:
+    """Say which seeds rows are means of, or that seeds were not varied.
+
+    Args:
+        means: rows by their label, as `merged` returns them.
+    """
+    several = {label: record for label, record in means.items() if of(record)}
     if not several:
         return (
             "Each row was trained with one seed: what another seed would change was not measured."
         )
-    usual = Counter(map(listed, means)).most_common(1)[0][0]
-    others = [f"{record.row}: {listed(record)}" for record in means if listed(record) != usual]
+    known = {label: listed(record) for label, record in means.items()}
+    usual = Counter(known.values()).most_common(1)[0][0]
+    others = [f"{label}: {own}" for label, own in known.items() if own != usual]
     failed = [
-        f" Seed {seed} of {record.row} failed and is not in its mean."
-        for record in several
+        f" Seed {seed} of {label} failed and is not in its mean."
+        for label, record in several.items()
         for seed in of(record)["failed"]
     ]
     but = f" ({'; '.join(others)})" if others else ""

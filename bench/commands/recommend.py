@@ -1,6 +1,7 @@
 """`python -m bench recommend`: the best rows under limits of cost."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from bench.errors import InputError
 
 if TYPE_CHECKING:
     from bench.record import Record
+
+log = logging.getLogger(__name__)
 
 HELP = "say which rows are best under limits of memory and FLOPs, at any image size"
 EPILOG = """\
@@ -99,22 +102,26 @@ def _costs(
     records: "Sequence[Record]", folder: Path, options: argparse.Namespace
 ) -> "list[Record]":
     """Count the rows of records at the size that is asked about."""
+    from bench.config.sources import OURS
     from bench.config.suites import Reference, build_config, reference_config
     from bench.measure import reference
-    from bench.record import COSTS
+    from bench.record import COSTS, key
     from bench.run.identity import edited_since
     from report import searches
 
     for one in records:
         edited = edited_since(one)
-        if edited:
+        said = f"{', '.join(edited)} changed since the record of {one.row} was made"
+        if any(not name.endswith(OURS) for name in edited):
             raise InputError(
-                f"{', '.join(edited)} changed since the record of {one.row} was made: costs would"
-                " be of another mechanism than its mAP; run it again"
+                f"{said}: costs would be of another mechanism than its mAP; run it again"
             )
+        if edited:
+            # Of another version of this package, perhaps, which need not compute otherwise.
+            log.warning("%s: its costs are of the new, its mAP is of the old", said)
     place = Reference(options.image_size, options.batch_size, options.precision)
     configs = {
-        config.row: config
+        key(config.as_dict()): config
         for one in records
         for config in [reference_config(build_config(one.config), searches.base(one), place)]
     }

@@ -256,6 +256,24 @@ def test_a_search_and_a_row_without_costs(records: list[Record], costs: list[Rec
     assert none.flops is None
 
 
+def test_costs_are_of_the_same_model(records: list[Record]) -> None:
+    arch = "l1,h{0},d{0},n{0},s1,g1,p{0},f7,a1"
+
+    def of(record: Record, method: str, backbone: str, width: int, **model: Any) -> Record:
+        known = {"attention": "longformer", "options": {}, "arch": arch.format(width)}
+        parts = {"config.model": known | model, "model.method": method, "model.backbone": backbone}
+        return changed(record, parts)
+
+    seven = of(records[0], "mask_rcnn", "ViL-Quick", 2)
+    five = of(records[0], "mask_rcnn", "ViL-Quick", 2, options={"window": 5})
+    retina = of(records[0], "retinanet", "ViL-Quick", 2)
+    wide = of(records[0], "mask_rcnn", "ViL-Small", 4, detector={"fpn_channels": 32})
+    known = [of(cost("ViL", 255, 4), "mask_rcnn", "ViL-Small", 4, detector={})]
+    known += [of(cost("ViL", 254, 4), "retinanet", "ViL-Small", 4, detector={})]
+    found = reference.at_reference([seven, five, retina, wide], known)
+    assert [load.at(one, "flops.total") for one in found] == [255 * GIGA, None, 254 * GIGA, None]
+
+
 def test_limits_choose_rows_and_say_what_they_cost(
     records: list[Record], costs: list[Record]
 ) -> None:

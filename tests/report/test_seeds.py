@@ -99,6 +99,18 @@ def test_a_seed_that_failed_is_said_and_left_out(tmp_path: Path) -> None:
     assert "ViL (seed 2) failed, out of memory" in text
 
 
+def test_rows_of_one_name_that_differ_in_more_than_seeds_are_not_called_by_them() -> None:
+    before = [seeded("ViL", seed) for seed in (0, 1)]
+    inputs = {"mechanism": {"mine.py": "another"}}
+    after = replace(changed(seeded("ViL", 1), {"environment.inputs": inputs}), key="f" * 64)
+    rows = seeds.merged([*before, after])
+    names = load.labels(rows)
+    assert [name.partition("#")[0] for name in names] == ["ViL ", "ViL "]
+    said = seeds.sentence(dict(zip(names, rows, strict=True)))
+    assert f"seeds 0, 1 ({names[1]}: 1)" in said
+    assert load.labels(before) == ["ViL (seed 0)", "ViL (seed 1)"]
+
+
 def test_the_page_says_that_seeds_were_not_varied(tmp_path: Path) -> None:
     text = page.write([seeded("ViL", 0), seeded("full", 0)], tmp_path, title="Suite").read_text()
     assert "what another seed would change was not measured" in text
