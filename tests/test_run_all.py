@@ -24,7 +24,7 @@ from bench.errors import InputError
 from bench.measure import memory
 from bench.model import build as models
 from bench.model.weights import load_file
-from bench.run import runner, suite, timing
+from bench.run import runner, suite, timing, train
 from bench.run.evaluate import CocoEvaluator
 from bench.run.identity import identify
 from bench.run.train import _Training
@@ -547,7 +547,7 @@ def test_it_starts_in_a_notebooks_environment_and_without_unix_modules(
 def start(*arguments: str, output: Path) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "run_all.py"), *arguments, "--output", str(output)]
     return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | ONE_THREAD, text=True,
+        command, cwd=ROOT, env=os.environ | ONE_THREAD, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -568,14 +568,16 @@ def test_told_to_stop_it_finishes_the_record_and_the_same_command_continues(
 ) -> None:
     # No step is lost that no checkpoint was due for.
     arguments = ["--rows", "ViL", "--devices", processes, *LONGER, "train.steps=25",
-                 "train.checkpoint_every=1000", "profile.enabled=false"]  # fmt: skip
+                 "train.checkpoint_every=1000", "profile.enabled=false",
+                 "data.workers=1"]  # fmt: skip
     process = start(*arguments, output=tmp_path)
     deadline = time.monotonic() + 240
     while steps_done(tmp_path, "vil") < 2:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(number)
+    # Whatever ends a job tells all of its processes, as `timeout` does.
+    os.killpg(process.pid, number)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130
     assert error.splitlines()[-1] == "interrupted; the same command continues"
@@ -981,8 +983,12 @@ def test_a_stopped_run_goes_on_with_other_workers(
     with monkeypatch.context() as meddled:
         meddled.setattr(SuiteProgress, "update", interrupt)
         assert run_all.main(arguments) == 130
+    monkeypatch.setattr(train, "_place", lambda: "1 thread of another machine")
     assert run_all.main([*arguments, "data.workers=1", "evaluate.batch_size=1"]) == 0
-    assert done_record(tmp_path)["training"]["resumed"] == 1
+    entry = done_record(tmp_path)
+    assert entry["training"]["resumed"] == 1
+    (said,) = (note for note in entry["notes"] if note.startswith("trained in parts"))
+    assert said.endswith("; 1 thread of another machine")
 
 
 def test_records_of_e514c85_are_settled_and_reported(

@@ -201,7 +201,7 @@ class TrainConfig:
         batch_size: of all processes and accumulated parts together.
         devices: processes that share a step, one a GPU.
         accumulate: parts that each process does its share of a step in, one after the other. The
-            result depends on `devices * accumulate` alone, not on how it is made up.
+            result depends on `devices * accumulate` alone, but for the rounding of sums.
         scale_from_batch: images a step that lr, steps, warmup_steps and milestones are meant for;
             with another batch_size, lr is scaled by the ratio and the steps inversely.
         no_decay: what has no weight decay: "norms", "biases", "tokens", "positions" or patterns of

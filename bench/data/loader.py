@@ -353,8 +353,10 @@ def prepare_worker(_: int) -> None:
     # By default each tensor takes an open file in both processes, and a few batches of images with
     # their targets come to more than the 1024 that are usually allowed.
     torch.multiprocessing.set_sharing_strategy("file_system")
-    # Ctrl-C reaches every process of the terminal; the main one ends its workers when it is done.
+    # Ctrl-C reaches every process of a terminal, and SIGTERM every process of a job; the main one
+    # ends its workers when it is done, with a second signal where one hangs.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def _collate(read: list[Any]) -> tuple[list[Tensor], list[Target], float] | InputError:

@@ -339,6 +339,9 @@ class Run:
             self.options.progress(_TRAINED * step / steps, doing)
 
         self.model, log = self.fit(progress)
+        if len(log.places) > 1:
+            parts = "; ".join(log.places)
+            self.notes.append(f"trained in parts, each of which rounds in its own way: {parts}")
         self.sections["training"] = _training_section(log, self.recipe) | {
             "classes": self.classes()
         }

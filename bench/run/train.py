@@ -26,6 +26,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from bench import record
 from bench.config.schema import DataConfig, TrainConfig
 from bench.data.coco import CocoDataset
 from bench.data.images import to_float
@@ -67,6 +68,7 @@ class TrainingLog:
         skipped: steps without an update, as gradients overflowed in half precision.
         data_seconds: time of `seconds` that the loop waited for data.
         loader_seconds: time that the loader needs for the same data at full speed.
+        places: where and with what its steps were done, each once; numbers round otherwise in each.
     """
 
     steps: int = 0
@@ -76,6 +78,7 @@ class TrainingLog:
     skipped: int = 0
     data_seconds: float = 0.0
     loader_seconds: float = 0.0
+    places: list[str] = field(default_factory=list)
 
     def as_record(self, batch_size: int) -> dict[str, Any]:
         """The `training` section of a record."""
@@ -93,6 +96,16 @@ class TrainingLog:
             "resumed": self.resumed,
             "skipped": self.skipped,
         }
+
+
+def _place() -> str:
+    """Where and with what this process trains."""
+    here = record.environment(command="", device="")
+    changed = " with changes" if here["dirty"] else ""
+    return (
+        f"{torch.get_num_threads()} threads of {here['cpu']}, torch {torch.__version__}, commit"
+        f" {str(here['commit'])[:10]}{changed}"
+    )
 
 
 def step_seed(seed: int, step: int, part: int = 0) -> int:
@@ -208,6 +221,8 @@ def train_task(
     if state is not None:
         training.load(state)
     _check_same_step(fabric, training.log.steps)
+    if training.log.steps < config.steps and (place := _place()) not in training.log.places:
+        training.log.places.append(place)
     if step_log is not None:
         step_log.begin(training.log.steps)
     model.train()
