@@ -27,6 +27,7 @@ _BOTH_USED = "both are used as they are"
 _PART = "the polygon is left out"
 _WHOLE = "the annotation is left out"
 _CUT = "it is cut off at the edge"
+_AREA = "the area decides whether an object counts as small, medium or large"
 _GREY = "three equal channels"
 _TRANSPARENT = "the transparency is dropped"
 _RGB = "converted to RGB"
@@ -85,6 +86,11 @@ KINDS: Mapping[str, Kind] = {
         "{count} of {all} boxes begin {begin} and end {end} pixels (x, y) off their masks: were"
         " they cut to whole pixels, or are both not counted from the same first one?",
         "both are used as they are",
+    ),
+    "areas that do not fit": Kind(
+        "{count} of {all} areas are not those of their masks or boxes, but {usual:.2g} times as"
+        " large as a rule: are they of images of another size, or not in pixels?",
+        _AREA,
     ),
     "many crowds": Kind(
         "{count} of {all} annotations are crowds: are they groups, or objects whose masks an export"
@@ -186,15 +192,15 @@ KINDS: Mapping[str, Kind] = {
     ),
     "area of the box": Kind(
         "has the area of its box, {area:g}, but its mask has {pixels:g} pixels",
-        "the area decides whether it counts as small, medium or large",
+        _AREA,
     ),
     "area of the whole image": Kind(
         "has the area of its whole image, {area:g}, but its mask has {pixels:g} pixels",
-        "the area decides whether it counts as small, medium or large",
+        _AREA,
     ),
     "area that does not fit its mask": Kind(
         "has the area {area:g}, but its mask has {pixels:g} pixels",
-        "the area decides whether it counts as small, medium or large",
+        _AREA,
     ),
     "image without annotations": Kind(
         "has no annotation",
@@ -247,6 +253,7 @@ _COVERED = {
     ),
     "polygons that look like fractions": ("mask within the first pixel", "mask without a pixel"),
     "boxes that look like corners": ("box over the image's edge",),
+    "areas that do not fit": ("area that does not fit its mask",),
     "no masks at all": ("annotation without a segmentation",),
     "deep images with a small range": ("image without contrast",),
 }

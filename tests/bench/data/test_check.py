@@ -555,6 +555,48 @@ def test_names_of_classes_that_look_alike_are_said(tmp_path: Path, other: str) -
     assert first != second
 
 
+@pytest.mark.parametrize(
+    ("times", "masked", "said"),
+    [
+        ([0], False, "0 times"),
+        ([0.0011, 0.0009, 0.0012], False, "0.0011 times"),
+        ([1 / HEIGHT / WIDTH], False, "0.00042 times"),
+        # Of images before they were resized, each its own way.
+        ([1.5, 2.5], False, "2 times"),
+        ([1.5, 2.5], True, "2 times"),
+        ([0.5], False, "0.5 times"),
+        ([0.5], True, "0.5 times"),
+        ([1], False, ""),
+        ([0.96, 1, 1.04], True, ""),
+        # Of masks that are left out.
+        ([0.3 + 0.04 * number for number in range(16)], False, ""),
+    ],
+)
+def test_areas_of_something_else_are_suspected_all_at_once(
+    tmp_path: Path, times: list[float], masked: bool, said: str
+) -> None:
+    data = content(16)
+    for number, one in enumerate(data["annotations"]):
+        x, y, w, h = 8, 4, 30 + number % 4, 30 - number // 4
+        segmentation = [[x, y, x + w, y, x + w, y + h, x, y + h]] if masked else []
+        area = w * h * times[number % len(times)]
+        one.update(bbox=[x, y, w, h], area=area, segmentation=segmentation)
+    write(tmp_path, data)
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    found = [line for line in lines if "areas are not" in line]
+    whole = f"16 of 16 areas are not those of their masks or boxes, but {said} as large"
+    assert [whole in line for line in found] == [True] * bool(said)
+
+
+def test_an_area_without_a_pixel_is_no_share_of_a_box(tmp_path: Path) -> None:
+    data = content()
+    data["annotations"][1] |= {"area": 0, "segmentation": []}
+    data["annotations"][2] |= {"area": 60, "segmentation": []}
+    write(tmp_path, data)
+    found = [f for f in only(tmp_path).odd if "area" in f.kind]
+    assert [(f.kind, f.annotation) for f in found] == [("area that does not fit its mask", 102)]
+
+
 def test_many_crowds_are_suspected(tmp_path: Path) -> None:
     """As CVAT writes what was drawn with a brush."""
     data = content(12)
