@@ -47,7 +47,8 @@ _MANY = 0.5
 # Boxes whose edges are all off those of their masks by the same pixels lie beside them, from so
 # many boxes and pixels on; rounding moves a single edge by half a pixel.
 _BESIDE, _OFF, _ALIKE = 16, 0.75, 0.5
-# Areas that differ by a share and half a rim from those of masks or boxes, where nearly all do so.
+# Areas that differ by a share and half a rim from those of masks or boxes, where nearly all do so,
+# or from what the turns of a polygon enclose.
 # Of boxes they do not where each is another share of its box: not nearly that of others of its
 # image, from so many objects on, nor less than the last.
 _OFF_AREA, _NEARLY_ALL, _ALIKE_AREAS, _SHARING, _NO_SHARE = 0.1, 0.75, 0.05, 5, 0.05
@@ -422,10 +423,26 @@ def _inspect_mask(annotation: Entry, entry: Entry, runs: Runs) -> Iterator[Findi
         if abs(area - around) <= _ROUNDED * around and around - pixels > _SPARE * around:
             yield finding("area of the box", area=area, pixels=pixels, **own)
     parts = annotation["segmentation"]
-    if isinstance(parts, list) and len(parts) > 1:
-        shared = float(mask_api.area(mask_api.frPyObjects(parts, height, width)).sum()) - pixels
+    if isinstance(parts, list):
+        alone = mask_api.area(mask_api.frPyObjects(parts, height, width))
+        shared = float(alone.sum()) - pixels
         if shared > _SPARE * pixels:
             yield finding("polygons within each other", pixels=shared, **own)
+        for part, inside in zip(parts, alone, strict=True):
+            points = np.reshape(part, (-1, 2)).astype(float)
+            if _crosses_itself(points, float(inside), height, width):
+                yield finding("polygon that crosses itself", count=len(points), **own)
+
+
+def _crosses_itself(points: NDArray[np.float64], inside: float, height: int, width: int) -> bool:
+    """Whether a polygon with so many pixels encloses parts the other way round, or twice."""
+    low, high = points.min(axis=0), points.max(axis=0)
+    if abs(_enclosed(points) - inside) <= _OFF_AREA * inside + float((high - low).sum()):
+        return False
+    # Lines to a hole or to another part run there and back; what is over the edge has no pixels.
+    joined = len(np.unique(points, axis=0)) < len(points) - 1
+    over = float(np.max([-low, high - [width, height]]))
+    return not joined and over <= _SAME_PIXELS
 
 
 def _areas(annotation: Entry, runs: Runs) -> list[float]:

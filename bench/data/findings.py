@@ -190,6 +190,10 @@ KINDS: Mapping[str, Kind] = {
         "has polygons that share {pixels:g} pixels",
         "they are added: what is meant as a hole is filled",
     ),
+    "polygon that crosses itself": Kind(
+        "has a polygon of {count} points that crosses itself: are they in another order?",
+        "used as it is, though its mask may lack a part",
+    ),
     "area of the box": Kind(
         "has the area of its box, {area:g}, but its mask has {pixels:g} pixels",
         _AREA,

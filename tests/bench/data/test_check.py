@@ -118,6 +118,12 @@ ODD: list[tuple[dict[str, Any], str, str, int]] = [
     ({"area": 600}, "area that does not fit its mask", "small, medium or large", 1),
     ({"bbox": [10, 5, 30, 17]}, "box that does not fit its mask", "both are used", 1),
     (
+        {"segmentation": [[10, 5, 30, 5, 10, 17, 30, 17]], "area": 120},
+        "polygon that crosses itself",
+        "lack a part",
+        1,
+    ),
+    (
         {"segmentation": [[12.1, 6.1, 12.2, 6.1, 12.2, 6.2]]},
         "mask without a pixel",
         "empty mask",
@@ -183,6 +189,17 @@ def test_what_reaches_over_the_edge_is_cut_off(
     assert kinds(report.odd)["box over the image's edge"] == 1
     assert kinds(report.odd)["polygon over the image's edge"] == 1
     assert all(over in finding.text for finding in report.odd if "edge" in finding.kind)
+
+
+@pytest.mark.parametrize("way", [1, -1])
+def test_a_line_to_a_hole_or_another_part_crosses_nothing(tmp_path: Path, way: int) -> None:
+    data = content()
+    for one, far, wide in zip(data["annotations"][:2], (0, 26), (20, 42), strict=True):
+        inner = np.add([[14, 8], [26, 8], [26, 14], [14, 14], [14, 8]], [far, 0])[::way]
+        joined = [[10, 5], [30, 5], [30, 17], [10, 17], [10, 5], *inner.tolist(), [10, 5]]
+        one.update(segmentation=[np.ravel(joined).tolist()], bbox=[10, 5, wide, 12], area=None)
+    write(tmp_path, data)
+    assert "polygon that crosses itself" not in kinds(only(tmp_path).odd)
 
 
 def test_a_pixel_over_the_edge_is_rounding(tmp_path: Path) -> None:
