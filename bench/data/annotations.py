@@ -23,6 +23,7 @@ ANNOTATION_KEYS = {"id": int, "image_id": int, "category_id": int, "bbox": list}
 
 # What is read of an annotation; its attributes one by one are not.
 _READ = {*ANNOTATION_KEYS, "iscrowd", "area", "segmentation", "score", "attributes"}
+_XYWH = (None, 1, "1", "XYWH_ABS", "BoxMode.XYWH_ABS")
 _KINDS = {int: "a whole number", str: "a text", list: "a list"}
 _WHOLE = re.compile(r"\s*[+-]?\d{1,99}\s*", flags=re.ASCII)
 _LEAST_POLYGON = 6
@@ -322,10 +323,23 @@ def box_polygon(box: list[float], height: int, width: int) -> list[float]:
 def _unread(raw: Entry) -> list[str]:
     """The fields that are not read and say something: neither false, nor 0, nor empty."""
     more = {name: raw[name] for name in raw.keys() - _READ}
-    attributes = raw.get("attributes")
-    if isinstance(attributes, dict):
-        more |= {f"attributes.{name}": value for name, value in attributes.items()}
+    # What detectron2 calls 0 are corners; what is read it calls 1.
+    if "bbox_mode" in more and more.pop("bbox_mode") not in _XYWH:
+        more["bbox_mode"] = True
+    for name, value in _attributes(raw.get("attributes")):
+        more[f"attributes.{name}" if name else "attributes"] = value
     return [name for name, value in more.items() if whole(value)]
+
+
+def _attributes(given: Any) -> Iterator[tuple[str, Any]]:
+    """Attributes by name: of an object, of a list of objects with name and value, or of texts."""
+    for one in given if isinstance(given, list) else [given]:
+        if isinstance(one, dict) and "name" in one:
+            yield str(one["name"]), one.get("value", True)
+        elif isinstance(one, dict):
+            yield from one.items()
+        else:
+            yield (one if isinstance(one, str) else ""), one
 
 
 def _has_segmentation(raw: Entry) -> bool:

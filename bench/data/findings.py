@@ -112,8 +112,8 @@ KINDS: Mapping[str, Kind] = {
     ),
     "fields that are not read": Kind(
         "annotations have {fields}",
-        "not read: each counts ('iscrowd' alone is heeded), its box is upright and its class is"
-        " that of its category_id",
+        "not read: each counts ('iscrowd' alone is heeded), its box is upright, of x, y, width and"
+        " height, and its class is that of its category_id",
     ),
     "masks that look like boxes": Kind(
         "{count} of {all} masks fill their boxes: are they boxes?",

@@ -543,6 +543,29 @@ def test_fields_that_are_not_read_are_said(tmp_path: Path) -> None:
     assert "its box is upright" in line
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"attributes": [{"name": "ignore", "value": True}]}, "'attributes.ignore' (1)"),
+        ({"attributes": [{"name": "ignore", "value": False}, {"occluded": 0}]}, ""),
+        ({"attributes": ["crowd"]}, "'attributes.crowd' (1)"),
+        ({"attributes": "ignore"}, "'attributes.ignore' (1)"),
+        ({"attributes": [7]}, "'attributes' (1)"),
+        ({"bbox_mode": 0}, "'bbox_mode' (1)"),
+        ({"bbox_mode": "BoxMode.XYXY_ABS"}, "'bbox_mode' (1)"),
+        ({"bbox_mode": 1}, ""),
+    ],
+    ids=str,
+)
+def test_attributes_in_any_form_and_modes_of_boxes_are_said(
+    tmp_path: Path, fields: dict[str, Any], said: str
+) -> None:
+    data = content()
+    data["annotations"][1] |= fields
+    write(tmp_path, data)
+    assert [f.text for f in only(tmp_path).odd] == [f"annotations have {said}"] * bool(said)
+
+
 @pytest.mark.parametrize("name", ["Ignored Regions", "ignore-region", "Don\u2019t Care"])
 def test_a_class_of_regions_to_ignore_is_said_where_it_has_an_instance(
     tmp_path: Path, name: str
