@@ -8,7 +8,7 @@ annotation that has no other.
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from reprlib import repr as shortened
 from typing import Any
 
@@ -23,6 +23,10 @@ ANNOTATION_KEYS = {"id": int, "image_id": int, "category_id": int, "bbox": list}
 
 # What is read of an annotation; its attributes one by one are not.
 _READ = {*ANNOTATION_KEYS, "iscrowd", "area", "segmentation", "score", "attributes"}
+# What images are left out by, where it is true or false, in lower case.
+_IGNORED = re.compile(r"(is_?)?(ignored?|deleted|excluded?|skip(ped)?)(_?(regions?|areas?))?")
+_ANNOTATED = re.compile(r"(is_?)?(annotated|labell?ed|valid)")
+_SPLITS = ("split", "subset")
 _XYWH = (None, 1, "1", "XYWH_ABS", "BoxMode.XYWH_ABS")
 _KINDS = {int: "a whole number", str: "a text", list: "a list"}
 _WHOLE = re.compile(r"\s*[+-]?\d{1,99}\s*", flags=re.ASCII)
@@ -340,6 +344,28 @@ def _attributes(given: Any) -> Iterator[tuple[str, Any]]:
             yield from one.items()
         else:
             yield (one if isinstance(one, str) else ""), one
+
+
+def unread_of_images(images: Sequence[Entry]) -> list[str]:
+    """Fields by which images, or regions of them, are left out elsewhere, and of how many images.
+
+    Of splits in one file each is named, where there are several.
+    """
+    names = sorted({name for image in images for name in image})
+    found: list[str] = []
+    for name in names:
+        told = [whole(image[name]) for image in images if name in image]
+        if _IGNORED.fullmatch(name.casefold()):
+            count = sum(map(bool, told))
+            found += [f"{name!r} ({count})"] if count else []
+        elif _ANNOTATED.fullmatch(name.casefold()):
+            count = sum(value is not None and value in (0, "false") for value in told)
+            found += [f"{name!r} false ({count})"] if count else []
+        elif name.casefold() in _SPLITS:
+            values = Counter(value for value in told if isinstance(value, str | int))
+            if len(values) > 1:
+                found += [f"{name!r} {shortened(v)} ({n})" for v, n in values.most_common()]
+    return found
 
 
 def _has_segmentation(raw: Entry) -> bool:

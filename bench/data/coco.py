@@ -33,6 +33,7 @@ from bench.data.annotations import (
     has_size,
     listed,
     outline,
+    unread_of_images,
 )
 from bench.data.findings import Finding, Report, Tally, finding, quoted
 from bench.errors import InputError, choose, saying, some
@@ -135,6 +136,9 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         if looked:
             counts: dict[str, Any] = {"count": len(looked), "all": len(entries)}
             self._report(finding("classes of each image", **counts))
+        fields = unread_of_images([*entries.values()])
+        if fields:
+            self._report(finding("fields of images that are not read", fields=some(fields)))
         categories = sorted(
             listed(content, "categories", CATEGORY_KEYS, self._report), key=lambda c: int(c["id"])
         )

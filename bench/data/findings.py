@@ -115,6 +115,11 @@ KINDS: Mapping[str, Kind] = {
         "not read: each counts ('iscrowd' alone is heeded), its box is upright, of x, y, width and"
         " height, and its class is that of its category_id",
     ),
+    "fields of images that are not read": Kind(
+        "images have {fields}",
+        "not read: every image is used as a whole, and what is not annotated in it counts as not"
+        " there",
+    ),
     "masks that look like boxes": Kind(
         "{count} of {all} masks fill their boxes: are they boxes?",
         "taken as masks, so that mask AP says little besides box AP",

@@ -566,6 +566,30 @@ def test_attributes_in_any_form_and_modes_of_boxes_are_said(
     assert [f.text for f in only(tmp_path).odd] == [f"annotations have {said}"] * bool(said)
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ([{"ignore": True}, {"ignore": False}, {"ignore": "1"}], "'ignore' (2)"),
+        ([{"deleted": 1, "annotated": True}], "'deleted' (1)"),
+        ([{"is_annotated": False}, {"is_annotated": None}], "'is_annotated' false (1)"),
+        ([{"ignore_regions": [[1, 2, 3, 4]]}, {"ignore_regions": []}], "'ignore_regions' (1)"),
+        ([{"split": "train"}] * 3 + [{"split": "val"}], "'split' 'train' (3), 'split' 'val' (1)"),
+        ([{"split": "train", "license": 1, "valid": 1, "deleted": False}], ""),
+    ],
+    ids=str,
+)
+def test_fields_of_images_that_leave_them_out_elsewhere_are_said(
+    tmp_path: Path, fields: list[dict[str, Any]], said: str
+) -> None:
+    data = content()
+    for image, more in zip(data["images"], fields, strict=False):
+        image.update(more)
+    write(tmp_path, data)
+    assert [f.text for f in only(tmp_path).odd] == [f"images have {said}"] * bool(said)
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    assert ["not read: every image is used" in line for line in lines] == [True] * bool(said)
+
+
 @pytest.mark.parametrize("name", ["Ignored Regions", "ignore-region", "Don\u2019t Care"])
 def test_a_class_of_regions_to_ignore_is_said_where_it_has_an_instance(
     tmp_path: Path, name: str
