@@ -373,8 +373,9 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             kind, most = "images of many objects", int(over.max())
             self._report(finding(kind, count=len(over), all=len(self), most=most, found=_FOUND))
         crowds = count - int(self._instances.sum())
-        if crowds >= max(_SOME, _MANY * count):
-            self._report(finding("many crowds", count=crowds, all=count))
+        if crowds:
+            kind = "many crowds" if crowds >= max(_SOME, _MANY * count) else "crowds"
+            self._report(finding(kind, count=crowds, all=count))
         if not self.has_masks:
             self._report(finding("no masks at all"))
 

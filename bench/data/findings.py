@@ -28,6 +28,7 @@ _PART = "the polygon is left out"
 _WHOLE = "the annotation is left out"
 _CUT = "it is cut off at the edge"
 _AREA = "the area decides whether an object counts as small, medium or large"
+_CROWDS = "not trained on; what is found there counts neither for nor against"
 _GREY = "three equal channels"
 _TRANSPARENT = "the transparency is dropped"
 _RGB = "converted to RGB"
@@ -95,8 +96,9 @@ KINDS: Mapping[str, Kind] = {
     "many crowds": Kind(
         "{count} of {all} annotations are crowds: are they groups, or objects whose masks an export"
         " wrote as run lengths?",
-        "not trained on; what is found there counts neither for nor against",
+        _CROWDS,
     ),
+    "crowds": Kind("{count} of {all} annotations are crowds", _CROWDS),
     "images of many objects": Kind(
         "{count} of {all} images have more than {found} objects, up to {most}",
         "the others count as missed: detectors give model.detector.detections of an image, and"

@@ -674,6 +674,15 @@ def test_many_crowds_are_suspected(tmp_path: Path) -> None:
     assert any(f"{said} wrote as run lengths?; not trained on" in line for line in lines)
 
 
+def test_a_few_crowds_are_counted(tmp_path: Path) -> None:
+    """As of objects in several parts, which some exports write so."""
+    data = content(16)
+    data["annotations"][3].update(iscrowd=1, segmentation=RUN_OF_BOX)
+    write(tmp_path, data)
+    said = "1 of 16 annotations are crowds; not trained on; what is found there counts neither"
+    assert any(said in line for line in remarks([CocoDataset(tmp_path, "train2017")]))
+
+
 def test_more_objects_than_are_evaluated_are_said(tmp_path: Path) -> None:
     data = content()
     data["annotations"] += [
