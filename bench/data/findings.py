@@ -26,7 +26,6 @@ class Kind(NamedTuple):
 _BOTH_USED = "both are used as they are"
 _PART = "the polygon is left out"
 _WHOLE = "the annotation is left out"
-_CUT = "it is cut off at the edge"
 _AREA = "the area decides whether an object counts as small, medium or large"
 _CROWDS = "not trained on; what is found there counts neither for nor against"
 _GREY = "three equal channels"
@@ -178,7 +177,7 @@ KINDS: Mapping[str, Kind] = {
     "box over the image's edge": Kind(
         "has the box {box}, which reaches {over:g} pixels over the edge of {height}x{width}"
         " (height x width)",
-        _CUT,
+        "cut off at the edge in training; evaluated as it is, which no box within the image equals",
     ),
     "polygon over the image's edge": Kind(
         "has a polygon that reaches {over:g} pixels over the image's edge",

@@ -189,6 +189,11 @@ def test_what_reaches_over_the_edge_is_cut_off(
     assert kinds(report.odd)["box over the image's edge"] == 1
     assert kinds(report.odd)["polygon over the image's edge"] == 1
     assert all(over in finding.text for finding in report.odd if "edge" in finding.kind)
+    (said,) = {f.handled for f in report.odd if f.kind == "box over the image's edge"}
+    assert "in training; evaluated as it is" in str(said)
+    # What COCO's own tools do too.
+    dataset = CocoDataset(tmp_path, "train2017")
+    assert dataset.ground_truth()["annotations"][0]["bbox"] == box
 
 
 @pytest.mark.parametrize("way", [1, -1])
