@@ -341,7 +341,11 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         self._reach = max((_reach(a["bbox"], entries[a["image_id"]]) for a in found), default=1)
         starts = [a["bbox"][:2] for a in found]
         first = min(map(min, starts), default=0)
-        self._at_one = sum(1 in start for start in starts) if first == 1 else 0
+        self._first = first if first in (-1, 1) else 0
+        self._at_first = sum(first in start for start in starts) if self._first else 0
+        # From -1 begins what is cut off at the edge, and from 0 what lies a pixel within.
+        if first == -1 and self._at_first <= sum(0 in start for start in starts):
+            self._at_first = 0
         self._packed = Packed((entries[id_], groups.pop(id_, [])) for id_ in self.ids)
 
     def limit(self, count: int) -> None:
@@ -365,9 +369,9 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
                 self._report(finding(kind, count=wrong, all=count))
         if count >= _SOME**4 and self._reach <= _NEAR:
             self._report(finding("boxes near the origin alone", all=count, reach=self._reach))
-        if self._at_one >= max(_SOME**2, _FEW * count):
-            kind = "boxes that look counted from 1"
-            self._report(finding(kind, count=self._at_one, all=count))
+        if self._at_first >= max(_SOME**2, _FEW * count):
+            kind = f"boxes that look counted from {self._first:g}"
+            self._report(finding(kind, count=self._at_first, all=count))
         over = self._instances[self._instances > _FOUND]
         if len(over):
             kind, most = "images of many objects", int(over.max())

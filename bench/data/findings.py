@@ -78,6 +78,11 @@ KINDS: Mapping[str, Kind] = {
         "{count} of {all} boxes begin at 1 and none before: is the first pixel 1?",
         "taken as counted from 0",
     ),
+    "boxes that look counted from -1": Kind(
+        "{count} of {all} boxes begin at -1, fewer at 0 and none before: was 1 taken off what was"
+        " counted from 0?",
+        "taken as counted from 0",
+    ),
     "boxes in another format than the masks": Kind(
         "{count} of {all} boxes fit their masks if they are read as {format}",
         "taken as x, y, width, height",

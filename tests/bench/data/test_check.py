@@ -802,6 +802,22 @@ def test_boxes_that_begin_at_1_are_suspected(tmp_path: Path) -> None:
     assert "begin at 1" not in " ".join(remarks([CocoDataset(tmp_path, "train2017")]))
 
 
+@pytest.mark.parametrize(
+    ("starts", "said"),
+    [([-1] * 5 + [0] * 4, True), ([-2] + [-1] * 5, False), ([-1] * 5 + [0] * 5, False)],
+)
+def test_boxes_that_begin_at_minus_1_are_suspected(
+    tmp_path: Path, starts: list[int], said: bool
+) -> None:
+    """As of VOC files from 0, from which a script took 1 as from those from 1."""
+    data = content(len(starts))
+    for one, start in zip(data["annotations"], starts, strict=True):
+        one.update(bbox=[start, 4, 30, 16], segmentation=[])
+    write(tmp_path, data)
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    assert any("5 of 9 boxes begin at -1, fewer at 0" in line for line in lines) == said
+
+
 @pytest.mark.parametrize("runs", [False, True])
 @pytest.mark.parametrize(
     ("moved", "said"),
