@@ -231,6 +231,9 @@ class AnnotationReader:
             return segmentation | {"size": [image["height"], image["width"]]}
         if whole(raw.get("iscrowd")) == 1:
             self._say(raw, "crowd outlined by polygons")
+        if _is_flat(segmentation):
+            self._say(raw, "polygon in no list of polygons")
+            segmentation = [segmentation]
         others = [part for part in segmentation if not isinstance(part, list)]
         if others:
             self._say(raw, "malformed polygon", what=f"the polygon {shortened(others[0])}")
@@ -373,6 +376,13 @@ def _has_segmentation(raw: Entry) -> bool:
     segmentation = raw.get("segmentation")
     empty = isinstance(segmentation, list) and all(part == [] for part in segmentation)
     return bool(segmentation) and not empty
+
+
+def _is_flat(segmentation: list[Any]) -> bool:
+    """Whether it is one polygon where a list of polygons belongs."""
+    count = len(segmentation)
+    numbers = all(_is_number(value, _FARTHEST) for value in segmentation)
+    return count >= _LEAST_POLYGON and count % 2 == 0 and numbers
 
 
 def _joined(polygons: list[list[Any]]) -> list[list[Any]]:

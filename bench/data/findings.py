@@ -171,6 +171,9 @@ KINDS: Mapping[str, Kind] = {
     "polygon of point pairs": Kind(
         "has a polygon of [x, y] pairs", "read as x and y in turn, as COCO writes them"
     ),
+    "polygon in no list of polygons": Kind(
+        "has x, y, x, y, … where a list of polygons belongs", "read as one polygon"
+    ),
     "annotation twice": Kind(
         "has the class, box and segmentation of annotation {other}", _BOTH_USED
     ),
