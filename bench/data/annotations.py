@@ -29,6 +29,7 @@ _ANNOTATED = re.compile(r"(is_?)?(annotated|labell?ed|valid)")
 _SPLITS = ("split", "subset")
 _XYWH = (None, 1, "1", "XYWH_ABS", "BoxMode.XYWH_ABS")
 _KINDS = {int: "a whole number", str: "a text", list: "a list"}
+_ANEW = "; nothing refers to ids of annotations: number them anew, from 1"
 _WHOLE = re.compile(r"\s*[+-]?\d{1,99}\s*", flags=re.ASCII)
 _LEAST_POLYGON = 6
 # Pixels from the origin. The rasteriser allocates in proportion to a polygon's length: a wild
@@ -68,7 +69,8 @@ def listed(
                 place = {"image": entry["image_id"], "annotation": entry["id"]}
             elif section == "images":
                 place = {"image": entry["id"]}
-            report(finding("id used twice", section=section, **place))
+            hint = _ANEW if section == "annotations" else ""
+            report(finding("id used twice", section=section, hint=hint, **place))
         else:
             seen.add(entry["id"])
             yield entry
@@ -82,12 +84,13 @@ def _coerced(raw: Entry, keys: Mapping[str, type], where: str, report: Report) -
     """The entry with whole numbers where they are written otherwise; None where it is an error."""
     entry = dict(raw)
     for key, kind in keys.items():
+        hint = _ANEW if key == "id" and "image_id" in keys else ""
         if key not in raw:
-            report(finding("malformed entry", why=f"{where} has no {key!r}"))
+            report(finding("malformed entry", why=f"{where} has no {key!r}{hint}"))
             return None
         value = whole(raw[key]) if kind is int else raw[key]
         if type(value) is not kind:
-            said = f"{where} has {key!r} {shortened(raw[key])}, which is not {_KINDS[kind]}"
+            said = f"{where} has {key!r} {shortened(raw[key])}, which is not {_KINDS[kind]}{hint}"
             report(finding("malformed entry", why=said))
             return None
         if value is not raw[key]:

@@ -38,7 +38,7 @@ KINDS: Mapping[str, Kind] = {
     "annotation file unreadable": Kind("{why}"),
     "section missing": Kind("{why}"),
     "malformed entry": Kind("{why}"),
-    "id used twice": Kind("has an id that stands twice in the list {section!r}"),
+    "id used twice": Kind("has an id that stands twice in the list {section!r}{hint}"),
     "image without a size": Kind("has the size {height}x{width} (height x width)"),
     "image folder missing": Kind("{why}"),
     "image missing": Kind("is missing: {path}"),

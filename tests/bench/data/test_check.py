@@ -93,7 +93,8 @@ ERRORS: list[tuple[dict[str, Any], str, str]] = [
         "the segmentation '[[1, 2, 3]]'; a list",
     ),
     ({"bbox": None}, "malformed entry", "annotations[0]"),
-    ({"id": 102}, "id used twice", "twice in the list 'annotations'"),
+    ({"id": 102}, "id used twice", "twice in the list 'annotations'; nothing refers to ids of"),
+    ({"id": "7f3a"}, "malformed entry", "not a whole number; nothing refers to ids of annotations"),
 ]
 
 ODD: list[tuple[dict[str, Any], str, str, int]] = [
@@ -290,7 +291,7 @@ def test_everything_is_found_at_once(tmp_path: Path) -> None:
     changes = [*ERRORS, *[odd[:3] for odd in ODD]]
     for number, (change, kind, _) in enumerate(changes):
         changed = data["annotations"][number] | change
-        if "id" in change:
+        if change.get("id") == 102:
             changed["id"] = 101
         data["annotations"][number] = {k: v for k, v in changed.items() if v is not None}
         expected[kind] += 1
