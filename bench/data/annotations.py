@@ -60,6 +60,9 @@ def listed(
         if not isinstance(raw, dict):
             report(finding("malformed entry", why=f"{where} is not an object"))
             continue
+        # LVIS names files by their addresses alone, which end in SPLIT/NAME.
+        if "file_name" in keys and "file_name" not in raw and isinstance(raw.get("coco_url"), str):
+            raw = raw | {"file_name": "/".join(raw["coco_url"].split("/")[-2:])}
         entry = raw if _is_plain(raw, keys) else _coerced(raw, keys, where, report)
         if entry is None:
             continue

@@ -152,6 +152,17 @@ def test_names_of_another_system_are_found_in_any_folder_near(
     assert found.tally.counts["image file of another path"] == len(found)
 
 
+def test_images_may_have_an_address_in_place_of_a_name(source: Path, tmp_path: Path) -> None:
+    """As in LVIS's own files."""
+    shutil.copytree(source, tmp_path / "set")
+    data = content(source, "val2017")
+    for image in data["images"]:
+        image["coco_url"] = f"http://images.cocodataset.org/val2017/{image.pop('file_name')}"
+    path = tmp_path / "set" / "annotations" / "instances_val2017.json"
+    path.write_text(json.dumps(data))
+    assert_same(CocoDataset(tmp_path / "set", "val2017"), CocoDataset(source, "val2017"))
+
+
 def test_a_split_that_is_not_there_names_those_that_are_and_how(source: Path) -> None:
     with pytest.raises(InputError, match=r"data\.train_file=FILE.*there: train2017, val2017"):
         CocoDataset(source, "default")
