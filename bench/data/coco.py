@@ -48,6 +48,9 @@ _FOUND = 100
 _SECTIONS = ("images", "annotations", "categories")
 _ONE_OBJECT = "annotations are one JSON object with lists images, annotations and categories"
 _LOOKED_FOR = ("neg_category_ids", "not_exhaustive_category_ids")
+# Sides of squares that models and tools scale images to; boxes of such nearly reach them, in images
+# that are larger and most of them no squares.
+_SQUARES, _NEARLY, _LARGER = (512, 640, 1000, 1024), 0.95, 1.1
 # Half of an image, and what rounding adds.
 _NEAR = 0.52
 
@@ -339,6 +342,10 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         outlined = [a["segmentation"] is not None for a in found if not a["iscrowd"]]
         self.has_masks = not outlined or any(outlined)
         self._reach = max((_reach(a["bbox"], entries[a["image_id"]]) for a in found), default=1)
+        self._ends = [
+            max((a["bbox"][axis] + a["bbox"][axis + 2] for a in found), default=0)
+            for axis in (0, 1)
+        ]
         starts = [a["bbox"][:2] for a in found]
         first = min(map(min, starts), default=0)
         self._first = first if first in (-1, 1) else 0
@@ -369,6 +376,9 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
                 self._report(finding(kind, count=wrong, all=count))
         if count >= _SOME**4 and self._reach <= _NEAR:
             self._report(finding("boxes near the origin alone", all=count, reach=self._reach))
+        side = self._square() if count >= _SOME**4 else 0
+        if side:
+            self._report(finding("boxes within a square", all=count, side=side))
         if self._at_first >= max(_SOME**2, _FEW * count):
             kind = f"boxes that look counted from {self._first:g}"
             self._report(finding(kind, count=self._at_first, all=count))
@@ -382,6 +392,16 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             self._report(finding(kind, count=crowds, all=count))
         if not self.has_masks:
             self._report(finding("no masks at all"))
+
+    def _square(self) -> int:
+        """The side of the square that boxes end within, and nearly reach; 0 where there is none."""
+        sizes = self._sizes[self._annotated > 0]
+        short, long = sizes.min(axis=1), sizes.max(axis=1)
+        if np.median(long / short) < _LARGER:
+            return 0
+        low, high = min(self._ends), max(self._ends)
+        sides = [s for s in _SQUARES if _NEARLY * s <= low <= high <= s]
+        return next((side for side in sides if short.min() > _LARGER * side), 0)
 
     def _find_files(self, entries: Iterable[Entry]) -> None:
         """Look for the file of each image, and put where it is in the place of its name."""

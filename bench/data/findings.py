@@ -69,6 +69,11 @@ KINDS: Mapping[str, Kind] = {
         " percentages, or of smaller images?",
         "taken as pixels",
     ),
+    "boxes within a square": Kind(
+        "all {all} boxes end within {side} pixels in x and in y, and nearly reach them, in larger"
+        " images: are they of images stretched to {side}x{side}, or shares of {side}?",
+        "taken as pixels",
+    ),
     "boxes that look like corners": Kind(
         "{count} of {all} boxes reach over the image's edge: are they x1, y1, x2, y2, or around"
         " their centre?",

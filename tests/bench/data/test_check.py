@@ -764,6 +764,36 @@ def test_percentages_and_boxes_of_smaller_images_are_suspected(
     assert [said in line for line in lines if "boxes end within" in line] == [True] * bool(said)
 
 
+@pytest.mark.parametrize(
+    ("size", "ends", "said"),
+    [
+        ((1200, 1600), (990, 960), True),
+        ((1200, 1600), (990, 900), False),
+        ((1200, 1600), (1200, 960), False),
+        # Of squares both ends are as far off the edge, whatever is in the middle.
+        ((1200, 1200), (990, 960), False),
+        ((1050, 1600), (990, 960), False),
+    ],
+)
+def test_boxes_in_thousandths_or_of_stretched_squares_are_suspected(
+    tmp_path: Path, size: tuple[int, int], ends: tuple[int, int], said: bool
+) -> None:
+    """As models of language and vision write them."""
+    data = content(16)
+    for image, one in zip(data["images"], data["annotations"], strict=True):
+        image |= {"height": size[0], "width": size[1]}
+        one |= {"bbox": [40, 30, ends[0] - 40, ends[1] - 30], "segmentation": []}
+    (tmp_path / "images").mkdir()
+    for image in data["images"]:
+        (tmp_path / "images" / image["file_name"]).touch()
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    found = check(tmp_path / "a.json", decode=False)[0].odd
+    texts = [f.text for f in found if f.kind == "boxes within a square"]
+    assert ["all 16 boxes end within 1000 pixels in x and in y" in x for x in texts] == [
+        True
+    ] * said
+
+
 def test_annotations_that_are_there_twice_are_found(tmp_path: Path) -> None:
     data = content()
     first = data["annotations"][0]
