@@ -185,7 +185,9 @@ KINDS: Mapping[str, Kind] = {
     "annotation nearly twice": Kind(
         "has the class of annotation {other}, and its box but for a pixel", _BOTH_USED
     ),
-    "annotation without a segmentation": Kind("has no segmentation", "its box is its mask"),
+    "annotation without a segmentation": Kind(
+        "has no segmentation", "its box is its mask, to train on and in mask AP"
+    ),
     "annotation without an area": Kind("has no area", "that of its mask is used"),
     "box over the image's edge": Kind(
         "has the box {box}, which reaches {over:g} pixels over the edge of {height}x{width}"

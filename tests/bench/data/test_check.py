@@ -111,7 +111,7 @@ ODD: list[tuple[dict[str, Any], str, str, int]] = [
         "left out",
         1,
     ),
-    ({"segmentation": None}, "annotation without a segmentation", "its box is its mask", 1),
+    ({"segmentation": None}, "annotation without a segmentation", "and in mask AP", 1),
     ({"segmentation": []}, "annotation without a segmentation", "its box is its mask", 1),
     ({"segmentation": [[]]}, "annotation without a segmentation", "its box is its mask", 1),
     ({"area": None}, "annotation without an area", "that of its mask", 1),
