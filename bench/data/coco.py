@@ -44,7 +44,7 @@ Categories = tuple[tuple[int, str], ...]
 # A share of boxes that ordinary data does not come near.
 _MANY, _FEW, _SOME = 0.1, 0.01, 2
 # Detections of an image and class that the rules of COCO look at.
-_FOUND = 100
+MOST_FOUND = 100
 _SECTIONS = ("images", "annotations", "categories")
 _ONE_OBJECT = "annotations are one JSON object with lists images, annotations and categories"
 _LOOKED_FOR = ("neg_category_ids", "not_exhaustive_category_ids")
@@ -382,10 +382,10 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         if self._at_first >= max(_SOME**2, _FEW * count):
             kind = f"boxes that look counted from {self._first:g}"
             self._report(finding(kind, count=self._at_first, all=count))
-        over = self._instances[self._instances > _FOUND]
+        over = self._instances[self._instances > MOST_FOUND]
         if len(over):
             kind, most = "images of many objects", int(over.max())
-            self._report(finding(kind, count=len(over), all=len(self), most=most, found=_FOUND))
+            self._report(finding(kind, count=len(over), all=len(self), most=most, found=MOST_FOUND))
         crowds = count - int(self._instances.sum())
         if crowds:
             kind = "many crowds" if crowds >= max(_SOME, _MANY * count) else "crowds"
