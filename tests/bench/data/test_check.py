@@ -1057,6 +1057,33 @@ def test_what_encoding_resizing_and_mirroring_leave_of_an_image_is_found(tmp_pat
     )
 
 
+def test_copies_made_grey_or_put_between_bars_are_found(tmp_path: Path) -> None:
+    folder = write(tmp_path, content(5))
+    other = write(tmp_path, content(5), split="val2017", first=50)
+    for number in range(1, 6):
+        scene(number).save(folder / f"{number}.png")
+        scene(number).save(other / f"{number}.png")
+
+    def between_bars(image: Image.Image) -> Image.Image:
+        canvas = Image.new("RGB", (WIDTH, HEIGHT), (114, 114, 114))
+        canvas.paste(image.resize((WIDTH // 2, HEIGHT)), (WIDTH // 4, 0))
+        return canvas
+
+    scene(1).convert("L").save(other / "1.png")
+    scene(2).convert("L").convert("RGB").save(folder / "2.png")
+    between_bars(scene(3)).save(other / "3.png")
+    between_bars(ImageOps.mirror(scene(4))).save(folder / "4.png")
+    between_bars(scene(15)).save(other / "5.png")
+    _, report = check(tmp_path)
+    said = [f.text for f in report.odd if f.kind == "image alike in two splits"]
+    assert [text.split(":")[0] for text in said] == [
+        "image 1 (1.png) looks like 1.png of train2017",
+        "image 2 (2.png) looks like 2.png of train2017",
+        "image 3 (3.png) looks like 3.png of train2017",
+        "image 4 (4.png) looks like 4.png of train2017, mirrored",
+    ]
+
+
 @pytest.mark.parametrize(
     ("one", "other", "said"),
     [
