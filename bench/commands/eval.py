@@ -162,7 +162,7 @@ def run(options: argparse.Namespace) -> int:
 
     from bench import record
     from bench.data.check import remarks
-    from bench.data.split import open_split
+    from bench.data.split import open_split, undetected
     from bench.files import sha256
     from bench.model import weights
     from bench.model.build import build_detector
@@ -212,7 +212,7 @@ def run(options: argparse.Namespace) -> int:
             model, split, config, fabric, lambda share, _doing: bar.update(share), labels=labels
         )
     if is_first:
-        notes += [*remarks([split]), *evaluation_remarks(section)]
+        notes += [*undetected(config, [split]), *remarks([split]), *evaluation_remarks(section)]
         for note in notes:
             console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
         result = _result(path, config, section, str(fabric.device)) | {"notes": notes}

@@ -8,7 +8,7 @@ annotation that has no other.
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from reprlib import repr as shortened
 from typing import Any
 
@@ -23,7 +23,13 @@ ANNOTATION_KEYS = {"id": int, "image_id": int, "category_id": int, "bbox": list}
 
 # What is read of an annotation; its attributes one by one are not.
 _READ = {*ANNOTATION_KEYS, "iscrowd", "area", "segmentation", "score", "attributes"}
+# What images are left out by, where it is true or false, in lower case.
+_IGNORED = re.compile(r"(is_?)?(ignored?|deleted|excluded?|skip(ped)?)(_?(regions?|areas?))?")
+_ANNOTATED = re.compile(r"(is_?)?(annotated|labell?ed|valid)")
+_SPLITS = ("split", "subset")
+_XYWH = (None, 1, "1", "XYWH_ABS", "BoxMode.XYWH_ABS")
 _KINDS = {int: "a whole number", str: "a text", list: "a list"}
+_ANEW = "; nothing refers to ids of annotations: number them anew, from 1"
 _WHOLE = re.compile(r"\s*[+-]?\d{1,99}\s*", flags=re.ASCII)
 _LEAST_POLYGON = 6
 # Pixels from the origin. The rasteriser allocates in proportion to a polygon's length: a wild
@@ -54,6 +60,9 @@ def listed(
         if not isinstance(raw, dict):
             report(finding("malformed entry", why=f"{where} is not an object"))
             continue
+        # LVIS names files by their addresses alone, which end in SPLIT/NAME.
+        if "file_name" in keys and "file_name" not in raw and isinstance(raw.get("coco_url"), str):
+            raw = raw | {"file_name": "/".join(raw["coco_url"].split("/")[-2:])}
         entry = raw if _is_plain(raw, keys) else _coerced(raw, keys, where, report)
         if entry is None:
             continue
@@ -63,7 +72,8 @@ def listed(
                 place = {"image": entry["image_id"], "annotation": entry["id"]}
             elif section == "images":
                 place = {"image": entry["id"]}
-            report(finding("id used twice", section=section, **place))
+            hint = _ANEW if section == "annotations" else ""
+            report(finding("id used twice", section=section, hint=hint, **place))
         else:
             seen.add(entry["id"])
             yield entry
@@ -77,12 +87,13 @@ def _coerced(raw: Entry, keys: Mapping[str, type], where: str, report: Report) -
     """The entry with whole numbers where they are written otherwise; None where it is an error."""
     entry = dict(raw)
     for key, kind in keys.items():
+        hint = _ANEW if key == "id" and "image_id" in keys else ""
         if key not in raw:
-            report(finding("malformed entry", why=f"{where} has no {key!r}"))
+            report(finding("malformed entry", why=f"{where} has no {key!r}{hint}"))
             return None
         value = whole(raw[key]) if kind is int else raw[key]
         if type(value) is not kind:
-            said = f"{where} has {key!r} {shortened(raw[key])}, which is not {_KINDS[kind]}"
+            said = f"{where} has {key!r} {shortened(raw[key])}, which is not {_KINDS[kind]}{hint}"
             report(finding("malformed entry", why=said))
             return None
         if value is not raw[key]:
@@ -226,6 +237,9 @@ class AnnotationReader:
             return segmentation | {"size": [image["height"], image["width"]]}
         if whole(raw.get("iscrowd")) == 1:
             self._say(raw, "crowd outlined by polygons")
+        if _is_flat(segmentation):
+            self._say(raw, "polygon in no list of polygons")
+            segmentation = [segmentation]
         others = [part for part in segmentation if not isinstance(part, list)]
         if others:
             self._say(raw, "malformed polygon", what=f"the polygon {shortened(others[0])}")
@@ -322,10 +336,45 @@ def box_polygon(box: list[float], height: int, width: int) -> list[float]:
 def _unread(raw: Entry) -> list[str]:
     """The fields that are not read and say something: neither false, nor 0, nor empty."""
     more = {name: raw[name] for name in raw.keys() - _READ}
-    attributes = raw.get("attributes")
-    if isinstance(attributes, dict):
-        more |= {f"attributes.{name}": value for name, value in attributes.items()}
+    # What detectron2 calls 0 are corners; what is read it calls 1.
+    if "bbox_mode" in more and more.pop("bbox_mode") not in _XYWH:
+        more["bbox_mode"] = True
+    for name, value in _attributes(raw.get("attributes")):
+        more[f"attributes.{name}" if name else "attributes"] = value
     return [name for name, value in more.items() if whole(value)]
+
+
+def _attributes(given: Any) -> Iterator[tuple[str, Any]]:
+    """Attributes by name: of an object, of a list of objects with name and value, or of texts."""
+    for one in given if isinstance(given, list) else [given]:
+        if isinstance(one, dict) and "name" in one:
+            yield str(one["name"]), one.get("value", True)
+        elif isinstance(one, dict):
+            yield from one.items()
+        else:
+            yield (one if isinstance(one, str) else ""), one
+
+
+def unread_of_images(images: Sequence[Entry]) -> list[str]:
+    """Fields by which images, or regions of them, are left out elsewhere, and of how many images.
+
+    Of splits in one file each is named, where there are several.
+    """
+    names = sorted({name for image in images for name in image})
+    found: list[str] = []
+    for name in names:
+        told = [whole(image[name]) for image in images if name in image]
+        if _IGNORED.fullmatch(name.casefold()):
+            count = sum(map(bool, told))
+            found += [f"{name!r} ({count})"] if count else []
+        elif _ANNOTATED.fullmatch(name.casefold()):
+            count = sum(value is not None and value in (0, "false") for value in told)
+            found += [f"{name!r} false ({count})"] if count else []
+        elif name.casefold() in _SPLITS:
+            values = Counter(value for value in told if isinstance(value, str | int))
+            if len(values) > 1:
+                found += [f"{name!r} {shortened(v)} ({n})" for v, n in values.most_common()]
+    return found
 
 
 def _has_segmentation(raw: Entry) -> bool:
@@ -333,6 +382,13 @@ def _has_segmentation(raw: Entry) -> bool:
     segmentation = raw.get("segmentation")
     empty = isinstance(segmentation, list) and all(part == [] for part in segmentation)
     return bool(segmentation) and not empty
+
+
+def _is_flat(segmentation: list[Any]) -> bool:
+    """Whether it is one polygon where a list of polygons belongs."""
+    count = len(segmentation)
+    numbers = all(_is_number(value, _FARTHEST) for value in segmentation)
+    return count >= _LEAST_POLYGON and count % 2 == 0 and numbers
 
 
 def _joined(polygons: list[list[Any]]) -> list[list[Any]]:

@@ -28,6 +28,7 @@ from bench.data.copies import COPIED, Look, Seen, look, place_of
 from bench.data.findings import Finding, Tally, finding, quoted
 from bench.data.images import DEEP_MODES, DEEPEST, Picture
 from bench.data.loader import clear_worker_errors, prepare_worker
+from bench.data.masks import Runs
 from bench.errors import InputError
 from bench.system.progress import Bar
 
@@ -46,6 +47,11 @@ _MANY = 0.5
 # Boxes whose edges are all off those of their masks by the same pixels lie beside them, from so
 # many boxes and pixels on; rounding moves a single edge by half a pixel.
 _BESIDE, _OFF, _ALIKE = 16, 0.75, 0.5
+# Areas that differ by a share and half a rim from those of masks or boxes, where nearly all do so,
+# or from what the turns of a polygon enclose.
+# Of boxes they do not where each is another share of its box: not nearly that of others of its
+# image, from so many objects on, nor less than the last.
+_OFF_AREA, _NEARLY_ALL, _ALIKE_AREAS, _SHARING, _NO_SHARE = 0.1, 0.75, 0.05, 5, 0.05
 # Pixels that boxes of one object are apart by, at most, where one of them was rounded.
 _SAME_PIXELS = 1
 # Outlines that take this share of their own box are boxes, where such a share of all does: of
@@ -161,13 +167,14 @@ def check(
         absent = {f.image for f in found if f.kind == "image missing"}
         decoding = decode and dataset.folder.is_dir()
         decoded = 0
-        outlined = []
+        outlined, areas = [], []
         for one in _inspect(dataset, seen, absent, decode=decoding, workers=workers):
             found += one.found
             outlined.append(one.outlined)
+            areas.append(one.areas)
             decoded += bool(one.digest)
         found += seen.sources(dataset, found)
-        found += [*_of_the_whole(dataset, found, outlined), *_unlisted(dataset)]
+        found += [*_of_the_whole(dataset, found, outlined, areas), *_unlisted(dataset)]
         found += _other_classes(dataset, reports)
         reports.append(
             SplitReport(
@@ -202,17 +209,18 @@ def remarks(datasets: Iterable[CocoDataset]) -> list[str]:
         tally = Tally.of(dataset.tally)
         most = len(dataset) if len(dataset) <= _LOOKED_AT_WHOLE else _LOOKED_AT
         found: list[Finding] = []
-        outlined = []
+        outlined, areas = [], []
         for one in _inspect(dataset, seen, set(), most=most):
             found += one.found
             outlined.append(one.outlined)
+            areas.append(one.areas)
             error = next((f for f in one.found if f.is_error), None)
             if error is not None:
                 raise InputError(f"{dataset.annotation_file}: {error.text}")
         if sampled:
             found += seen.files(dataset, {f.image for f in found if f.kind == COPIED})
         found += seen.sources(dataset, found)
-        for each in [*found, *_of_the_whole(dataset, found, outlined)]:
+        for each in [*found, *_of_the_whole(dataset, found, outlined, areas)]:
             tally.add(each)
         part = "" if most == len(dataset) else f" (pixels of {most} of {len(dataset)} images)"
         lines += tally.lines(f"{dataset.annotation_file}{part}")
@@ -254,12 +262,13 @@ def class_remarks(splits: Iterable[ClassDataset], white: int) -> list[str]:
 
 
 class _Inspection(NamedTuple):
-    """Of an image what is found, a digest and a look of its pixels, and `_outlined`."""
+    """Of an image what is found, a digest and a look of its pixels, `_outlined` and `_areas`."""
 
     found: list[Finding]
-    digest: str
-    look: Look | None
-    outlined: NDArray[np.float64]
+    digest: str = ""
+    look: Look | None = None
+    outlined: NDArray[np.float64] = np.empty((0, 5))
+    areas: NDArray[np.float64] = np.empty((0, 4))
 
 
 class _Inspections(Dataset[_Inspection]):
@@ -277,10 +286,14 @@ class _Inspections(Dataset[_Inspection]):
         digest, seen = "", None
         if self.decode and entry["id"] not in self.absent:
             digest, seen = _inspect_file(self.dataset, entry, found)
+        areas = []
         for annotation in annotations:
-            found += _inspect_mask(annotation, entry)
+            runs = outline(annotation, entry["height"], entry["width"])
+            found += _inspect_mask(annotation, entry, runs)
+            areas += [] if annotation["iscrowd"] else [_areas(annotation, runs)]
         found += _nearly_twice(annotations)
-        return _Inspection(found, digest, seen, _outlined(annotations, entry))
+        sizes = np.reshape(areas, (-1, 4))
+        return _Inspection(found, digest, seen, _outlined(annotations, entry), sizes)
 
 
 def _inspect(
@@ -313,7 +326,7 @@ def _inspect(
                 looks += [] if copies else [(entry, one.look)]
                 yield one._replace(found=[*one.found, *copies])
             bar.advance(len(batch))
-        yield _Inspection(list(seen.alike(dataset, looks)), "", None, np.empty((0, 5)))
+        yield _Inspection(list(seen.alike(dataset, looks)))
 
 
 def _inspect_file(
@@ -364,11 +377,10 @@ def _oddities(picture: Picture) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "image of several frames", {}
 
 
-def _inspect_mask(annotation: Entry, entry: Entry) -> Iterator[Finding]:
+def _inspect_mask(annotation: Entry, entry: Entry, runs: Runs) -> Iterator[Finding]:
     """Compare an annotation's mask with its box and its area."""
     height, width = entry["height"], entry["width"]
     own = {"image": entry["id"], "annotation": annotation["id"]}
-    runs = outline(annotation, height, width)
     pixels = float(mask_api.area(runs))
     if not pixels:
         yield finding("mask without a pixel", **own)
@@ -400,8 +412,8 @@ def _inspect_mask(annotation: Entry, entry: Entry) -> Iterator[Finding]:
         )
     area = float(annotation["area"])
     ratio = max(area, pixels) / max(min(area, pixels), 1.0)
-    # Without a mask the box stands for it, of which an object may take any share.
-    unmasked = annotation["segmentation"] is None and area < pixels
+    # Without a mask the box stands for it, of which an object may take any share but none at all.
+    unmasked = annotation["segmentation"] is None and 1 <= area < pixels
     if ratio > _AREA_FACTOR and abs(area - pixels) > _AREA_PIXELS and not unmasked:
         whole = area == height * width
         kind = "area of the whole image" if whole else "area that does not fit its mask"
@@ -411,10 +423,58 @@ def _inspect_mask(annotation: Entry, entry: Entry) -> Iterator[Finding]:
         if abs(area - around) <= _ROUNDED * around and around - pixels > _SPARE * around:
             yield finding("area of the box", area=area, pixels=pixels, **own)
     parts = annotation["segmentation"]
-    if isinstance(parts, list) and len(parts) > 1:
-        shared = float(mask_api.area(mask_api.frPyObjects(parts, height, width)).sum()) - pixels
+    if isinstance(parts, list):
+        alone = mask_api.area(mask_api.frPyObjects(parts, height, width))
+        shared = float(alone.sum()) - pixels
         if shared > _SPARE * pixels:
             yield finding("polygons within each other", pixels=shared, **own)
+        for part, inside in zip(parts, alone, strict=True):
+            points = np.reshape(part, (-1, 2)).astype(float)
+            if _crosses_itself(points, float(inside), height, width):
+                yield finding("polygon that crosses itself", count=len(points), **own)
+
+
+def _crosses_itself(points: NDArray[np.float64], inside: float, height: int, width: int) -> bool:
+    """Whether a polygon with so many pixels encloses parts the other way round, or twice."""
+    low, high = points.min(axis=0), points.max(axis=0)
+    if abs(_enclosed(points) - inside) <= _OFF_AREA * inside + float((high - low).sum()):
+        return False
+    # Lines to a hole or to another part run there and back; what is over the edge has no pixels.
+    joined = len(np.unique(points, axis=0)) < len(points) - 1
+    over = float(np.max([-low, high - [width, height]]))
+    return not joined and over <= _SAME_PIXELS
+
+
+def _areas(annotation: Entry, runs: Runs) -> list[float]:
+    """The area of an annotation, that of its mask or else box, half its rim, and if it has a mask.
+
+    An area that is its box's, but not its mask's, is said of the single annotation, and equal here.
+    """
+    width, height = annotation["bbox"][2:]
+    area, around = float(annotation["area"]), float(width * height)
+    masked = annotation["segmentation"] is not None
+    of_box = not masked or abs(area - around) <= _ROUNDED * around
+    return [area, around if of_box else float(mask_api.area(runs)), width + height, masked]
+
+
+def _other_areas(images: Sequence[NDArray[np.float64]]) -> Iterator[Finding]:
+    """Whether nearly all areas are of something else, as of images before they were resized."""
+    every = np.concatenate([np.empty((0, 4)), *images])
+    area, pixels, rim, masked = every.T
+    ratio = area / np.maximum(pixels, 1)
+    ends = np.cumsum([0, *map(len, images)])
+    typical = np.full(len(every), np.median(ratio) if len(every) else 0)
+    for one in map(slice, ends[:-1], ends[1:]):
+        if len(ratio[one]) >= _SHARING:
+            typical[one] = np.median(ratio[one])
+    # Of a box an area may be any share, but not the same or next to nothing of all.
+    unlike_a_share = (np.abs(ratio - typical) <= _ALIKE_AREAS * typical) | (ratio > 1)
+    wrong = (masked > 0) | unlike_a_share | (ratio < _NO_SHARE)
+    wrong &= np.abs(area - pixels) > _OFF_AREA * pixels + rim
+    count = int(wrong.sum())
+    if len(every) >= _BESIDE and count >= _NEARLY_ALL * len(every):
+        kind, usual = "areas that do not fit", float(np.median(ratio[wrong]))
+        yield finding(kind, count=count, all=len(every), usual=usual)
 
 
 def _nearly_twice(annotations: Iterable[Entry]) -> Iterator[Finding]:
@@ -483,9 +543,13 @@ def _fits(box: NDArray[np.float64], extent: NDArray[np.float64], height: int, wi
 
 
 def _of_the_whole(
-    dataset: CocoDataset, found: Sequence[Finding], outlined: Sequence[NDArray[np.float64]]
+    dataset: CocoDataset,
+    found: Sequence[Finding],
+    outlined: Sequence[NDArray[np.float64]],
+    areas: Sequence[NDArray[np.float64]],
 ) -> Iterator[Finding]:
     """What only a whole split shows, from what was found in its parts."""
+    yield from _other_areas(areas)
     outlines = np.concatenate([np.empty((0, 5)), *outlined])
     filling, every = int((outlines[:, 4] >= _FILLS).sum()), len(outlines)
     if every >= _BESIDE and filling >= _FILLING * every:

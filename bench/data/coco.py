@@ -33,6 +33,7 @@ from bench.data.annotations import (
     has_size,
     listed,
     outline,
+    unread_of_images,
 )
 from bench.data.findings import Finding, Report, Tally, finding, quoted
 from bench.errors import InputError, choose, saying, some
@@ -43,10 +44,13 @@ Categories = tuple[tuple[int, str], ...]
 # A share of boxes that ordinary data does not come near.
 _MANY, _FEW, _SOME = 0.1, 0.01, 2
 # Detections of an image and class that the rules of COCO look at.
-_FOUND = 100
+MOST_FOUND = 100
 _SECTIONS = ("images", "annotations", "categories")
 _ONE_OBJECT = "annotations are one JSON object with lists images, annotations and categories"
 _LOOKED_FOR = ("neg_category_ids", "not_exhaustive_category_ids")
+# Sides of squares that models and tools scale images to; boxes of such nearly reach them, in images
+# that are larger and most of them no squares.
+_SQUARES, _NEARLY, _LARGER = (512, 640, 1000, 1024), 0.95, 1.1
 # Half of an image, and what rounding adds.
 _NEAR = 0.52
 
@@ -135,6 +139,9 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         if looked:
             counts: dict[str, Any] = {"count": len(looked), "all": len(entries)}
             self._report(finding("classes of each image", **counts))
+        fields = unread_of_images([*entries.values()])
+        if fields:
+            self._report(finding("fields of images that are not read", fields=some(fields)))
         categories = sorted(
             listed(content, "categories", CATEGORY_KEYS, self._report), key=lambda c: int(c["id"])
         )
@@ -335,9 +342,17 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         outlined = [a["segmentation"] is not None for a in found if not a["iscrowd"]]
         self.has_masks = not outlined or any(outlined)
         self._reach = max((_reach(a["bbox"], entries[a["image_id"]]) for a in found), default=1)
+        self._ends = [
+            max((a["bbox"][axis] + a["bbox"][axis + 2] for a in found), default=0)
+            for axis in (0, 1)
+        ]
         starts = [a["bbox"][:2] for a in found]
         first = min(map(min, starts), default=0)
-        self._at_one = sum(1 in start for start in starts) if first == 1 else 0
+        self._first = first if first in (-1, 1) else 0
+        self._at_first = sum(first in start for start in starts) if self._first else 0
+        # From -1 begins what is cut off at the edge, and from 0 what lies a pixel within.
+        if first == -1 and self._at_first <= sum(0 in start for start in starts):
+            self._at_first = 0
         self._packed = Packed((entries[id_], groups.pop(id_, [])) for id_ in self.ids)
 
     def limit(self, count: int) -> None:
@@ -361,18 +376,32 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
                 self._report(finding(kind, count=wrong, all=count))
         if count >= _SOME**4 and self._reach <= _NEAR:
             self._report(finding("boxes near the origin alone", all=count, reach=self._reach))
-        if self._at_one >= max(_SOME**2, _FEW * count):
-            kind = "boxes that look counted from 1"
-            self._report(finding(kind, count=self._at_one, all=count))
-        over = self._instances[self._instances > _FOUND]
+        side = self._square() if count >= _SOME**4 else 0
+        if side:
+            self._report(finding("boxes within a square", all=count, side=side))
+        if self._at_first >= max(_SOME**2, _FEW * count):
+            kind = f"boxes that look counted from {self._first:g}"
+            self._report(finding(kind, count=self._at_first, all=count))
+        over = self._instances[self._instances > MOST_FOUND]
         if len(over):
             kind, most = "images of many objects", int(over.max())
-            self._report(finding(kind, count=len(over), all=len(self), most=most, found=_FOUND))
+            self._report(finding(kind, count=len(over), all=len(self), most=most, found=MOST_FOUND))
         crowds = count - int(self._instances.sum())
-        if crowds >= max(_SOME, _MANY * count):
-            self._report(finding("many crowds", count=crowds, all=count))
+        if crowds:
+            kind = "many crowds" if crowds >= max(_SOME, _MANY * count) else "crowds"
+            self._report(finding(kind, count=crowds, all=count))
         if not self.has_masks:
             self._report(finding("no masks at all"))
+
+    def _square(self) -> int:
+        """The side of the square that boxes end within, and nearly reach; 0 where there is none."""
+        sizes = self._sizes[self._annotated > 0]
+        short, long = sizes.min(axis=1), sizes.max(axis=1)
+        if np.median(long / short) < _LARGER:
+            return 0
+        low, high = min(self._ends), max(self._ends)
+        sides = [s for s in _SQUARES if _NEARLY * s <= low <= high <= s]
+        return next((side for side in sides if short.min() > _LARGER * side), 0)
 
     def _find_files(self, entries: Iterable[Entry]) -> None:
         """Look for the file of each image, and put where it is in the place of its name."""

@@ -1,5 +1,7 @@
 """Images that are there more than once: copies, also encoded or resized anew, turned or mirrored.
 
+Copies that were made grey or put between plain bars are found too.
+
 Trained on and evaluated with, they make accuracies that say nothing of other images.
 """
 
@@ -9,9 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -28,20 +31,93 @@ _SIDE, _APART, _CONTRAST = 16, 6, 8
 # Names of what is made of one source: Roboflow's augmented copies, and tiles of DOTA's tools.
 _OF_A_SOURCE = re.compile(r"(.+)(?:\.rf\.\w+|__[\d.]+__-?\d+___-?\d+)\.\w+")
 
+# Brightness of red, green and blue; the spread of channels above which an image has colour, the
+# range of what is plain, and the width of a bar and how far two are from being even, as shares.
+_LUMA, _COLOURED, _PLAIN, _BAR, _EVEN = (0.299, 0.587, 0.114), 4, 12, 0.03, 0.01
+
 COPIED, ALIKE = "image in two splits", "image alike in two splits"
 
-Look = NDArray[np.int16]
+Cells = NDArray[np.int16]
+
+
+class Look(NamedTuple):
+    """The grey of each cell of a grid over an image, (side, side).
+
+    Attributes:
+        mean: of the mean of its channels.
+        luma: as images are made grey by their brightness; None where it is grey.
+        inner: of the mean, without the plain bars around it; None where there are none.
+    """
+
+    mean: Cells
+    luma: Cells | None
+    inner: Cells | None
 
 
 def look(pixels: Tensor) -> Look | None:
-    """The grey of each cell of a grid over an image, (side, side); None without contrast.
+    """Return the look of an image, uint8 (3, height, width); None without contrast."""
+    channels = pixels.float()
+    mean = channels.mean(dim=0)
+    cells = _cells(mean)
+    if cells.std() < _CONTRAST:
+        return None
+    luma = _cells(torch.tensordot(torch.tensor(_LUMA), channels, 1))
+    within = _within_bars(mean)
+    inner = None if within is None else _cells(within)
+    barred = inner is not None and inner.std() >= _CONTRAST
+    coloured = bool((channels.amax(dim=0) - channels.amin(dim=0)).mean() > _COLOURED)
+    return Look(cells, luma if coloured else None, inner if barred else None)
 
-    Args:
-        pixels: uint8 (3, height, width).
-    """
-    grey = pixels.float().mean(dim=0)[None]
-    cells = resize(grey, (_SIDE, _SIDE))[0].numpy()
-    return np.rint(cells).astype(np.int16) if cells.std() >= _CONTRAST else None
+
+def _cells(grey: Tensor) -> Cells:
+    return np.rint(resize(grey[None], (_SIDE, _SIDE))[0].numpy()).astype(np.int16)
+
+
+def _within_bars(grey: Tensor) -> Tensor | None:
+    """What is left without plain bars above and below, or left and right; None without bars."""
+    for axis in (1, 0):
+        lines = grey if axis == 1 else grey.T
+        busy = torch.nonzero(lines.amax(dim=1) - lines.amin(dim=1) > _PLAIN).flatten()
+        if not len(busy):
+            return None
+        first, last = int(busy[0]), int(busy[-1]) + 1
+        # A copy in the middle of a canvas has bars on both sides, of one width.
+        before, behind = first, len(lines) - last
+        even = abs(before - behind) <= max(_EVEN * len(lines), 1)
+        if even and min(before, behind) >= _BAR * len(lines):
+            return lines[first:last] if axis == 1 else lines[first:last].T
+    return None
+
+
+class _Looks:
+    """Looks of one kind, and whose they are."""
+
+    def __init__(self) -> None:
+        self._looks: list[Cells] = []
+        self._places: list[str] = []
+        self._sorted: tuple[NDArray[np.float64], Cells, NDArray[np.int64]] | None = None
+
+    def add(self, cells: Cells, place: str) -> None:
+        """Take one up."""
+        self._looks.append(cells)
+        self._places.append(place)
+        self._sorted = None
+
+    def find(self, cells: Cells) -> tuple[str, str] | None:
+        """One that looks the same, turned or mirrored, and how; None where there is none."""
+        if self._sorted is None:
+            looks = np.reshape(self._looks, (-1, _SIDE, _SIDE))
+            means = looks.mean(axis=(1, 2))
+            order = np.argsort(means)
+            self._sorted = means[order], looks, order
+        means, looks, order = self._sorted
+        # A mean that is further off belongs to other cells, turned or not.
+        near = order[slice(*np.searchsorted(means, [cells.mean() - _APART, cells.mean() + _APART]))]
+        for how, turned in _turned(cells):
+            apart = np.abs(looks[near] - turned).max(axis=(1, 2), initial=0)
+            if len(near) and apart.min() <= _APART:
+                return self._places[near[apart.argmin()]], how
+        return None
 
 
 class Seen:
@@ -51,8 +127,7 @@ class Seen:
         self._pixels: dict[str, tuple[str, str]] = {}
         self._files: dict[int, list[Path]] = defaultdict(list)
         self._split_of: dict[Path, str] = {}
-        self._looks: list[Look] = []
-        self._places: list[str] = []
+        self._looks: dict[str, _Looks] = defaultdict(_Looks)
         self._sources: dict[str, tuple[str, str]] = {}
         self._sha256 = cache(sha256)
 
@@ -77,21 +152,22 @@ class Seen:
             looks: of the images of this split that are not copies.
         """
         known = [(entry, seen) for entry, seen in looks if seen is not None]
-        before = np.reshape(self._looks, (-1, _SIDE, _SIDE))
-        # A mean that is further off belongs to other cells, turned or not.
-        means = before.mean(axis=(1, 2))
-        order = np.argsort(means)
         for entry, seen in known:
-            ends = np.searchsorted(means[order], [seen.mean() - _APART, seen.mean() + _APART])
-            near = order[slice(*ends)]
-            for how, turned in _turned(seen):
-                apart = np.abs(before[near] - turned).max(axis=(1, 2), initial=0)
-                if len(near) and apart.min() <= _APART:
-                    other = self._places[near[apart.argmin()]]
+            tries = [(seen.mean, "mean"), (seen.mean, "inner"), (seen.inner, "mean")]
+            tries += [(seen.mean, "luma") if seen.luma is None else (seen.luma, "grey")]
+            for cells, kind in tries:
+                found = None if cells is None else self._looks[kind].find(cells)
+                if found is not None:
+                    other, how = found
                     yield finding(ALIKE, other=other, how=how, **place_of(entry))
                     break
-        self._looks += [seen for _, seen in known]
-        self._places += [f"{dataset.path(entry).name} of {dataset.split}" for entry, _ in known]
+        for entry, seen in known:
+            place = f"{dataset.path(entry).name} of {dataset.split}"
+            kinds = {"mean": seen.mean, "inner": seen.inner, "luma": seen.luma}
+            kinds["grey"] = seen.mean if seen.luma is None else None
+            for kind, cells in kinds.items():
+                if cells is not None:
+                    self._looks[kind].add(cells, place)
 
     def files(self, dataset: CocoDataset, known: set[int | None]) -> Iterator[Finding]:
         """Which files are, byte by byte, those of the splits before; only equal sizes are read.
@@ -136,7 +212,7 @@ class Seen:
         return one == other or self._sha256(one) == self._sha256(other)
 
 
-def _turned(seen: Look) -> Iterator[tuple[str, Look]]:
+def _turned(seen: Cells) -> Iterator[tuple[str, Cells]]:
     """The looks of an image as it is, mirrored and turned by right angles, and what they are."""
     mirrored = seen[:, ::-1]
     yield from (("", seen), (", mirrored", mirrored))

@@ -26,7 +26,8 @@ class Kind(NamedTuple):
 _BOTH_USED = "both are used as they are"
 _PART = "the polygon is left out"
 _WHOLE = "the annotation is left out"
-_CUT = "it is cut off at the edge"
+_AREA = "the area decides whether an object counts as small, medium or large"
+_CROWDS = "not trained on; what is found there counts neither for nor against"
 _GREY = "three equal channels"
 _TRANSPARENT = "the transparency is dropped"
 _RGB = "converted to RGB"
@@ -37,7 +38,7 @@ KINDS: Mapping[str, Kind] = {
     "annotation file unreadable": Kind("{why}"),
     "section missing": Kind("{why}"),
     "malformed entry": Kind("{why}"),
-    "id used twice": Kind("has an id that stands twice in the list {section!r}"),
+    "id used twice": Kind("has an id that stands twice in the list {section!r}{hint}"),
     "image without a size": Kind("has the size {height}x{width} (height x width)"),
     "image folder missing": Kind("{why}"),
     "image missing": Kind("is missing: {path}"),
@@ -68,6 +69,11 @@ KINDS: Mapping[str, Kind] = {
         " percentages, or of smaller images?",
         "taken as pixels",
     ),
+    "boxes within a square": Kind(
+        "all {all} boxes end within {side} pixels in x and in y, and nearly reach them, in larger"
+        " images: are they of images stretched to {side}x{side}, or shares of {side}?",
+        "taken as pixels",
+    ),
     "boxes that look like corners": Kind(
         "{count} of {all} boxes reach over the image's edge: are they x1, y1, x2, y2, or around"
         " their centre?",
@@ -75,6 +81,11 @@ KINDS: Mapping[str, Kind] = {
     ),
     "boxes that look counted from 1": Kind(
         "{count} of {all} boxes begin at 1 and none before: is the first pixel 1?",
+        "taken as counted from 0",
+    ),
+    "boxes that look counted from -1": Kind(
+        "{count} of {all} boxes begin at -1, fewer at 0 and none before: was 1 taken off what was"
+        " counted from 0?",
         "taken as counted from 0",
     ),
     "boxes in another format than the masks": Kind(
@@ -86,11 +97,17 @@ KINDS: Mapping[str, Kind] = {
         " they cut to whole pixels, or are both not counted from the same first one?",
         "both are used as they are",
     ),
+    "areas that do not fit": Kind(
+        "{count} of {all} areas are not those of their masks or boxes, but {usual:.2g} times as"
+        " large as a rule: are they of images of another size, or not in pixels?",
+        _AREA,
+    ),
     "many crowds": Kind(
         "{count} of {all} annotations are crowds: are they groups, or objects whose masks an export"
         " wrote as run lengths?",
-        "not trained on; what is found there counts neither for nor against",
+        _CROWDS,
     ),
+    "crowds": Kind("{count} of {all} annotations are crowds", _CROWDS),
     "images of many objects": Kind(
         "{count} of {all} images have more than {found} objects, up to {most}",
         "the others count as missed: detectors give model.detector.detections of an image, and"
@@ -106,8 +123,13 @@ KINDS: Mapping[str, Kind] = {
     ),
     "fields that are not read": Kind(
         "annotations have {fields}",
-        "not read: each counts ('iscrowd' alone is heeded), its box is upright and its class is"
-        " that of its category_id",
+        "not read: each counts ('iscrowd' alone is heeded), its box is upright, of x, y, width and"
+        " height, and its class is that of its category_id",
+    ),
+    "fields of images that are not read": Kind(
+        "images have {fields}",
+        "not read: every image is used as a whole, and what is not annotated in it counts as not"
+        " there",
     ),
     "masks that look like boxes": Kind(
         "{count} of {all} masks fill their boxes: are they boxes?",
@@ -154,18 +176,23 @@ KINDS: Mapping[str, Kind] = {
     "polygon of point pairs": Kind(
         "has a polygon of [x, y] pairs", "read as x and y in turn, as COCO writes them"
     ),
+    "polygon in no list of polygons": Kind(
+        "has x, y, x, y, … where a list of polygons belongs", "read as one polygon"
+    ),
     "annotation twice": Kind(
         "has the class, box and segmentation of annotation {other}", _BOTH_USED
     ),
     "annotation nearly twice": Kind(
         "has the class of annotation {other}, and its box but for a pixel", _BOTH_USED
     ),
-    "annotation without a segmentation": Kind("has no segmentation", "its box is its mask"),
+    "annotation without a segmentation": Kind(
+        "has no segmentation", "its box is its mask, to train on and in mask AP"
+    ),
     "annotation without an area": Kind("has no area", "that of its mask is used"),
     "box over the image's edge": Kind(
         "has the box {box}, which reaches {over:g} pixels over the edge of {height}x{width}"
         " (height x width)",
-        _CUT,
+        "cut off at the edge in training; evaluated as it is, which no box within the image equals",
     ),
     "polygon over the image's edge": Kind(
         "has a polygon that reaches {over:g} pixels over the image's edge",
@@ -184,17 +211,21 @@ KINDS: Mapping[str, Kind] = {
         "has polygons that share {pixels:g} pixels",
         "they are added: what is meant as a hole is filled",
     ),
+    "polygon that crosses itself": Kind(
+        "has a polygon of {count} points that crosses itself: are they in another order?",
+        "used as it is, though its mask may lack a part",
+    ),
     "area of the box": Kind(
         "has the area of its box, {area:g}, but its mask has {pixels:g} pixels",
-        "the area decides whether it counts as small, medium or large",
+        _AREA,
     ),
     "area of the whole image": Kind(
         "has the area of its whole image, {area:g}, but its mask has {pixels:g} pixels",
-        "the area decides whether it counts as small, medium or large",
+        _AREA,
     ),
     "area that does not fit its mask": Kind(
         "has the area {area:g}, but its mask has {pixels:g} pixels",
-        "the area decides whether it counts as small, medium or large",
+        _AREA,
     ),
     "image without annotations": Kind(
         "has no annotation",
@@ -247,6 +278,7 @@ _COVERED = {
     ),
     "polygons that look like fractions": ("mask within the first pixel", "mask without a pixel"),
     "boxes that look like corners": ("box over the image's edge",),
+    "areas that do not fit": ("area that does not fit its mask",),
     "no masks at all": ("annotation without a segmentation",),
     "deep images with a small range": ("image without contrast",),
 }

@@ -24,6 +24,7 @@ _MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 0
 _ORIENTATION = 0x0112
 # A tag of TIFF, of which Pillow heeds the value below in grey of 8 bits alone.
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
+_BITS, _PLANES, _APART = 258, 284, 2
 # How an image is put upright, by its EXIF orientation; 1 is upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -98,8 +99,9 @@ def read(
         # Given its name, Pillow maps TIFF into memory by its upright size, not by the stored one.
         opened: IO[bytes] = path.open("rb") if raw is None else io.BytesIO(raw)
         with opened as file, _limit(expected), Image.open(file) as image:
-            # Before the pixels are read, which empties the list.
-            cut = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+            # Before the pixels are read, which empties the list of tiles.
+            _refuse_deep_planes(image)
+            cut = _is_cut(image, file)
             orientation = _orientation(image)
             # TIFF is turned as it is loaded, and then says so.
             image.load()
@@ -201,6 +203,32 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
         image[None], size, mode="bilinear", antialias=True, align_corners=False
     )[0]
     return resized
+
+
+def _refuse_deep_planes(image: Image.Image) -> None:
+    """Pillow's own decoders take 16 bits for 8 where each channel of a TIFF has a plane."""
+    tags = getattr(image, "tag_v2", {})
+    own = any(tile[0] != "libtiff" for tile in getattr(image, "tile", ()))
+    if own and tags.get(_PLANES) == _APART and max(tags.get(_BITS, (8,))) > 8:
+        raise ValueError(
+            "16 bits a channel in planes of their own are not read; write them pixel by pixel, or"
+            " compressed"
+        )
+
+
+def _is_cut(image: Image.Image, file: IO[bytes]) -> bool:
+    """Whether the file has 16 bits a channel; its pixels are not read yet."""
+    if image.format == "JPEG2000":
+        place = file.tell()
+        file.seek(0)
+        _, found, header = file.read(512).partition(b"ihdr")
+        file.seek(place)
+        # Behind height, width and the number of channels; the highest bit is that of a sign.
+        return bool(found) and header[10] & 127 == 15
+    tiles = getattr(image, "tile", ())
+    if image.format == "PPM":
+        return any(tile[3] == ("RGB", DEEPEST) for tile in tiles)
+    return any(";16" in str(tile[3]) for tile in tiles)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -3,7 +3,7 @@
 - COCO: `annotations/instances_SPLIT.json`, images in `SPLIT/`, `images/SPLIT/` or `images/` (CVAT);
 - Roboflow: `SPLIT/_annotations.coco.json` beside its images;
 - any other, such as Label Studio's `result.json` or FiftyOne's `labels.json` beside `data/`: the
-  file is named, and the images' folder where it is elsewhere.
+  file is named, and the images' folder where it is neither near it nor has the split's name.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ LAYOUT = "annotations/instances_SPLIT.json and the images in SPLIT/, for example
 _PATTERNS = ("annotations/instances_{}.json", "{}/_annotations.coco.json")
 # What exports call the splits that the suites name.
 _OTHER_NAMES = {"train2017": ("train",), "val2017": ("val", "valid", "validation")}
+_NAMES = tuple((name, *others) for name, others in _OTHER_NAMES.items())
 _HOW = (
     "data.train_split=NAME 'evaluate.splits=[NAME]' choose others, and data.train_file=FILE"
     " data.val_file=FILE data.images=DIR take any files"
@@ -68,20 +69,20 @@ class Place:
             for folder in self.folders:
                 path = folder.joinpath(*parts[first:])
                 if _is_file(path):
-                    plain = Path(os.path.normpath(path))
-                    below = plain.is_relative_to(self.folder)
-                    return str(plain.relative_to(self.folder) if below else plain.absolute())
-        alike = self._alike.get(_letters(parts[-1]), []) if parts else []
-        return alike[0] if len(alike) == 1 else None
+                    return self._named(path)
+        letters = _letters(parts[-1]) if parts else ""
+        alike = next((files[letters] for files in self._alike if letters in files), [])
+        return self._named(alike[0]) if len(alike) == 1 else None
+
+    def _named(self, path: Path) -> str:
+        plain = Path(os.path.normpath(path))
+        below = plain.is_relative_to(self.folder)
+        return str(plain.relative_to(self.folder) if below else plain.absolute())
 
     @cached_property
-    def _alike(self) -> dict[str, list[str]]:
-        """The files in the folder, by their letters."""
-        found: dict[str, list[str]] = defaultdict(list)
-        with contextlib.suppress(OSError), os.scandir(self.folder) as files:
-            for file in files:
-                found[_letters(file.name)] += [file.name] if file.is_file() else []
-        return dict(found)
+    def _alike(self) -> list[dict[str, list[Path]]]:
+        """The files in each folder, by their letters."""
+        return [_by_letters(folder) for folder in self.folders]
 
 
 def find(root: Path, split: str, *, file: Path | None = None, images: Path | None = None) -> Place:
@@ -99,8 +100,7 @@ def find(root: Path, split: str, *, file: Path | None = None, images: Path | Non
         if not folder.is_dir():
             raise InputError(f"no data folder {folder}")
     if file is not None:
-        near = [file.parent, file.parent / "images", file.parent / "data", root, *file.parents[1:2]]
-        return Place(file, tuple([images] if images else near), alias=str(file))
+        return Place(file, (images,) if images else _near(file, root), alias=str(file))
     for name in (split, *_OTHER_NAMES.get(split, ())):
         for pattern in _PATTERNS:
             path = root / pattern.format(name)
@@ -112,6 +112,28 @@ def find(root: Path, split: str, *, file: Path | None = None, images: Path | Non
         f"no annotation file {root / _PATTERNS[0].format(split)} for split {split!r} ({_HOW});"
         f" splits there: {there}"
     )
+
+
+def _near(file: Path, root: Path) -> tuple[Path, ...]:
+    """Where the images of an annotation file may be: beside it, or beside the folder it is in."""
+    name = file.stem.removeprefix("instances_")
+    names = dict.fromkeys((name, *next((each for each in _NAMES if name in each), ())))
+    above = [*file.parents[1:2]]
+    found = [file.parent, file.parent / "images", file.parent / "data"]
+    for base in (file.parent, *above):
+        # Of images of one name in several splits those of its own come first.
+        found += [base / part / own for own in names for part in ("", "images")]
+    found += [root, *above, *(folder / "images" for folder in above)]
+    return (found[0], *(folder for folder in dict.fromkeys(found[1:]) if folder.is_dir()))
+
+
+def _by_letters(folder: Path) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = defaultdict(list)
+    with contextlib.suppress(OSError), os.scandir(folder) as files:
+        for file in files:
+            if file.is_file():
+                found[_letters(file.name)].append(Path(file.path))
+    return dict(found)
 
 
 def _letters(name: str) -> str:

@@ -9,7 +9,7 @@ from torchvision.transforms.v2.functional import resize_image
 
 from bench.config.schema import CLASSIFIER, DataConfig, RunConfig
 from bench.data import check, classes
-from bench.data.coco import Categories, CocoDataset, Target
+from bench.data.coco import MOST_FOUND, Categories, CocoDataset, Target
 from bench.data.findings import quoted
 from bench.data.generated import data_root
 from bench.data.images import to_float
@@ -76,7 +76,27 @@ def remarks(config: RunConfig, splits: Sequence[CocoDataset]) -> list[str]:
         _said[key] = check.remarks(distinct.values())
     first = splits[1].split
     seen = f"{first} is trained on and fills the tables: its mAP says nothing of other images"
-    return [seen] * (first == config.data.train_split) + _untrained(splits) + _said[key]
+    known = [seen] * (first == config.data.train_split) + _untrained(splits)
+    return known + undetected(config, splits[1:]) + _said[key]
+
+
+def undetected(config: RunConfig, splits: Sequence[CocoDataset]) -> list[str]:
+    """Which evaluated splits have images of more objects than detections, a line each.
+
+    More than COCO's rules look at, the splits themselves say.
+    """
+    most = config.model.detector.detections
+    lines = []
+    for split in splits if most < MOST_FOUND else ():
+        counts = [split.instances(index) for index in range(len(split))]
+        over = sum(count > most for count in counts)
+        if over:
+            lines.append(
+                f"{split.annotation_file}: {over} of {len(split)} images have more than {most}"
+                f" objects (model.detector.detections), up to {max(counts)}; the others count as"
+                " missed"
+            )
+    return lines
 
 
 def _untrained(splits: Sequence[CocoDataset]) -> list[str]:

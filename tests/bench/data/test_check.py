@@ -93,7 +93,8 @@ ERRORS: list[tuple[dict[str, Any], str, str]] = [
         "the segmentation '[[1, 2, 3]]'; a list",
     ),
     ({"bbox": None}, "malformed entry", "annotations[0]"),
-    ({"id": 102}, "id used twice", "twice in the list 'annotations'"),
+    ({"id": 102}, "id used twice", "twice in the list 'annotations'; nothing refers to ids of"),
+    ({"id": "7f3a"}, "malformed entry", "not a whole number; nothing refers to ids of annotations"),
 ]
 
 ODD: list[tuple[dict[str, Any], str, str, int]] = [
@@ -103,13 +104,14 @@ ODD: list[tuple[dict[str, Any], str, str, int]] = [
     ({"segmentation": [POLYGON, [1, 2]]}, "polygon of fewer than 3 points", "left out", 1),
     ({"segmentation": [PAIRS]}, "polygon of point pairs", "x and y in turn", 1),
     ({"segmentation": PAIRS}, "polygon of point pairs", "x and y in turn", 1),
+    ({"segmentation": POLYGON}, "polygon in no list of polygons", "as one polygon", 1),
     (
         {"segmentation": [POLYGON, [1, 2, 3, 4, 5, 6, 7]]},
         "polygon of an odd count of numbers",
         "left out",
         1,
     ),
-    ({"segmentation": None}, "annotation without a segmentation", "its box is its mask", 1),
+    ({"segmentation": None}, "annotation without a segmentation", "and in mask AP", 1),
     ({"segmentation": []}, "annotation without a segmentation", "its box is its mask", 1),
     ({"segmentation": [[]]}, "annotation without a segmentation", "its box is its mask", 1),
     ({"area": None}, "annotation without an area", "that of its mask", 1),
@@ -117,6 +119,12 @@ ODD: list[tuple[dict[str, Any], str, str, int]] = [
     ({"iscrowd": 1}, "crowd outlined by polygons", "crowd", 1),
     ({"area": 600}, "area that does not fit its mask", "small, medium or large", 1),
     ({"bbox": [10, 5, 30, 17]}, "box that does not fit its mask", "both are used", 1),
+    (
+        {"segmentation": [[10, 5, 30, 5, 10, 17, 30, 17]], "area": 120},
+        "polygon that crosses itself",
+        "lack a part",
+        1,
+    ),
     (
         {"segmentation": [[12.1, 6.1, 12.2, 6.1, 12.2, 6.2]]},
         "mask without a pixel",
@@ -183,6 +191,22 @@ def test_what_reaches_over_the_edge_is_cut_off(
     assert kinds(report.odd)["box over the image's edge"] == 1
     assert kinds(report.odd)["polygon over the image's edge"] == 1
     assert all(over in finding.text for finding in report.odd if "edge" in finding.kind)
+    (said,) = {f.handled for f in report.odd if f.kind == "box over the image's edge"}
+    assert "in training; evaluated as it is" in str(said)
+    # What COCO's own tools do too.
+    dataset = CocoDataset(tmp_path, "train2017")
+    assert dataset.ground_truth()["annotations"][0]["bbox"] == box
+
+
+@pytest.mark.parametrize("way", [1, -1])
+def test_a_line_to_a_hole_or_another_part_crosses_nothing(tmp_path: Path, way: int) -> None:
+    data = content()
+    for one, far, wide in zip(data["annotations"][:2], (0, 26), (20, 42), strict=True):
+        inner = np.add([[14, 8], [26, 8], [26, 14], [14, 14], [14, 8]], [far, 0])[::way]
+        joined = [[10, 5], [30, 5], [30, 17], [10, 17], [10, 5], *inner.tolist(), [10, 5]]
+        one.update(segmentation=[np.ravel(joined).tolist()], bbox=[10, 5, wide, 12], area=None)
+    write(tmp_path, data)
+    assert "polygon that crosses itself" not in kinds(only(tmp_path).odd)
 
 
 def test_a_pixel_over_the_edge_is_rounding(tmp_path: Path) -> None:
@@ -267,7 +291,7 @@ def test_everything_is_found_at_once(tmp_path: Path) -> None:
     changes = [*ERRORS, *[odd[:3] for odd in ODD]]
     for number, (change, kind, _) in enumerate(changes):
         changed = data["annotations"][number] | change
-        if "id" in change:
+        if change.get("id") == 102:
             changed["id"] = 101
         data["annotations"][number] = {k: v for k, v in changed.items() if v is not None}
         expected[kind] += 1
@@ -526,6 +550,53 @@ def test_fields_that_are_not_read_are_said(tmp_path: Path) -> None:
     assert "its box is upright" in line
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"attributes": [{"name": "ignore", "value": True}]}, "'attributes.ignore' (1)"),
+        ({"attributes": [{"name": "ignore", "value": False}, {"occluded": 0}]}, ""),
+        ({"attributes": ["crowd"]}, "'attributes.crowd' (1)"),
+        ({"attributes": "ignore"}, "'attributes.ignore' (1)"),
+        ({"attributes": [7]}, "'attributes' (1)"),
+        ({"bbox_mode": 0}, "'bbox_mode' (1)"),
+        ({"bbox_mode": "BoxMode.XYXY_ABS"}, "'bbox_mode' (1)"),
+        ({"bbox_mode": 1}, ""),
+    ],
+    ids=str,
+)
+def test_attributes_in_any_form_and_modes_of_boxes_are_said(
+    tmp_path: Path, fields: dict[str, Any], said: str
+) -> None:
+    data = content()
+    data["annotations"][1] |= fields
+    write(tmp_path, data)
+    assert [f.text for f in only(tmp_path).odd] == [f"annotations have {said}"] * bool(said)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ([{"ignore": True}, {"ignore": False}, {"ignore": "1"}], "'ignore' (2)"),
+        ([{"deleted": 1, "annotated": True}], "'deleted' (1)"),
+        ([{"is_annotated": False}, {"is_annotated": None}], "'is_annotated' false (1)"),
+        ([{"ignore_regions": [[1, 2, 3, 4]]}, {"ignore_regions": []}], "'ignore_regions' (1)"),
+        ([{"split": "train"}] * 3 + [{"split": "val"}], "'split' 'train' (3), 'split' 'val' (1)"),
+        ([{"split": "train", "license": 1, "valid": 1, "deleted": False}], ""),
+    ],
+    ids=str,
+)
+def test_fields_of_images_that_leave_them_out_elsewhere_are_said(
+    tmp_path: Path, fields: list[dict[str, Any]], said: str
+) -> None:
+    data = content()
+    for image, more in zip(data["images"], fields, strict=False):
+        image.update(more)
+    write(tmp_path, data)
+    assert [f.text for f in only(tmp_path).odd] == [f"images have {said}"] * bool(said)
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    assert ["not read: every image is used" in line for line in lines] == [True] * bool(said)
+
+
 @pytest.mark.parametrize("name", ["Ignored Regions", "ignore-region", "Don\u2019t Care"])
 def test_a_class_of_regions_to_ignore_is_said_where_it_has_an_instance(
     tmp_path: Path, name: str
@@ -555,6 +626,48 @@ def test_names_of_classes_that_look_alike_are_said(tmp_path: Path, other: str) -
     assert first != second
 
 
+@pytest.mark.parametrize(
+    ("times", "masked", "said"),
+    [
+        ([0], False, "0 times"),
+        ([0.0011, 0.0009, 0.0012], False, "0.0011 times"),
+        ([1 / HEIGHT / WIDTH], False, "0.00042 times"),
+        # Of images before they were resized, each its own way.
+        ([1.5, 2.5], False, "2 times"),
+        ([1.5, 2.5], True, "2 times"),
+        ([0.5], False, "0.5 times"),
+        ([0.5], True, "0.5 times"),
+        ([1], False, ""),
+        ([0.96, 1, 1.04], True, ""),
+        # Of masks that are left out.
+        ([0.3 + 0.04 * number for number in range(16)], False, ""),
+    ],
+)
+def test_areas_of_something_else_are_suspected_all_at_once(
+    tmp_path: Path, times: list[float], masked: bool, said: str
+) -> None:
+    data = content(16)
+    for number, one in enumerate(data["annotations"]):
+        x, y, w, h = 8, 4, 30 + number % 4, 30 - number // 4
+        segmentation = [[x, y, x + w, y, x + w, y + h, x, y + h]] if masked else []
+        area = w * h * times[number % len(times)]
+        one.update(bbox=[x, y, w, h], area=area, segmentation=segmentation)
+    write(tmp_path, data)
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    found = [line for line in lines if "areas are not" in line]
+    whole = f"16 of 16 areas are not those of their masks or boxes, but {said} as large"
+    assert [whole in line for line in found] == [True] * bool(said)
+
+
+def test_an_area_without_a_pixel_is_no_share_of_a_box(tmp_path: Path) -> None:
+    data = content()
+    data["annotations"][1] |= {"area": 0, "segmentation": []}
+    data["annotations"][2] |= {"area": 60, "segmentation": []}
+    write(tmp_path, data)
+    found = [f for f in only(tmp_path).odd if "area" in f.kind]
+    assert [(f.kind, f.annotation) for f in found] == [("area that does not fit its mask", 102)]
+
+
 def test_many_crowds_are_suspected(tmp_path: Path) -> None:
     """As CVAT writes what was drawn with a brush."""
     data = content(12)
@@ -566,6 +679,15 @@ def test_many_crowds_are_suspected(tmp_path: Path) -> None:
     write(tmp_path, data)
     lines = remarks([CocoDataset(tmp_path, "train2017")])
     assert any(f"{said} wrote as run lengths?; not trained on" in line for line in lines)
+
+
+def test_a_few_crowds_are_counted(tmp_path: Path) -> None:
+    """As of objects in several parts, which some exports write so."""
+    data = content(16)
+    data["annotations"][3].update(iscrowd=1, segmentation=RUN_OF_BOX)
+    write(tmp_path, data)
+    said = "1 of 16 annotations are crowds; not trained on; what is found there counts neither"
+    assert any(said in line for line in remarks([CocoDataset(tmp_path, "train2017")]))
 
 
 def test_more_objects_than_are_evaluated_are_said(tmp_path: Path) -> None:
@@ -642,6 +764,36 @@ def test_percentages_and_boxes_of_smaller_images_are_suspected(
     assert [said in line for line in lines if "boxes end within" in line] == [True] * bool(said)
 
 
+@pytest.mark.parametrize(
+    ("size", "ends", "said"),
+    [
+        ((1200, 1600), (990, 960), True),
+        ((1200, 1600), (990, 900), False),
+        ((1200, 1600), (1200, 960), False),
+        # Of squares both ends are as far off the edge, whatever is in the middle.
+        ((1200, 1200), (990, 960), False),
+        ((1050, 1600), (990, 960), False),
+    ],
+)
+def test_boxes_in_thousandths_or_of_stretched_squares_are_suspected(
+    tmp_path: Path, size: tuple[int, int], ends: tuple[int, int], said: bool
+) -> None:
+    """As models of language and vision write them."""
+    data = content(16)
+    for image, one in zip(data["images"], data["annotations"], strict=True):
+        image |= {"height": size[0], "width": size[1]}
+        one |= {"bbox": [40, 30, ends[0] - 40, ends[1] - 30], "segmentation": []}
+    (tmp_path / "images").mkdir()
+    for image in data["images"]:
+        (tmp_path / "images" / image["file_name"]).touch()
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    found = check(tmp_path / "a.json", decode=False)[0].odd
+    texts = [f.text for f in found if f.kind == "boxes within a square"]
+    assert ["all 16 boxes end within 1000 pixels in x and in y" in x for x in texts] == [
+        True
+    ] * said
+
+
 def test_annotations_that_are_there_twice_are_found(tmp_path: Path) -> None:
     data = content()
     first = data["annotations"][0]
@@ -680,6 +832,22 @@ def test_boxes_that_begin_at_1_are_suspected(tmp_path: Path) -> None:
     data["annotations"][0]["bbox"] = [0, 1, 30, 16]
     (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(data))
     assert "begin at 1" not in " ".join(remarks([CocoDataset(tmp_path, "train2017")]))
+
+
+@pytest.mark.parametrize(
+    ("starts", "said"),
+    [([-1] * 5 + [0] * 4, True), ([-2] + [-1] * 5, False), ([-1] * 5 + [0] * 5, False)],
+)
+def test_boxes_that_begin_at_minus_1_are_suspected(
+    tmp_path: Path, starts: list[int], said: bool
+) -> None:
+    """As of VOC files from 0, from which a script took 1 as from those from 1."""
+    data = content(len(starts))
+    for one, start in zip(data["annotations"], starts, strict=True):
+        one.update(bbox=[start, 4, 30, 16], segmentation=[])
+    write(tmp_path, data)
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    assert any("5 of 9 boxes begin at -1, fewer at 0" in line for line in lines) == said
 
 
 @pytest.mark.parametrize("runs", [False, True])
@@ -887,6 +1055,33 @@ def test_what_encoding_resizing_and_mirroring_leave_of_an_image_is_found(tmp_pat
     assert any(
         "6 of: image alike in two splits (images 1, 2, 3, 5, 6, …)" in line for line in lines
     )
+
+
+def test_copies_made_grey_or_put_between_bars_are_found(tmp_path: Path) -> None:
+    folder = write(tmp_path, content(5))
+    other = write(tmp_path, content(5), split="val2017", first=50)
+    for number in range(1, 6):
+        scene(number).save(folder / f"{number}.png")
+        scene(number).save(other / f"{number}.png")
+
+    def between_bars(image: Image.Image) -> Image.Image:
+        canvas = Image.new("RGB", (WIDTH, HEIGHT), (114, 114, 114))
+        canvas.paste(image.resize((WIDTH // 2, HEIGHT)), (WIDTH // 4, 0))
+        return canvas
+
+    scene(1).convert("L").save(other / "1.png")
+    scene(2).convert("L").convert("RGB").save(folder / "2.png")
+    between_bars(scene(3)).save(other / "3.png")
+    between_bars(ImageOps.mirror(scene(4))).save(folder / "4.png")
+    between_bars(scene(15)).save(other / "5.png")
+    _, report = check(tmp_path)
+    said = [f.text for f in report.odd if f.kind == "image alike in two splits"]
+    assert [text.split(":")[0] for text in said] == [
+        "image 1 (1.png) looks like 1.png of train2017",
+        "image 2 (2.png) looks like 2.png of train2017",
+        "image 3 (3.png) looks like 3.png of train2017",
+        "image 4 (4.png) looks like 4.png of train2017, mirrored",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -549,6 +550,47 @@ def test_deep_grey_whose_white_is_0_is_no_negative(tmp_path: Path) -> None:
 def test_pixels_of_unknown_range_are_refused(tmp_path: Path, values: np.ndarray) -> None:
     with pytest.raises(InputError, match=r"cannot read image .*odd\.tif: .*8 or 16 bit"):
         put(tmp_path, Image.fromarray(values), "odd.tif")
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_deep_channels_in_planes_of_their_own_are_refused(tmp_path: Path, depth: int) -> None:
+    """Pillow takes each byte of theirs for a pixel."""
+    value, size = 255 if depth == 8 else 65535, HEIGHT * WIDTH * depth // 8
+    header = 8 + 2 + 9 * 12 + 4
+    more = header + 18
+    tags = [
+        *((256, 4, 1, WIDTH), (257, 4, 1, HEIGHT), (258, 3, 3, header), (259, 3, 1, 1)),
+        *((262, 3, 1, 2), (273, 4, 3, header + 6), (277, 3, 1, 3), (279, 4, 3, more)),
+        (284, 3, 1, 2),
+    ]
+    raw = struct.pack("<2sHIH", b"II", 42, 8, len(tags))
+    raw += b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    raw += struct.pack(
+        "<3H3I3I", *[depth] * 3, *(more + 12 + size * c for c in range(3)), *[size] * 3
+    )
+    kind = np.uint8 if depth == 8 else np.uint16
+    planes = [np.full((HEIGHT, WIDTH), value * on, kind).tobytes() for on in (1, 0, 1)]
+    path = tmp_path / "planes.tif"
+    path.write_bytes(raw + b"".join(planes))
+    if depth == 8:
+        assert images.read(path).pixels[:, 3, 5].tolist() == [255, 0, 255]
+    else:
+        with pytest.raises(InputError, match="16 bits a channel in planes of their own"):
+            images.read(path)
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_deep_colour_of_any_format_is_known(tmp_path: Path, deep: bool) -> None:
+    values = np.full((HEIGHT, WIDTH, 3), 40, ">u2" if deep else np.uint8)
+    (tmp_path / "a.ppm").write_bytes(
+        b"P6 %d %d %d\n" % (WIDTH, HEIGHT, 65535 if deep else 255) + values.tobytes()
+    )
+    assert images.read(tmp_path / "a.ppm").cut == deep
+    picture("RGB").save(tmp_path / "a.jp2")
+    raw = bytearray((tmp_path / "a.jp2").read_bytes())
+    raw[raw.index(b"ihdr") + 14] = 15 if deep else 7
+    (tmp_path / "a.jp2").write_bytes(raw)
+    assert images.read(tmp_path / "a.jp2").cut == deep
 
 
 @pytest.mark.parametrize("name", ["turned.png", "turned.jpg", "turned.tif"])

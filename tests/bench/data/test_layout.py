@@ -114,6 +114,55 @@ def test_any_file_and_folder_can_be_named(source: Path, tmp_path: Path) -> None:
         CocoDataset(tmp_path, "x", file=tmp_path / "nowhere.json")
 
 
+@pytest.mark.parametrize(
+    ("file", "folder"),
+    [
+        ("annotations/instances_val2017.json", "val2017"),
+        ("annotations/instances_val.json", "images/val2017"),
+        ("annotations/val.json", "images/val"),
+        ("annotations/valid.json", "images"),
+        ("export/val.json", "export/val"),
+    ],
+)
+def test_images_are_found_near_a_named_file(
+    source: Path, tmp_path: Path, file: str, folder: str
+) -> None:
+    path = tmp_path / file
+    path.parent.mkdir()
+    path.write_text(json.dumps(content(source, "val2017")))
+    shutil.copytree(source / "val2017", tmp_path / folder)
+    # Of the same names, as of every split that is numbered from 1.
+    shutil.copytree(source / "train2017", tmp_path / "images" / "train2017")
+    (report,) = check(path)
+    assert report.errors == ()
+    found = CocoDataset(path.parent, path.stem, file=path)
+    assert_same(found, CocoDataset(source, "val2017"))
+
+
+@pytest.mark.parametrize("folder", ["images", "data", "val"])
+def test_names_of_another_system_are_found_in_any_folder_near(
+    source: Path, tmp_path: Path, folder: str
+) -> None:
+    shutil.copytree(source / "val2017", tmp_path / folder)
+    data = content(source, "val2017")
+    data["images"][0]["file_name"] = data["images"][0]["file_name"].upper()
+    (tmp_path / "val.json").write_text(json.dumps(data))
+    found = CocoDataset(tmp_path, "x", file=tmp_path / "val.json")
+    assert_same(found, CocoDataset(source, "val2017"))
+    assert found.tally.counts["image file of another path"] == len(found)
+
+
+def test_images_may_have_an_address_in_place_of_a_name(source: Path, tmp_path: Path) -> None:
+    """As in LVIS's own files."""
+    shutil.copytree(source, tmp_path / "set")
+    data = content(source, "val2017")
+    for image in data["images"]:
+        image["coco_url"] = f"http://images.cocodataset.org/val2017/{image.pop('file_name')}"
+    path = tmp_path / "set" / "annotations" / "instances_val2017.json"
+    path.write_text(json.dumps(data))
+    assert_same(CocoDataset(tmp_path / "set", "val2017"), CocoDataset(source, "val2017"))
+
+
 def test_a_split_that_is_not_there_names_those_that_are_and_how(source: Path) -> None:
     with pytest.raises(InputError, match=r"data\.train_file=FILE.*there: train2017, val2017"):
         CocoDataset(source, "default")

@@ -110,6 +110,22 @@ def test_training_on_the_images_of_the_tables_is_said(root: Path, tmp_path: Path
     assert ["is trained on and fills the tables" in line for (line,) in said] == [False, True]
 
 
+def test_more_objects_than_detections_are_said(root: Path, tmp_path: Path) -> None:
+    config = relisted(root, tmp_path / "data", lambda old: old)
+    split = CocoDataset(tmp_path / "data", "val2017")
+    most = max(split.instances(index) for index in range(len(split)))
+    detector = config.model.detector
+    few, enough = (
+        replace(config, model=replace(config.model, detector=replace(detector, detections=n)))
+        for n in (most - 1, most)
+    )
+    said = f"objects (model.detector.detections), up to {most}; the others count as missed"
+    for one, times in ((few, 1), (enough, 0)):
+        lines = inputs.check_data([one], tmp_path)
+        assert [f"more than {most - 1} {said}" in line for line in lines].count(True) == times
+        assert len(inputs.undetected(one, [split])) == times
+
+
 def test_classes_that_are_evaluated_and_never_trained_on_are_said(
     root: Path, tmp_path: Path
 ) -> None:
