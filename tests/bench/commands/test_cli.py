@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from argparse import ArgumentTypeError
@@ -260,11 +261,18 @@ def test_a_notebooks_backend_of_plots_does_no_harm():
     assert done.returncode == 0, done.stderr
 
 
+def printing(folder):
+    """What makes `report` print, of one record."""
+    one = next((ROOT / "results" / "measured" / "cpu-2-cores" / "quick" / "records").iterdir())
+    (folder / "records").mkdir()
+    shutil.copy(one, folder / "records")
+    return [folder]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("words", [["-m", "bench", "recommend"], ["run_all.py", "--dry-run"]])
+@pytest.mark.parametrize("words", [["-m", "bench", "report"], ["run_all.py", "--dry-run"]])
 def test_an_output_that_cannot_be_written_is_one_line(words, tmp_path):
-    folder = ROOT / "results" / "measured" / "cpu-2-cores" / "quick"
-    more = [str(folder)] if "bench" in words else ["--rows", "pooling", "--output", str(tmp_path)]
+    more = printing(tmp_path) if "bench" in words else ["--rows", "pooling", "--output", tmp_path]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, *words, *more],
@@ -276,10 +284,9 @@ def test_an_output_that_cannot_be_written_is_one_line(words, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell that closes its output")
-@pytest.mark.parametrize("words", [["-m", "bench", "recommend"], ["run_all.py", "--dry-run"]])
+@pytest.mark.parametrize("words", [["-m", "bench", "report"], ["run_all.py", "--dry-run"]])
 def test_an_output_that_is_closed_is_no_mistake(words, tmp_path):
-    folder = ROOT / "results" / "measured" / "cpu-2-cores" / "quick"
-    more = [str(folder)] if "bench" in words else ["--rows", "pooling", "--output", str(tmp_path)]
+    more = printing(tmp_path) if "bench" in words else ["--rows", "pooling", "--output", tmp_path]
     done = subprocess.run(
         ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, *words, *more],
         cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False,
