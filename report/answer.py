@@ -29,6 +29,8 @@ from report.tables import marked, memory_column
 
 # More names than these are counted, not listed.
 _MOST_NAMES = 6
+# Measured memory closer than this, as a share, decides nothing.
+_ALIKE = 0.005
 
 
 @dataclass(frozen=True)
@@ -179,39 +181,39 @@ class Standing:
             most = f"; the most of any row is {number(2)(largest)} GB"
         time = "layers" if self.about else "latency"
         sessions = chosen.loc[chosen[time].notna(), f"{time}_session"].nunique()
+        times = chosen[chosen[time].notna()][: len(chosen) * (sessions < 2)].sort_values(time)
+        memory = chosen[self.memory]
+        alike = reference.ALIKE if self.about else _ALIKE
+        # Of each cost: what it is, each row's, the least that a row may have, and the most that the
+        # cheapest row may have.
         least = [
-            (full, "fewest FLOPs", f"{self.at_size} ({{}} G)", Unit.GIGA, 0.0),
+            ("FLOPs", full, full, full.min(), f"{self.at_size} ({{}} G)", Unit.GIGA),
             (
-                chosen[self.memory],
-                f"least memory for {self.mode}",
-                f" ({{}} GB{predicted}{most})",
-                Unit.GB,
-                reference.ALIKE if self.about else 0.0,
+                *(f"memory for {self.mode}", memory, memory, (1 + alike) * memory.min()),
+                *(f" ({{}} GB{predicted}{most})", Unit.GB),
             ),
             (
-                chosen[time][: len(chosen) * (sessions < 2)],
-                "least time in attention layers" if self.about else "least time for inference",
-                " ({} ms, median)",
-                Unit.MS,
-                0.0,
+                "time in attention layers" if self.about else "time for inference",
+                *(times[time], times[f"{time}_q1"], times[f"{time}_q3"][:1].max()),
+                *(" ({} ms, median)", Unit.MS),
             ),
         ]
         found, before = [], ""
-        for values, what, where, unit, alike in least:
+        for what, values, lowest, most_of_least, where, unit in least:
             known = values.dropna()
             if not len(known):
                 continue
-            few = known.index[known <= (1 + alike) * known.min()]
-            if alike and 1 < len(few) == len(known):
-                low, high = (number(2)(end / unit.size) for end in (known.min(), known.max()))
-                found.append(
-                    f"memory for {self.mode} does not decide ({low} to {high} GB{predicted})"
-                )
+            few = known.index[lowest[known.index] <= most_of_least]
+            digits = number(2) if unit is Unit.GB else three_digits
+            if unit is not Unit.GIGA and 1 < len(few) == len(known):
+                low, high = (digits(end / unit.size) for end in (known.min(), known.max()))
+                of = f" {unit.symbol}{predicted * (unit is Unit.GB)}"
+                found.append(f"{what} does not decide ({low} to {high}{of})")
                 before = ""
                 continue
-            who = f"{self.named(few)} need{'s' * (len(few) == 1)}"
-            digits = number(2) if unit is Unit.GB else three_digits
-            said = f"the {what}{where.format(digits(known.min() / unit.size))}"
+            who = f"{self.named(sorted(few))} need{'s' * (len(few) == 1)}"
+            said = f"the {'fewest' if unit is Unit.GIGA else 'least'} {what}"
+            said += where.format(digits(known.min() / unit.size))
             found.append(said if who == before else f"{who} {said}")
             before = who
         if sessions > 1:

@@ -121,6 +121,27 @@ def test_times_of_several_sessions_do_not_decide(records: list[Record]) -> None:
     assert "least time" not in found.sentences[0]
 
 
+def test_times_within_each_others_spread_and_bytes_of_memory_do_not_decide(
+    records: list[Record],
+) -> None:
+    times = ((0.10, 0.09, 0.12), (0.11, 0.10, 0.13), (0.20, 0.19, 0.21))
+    timed = [
+        changed(
+            one,
+            {
+                "memory.training": 490_000_000 + 128 * place,
+                "latency.inference": dict(zip(("median", "q1", "q3"), three, strict=True)),
+            },
+        )
+        for place, (one, three) in enumerate(zip((*records[:2], records[1]), times, strict=True))
+    ]
+    (found,) = answer.first(timed[:2], [])
+    assert "memory for training does not decide (0.49 to 0.49 GB)" in found.sentences[0]
+    assert "time for inference does not decide (100 to 110 ms)" in found.sentences[0]
+    (found,) = answer.first([timed[0], timed[2]], [])
+    assert "ViL needs the least time for inference (100 ms, median)" in found.sentences[0]
+
+
 def test_the_answer_of_rows_that_cannot_be_told_apart_or_failed() -> None:
     alike = [evaluated(row, common(0.0, noise=1.0, seed=9)) for row in "abcdefgh"]
     best, same, _ = answer.first(alike, [])[0].sentences
