@@ -16,6 +16,8 @@ from bench.errors import InputError
 from bench.files import sha256, write_whole
 
 _FILE_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")')
+# Of LVIS, whose images have no name besides.
+_ADDRESS = re.compile(rb'"coco_url"\s*:\s*"[^"]*?([^/"]+/[^/"]+)"')
 # Files that are read at a time: one waits for a disk or a network most of the time.
 _AT_ONCE = 8
 # Bytes of images whose reading is worth a line, and seconds after which a change has another time.
@@ -37,6 +39,7 @@ def fingerprint(place: Place) -> dict[str, str] | None:
         # In UTF-16 and UTF-32, too.
         text = raw.decode(json.detect_encoding(raw)).encode() if b"\0" in raw[:4] else raw
         names = {str(json.loads(found)) for found in _FILE_NAME.findall(text)}
+        names = names or {found.decode() for found in _ADDRESS.findall(text)}
     found = {name: place.find(name) for name in names}
     files = {name: place.folder / path for name, path in found.items() if path is not None}
     return {

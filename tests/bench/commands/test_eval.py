@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image, ImageOps
 
 from bench import cli, record
 from bench.config.suites import build_config
@@ -21,6 +23,7 @@ from bench.model.build import build_detector, model_section
 from bench.run.bootstrap import LEVEL
 from bench.run.checkpoints import Checkpoints
 from bench.run.evaluate import CocoEvaluator
+from bench.run.identity import identify
 from tests import coco, mechanisms
 
 ARCH = (
@@ -247,6 +250,40 @@ def test_the_checkpoint_of_a_run_with_its_record(capsys, data, tmp_path):
     code, _, err = run(capsys, *arguments, "--attention", "full", "seed=1")
     assert code == 2
     assert "leave out --attention, seed=1" in err
+
+
+def test_images_trained_on_and_annotations_that_changed_are_said(capsys, data, saved, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    weights_ = saved()
+    evaluation = evaluate(capsys, weights_, root)["evaluation"]
+    model = {"arch": ARCH, "detector": DETECTOR}
+    config = build_config({"row": "ViL", "model": model, "data": SIZES | {"path": str(root)}})
+    sections = {"model": model_section(config), "evaluation": evaluation}
+    environment = {"inputs": identify(config).inputs}
+    made = record.of_run(config, key="a", environment=environment, **sections)
+    written = record.write(made, tmp_path)
+
+    def notes(*more):
+        arguments = ["--weights", weights_, "--record", written, "--workers", 0]
+        code, out, err = run(capsys, *arguments, *more, "--format", "json")
+        assert code == 0, err
+        found = json.loads(out)["notes"]
+        return [any(words in x for x in found) for words in ("was evaluated on", "trained on: AP")]
+
+    assert notes() == [False, False]
+    assert notes("--split", "train2017") == [False, True]
+    image = next((root / "val2017").iterdir())
+    kept = image.read_bytes()
+    with Image.open(image) as opened:
+        ImageOps.mirror(opened).save(image)
+    assert notes() == [True, False]
+    image.write_bytes(kept)
+    path = root / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["images"][0]["file_name"] = "../train2017/" + next((root / "train2017").iterdir()).name
+    path.write_text(json.dumps(content))
+    assert notes() == [True, True]
 
 
 def test_classes_are_matched_by_name_or_refused():

@@ -12,6 +12,7 @@ from bench.config.suites import load_suite
 from bench.data import split as inputs
 from bench.data.check import check
 from bench.data.coco import CocoDataset
+from bench.data.fingerprint import fingerprint
 from bench.data.generated import generate
 from bench.data.layout import splits
 from bench.errors import InputError
@@ -160,7 +161,14 @@ def test_images_may_have_an_address_in_place_of_a_name(source: Path, tmp_path: P
         image["coco_url"] = f"http://images.cocodataset.org/val2017/{image.pop('file_name')}"
     path = tmp_path / "set" / "annotations" / "instances_val2017.json"
     path.write_text(json.dumps(data))
-    assert_same(CocoDataset(tmp_path / "set", "val2017"), CocoDataset(source, "val2017"))
+    found = CocoDataset(tmp_path / "set", "val2017")
+    assert_same(found, CocoDataset(source, "val2017"))
+    before = fingerprint(found.place)
+    image = next((tmp_path / "set" / "val2017").iterdir())
+    image.write_bytes(image.read_bytes() + b" ")
+    after = fingerprint(found.place)
+    assert before and after
+    assert before["pixels"] != after["pixels"]
 
 
 def test_a_split_that_is_not_there_names_those_that_are_and_how(source: Path) -> None:
