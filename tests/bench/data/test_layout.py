@@ -163,11 +163,10 @@ def test_images_may_have_an_address_in_place_of_a_name(source: Path, tmp_path: P
     path.write_text(json.dumps(data))
     found = CocoDataset(tmp_path / "set", "val2017")
     assert_same(found, CocoDataset(source, "val2017"))
-    before = fingerprint(found.place)
+    before = fingerprint(found.place) or {}
     image = next((tmp_path / "set" / "val2017").iterdir())
     image.write_bytes(image.read_bytes() + b" ")
-    after = fingerprint(found.place)
-    assert before and after
+    after = fingerprint(found.place) or {}
     assert before["pixels"] != after["pixels"]
 
 
