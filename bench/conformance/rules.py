@@ -36,7 +36,7 @@ from bench.conformance.subject import (
     show,
 )
 from bench.measure.fake import copied
-from bench.measure.flops import ELEMENTWISE, SQUARES, THREADS, UNSEEN, count_call
+from bench.measure.flops import CALLS, ELEMENTWISE, SQUARES, THREADS, UNSEEN, count_call
 
 _SIZE = ("dim", "num_heads", "num_global")
 _PLACE = ("grid", "seq_len", "position", "block_index")
@@ -53,6 +53,7 @@ _FORMULA = (
     "register a formula with torch.utils.flop_counter.register_flop_formula, or use matrix products"
 )
 _COUNTED_IF = {
+    CALLS: "do the same in each call after the first: nothing counts calls or grows with them",
     SQUARES: "write squared distances as |q|² + |k|² - 2 q kᵀ, with a matrix product",
     ELEMENTWISE: "write what multiplies and adds as matrix products or torch.einsum",
     **dict.fromkeys(

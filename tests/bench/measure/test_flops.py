@@ -522,6 +522,23 @@ def test_what_is_made_in_the_first_call_alone_is_no_cost_of_an_image(of_values):
     assert module.kept is None
 
 
+class Alternating(Attention):
+    """Makes a table in every other call."""
+
+    calls = 0
+
+    def product(self, q, k, v):
+        self.calls += 1
+        return (q @ k.transpose(-2, -1)).softmax(-1) @ (v @ v.mT @ v if self.calls % 2 else v)
+
+
+def test_calls_that_differ_are_no_cost_of_an_image():
+    report = flops.count_flops(Alternating(), grid=GRID)
+    assert report.total == BY_HAND
+    assert report.uncounted == {flops.CALLS: 2 * TOKENS * TOKENS * 8}
+    assert report.notes == ()
+
+
 def absolute_distances(q, k, v):
     return (-(q.unsqueeze(2) - k.unsqueeze(1)).abs().sum(-1)).softmax(-1) @ v
 
