@@ -317,7 +317,8 @@ class TorchvisionRetinaNet(RetinaNet, Detector):
         """
         if targets is not None:
             check_targets(targets, num_classes=self.num_classes, masks=False)
-            targets = [{"boxes": t["boxes"], "labels": t["labels"] - 1} for t in targets]
+            kept = [{name: t[name] for name in ("boxes", "size") if name in t} for t in targets]
+            targets = [k | {"labels": t["labels"] - 1} for k, t in zip(kept, targets, strict=True)]
         outputs = super().forward(images, targets)
         if self.training:
             return outputs

@@ -2,6 +2,7 @@ import copy
 import gzip
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -281,6 +282,20 @@ def test_training_draws_a_size_for_each_image_and_evaluation_takes_the_last(libr
     with torch.no_grad():
         (images,) = inputs_of(vil, lambda: detector([image]))
     assert images.shape[2:] == (64, 64)
+
+
+@every_library
+@every_method
+def test_the_size_that_the_loader_drew_is_the_network_s(method, library):
+    detector = tiny(method, library, min_size=(32, 64), max_size=96)
+    for drawn in (32, 64):
+        image, target = square(drawn, drawn, (6, 5, 30, 30))
+        target["size"] = torch.tensor([drawn, drawn])
+        for seed in range(4):
+            torch.manual_seed(seed)
+            run = partial(detector, [image], [target])
+            (images,) = inputs_of(detector.backbone.bottom_up, run)
+            assert images.shape[2:] == (drawn, drawn)
 
 
 @every_library
