@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from bench.record import Record
-from report import confidence, reference, tables
+from report import confidence, reference, seeds, tables
 from report.columns import (
     MISSING,
     Column,
@@ -271,8 +271,10 @@ class Standing:
             found.append(
                 "the rows with the same training data, which differs (Environment says whose)"
             )
-        if done and all(at(one, "evaluation.seeds") is None for one in done):
-            found.append("what another seed changes (--seeds 3)")
+        once = [n for n, one in enumerate(records) if one.evaluation and not seeds.of(one)]
+        if once:
+            of = f" of {self.named(once)}" * (len(once) < len(done))
+            found.append(f"what another seed changes{of} (--seeds 3)")
         if not probed:
             found.append("what each row can see (--suite probes)")
         for place, one in enumerate(records):

@@ -337,7 +337,7 @@ def _notes(
     pairs: Sequence[tuple[Record, Record]], lines: Sequence[dict[str, Any]]
 ) -> Iterable[str]:
     yield _ABOUT
-    if not any(seeds.of(one) for pair in pairs for one in pair):
+    if any(one.evaluation and not seeds.of(one) for pair in pairs for one in pair):
         yield _ONE_SEED
     same = [line for line in lines if line["verdict"] == SAME]
     if same:

@@ -33,6 +33,10 @@ _ABOUT_SEEDS = (
     " ({draws} draws, the same for all rows), and the part of the seeds is widened by Student's t,"
     " as a few scatter less than many would."
 )
+_ABOUT_ONCE = (
+    "The interval of {rows}, trained with one seed, knows nothing of other seeds: it is too narrow"
+    " beside those of several, and so is that of a difference from such a row."
+)
 _ABOUT_RANKS = (
     "A rank is one more than the number of rows that are told apart as better by box mAP, so that"
     " rows that cannot be told apart share it; of pairs that are equal in truth, about one in"
@@ -51,7 +55,7 @@ def intervals(library: Library) -> Table | None:
     lines = library.data.assign(rank=pd.Series(ranks(library), dtype="Int64"))
     if lines["box_low"].isna().all():
         return None
-    varied = any(map(seeds.of, library.records))
+    once = [not seeds.of(record) for record in library.records]
     columns = [
         Column("row", "row", "label"),
         Column("seeds", "seeds"),
@@ -66,8 +70,10 @@ def intervals(library: Library) -> Table | None:
     draws = dict.fromkeys(
         str(draws["resamples"]) for draws in map(_bootstrap, library.records) if draws
     )
-    about = (_ABOUT_SEEDS if varied else _ABOUT_INTERVALS).format(draws=", ".join(draws))
-    return table("intervals", "Intervals of mAP", lines, columns, [about, _ABOUT_RANKS])
+    about = [(_ABOUT_INTERVALS if all(once) else _ABOUT_SEEDS).format(draws=", ".join(draws))]
+    if any(once) and not all(once):
+        about.append(_ABOUT_ONCE.format(rows=", ".join(library.data["label"][once])))
+    return table("intervals", "Intervals of mAP", lines, columns, [*about, _ABOUT_RANKS])
 
 
 @per_library

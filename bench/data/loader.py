@@ -5,7 +5,8 @@ So a run that resumes at a step sees exactly what an undisturbed one would have 
 
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -271,16 +272,19 @@ def evaluation_batches(
     dataset: CocoDataset,
     *,
     batch_size: int,
+    canvas: Callable[[int, int], tuple[int, int]] = lambda *_: (0, 0),
     num_workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Yield every image once, in the order of the annotation file.
+    """Yield every image once, in the order of the annotation file but for those that share a batch.
 
     A batch is read when its turn is near and given up when the caller is done with it.
 
     Args:
-        batch_size: images of a batch of this process.
+        batch_size: images of a batch of this process, at most.
+        canvas: the padded size that an image of a height and a width gets alone; only images of one
+            such size share a batch, as a detector sees what it is padded to.
         rank: of `world_size` processes, each of which has every `world_size`-th image; no image is
             given to two.
         num_workers: as in `training_batches`.
@@ -289,8 +293,14 @@ def evaluation_batches(
         InputError: for an image that cannot be read.
         DataWorkerError: where a worker died.
     """
-    own = range(rank, len(dataset), world_size)
-    batches = (list(own[start : start + batch_size]) for start in range(0, len(own), batch_size))
+    alike = defaultdict(list)
+    for index in range(rank, len(dataset), world_size):
+        alike[canvas(*dataset.size(index))].append(index)
+    batches = (
+        own[start : start + batch_size]
+        for own in alike.values()
+        for start in range(0, len(own), batch_size)
+    )
     yield from load(_EvaluationSamples(dataset), batches, num_workers, Pace())
 
 

@@ -361,6 +361,7 @@ def evaluate(
         labels: for each label of the detector that of the split, where they differ.
     """
     evaluator = CocoEvaluator(split, labels=labels, resamples=config.evaluate.bootstrap)
+    detector = next(module for module in model.modules() if isinstance(module, Detector))
     model.eval()
     start = time.perf_counter()
     with (
@@ -373,6 +374,7 @@ def evaluate(
         for images, targets in evaluation_batches(
             split,
             batch_size=config.evaluate.batch_size,
+            canvas=detector.canvas,
             num_workers=config.data.workers,
             rank=fabric.global_rank,
             world_size=fabric.world_size,

@@ -13,7 +13,7 @@ from matplotlib import image as images
 
 from bench import record as store
 from bench.record import PICTURES, SCHEMA, Record, done_name
-from report import confidence, load, page, pictures, plots, seeds, tables
+from report import compare, confidence, load, page, pictures, plots, seeds, tables
 from tests.records import changed
 from tests.report.test_confidence import common, evaluated
 from tests.report.test_report import drawn, failed, make
@@ -115,6 +115,15 @@ def test_the_page_says_that_seeds_were_not_varied(tmp_path: Path) -> None:
     text = page.write([seeded("ViL", 0), seeded("full", 0)], tmp_path, title="Suite").read_text()
     assert "what another seed would change was not measured" in text
     assert "It knows nothing of the training's seed" in text
+
+
+def test_rows_of_one_seed_beside_those_of_several_are_said(tmp_path: Path) -> None:
+    records = [seeded("ViL", 0), seeded("ViL", 1, 1), seeded("full", 0)]
+    text = page.write(records, tmp_path, title="Suite").read_text()
+    assert "The interval of full, trained with one seed, knows nothing of other seeds" in text
+    assert "what another seed changes of full (--seeds 3)" in text
+    compared = compare.shown(compare.compare(records[:1], records[:2]))
+    assert any("Rows of one seed" in note for note in compared.notes)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])

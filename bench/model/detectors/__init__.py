@@ -96,6 +96,14 @@ class Detector(nn.Module, ABC):
         bottom_up: ViL = self.backbone.bottom_up
         return bottom_up
 
+    def canvas(self, height: int, width: int) -> tuple[int, int]:
+        """Return (rows, columns) of an image while evaluating, resized and padded."""
+        return self._padded(self.settings.network_size.of(height, width))
+
+    def _padded(self, size: tuple[int, int]) -> tuple[int, int]:
+        rows, columns = (-(-side // self.vil.stride) * self.vil.stride for side in size)
+        return rows, columns
+
     @abstractmethod
     def parts(self) -> dict[str, nn.Module]:
         """Return the parts that a profile is split into.
@@ -116,7 +124,7 @@ class Detector(nn.Module, ABC):
             batch_size: images.
         """
         vil, channels = self.vil, self.fpn_channels
-        rows, columns = (-(-side // vil.stride) * vil.stride for side in image_size)
+        rows, columns = self._padded(image_size)
 
         def shape(width: int, stride: int) -> torch.Size:
             return torch.Size((batch_size, width, -(-rows // stride), -(-columns // stride)))

@@ -260,6 +260,17 @@ def test_evaluation_gives_each_image_to_one_process(data: CocoDataset, world_siz
     assert sorted(seen) == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_only_images_of_one_padded_size_share_a_batch_of_evaluation(data: CocoDataset) -> None:
+    def canvas(height: int, width: int) -> tuple[int, int]:
+        return height // 32, width // 32
+
+    found = list(loader.evaluation_batches(data, batch_size=3, canvas=canvas))
+    sizes = [{canvas(*image.shape[-2:]) for image in images} for images, _ in found]
+    assert all(len(shapes) == 1 for shapes in sizes)
+    assert len({*map(frozenset, sizes)}) > 1
+    assert sorted(id_ for batch in ids(found) for id_ in batch) == [1, 2, 3, 4, 5, 6, 7]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_holds_no_more_than_what_is_near(data: CocoDataset, workers: int) -> None:
     alive: list[weakref.ref[torch.Tensor]] = []
