@@ -13,7 +13,7 @@ import sys
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +159,11 @@ def read_by(name: str) -> Reads:
 
 @contextmanager
 def _heard(name: str) -> Iterator[None]:
-    """Hear what a mechanism of the user reads; it must not change settings of torch."""
-    with settings_kept(), listening(_reads[name]):
+    """Hear what a mechanism of the user reads; it must not change settings of torch.
+
+    What it prints is no output of a command, which may be JSON.
+    """
+    with settings_kept(), listening(_reads[name]), redirect_stdout(sys.stderr):
         yield
 
 

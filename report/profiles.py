@@ -23,6 +23,8 @@ from report.load import MODES, at, frame
 from report.tables import marked
 
 PREDICTED = "predicted from shapes, not measured"
+# Phases that add up to more or less of a step than this were timed under another load.
+_BUSIER = 1.25
 _MEMORY = [f"{what}_{mode}" for what in ("memory", "predicted") for mode in MODES]
 _LATENCY = {"inference": "latency", "training": "latency_training"}
 
@@ -96,6 +98,12 @@ def parts(record: Record) -> Table | None:
     if phases := at(record, "latency.phases"):
         said = ", ".join(f"{name} {1e3 * of['median']:.1f} ms" for name, of in phases.items())
         notes.append(f"A training step by its phases: {said} (clipping is the optimizer's).")
+        step, total = at(record, "latency.training"), sum(of["median"] for of in phases.values())
+        if step and not step["q1"] / _BUSIER <= total <= step["q3"] * _BUSIER:
+            notes.append(
+                f"These are {total / step['median']:.2g} times the step: they, or it, were timed while"
+                " the machine did something else; their shares alone can be compared."
+            )
     return table(f"parts-{slug(record.row)}", f"Parts of {record.row}", data, columns, notes)
 
 

@@ -120,7 +120,8 @@ def _nearest(data: pd.DataFrame, limits: Sequence[Limit], about: Conditions | No
         return f"no row is known to meet {asked}{size}: their costs could not be counted"
     near = worst.sort_values().index[0]
     needs = ", ".join(
-        f"{limit.say(data[limit.column][near])} {'FLOPs' if limit.column == 'flops' else 'memory'}"
+        f"{data[limit.column][near] / limit.unit.size:,.6g} {limit.unit.symbol}"
+        f" {'FLOPs' if limit.column == 'flops' else 'memory'}"
         for limit in limits
     )
     return f"no row meets {asked}{size}; the nearest is {data['label'][near]} ({needs})"

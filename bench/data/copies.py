@@ -74,19 +74,20 @@ def _cells(grey: Tensor) -> Cells:
 
 
 def _within_bars(grey: Tensor) -> Tensor | None:
-    """What is left without plain bars above and below, or left and right; None without bars."""
-    for axis in (1, 0):
-        lines = grey if axis == 1 else grey.T
-        busy = torch.nonzero(lines.amax(dim=1) - lines.amin(dim=1) > _PLAIN).flatten()
+    """What is left without plain bars around it, or at the right or below; None without bars."""
+    inner = grey
+    for _ in range(2):
+        busy = torch.nonzero(inner.amax(dim=1) - inner.amin(dim=1) > _PLAIN).flatten()
         if not len(busy):
             return None
         first, last = int(busy[0]), int(busy[-1]) + 1
-        # A copy in the middle of a canvas has bars on both sides, of one width.
-        before, behind = first, len(lines) - last
-        even = abs(before - behind) <= max(_EVEN * len(lines), 1)
-        if even and min(before, behind) >= _BAR * len(lines):
-            return lines[first:last] if axis == 1 else lines[first:last].T
-    return None
+        # A copy in the middle of a canvas has bars of one width, one in its corner has one bar.
+        before, behind, all_ = first, len(inner) - last, len(inner)
+        even = abs(before - behind) <= max(_EVEN * all_, 1)
+        if behind >= _BAR * all_ and (even or before <= 1):
+            inner = inner[first:last]
+        inner = inner.T
+    return None if inner.shape == grey.shape else inner
 
 
 class _Looks:

@@ -75,8 +75,8 @@ KINDS: Mapping[str, Kind] = {
         "taken as pixels",
     ),
     "boxes that look like corners": Kind(
-        "{count} of {all} boxes reach over the image's edge: are they x1, y1, x2, y2, or around"
-        " their centre?",
+        "{count} of {all} boxes reach over the image's edge: are they x1, y1, x2, y2, around their"
+        " centre, of images before they were cropped or turned, or of hidden parts too?",
         "taken as x, y, width, height",
     ),
     "boxes that look counted from 1": Kind(

@@ -363,6 +363,7 @@ def _count(task: Task) -> None:
     if counted is None:
         task.notes.append("FLOPs not counted: the training of a detector depends on the image")
         return
+    task.notes += counted["notes"]
     task.sections["flops"] = counted
 
 

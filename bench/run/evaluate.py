@@ -36,6 +36,9 @@ RESAMPLES = 1000
 BOOTSTRAP_SEED = 0
 
 _DIGITS = 4
+# Of fewer images the bootstrap's intervals are too narrow: of 10 from one data set, 95 % held the
+# mAP of all its images in 49 of 60 cases, of 40 in 58.
+_FEW = 20
 
 Figures = dict[str, float | None]
 Progress = Callable[[float, str], None]
@@ -152,9 +155,10 @@ class CocoEvaluator:
             define them (no object of that size, or no mask at all); "mask" is None where no masks
             were predicted.
             "box_interval" and "mask_interval": the bootstrap's interval of AP, with its level, or
-            None. "bootstrap": seed, number of draws and AP of every draw (`box_AP`, `mask_AP`; None
-            in a draw without objects), or None. Evaluators of the same images have the same draws,
-            so that the difference of two detectors is that of their values, draw by draw.
+            None, as where there is one image. "bootstrap": seed, number of draws and AP of every
+            draw (`box_AP`, `mask_AP`; None in a draw without objects), or None. Evaluators of the
+            same images have the same draws, so that the difference of two detectors is that of
+            their values, draw by draw.
         """
         masks = any(found.masks is not None for found in self._found.values())
         box, box_draws = self._score("bbox")
@@ -189,7 +193,8 @@ class CocoEvaluator:
             name: None if value < 0 else 100 * float(value)
             for name, value in zip(FIGURES, evaluation.stats[: len(FIGURES)], strict=True)
         }
-        if not (self._found and self.resamples):
+        if len(self._found) < 2 or not self.resamples:
+            # Draws of one image are all alike, and say nothing of others.
             return figures, None
         weights = bootstrap.draws(len(self._found), self.resamples, BOOTSTRAP_SEED)
         values = bootstrap.average_precision(self._matches(truth, evaluation), weights)
@@ -399,13 +404,17 @@ def evaluate(
 
 def remarks(section: Mapping[str, Any]) -> list[str]:
     """What a reader of an `evaluation` section should know besides."""
-    count = section["not_finite"]
-    if not count:
-        return []
-    return [
-        f"{section['split']}: {count} of {section['images']} images gave values that are not finite"
-        " (NaN or infinite), which lose their detections"
-    ]
+    count, images = section["not_finite"], section["images"]
+    found = []
+    if count:
+        found.append(
+            f"{section['split']}: {count} of {images} images gave values that are not finite"
+            " (NaN or infinite), which lose their detections"
+        )
+    if images < _FEW:
+        what = "intervals of mAP, and rows told apart by it," if images > 1 else "mAP"
+        found.append(f"{section['split']}: {what} of {images} image{'s' * (images > 1)} say little")
+    return found
 
 
 def _gather(evaluator: CocoEvaluator, count: int, fabric: Fabric) -> int:

@@ -318,7 +318,7 @@ def test_limits_choose_rows_and_say_what_they_cost(
 def test_limits_that_nothing_meets_name_the_nearest(
     records: list[Record], costs: list[Record]
 ) -> None:
-    with pytest.raises(InputError, match=r"nearest is performer \(3.00 GB memory, 200 G FLOPs"):
+    with pytest.raises(InputError, match=r"nearest is performer \(3 GB memory, 200 G FLOPs"):
         recommend.recommend(records, costs, limits(memory=2, flops=190), mode="training")
 
 

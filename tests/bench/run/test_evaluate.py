@@ -323,8 +323,9 @@ def test_no_detections_give_zero_and_undefined_sizes_give_none():
 
 @pytest.mark.parametrize("found", [[], [(10, 10, 60, 60, 1)]])
 def test_images_without_annotations_leave_all_figures_undefined(found):
-    evaluator = CocoEvaluator(Annotations([5], []))
-    evaluator.update([detections(found, np.random.default_rng(0))], targets([5]))
+    evaluator = CocoEvaluator(Annotations([5, 6], []))
+    for image in (5, 6):
+        evaluator.update([detections(found, np.random.default_rng(0))], targets([image]))
     results = evaluator.compute()
     assert set(results["box"].values()) == {None}
     assert results["box_interval"] is None
