@@ -34,6 +34,7 @@ __all__ = [
     "find",
     "names",
     "options",
+    "read",
     "read_by",
 ]
 
@@ -150,6 +151,11 @@ def build_for(
     accepted = accepted_options(find(name))
     fitted = {key: value for key, value in place.items() if key in accepted} | options
     return build(name, dim=dim, num_heads=num_heads, num_global=num_global, **fitted)
+
+
+def read() -> list[str]:
+    """Return the mechanisms of the user that were imported or built in this process."""
+    return list(_reads)
 
 
 def read_by(name: str) -> Reads:

@@ -29,7 +29,7 @@ _DEPTH = 3
 # Variables that say where a process runs, not what it computes.
 _OF_A_PROCESS = re.compile(
     r"(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|(MASTER|SLURM|TORCHELASTIC|CUDA|G?OMP|XDG)_.*"
-    r"|HOME|PATH|PWD|TMPDIR|USER"
+    r"|HOME|PATH|(OLD)?PWD|SHLVL|TMPDIR|USER|_|CUBLAS_WORKSPACE_CONFIG"
 )
 # How files of this package are called that a mechanism is made of.
 OURS = " of this package"
@@ -95,7 +95,11 @@ def mechanism_sources(attention: str, options: Mapping[str, Any] | None = None) 
     found = []
     for start, reads in mechanisms.items():
         opened = filter(None, (_of_a_user(path) for one in reads for path in one.files))
-        reached = sorted({*_reached(start), *opened, *_loaded_from(start.parent)})
+        own = _reached(start)
+        # What else this process runs may lie beside it.
+        others = {other for name in attentions.read() if (other := _file(name)) and other != start}
+        loaded = _loaded_from(start.parent) - (_reached(*others) - own)
+        reached = sorted({*own, *opened, *loaded})
         ours |= {path for one in reached if one.suffix == ".py" for path in _imported_of_ours(one)}
         for path in reached:
             name = Path(os.path.relpath(path, start.parent)).as_posix()
@@ -109,7 +113,8 @@ def mechanism_sources(attention: str, options: Mapping[str, Any] | None = None) 
         for name in sorted(readers):
             value = hashlib.sha256(os.fsencode(os.environ[name]))
             found.append(Source(f"${name}", readers[name], value.hexdigest()))
-        tops = ((path, _distributions().get(top, ())) for path in reached for top in _tops(path))
+        known = _distributions(tuple(sys.path))
+        tops = ((path, known.get(top, ())) for path in reached for top in _tops(path))
         users = {name: path for path, names in tops for name in names}
         for name in sorted(users.keys() - _GROUND):
             version = hashlib.sha256(metadata.version(name).encode())
@@ -152,7 +157,13 @@ def _is_ours(path: Path) -> bool:
     ours = (_OURS / name for name in ("attentions", "bench", "configs", "report", "run_all.py"))
     places = (*ours, *_INSTALLED, *_SYSTEM)
     below = any(path.is_relative_to(place) for place in places)
-    return below or not _CACHES.isdisjoint(path.parts)
+    return below or not _CACHES.isdisjoint(path.parts) or any(map(_has_packages, path.parents))
+
+
+@functools.cache
+def _has_packages(folder: Path) -> bool:
+    """Whether packages were installed there, as by `pip install --target`: their versions count."""
+    return next(folder.glob("*.dist-info"), None) is not None
 
 
 def _file(mechanism: str) -> Path | None:
@@ -184,6 +195,12 @@ def _reached(*start: Path, imported: Callable[[Path], Iterator[Path]] | None = N
 
 
 def _parsed(path: Path) -> ast.AST:
+    found = path.stat()
+    return _parsed_once(path, found.st_mtime_ns, found.st_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed_once(path: Path, *_: int) -> ast.AST:
     try:
         return ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
@@ -212,7 +229,10 @@ def _read(path: Path) -> Iterator[str]:
             yield name
 
 
-_distributions = functools.cache(metadata.packages_distributions)
+@functools.cache
+def _distributions(_: tuple[str, ...]) -> Mapping[str, list[str]]:
+    """The installed packages of each module, in the folders of sys.path."""
+    return metadata.packages_distributions()
 
 
 def _tops(path: Path) -> Iterator[str]:
@@ -300,7 +320,5 @@ def _modules(roots: set[Path], name: str) -> Iterator[Path]:
     for count in range(1, len(parts) + 1):
         own = getattr(sys.modules.get(".".join(parts[:count])), "__file__", None)
         path = Path(own or "").resolve()
-        known = (_OURS / "attentions", _OURS / "bench", *_INSTALLED)
-        installed = {"site-packages", "dist-packages"}.intersection(path.parts)
-        if path.is_file() and not installed and not any(map(path.is_relative_to, known)):
+        if path.is_file() and not _is_ours(path):
             yield path

@@ -493,6 +493,31 @@ def test_a_variable_that_is_read_by_a_name_put_together_counts(
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_what_another_mechanism_loads_from_beside_it_is_none_of_its_files(tmp_path: Path) -> None:
+    one = write(tmp_path / "one.py")
+    before = [source.name for source in mechanism_sources(one)]
+    (tmp_path / "help_of_two.py").write_text("")
+    two = write(tmp_path / "two.py", imports="import help_of_two")
+    attentions.find(two)
+    assert [source.name for source in mechanism_sources(two)] == ["help_of_two.py", "two.py"]
+    assert [source.name for source in mechanism_sources(one)] == before == ["one.py"]
+
+
+def test_packages_that_lie_beside_a_mechanism_are_their_versions(tmp_path: Path) -> None:
+    deps = tmp_path / "deps"
+    (deps / "pack_beside").mkdir(parents=True)
+    (deps / "pack_beside" / "__init__.py").write_text("")
+    info = deps / "pack_beside-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pack-beside\nVersion: 1.2\n")
+    (info / "top_level.txt").write_text("pack_beside\n")
+    (info / "RECORD").write_text("pack_beside/__init__.py,,\n")
+    text = f"import sys\nsys.path.append({str(deps)!r})\nimport pack_beside"
+    name = write(tmp_path / "mine.py", imports=text)
+    found = {source.name: source.sha256 for source in mechanism_sources(name)}
+    assert list(found) == ["mine.py", "package pack-beside"]
+
+
 def test_a_mechanism_of_the_package_is_its_files(tmp_path: Path) -> None:
     (run,) = load_suite("quick", rows=["swin"], device="cpu").runs
     names = [source.name for source in mechanism_sources("swin")]
