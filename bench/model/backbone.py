@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 import attentions
@@ -21,6 +20,7 @@ from attentions.contract import Grid, Redrawing
 from bench.config.arch import StageSpec, parse
 from bench.errors import nearest
 from bench.model.mlp import Mlp, norm_and_mlp
+from bench.model.recompute import checkpointed
 
 NORM_EPS = 1e-6
 INIT_STD = 0.02
@@ -270,7 +270,7 @@ class ViL(nn.Module):
         tokens, grid = embed(image)
         for block in blocks:
             if self.grad_checkpointing:
-                tokens = checkpoint(block, tokens, grid, use_reentrant=False)
+                tokens = checkpointed(block, tokens, grid)
             else:
                 tokens = block(tokens, grid)
         return tokens, tokens[:, stage.num_global :].transpose(1, 2).unflatten(2, grid)

@@ -1,3 +1,4 @@
+import copy
 import gzip
 import json
 import re
@@ -347,3 +348,40 @@ def test_initial_weights():
             assert (value == 0).all(), name
     for name in ("layer1.0.x_pos_embed", "layer3.3.attn.kv.weight", "layer4.2.mlp.fc1.weight"):
         assert vil.get_parameter(name).detach().std() == pytest.approx(0.02, rel=0.1), name
+
+
+BUFFERED = """
+import torch
+from torch import nn
+
+class Mine(nn.Module):
+    def __init__(self, *, dim, num_heads, num_global=1):
+        super().__init__()
+        self.proj, self.norm = nn.Linear(dim, dim), nn.BatchNorm1d(dim)
+        self.register_buffer("bank", torch.zeros(dim))
+
+    def forward(self, x, grid):
+        y = self.norm(self.proj(x).transpose(1, 2)).transpose(1, 2) * (1 + self.bank)
+        if self.training:
+            self.bank = 0.9 * self.bank + 0.1 * y.detach().mean((0, 1))
+        return y
+"""
+
+
+@pytest.mark.parametrize("attention", ["mine", "performer"])
+def test_checkpointing_changes_neither_gradients_nor_running_averages(attention, tmp_path):
+    if attention == "mine":
+        (tmp_path / "mine.py").write_text(BUFFERED)
+        attention = f"{tmp_path / 'mine.py'}:Mine"
+    torch.manual_seed(0)
+    kept = ViL(ABSOLUTE, attention=attention, image_size=64).train()
+    again = copy.deepcopy(kept)
+    again.grad_checkpointing = True
+    for step in range(3):
+        for vil in (kept, again):
+            torch.manual_seed(step)
+            sum(map(torch.sum, vil(images(64, 64)).values())).backward()
+    for (name, one), other in zip(kept.named_parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, msg=name)
+    for (name, one), other in zip(kept.named_buffers(), again.buffers(), strict=True):
+        torch.testing.assert_close(other, one, msg=name)

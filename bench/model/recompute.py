@@ -1,0 +1,47 @@
+"""Blocks that are computed again in the backward pass, with the buffers of the first time."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+from attentions.contract import Grid
+
+
+def checkpointed(block: nn.Module, tokens: Tensor, grid: Grid) -> Tensor:
+    """Return `block(tokens, grid)`, of which nothing but the input is kept.
+
+    Buffers of floats, such as running averages, are those of the first computation in the second
+    one too, and are not updated twice.
+    """
+    changing = block.training and any(b.is_floating_point() for b in block.buffers())
+    contexts = partial(_contexts, block) if changing else noop_context_fn
+    result: Tensor = checkpoint(block, tokens, grid, use_reentrant=False, context_fn=contexts)
+    return result
+
+
+def _contexts(
+    block: nn.Module,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of the first computation and of the second."""
+    before = [
+        (part, {name: None if b is None else b.detach().clone() for name, b in own.items()})
+        for part in block.modules()
+        if (own := part._buffers)
+    ]
+    return nullcontext(), _with(before)
+
+
+@contextmanager
+def _with(before: list[tuple[nn.Module, dict[str, Tensor | None]]]) -> Iterator[None]:
+    # Other tensors, not other values: what is kept for the gradient is not written to.
+    now = [(part, dict(part._buffers)) for part, _ in before]
+    for part, buffers in before:
+        part._buffers.update(buffers)
+    try:
+        yield
+    finally:
+        for part, buffers in now:
+            part._buffers.update(buffers)
