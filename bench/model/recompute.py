@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 from attentions.contract import Grid
 
@@ -13,12 +15,14 @@ from attentions.contract import Grid
 def checkpointed(block: nn.Module, tokens: Tensor, grid: Grid) -> Tensor:
     """Return `block(tokens, grid)`, of which nothing but the input is kept.
 
-    Buffers of floats, such as running averages, are those of the first computation in the second
-    one too, and are not updated twice.
+    Buffers, such as running averages, are those of the first computation in the second one too, and
+    are not updated twice but where it is compiled.
     """
-    changing = block.training and any(b.is_floating_point() for b in block.buffers())
-    contexts = partial(_contexts, block) if changing else noop_context_fn
-    result: Tensor = checkpoint(block, tokens, grid, use_reentrant=False, context_fn=contexts)
+    how: dict[str, Any] = {"use_reentrant": False}
+    # A compiler traces no such contexts: the run says that buffers are updated twice then.
+    if block.training and not torch.compiler.is_compiling():
+        how["context_fn"] = partial(_contexts, block)
+    result: Tensor = checkpoint(block, tokens, grid, **how)
     return result
 
 
