@@ -178,6 +178,7 @@ def test_suite_starts_from_what_it_pretrained(tmp_path, capsys):
     words = ["--rows", "performer", "--device", "cpu", "--output", str(tmp_path)]
     words += ["data.generated.train_images=8", "data.generated.val_images=4", "train.steps=2"]
     words += ["train.checkpoint_every=2", "profile.enabled=false", "evaluate.bootstrap=0"]
+    words += ["--costs", "none", "--no-pictures"]
     words += ["--pretrain", "generated", *(f"pretrain.{setting}" for setting in TINY)]
     assert run_all.main([*words, "--dry-run"]) == 0
     assert "classifier" in capsys.readouterr().out
