@@ -101,8 +101,8 @@ def parts(record: Record) -> Table | None:
         step, total = at(record, "latency.training"), sum(of["median"] for of in phases.values())
         if step and not step["q1"] / _BUSIER <= total <= step["q3"] * _BUSIER:
             notes.append(
-                f"These are {total / step['median']:.2g} times the step: they, or it, were timed while"
-                " the machine did something else; their shares alone can be compared."
+                f"These are {total / step['median']:.2g} times the step: they, or it, were timed"
+                " while the machine did something else; their shares alone can be compared."
             )
     return table(f"parts-{slug(record.row)}", f"Parts of {record.row}", data, columns, notes)
 
