@@ -21,7 +21,7 @@ from report.columns import (
     table,
     three_digits,
 )
-from report.load import Library, Named, at, inputs_of, per_library
+from report.load import Library, Named, apart_note, at, inputs_of, per_library, timed_apart
 from report.probes import Profile
 from report.provenance import listed
 from report.reference import Conditions
@@ -182,6 +182,7 @@ class Standing:
         time = "layers" if self.about else "latency"
         sessions = chosen.loc[chosen[time].notna(), f"{time}_session"].nunique()
         times = chosen[chosen[time].notna()][: len(chosen) * (sessions < 2)].sort_values(time)
+        apart = chosen.index[timed_apart(self.data, time)[chosen.index]]
         memory = chosen[self.memory]
         alike = reference.ALIKE if self.about else _ALIKE
         # Of each cost: what it is, each row's, the least that a row may have, and the most that the
@@ -217,7 +218,10 @@ class Standing:
             found.append(said if who == before else f"{who} {said}")
             before = who
         if sessions > 1:
-            found.append(f"time does not decide, as it was taken in {sessions} sessions")
+            found.append(
+                f"time does not decide, as it was taken in {sessions} sessions"
+                f" ({self.named(apart)} in another than most rows)"
+            )
         return in_words(found) or "what rows cost is not known"
 
     def alike(self, sees: Profile | None = None) -> str:
@@ -329,6 +333,7 @@ def rows(standing: Standing, sees: Profile | None = None) -> Table:
         costs,
         "± is half of the 95 % interval; a rank is one more than the number of rows that are told"
         " apart as better.",
+        *apart_note(shown, "layers" if about else "latency"),
         *([sees.about] if sees is not None and sees.about else []),
     ]
     return table("answer", "Answer", shown, columns, notes)

@@ -7,7 +7,7 @@ import pandas as pd
 
 from report import confidence
 from report.columns import MISSING, Table, Unit, aligned, memory_unit
-from report.load import Library, per_library
+from report.load import Library, per_library, timed_apart
 from report.tables import memory_column
 
 _LEAST_ROWS = 2
@@ -191,6 +191,6 @@ def _comparable(data: pd.DataFrame, cost: str) -> pd.Series:
         known &= data["flops_uncounted"].isna()
     conditions = data["evaluated_as"].str.cat(data[f"{cost.partition('_')[0]}_as"], sep="; ")
     if cost == "latency":
-        conditions += data["latency_session"].fillna("")
+        known &= ~timed_apart(data)
     usual = conditions[known].mode()
     return known & conditions.isin(usual.head(1))

@@ -347,6 +347,25 @@ def labels(records: Sequence[Record]) -> list[str]:
     return [str(label) for label in frame(records)["label"]]
 
 
+def timed_apart(data: pd.DataFrame, time: str = "latency") -> pd.Series:
+    """Whether each row of a frame has times of another session than most evaluated rows have.
+
+    Args:
+        data: of `frame`.
+        time: "latency" or "layers".
+    """
+    sessions = data[f"{time}_session"].fillna("").where(data[time].notna())
+    evaluated = sessions[data["box_AP"].notna()].dropna()
+    usual = (evaluated if len(evaluated) else sessions).mode()
+    return (sessions.notna() & ~sessions.isin(usual.head(1))).astype(bool)
+
+
+def apart_note(data: pd.DataFrame, time: str = "latency") -> list[str]:
+    """Return a sentence that names the rows of `timed_apart`, or nothing."""
+    rows = ", ".join(data["label"][timed_apart(data, time)])
+    return [f"Times of another session than most rows', not to be compared: {rows}."] * bool(rows)
+
+
 def at(record: Record, path: str) -> Any:
     """Return the value at a dotted path of a record, None where there is none."""
     value: Any = vars(record)

@@ -27,7 +27,7 @@ from bench.record import Record
 from report import confidence, front, seeds
 from report.columns import Unit, aligned
 from report.front import Cost, Place
-from report.load import PARTIAL, Library, Named, at, family, per_library, published
+from report.load import PARTIAL, Library, Named, at, family, per_library, published, timed_apart
 from report.tables import marked
 
 # Okabe and Ito's colours, told apart with any colour vision; their yellow is too light on white.
@@ -136,7 +136,7 @@ def draw(records: Sequence[Record]) -> list[Plot]:
             "ranks", "Box mAP and rank of each row", lambda: ranks(library, style)
         ),
         *(partial(_draw_accuracy, name, style) for name in ("flops", "memory", "latency")),
-        lambda library: render("cost", "Cost per row", lambda: costs(library.data, style)),
+        partial(_draw_costs, style),
         lambda library: render("loss", "Training loss over steps", lambda: losses(library, style)),
     ]
     return [plot for make in makers for plot in per_library(make)(records)]
@@ -177,15 +177,37 @@ def ranks(library: Library, style: Looks) -> Figure | str:
 
 
 def _draw_accuracy(name: str, style: Looks, library: Library) -> Plot:
+    library, others = _of_one_session(library)
     data, cost = library.data, front.costs(library.data)[name]
-    missing = data[["box_AP", cost.column]].isna().any(axis="columns")
+    others &= cost.name == "latency"
+    missing = data[["box_AP", cost.column]].isna().any(axis="columns") & ~others
     rows = [row for row, out in zip(marked(data), missing, strict=True) if out]
     could = [data["label"][p.row] for p in front.places(library, cost.column) if p.could_be]
     notes = [f"Could be on the front or not (ringed): {', '.join(could)}."] * bool(could)
     notes += [f"Not drawn, as a number is missing: {', '.join(rows)}."] * bool(rows)
+    notes += _other_sessions(data, others)
     title = f"Box mAP against {cost.name}"
     plot = render(f"accuracy_{name}", title, lambda: accuracy(library, style, cost))
     return replace(plot, note=" ".join([*notes, *filter(None, [plot.note])]))
+
+
+def _draw_costs(style: Looks, library: Library) -> Plot:
+    library, others = _of_one_session(library)
+    plot = render("cost", "Cost per row", lambda: costs(library.data, style))
+    notes = _other_sessions(library.data, others)
+    return replace(plot, note=" ".join([*notes, *filter(None, [plot.note])]))
+
+
+def _of_one_session(library: Library) -> tuple[Library, pd.Series]:
+    """The library with the latencies of most rows' session alone, and which rows lost theirs."""
+    data, others = library.data, timed_apart(library.data)
+    times = ["latency", "latency_q1", "latency_q3"]
+    return replace(library, data=data.assign(**data[times].mask(others))), others
+
+
+def _other_sessions(data: pd.DataFrame, others: pd.Series) -> list[str]:
+    rows = ", ".join(data["label"][others])
+    return [f"Latency not drawn, as of another session than most rows': {rows}."] * bool(rows)
 
 
 def accuracy(library: Library, style: Looks, cost: Cost) -> Figure | str:

@@ -43,7 +43,8 @@ _ABOUT_LETTERS = (
     " that share a letter cannot be told apart (two-sided t tests of all pairs, family-wise error"
     f" {LEVEL:.0%} by Holm's correction). The error of a difference has two parts: the variance"
     " over seeds, for each of the two its own or the mean of all {kind} where that is larger, and"
-    " the variance over the {images} evaluation images, on which both were evaluated. {seeds}"
+    " the variance over the {images} evaluation images, on which both were evaluated. Degrees of"
+    " freedom are Satterthwaite's, of each difference. {seeds}"
 )
 _ONE_SEED = (
     "With one seed the variance over seeds is unknown and left out, so too many are told apart."
@@ -438,17 +439,26 @@ def _differences(scores: Mapping[str, NDArray[np.float64]]) -> list[set[str]]:
         for name, one in scores.items()
     }
     usual = float(np.mean(list(of_seeds.values())))
-    freedom = len(scores) * (seeds - 1) if seeds > 1 else images - 1
+    # The mean is as certain as the few that are large make it.
+    of_usual = _freedom([(own, seeds - 1) for own in of_seeds.values()])
     found = []
     for one, other in pairs:
         apart = (scores[one] - scores[other]).mean(axis=0)
-        error = sum(max(usual, of_seeds[name]) / seeds for name in (one, other))
-        error += float(apart.var(ddof=1)) / images if images > 1 else 0.0
-        ratio = abs(float(apart.mean())) / max(error**0.5, 1e-12)
-        found.append((2 * float(stats.t.sf(ratio, freedom)), {one, other}))
+        parts = [(float(apart.var(ddof=1)) / images if images > 1 else 0.0, images - 1.0)]
+        for own in (of_seeds[one], of_seeds[other]):
+            larger = (own, seeds - 1.0) if own > usual else (usual, of_usual)
+            parts.append((larger[0] / seeds, larger[1]))
+        ratio = abs(float(apart.mean())) / max(sum(part for part, _ in parts) ** 0.5, 1e-12)
+        found.append((2 * float(stats.t.sf(ratio, _freedom(parts))), {one, other}))
     found.sort(key=lambda item: item[0])
     left = range(len(found), 0, -1)
     kept = itertools.takewhile(
         lambda item: item[0][0] * item[1] <= LEVEL, zip(found, left, strict=True)
     )
     return [pair for (_, pair), _ in kept]
+
+
+def _freedom(variances: Sequence[tuple[float, float]]) -> float:
+    """Satterthwaite's degrees of freedom of a sum of variances, each with its own."""
+    spread = sum(own**2 / freedom for own, freedom in variances if own)
+    return sum(own for own, _ in variances) ** 2 / spread if spread else float("inf")

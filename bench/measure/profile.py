@@ -289,13 +289,15 @@ def _add_throughput(row: _Row, modes: Sequence[str], progress: Callable[[str], o
     section["throughput"] = {}
     for mode in modes:
         with row.kept():
-            section["throughput"][mode] = throughput.measure(
+            found = throughput.measure(
                 row.config,
                 mode,
                 fits=fits,
                 root=row.root,
                 progress=lambda doing: progress(f"{row.config.row}: {doing}"),
             )
+            section["notes"] += found.pop("notes")
+            section["throughput"][mode] = found
 
 
 def _count(

@@ -32,7 +32,7 @@ def measure(
     root: Path | None = None,
     progress: Callable[[str], object] = lambda _doing: None,
 ) -> dict[str, Any]:
-    """Return what a row does in a second, by batch; see `results/README.md`.
+    """Return what a row does in a second, by batch, and `notes`; see `results/README.md`.
 
     Args:
         config: of the row; its batch size does not matter.
@@ -45,6 +45,7 @@ def measure(
         WorkerError: if not even one image can be measured.
     """
     found: list[dict[str, Any]] = []
+    notes: list[str] = []
     batch, ended = 1, f"batch {_LARGEST} is the largest that is tried"
     how = dataclasses.replace(effort(config), max_warm_up_seconds=_WARM_UP_SECONDS)
     worker = Worker(threads=torch.get_num_threads())
@@ -59,16 +60,17 @@ def measure(
             progress(f"{mode}, batch {batch}")
             try:
                 worker.ask("build", sized.as_dict(), "detector", root)
-                timing = worker.ask("latency", (mode,), how)[mode]
+                timed = worker.ask("latency", (mode,), how)
                 spent = worker.ask("energy", mode)
             except WorkerError as error:
                 if not found:
                     raise
                 ended = f"batch {batch} was not measured: {error}"
                 break
-            rate = batch / timing["median"]
+            rate = batch / timed[mode]["median"]
+            notes += [f"batch {batch}, {note}" for note in timed["notes"]]
             found.append(
-                percentiles(timing["samples"])
+                percentiles(timed[mode]["samples"])
                 | {"batch_size": batch, "images_per_second": rate, "energy": spent}
             )
             if len(found) > 1 and rate < (1 + LEAST_GAIN) * found[-2]["images_per_second"]:
@@ -78,7 +80,13 @@ def measure(
     finally:
         worker.close()
     best = max(found, key=lambda one: float(one["images_per_second"]))
-    return {"unit": UNIT, "batches": found, "best": best["batch_size"], "ended": ended}
+    return {
+        "unit": UNIT,
+        "batches": found,
+        "best": best["batch_size"],
+        "ended": ended,
+        "notes": notes,
+    }
 
 
 def percentiles(samples: Sequence[float]) -> dict[str, float]:

@@ -117,7 +117,7 @@ def test_the_answer_without_costs_at_full_size(records: list[Record]) -> None:
 def test_times_of_several_sessions_do_not_decide(records: list[Record]) -> None:
     timed = [changed(one, {"latency.session": f"of {one.row}"}) for one in records]
     (found,) = answer.first(timed, [])
-    assert "time does not decide, as it was taken in 2 sessions" in found.sentences[0]
+    assert "in 2 sessions (full in another than most rows)" in found.sentences[0]
     assert "least time" not in found.sentences[0]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from bench.record import Record
-from report import front, load, page, plots
+from report import answer, front, load, page, plots, tables
 from report.columns import MISSING
 from tests.records import changed
 from tests.report.test_report import drawn, failed, make
@@ -83,6 +83,21 @@ def test_latencies_of_another_session_are_not_compared() -> None:
     said = " ".join(page._counting(records))
     assert "taken in 2 sessions, those of one alone are compared" in said
     assert "sessions" not in " ".join(page._counting(records[:2]))
+
+
+def test_latencies_of_another_session_are_named_in_tables_and_in_no_plot() -> None:
+    rows = [("ViL", "today"), ("full", "today"), ("global", "before")]
+    records = [changed(make(row), {"latency.session": session}) for row, session in rows]
+    found = {plot.name: plot for plot in plots.draw(records)}
+    for name in ("accuracy_latency", "cost"):
+        assert (
+            "Latency not drawn, as of another session than most rows': global." in found[name].note
+        )
+    assert "Latency" not in found["accuracy_flops"].note
+    (first,), (compared,) = answer.first(records, []), tables.comparison(records)
+    for table in (first.table, compared):
+        said = "Times of another session than most rows', not to be compared: global."
+        assert said in table.notes
 
 
 def test_of_a_search_its_best_row_is_compared() -> None:

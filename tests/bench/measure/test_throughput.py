@@ -23,7 +23,8 @@ class Machine:
                 raise WorkerError("no memory", "out_of_memory")
             seconds = 1.0 + self.each * self.batch
             samples = [seconds * (1 + 0.01 * i) for i in range(21)]
-            return {"inference": throughput.percentiles(samples) | {"samples": samples}}
+            timing = throughput.percentiles(samples) | {"samples": samples}
+            return {"inference": timing, "notes": ["inference: loaded machine"]}
         return {"not_available": "made up"}
 
     def close(self) -> None:
@@ -49,6 +50,8 @@ def test_the_best_batch_that_fits(
     )
     assert found["ended"].startswith(ended)
     assert found["best"] >= best
+    measured = [one["batch_size"] for one in found["batches"]]
+    assert found["notes"] == [f"batch {one}, inference: loaded machine" for one in measured]
     first = found["batches"][0]
     assert first["batch_size"] == 1
     assert [first[name] / first["q1"] for name in ("median", "q3", "p90", "p95")] == pytest.approx(
