@@ -97,6 +97,11 @@ KINDS: Mapping[str, Kind] = {
         " they cut to whole pixels, or are both not counted from the same first one?",
         "both are used as they are",
     ),
+    "boxes of another size than the masks": Kind(
+        "{count} of {all} boxes are {what} than their masks, {usual:.2f} times as long and wide as"
+        " a rule: are they around boxes that were turned, or drawn otherwise?",
+        "both are used as they are",
+    ),
     "areas that do not fit": Kind(
         "{count} of {all} areas are not those of their masks or boxes, but {usual:.2g} times as"
         " large as a rule: are they of images of another size, or not in pixels?",

@@ -891,6 +891,30 @@ def test_boxes_beside_their_masks_are_suspected(
         assert [text.split(" (x")[0] for text in off] == [said] * bool(said)
 
 
+@pytest.mark.parametrize(
+    ("grown", "loose", "said"),
+    [
+        (3, 16, ["16 of 16 boxes are larger than their masks, 1.40 times"]),
+        (-2, 12, ["12 of 16 boxes are smaller than their masks, 0.73 times"]),
+        (3, 7, []),
+        (1, 16, []),
+    ],
+)
+def test_boxes_of_another_size_than_their_masks_are_suspected(
+    tmp_path: Path, grown: int, loose: int, said: list[str]
+) -> None:
+    data = content(16)
+    for number, one in enumerate(data["annotations"][:loose]):
+        x, y, w, h = BOX
+        aside = 2 * (number % 2)
+        one["bbox"] = [x - grown + aside, y - grown, w + 2 * grown, h + 2 * grown]
+    write(tmp_path, data)
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    assert [s for s in said if not any(s in line for line in lines)] == []
+    found = [f.text for f in only(tmp_path).odd if "than their masks" in f.text]
+    assert [text.split(" as long")[0] for text in found] == said
+
+
 def test_files_whose_names_another_system_wrote_are_found(tmp_path: Path) -> None:
     data = content()
     names = ("bäum.png", "2.PNG", "3.png", "a.png")
