@@ -165,6 +165,11 @@ KINDS: Mapping[str, Kind] = {
         "trained on and evaluated with, if you choose both splits",
     ),
     "image twice in a split": Kind("has the pixels of {other}", "used twice"),
+    "images alike in a split": Kind(
+        "{count} of {all} images look like another of the split: are they frames of a video, or"
+        " copies?",
+        "used as they are; intervals of mAP take images for independent, and are too narrow",
+    ),
     "image file of another path": Kind("is found as {path}", "read from there"),
     "number written as text or fraction": Kind("has {key!r} {value}", "taken as a whole number"),
     "box without area in the image": Kind("has the box {box}", _WHOLE, left_out=True),

@@ -1081,6 +1081,20 @@ def test_what_encoding_resizing_and_mirroring_leave_of_an_image_is_found(tmp_pat
     )
 
 
+@pytest.mark.parametrize(("count", "said"), [(20, True), (21, False)])
+def test_frames_of_a_video_are_said_where_they_are_many(
+    tmp_path: Path, count: int, said: bool
+) -> None:
+    folder = write(tmp_path, content(count))
+    for number in range(1, count + 1):
+        scene(number).save(folder / f"{number}.png")
+    scene(3).point(lambda value: value - 4).save(folder / "15.png")
+    text = f"2 of {count} images look like another of the split"
+    assert [text in f.text for f in only(tmp_path).odd if "look like" in f.text] == [True] * said
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    assert any(text in line and "too narrow" in line for line in lines) == said
+
+
 def test_copies_made_grey_or_put_between_bars_are_found(tmp_path: Path) -> None:
     folder = write(tmp_path, content(5))
     other = write(tmp_path, content(5), split="val2017", first=50)
