@@ -177,7 +177,7 @@ def check(
             decoded += bool(one.digest)
         found += seen.sources(dataset, found)
         found += [*_of_the_whole(dataset, found, outlined, areas), *_unlisted(dataset)]
-        found += _other_classes(dataset, reports)
+        found += [*_other_classes(dataset, reports), *_of_no_use(dataset, found)]
         reports.append(
             SplitReport(
                 split=split,
@@ -648,6 +648,16 @@ def _unlisted(dataset: CocoDataset) -> Iterator[Finding]:
     }
     for name in sorted(files - listed):
         yield finding("file that no image names", name=str(dataset.folder / name))
+
+
+def _of_no_use(dataset: CocoDataset, found: Sequence[Finding]) -> Iterator[Finding]:
+    """Whether a split has no instance: where nothing else is wrong, runs refuse it for that."""
+    if any(map(dataset.instances, range(len(dataset)))) or any(f.is_error for f in found):
+        return
+    # Test splits are published without annotations.
+    bare = len(dataset) and not dataset.num_annotations and not any(f.left_out for f in found)
+    kind = "split without annotations" if bare else "split without an instance"
+    yield finding(kind, count=len(dataset), crowds=dataset.num_annotations)
 
 
 def _other_classes(dataset: CocoDataset, before: Sequence[SplitReport]) -> Iterator[Finding]:

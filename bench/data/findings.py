@@ -55,6 +55,14 @@ KINDS: Mapping[str, Kind] = {
     "malformed run-length mask": Kind("has a run-length mask that cannot be read: {why}"),
     "run-length mask of the wrong size": Kind("has a run-length mask of {size}; its image {own}"),
     "classes of the splits differ": Kind("{why}"),
+    "split without an instance": Kind(
+        "of {count} images none has an instance to train on or to evaluate with; {crowds} crowds do"
+        " not count"
+    ),
+    "split without annotations": Kind(
+        "none of {count} images has an annotation: is it a test split?",
+        "a run refuses to train on it or to evaluate with it",
+    ),
     "boxes that look like fractions": Kind(
         "{count} of {all} boxes are smaller than a pixel: are they fractions of the image?",
         "taken as pixels",

@@ -325,6 +325,28 @@ def test_images_and_classes_without_instances(tmp_path: Path) -> None:
     assert kinds(report.odd)["class without an instance"] == 2
 
 
+@pytest.mark.parametrize(
+    ("images", "changes", "kind", "is_error"),
+    [
+        (0, [], "split without an instance", True),
+        (4, [], "split without annotations", False),
+        (4, [{"iscrowd": 1, "segmentation": RUN}], "split without an instance", True),
+        (4, [{"bbox": [5, 5, 0, 9]}], "split without an instance", True),
+        (4, [{}], "", False),
+    ],
+)
+def test_a_split_that_runs_refuse_is_said(
+    tmp_path: Path, images: int, changes: list[dict[str, Any]], kind: str, is_error: bool
+) -> None:
+    data = content(images)
+    data["annotations"] = [annotation(101, 1, **change) for change in changes]
+    write(tmp_path, data)
+    report = only(tmp_path)
+    assert [f.kind for f in report.errors] == [kind] * is_error
+    found = [f.kind for f in report.findings if f.kind.startswith("split without")]
+    assert found == [kind] * bool(kind)
+
+
 def test_broken_structure_is_found(tmp_path: Path) -> None:
     data = content()
     data["images"][1] = {"id": 2}
