@@ -289,7 +289,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     def _groups(
         self, content: dict[str, Any], entries: dict[int, Entry], *, drop: bool
     ) -> dict[int, list[Entry]]:
-        reader = AnnotationReader(entries, self._labels, drop_degenerate=drop, report=self._report)
+        classes = dict(self.categories)
+        reader = AnnotationReader(entries, classes, drop_degenerate=drop, report=self._report)
         groups: dict[int, list[Entry]] = defaultdict(list)
         self._used: set[int] = set()
         scores: list[Any] = []

@@ -560,7 +560,7 @@ def test_fields_that_are_not_read_are_said(tmp_path: Path) -> None:
             {"ignore": 1, "iscrowd": 0, "score": 1},
             {"ignore": 0, "difficult": "1", "angle": 0.0, "isfake": False, "keypoints": []},
             {"attributes": {"rotation": 30.5, "occluded": False}, "ignore": "1"},
-            {"attributes": [], "category_name": "cup", "caption": None},
+            {"attributes": [], "category_name": "mug", "caption": None},
         ),
         strict=True,
     ):
@@ -593,6 +593,31 @@ def test_attributes_in_any_form_and_modes_of_boxes_are_said(
     data["annotations"][1] |= fields
     write(tmp_path, data)
     assert [f.text for f in only(tmp_path).odd] == [f"annotations have {said}"] * bool(said)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"width": 60, "height": 40, "color": "#fff", "dataset_id": 1}, ""),
+        ({"category_name": "cup", "label": "cup"}, "'category_name' (2), 'label' (2)"),
+        ({"ignore": True, "iscrowd": 0}, "'ignore' (4)"),
+        ({"isVisible": True, "attributes": {"keyframe": True}}, ""),
+        ({"bbox_mode": 0}, "'bbox_mode' (4)"),
+    ],
+    ids=str,
+)
+def test_fields_that_say_nothing_more_are_not_said(
+    tmp_path: Path, fields: dict[str, Any], said: str
+) -> None:
+    data = content()
+    for one in data["annotations"]:
+        one |= fields
+    write(tmp_path, data)
+    assert [f.text for f in only(tmp_path).odd] == [f"annotations have {said}"] * bool(said)
+    data["annotations"][0] |= {"ignore": 1, "iscrowd": 1}
+    write(tmp_path, data)
+    found = [f.values["fields"] for f in only(tmp_path).odd if f.kind.startswith("fields")]
+    assert found == [said.replace("ignore' (4)", "ignore' (3)")] * bool(said)
 
 
 @pytest.mark.parametrize(
