@@ -421,7 +421,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             if path is None:
                 missing.append(image)
                 continue
-            if path != os.path.normpath(name):
+            plain = os.path.normpath(name)
+            if path not in (plain, *(f"{beside}{os.sep}{plain}" for beside in layout.BESIDE)):
                 self._say_of(image, "image file of another path", path=path)
             other = named.setdefault(path, image["id"])
             if other != image["id"]:
