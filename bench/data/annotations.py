@@ -21,8 +21,11 @@ IMAGE_KEYS = {"id": int, "file_name": str, "height": int, "width": int}
 CATEGORY_KEYS = {"id": int, "name": str}
 ANNOTATION_KEYS = {"id": int, "image_id": int, "category_id": int, "bbox": list}
 
-# What is read of an annotation; its attributes one by one are not.
+# What is read of an annotation; its attributes one by one are not. What tools write into each
+# besides says nothing of an object.
 _READ = {*ANNOTATION_KEYS, "iscrowd", "area", "segmentation", "score", "attributes"}
+_READ |= {"width", "height", "color", "dataset_id"}
+_CLASS_NAMES = ("category_name", "label")
 # What images are left out by, where it is true or false, in lower case.
 _IGNORED = re.compile(r"(is_?)?(ignored?|deleted|excluded?|skip(ped)?)(_?(regions?|areas?))?")
 _ANNOTATED = re.compile(r"(is_?)?(annotated|labell?ed|valid)")
@@ -133,28 +136,42 @@ class AnnotationReader:
 
     Args:
         images: the images by id.
-        labels: the labels by category id.
+        classes: the names of classes by category id.
         drop_degenerate: leave out boxes without area, which are errors otherwise.
         report: receives everything that is found.
-
-    Attributes:
-        unread: names of the fields that say something and are not read, and in how many annotations
-            each does; a field of "attributes" is called `attributes.NAME`.
     """
 
     def __init__(
         self,
         images: Mapping[int, Entry],
-        labels: Mapping[int, int],
+        classes: Mapping[int, str],
         *,
         drop_degenerate: bool,
         report: Report,
     ) -> None:
         self._images = images
-        self._labels = labels
+        self._classes = classes
         self._drop_degenerate = drop_degenerate
         self._report = report
-        self.unread: Counter[str] = Counter()
+        self._count = 0
+        self._unread: Counter[str] = Counter()
+        self._true: Counter[str] = Counter()
+
+    @property
+    def unread(self) -> Counter[str]:
+        """The fields that say something and are not read, and in how many annotations each does.
+
+        A field of "attributes" is called `attributes.NAME`. What is true of all tells none apart,
+        but where it leaves them out elsewhere.
+        """
+        return Counter(
+            {
+                name: count
+                for name, count in self._unread.items()
+                if self._true[name] < self._count
+                or _IGNORED.fullmatch(name.removeprefix("attributes.").casefold())
+            }
+        )
 
     def read(self, raw: Entry) -> Entry | None:
         """Return the annotation with defaults for what it lacks; None where it is left out.
@@ -162,13 +179,16 @@ class AnnotationReader:
         It has a "segmentation" where it came with one, and None where its box is its mask.
         """
         image = self._images.get(raw["image_id"])
-        known = raw["category_id"] in self._labels
+        known = raw["category_id"] in self._classes
         if image is None:
             self._say(raw, "annotation of no image", other=raw["image_id"])
         if not known:
             self._say(raw, "unknown category", category=raw["category_id"])
         complete = self._numbers(raw)
-        self.unread.update(_unread(raw))
+        unread = _unread(raw, self._classes.get(raw["category_id"]))
+        self._count += 1
+        self._unread.update(unread.keys())
+        self._true.update(name for name, value in unread.items() if value is True)
         if image is None:
             return None
         corners = self._corners(raw, image)
@@ -333,15 +353,25 @@ def box_polygon(box: list[float], height: int, width: int) -> list[float]:
     return [x1, y1, x2, y1, x2, y2, x1, y2]
 
 
-def _unread(raw: Entry) -> list[str]:
-    """The fields that are not read and say something: neither false, nor 0, nor empty."""
-    more = {name: raw[name] for name in raw.keys() - _READ}
+def _unread(raw: Entry, class_name: str | None) -> dict[str, Any]:
+    """The fields that are not read and say something: neither false, nor 0, nor empty.
+
+    What is read says no more where it is written twice.
+    """
+    more = {name: value for name, value in raw.items() if name not in _READ}
+    for name in _CLASS_NAMES:
+        if name in more and more[name] == class_name:
+            del more[name]
+    if "ignore" in more and whole(more["ignore"]) == whole(raw.get("iscrowd")):
+        del more["ignore"]
     # What detectron2 calls 0 are corners; what is read it calls 1.
-    if "bbox_mode" in more and more.pop("bbox_mode") not in _XYWH:
-        more["bbox_mode"] = True
+    if "bbox_mode" in more and more["bbox_mode"] not in _XYWH:
+        more["bbox_mode"] = "other"
+    else:
+        more.pop("bbox_mode", None)
     for name, value in _attributes(raw.get("attributes")):
         more[f"attributes.{name}" if name else "attributes"] = value
-    return [name for name, value in more.items() if whole(value)]
+    return {name: value for name, value in more.items() if whole(value)}
 
 
 def _attributes(given: Any) -> Iterator[tuple[str, Any]]:

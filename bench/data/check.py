@@ -47,6 +47,8 @@ _MANY = 0.5
 # Boxes whose edges are all off those of their masks by the same pixels lie beside them, from so
 # many boxes and pixels on; rounding moves a single edge by half a pixel.
 _BESIDE, _OFF, _ALIKE = 16, 0.75, 0.5
+# Boxes whose sides are others than their masks', by a share and by pixels: drawn well they are not.
+_LONGER, _LONGER_PIXELS = 1.04, 2.0
 # Areas that differ by a share and half a rim from those of masks or boxes, where nearly all do so,
 # or from what the turns of a polygon enclose.
 # Of boxes they do not where each is another share of its box: not nearly that of others of its
@@ -175,7 +177,7 @@ def check(
             decoded += bool(one.digest)
         found += seen.sources(dataset, found)
         found += [*_of_the_whole(dataset, found, outlined, areas), *_unlisted(dataset)]
-        found += _other_classes(dataset, reports)
+        found += [*_other_classes(dataset, reports), *_of_no_use(dataset, found)]
         reports.append(
             SplitReport(
                 split=split,
@@ -267,7 +269,7 @@ class _Inspection(NamedTuple):
     found: list[Finding]
     digest: str = ""
     look: Look | None = None
-    outlined: NDArray[np.float64] = np.empty((0, 5))
+    outlined: NDArray[np.float64] = np.empty((0, 6))
     areas: NDArray[np.float64] = np.empty((0, 4))
 
 
@@ -498,7 +500,8 @@ def _outlined(annotations: Iterable[Entry], entry: Entry) -> NDArray[np.float64]
     """How far the edges of boxes are off those of their outlines, and what share these fill.
 
     Returns:
-        (n, 5): offsets of x1, y1, x2, y2, and the share of its own box that an outline takes.
+        (n, 6): offsets of x1, y1, x2, y2, the share of its own box that an outline takes, and how
+        many times as long as that its annotation's box is.
     """
     found = []
     for annotation in annotations:
@@ -516,8 +519,9 @@ def _outlined(annotations: Iterable[Entry], entry: Entry) -> NDArray[np.float64]
         else:
             continue
         around = max(float(np.prod(extent[2:] - extent[:2])), 1e-9)
-        found.append([*(_corners(annotation["bbox"]) - extent), area / around])
-    return np.reshape(found, (-1, 5))
+        longer = (float(np.prod(annotation["bbox"][2:])) / around) ** 0.5
+        found.append([*(_corners(annotation["bbox"]) - extent), area / around, longer])
+    return np.reshape(found, (-1, 6))
 
 
 def _enclosed(points: NDArray[np.float64]) -> float:
@@ -550,7 +554,7 @@ def _of_the_whole(
 ) -> Iterator[Finding]:
     """What only a whole split shows, from what was found in its parts."""
     yield from _other_areas(areas)
-    outlines = np.concatenate([np.empty((0, 5)), *outlined])
+    outlines = np.concatenate([np.empty((0, 6)), *outlined])
     filling, every = int((outlines[:, 4] >= _FILLS).sum()), len(outlines)
     if every >= _BESIDE and filling >= _FILLING * every:
         yield finding("masks that look like boxes", count=filling, all=every)
@@ -565,7 +569,7 @@ def _of_the_whole(
         kind = "boxes in another format than the masks"
         yield finding(kind, count=count, all=every, format=format_)
     else:
-        yield from _beside(outlines[:, :4])
+        yield from _beside(outlines)
     wrong = {f.image for f in found if f.annotation is not None and f.is_error}
     for kind, ids in (
         ("image without annotations", dataset.empty_images()),
@@ -605,10 +609,11 @@ def _letters(name: str) -> str:
     return "".join(c for c in plain if unicodedata.category(c) not in _BLANK)
 
 
-def _beside(offsets: NDArray[np.float64]) -> Iterator[Finding]:
-    """Whether boxes lie beside their masks or end before them, all alike."""
-    if len(offsets) < _BESIDE:
+def _beside(outlines: NDArray[np.float64]) -> Iterator[Finding]:
+    """Whether boxes lie beside their masks or end before them, all alike, or are longer."""
+    if len(outlines) < _BESIDE:
         return
+    offsets, longer = outlines[:, :4], outlines[:, 5]
     usual = np.median(offsets, axis=0)
     alike = int((np.abs(offsets - usual).max(axis=1) <= _ALIKE).sum())
     # Outlines through the middles of the outer pixels end a pixel before boxes around them.
@@ -618,6 +623,17 @@ def _beside(offsets: NDArray[np.float64]) -> Iterator[Finding]:
         begin, end = ", ".join(edges[:2]), ", ".join(edges[2:])
         kind, whole = "boxes beside their masks", len(offsets)
         yield finding(kind, count=alike, all=whole, begin=begin, end=end)
+        return
+    # Of a few pixels, rounding is a share.
+    more = np.abs((offsets[:, 2:] - offsets[:, :2]).mean(axis=1)) > _LONGER_PIXELS
+    for what, wrong in (
+        ("larger", more & (longer > _LONGER)),
+        ("smaller", more & (longer < 1 / _LONGER)),
+    ):
+        count = int(wrong.sum())
+        if count >= _MANY * len(outlines):
+            kind, times = "boxes of another size than the masks", float(np.median(longer[wrong]))
+            yield finding(kind, count=count, all=len(outlines), what=what, usual=times)
 
 
 def _unlisted(dataset: CocoDataset) -> Iterator[Finding]:
@@ -632,6 +648,16 @@ def _unlisted(dataset: CocoDataset) -> Iterator[Finding]:
     }
     for name in sorted(files - listed):
         yield finding("file that no image names", name=str(dataset.folder / name))
+
+
+def _of_no_use(dataset: CocoDataset, found: Sequence[Finding]) -> Iterator[Finding]:
+    """Whether a split has no instance: where nothing else is wrong, runs refuse it for that."""
+    if any(map(dataset.instances, range(len(dataset)))) or any(f.is_error for f in found):
+        return
+    # Test splits are published without annotations.
+    bare = len(dataset) and not dataset.num_annotations and not any(f.left_out for f in found)
+    kind = "split without annotations" if bare else "split without an instance"
+    yield finding(kind, count=len(dataset), crowds=dataset.num_annotations)
 
 
 def _other_classes(dataset: CocoDataset, before: Sequence[SplitReport]) -> Iterator[Finding]:

@@ -289,7 +289,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     def _groups(
         self, content: dict[str, Any], entries: dict[int, Entry], *, drop: bool
     ) -> dict[int, list[Entry]]:
-        reader = AnnotationReader(entries, self._labels, drop_degenerate=drop, report=self._report)
+        classes = dict(self.categories)
+        reader = AnnotationReader(entries, classes, drop_degenerate=drop, report=self._report)
         groups: dict[int, list[Entry]] = defaultdict(list)
         self._used: set[int] = set()
         scores: list[Any] = []
@@ -420,7 +421,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             if path is None:
                 missing.append(image)
                 continue
-            if path != os.path.normpath(name):
+            plain = os.path.normpath(name)
+            if path not in (plain, *(f"{beside}{os.sep}{plain}" for beside in layout.BESIDE)):
                 self._say_of(image, "image file of another path", path=path)
             other = named.setdefault(path, image["id"])
             if other != image["id"]:

@@ -36,6 +36,9 @@ _OF_A_SOURCE = re.compile(r"(.+)(?:\.rf\.\w+|__[\d.]+__-?\d+___-?\d+)\.\w+")
 _LUMA, _COLOURED, _PLAIN, _BAR, _EVEN = (0.299, 0.587, 0.114), 4, 12, 0.03, 0.01
 
 COPIED, ALIKE = "image in two splits", "image alike in two splits"
+# The share of a split's images from which on they are not independent; quarters of looks are means
+# of so many cells.
+_MANY, _QUARTER = 0.1, _SIDE // 2
 
 Cells = NDArray[np.int16]
 
@@ -149,10 +152,15 @@ class Seen:
     ) -> Iterator[Finding]:
         """Which images look like one of the splits before, as they are, turned or mirrored.
 
+        How many look like another of this split is said where they are many.
+
         Args:
             looks: of the images of this split that are not copies.
         """
         known = [(entry, seen) for entry, seen in looks if seen is not None]
+        count = _repeated([seen.mean for _, seen in known])
+        if count and count >= _MANY * len(looks):
+            yield finding("images alike in a split", count=count, all=len(looks))
         for entry, seen in known:
             tries = [(seen.mean, "mean"), (seen.mean, "inner"), (seen.inner, "mean")]
             tries += [(seen.mean, "luma") if seen.luma is None else (seen.luma, "grey")]
@@ -211,6 +219,28 @@ class Seen:
 
     def _same(self, one: Path, other: Path) -> bool:
         return one == other or self._sha256(one) == self._sha256(other)
+
+
+def _repeated(looks: Sequence[Cells]) -> int:
+    """How many look like another one, as frames of a video do."""
+    cells = np.reshape(looks, (-1, _SIDE, _SIDE))
+    means = cells.mean(axis=(1, 2))
+    order = np.argsort(means)
+    cells, means = cells[order], means[order]
+    # Means of parts that are further off belong to other cells, and are cheap to compare.
+    quarters = cells.reshape(-1, 2, _QUARTER, 2, _QUARTER).mean(axis=(2, 4)).reshape(-1, 4)
+    ends = np.searchsorted(means, means + _APART, side="right")
+    alike = np.zeros(len(cells), dtype=bool)
+    for place, end in enumerate(ends.tolist()):
+        after = slice(place + 1, end)
+        if alike[place:end].all():
+            continue
+        near = np.abs(quarters[after] - quarters[place]).max(axis=1) <= _APART
+        near = place + 1 + np.flatnonzero(near)
+        near = near[np.abs(cells[near] - cells[place]).max(axis=(1, 2), initial=0) <= _APART]
+        alike[near] = True
+        alike[place] |= len(near) > 0
+    return int(alike.sum())
 
 
 def _turned(seen: Cells) -> Iterator[tuple[str, Cells]]:

@@ -55,6 +55,14 @@ KINDS: Mapping[str, Kind] = {
     "malformed run-length mask": Kind("has a run-length mask that cannot be read: {why}"),
     "run-length mask of the wrong size": Kind("has a run-length mask of {size}; its image {own}"),
     "classes of the splits differ": Kind("{why}"),
+    "split without an instance": Kind(
+        "of {count} images none has an instance to train on or to evaluate with; {crowds} crowds do"
+        " not count"
+    ),
+    "split without annotations": Kind(
+        "none of {count} images has an annotation: is it a test split?",
+        "a run refuses to train on it or to evaluate with it",
+    ),
     "boxes that look like fractions": Kind(
         "{count} of {all} boxes are smaller than a pixel: are they fractions of the image?",
         "taken as pixels",
@@ -95,6 +103,11 @@ KINDS: Mapping[str, Kind] = {
     "boxes beside their masks": Kind(
         "{count} of {all} boxes begin {begin} and end {end} pixels (x, y) off their masks: were"
         " they cut to whole pixels, or are both not counted from the same first one?",
+        "both are used as they are",
+    ),
+    "boxes of another size than the masks": Kind(
+        "{count} of {all} boxes are {what} than their masks, {usual:.2f} times as long and wide as"
+        " a rule: are they around boxes that were turned, or drawn otherwise?",
         "both are used as they are",
     ),
     "areas that do not fit": Kind(
@@ -160,6 +173,11 @@ KINDS: Mapping[str, Kind] = {
         "trained on and evaluated with, if you choose both splits",
     ),
     "image twice in a split": Kind("has the pixels of {other}", "used twice"),
+    "images alike in a split": Kind(
+        "{count} of {all} images look like another of the split: are they frames of a video, or"
+        " copies?",
+        "used as they are; intervals of mAP take images for independent, and are too narrow",
+    ),
     "image file of another path": Kind("is found as {path}", "read from there"),
     "number written as text or fraction": Kind("has {key!r} {value}", "taken as a whole number"),
     "box without area in the image": Kind("has the box {box}", _WHOLE, left_out=True),

@@ -22,6 +22,8 @@ _PATTERNS = ("annotations/instances_{}.json", "{}/_annotations.coco.json")
 # What exports call the splits that the suites name.
 _OTHER_NAMES = {"train2017": ("train",), "val2017": ("val", "valid", "validation")}
 _NAMES = tuple((name, *others) for name, others in _OTHER_NAMES.items())
+# Folders beside an annotation file that exports put images in, and name them without.
+BESIDE = ("images", "data")
 _HOW = (
     "data.train_split=NAME 'evaluate.splits=[NAME]' choose others, and data.train_file=FILE"
     " data.val_file=FILE data.images=DIR take any files"
@@ -119,7 +121,7 @@ def _near(file: Path, root: Path) -> tuple[Path, ...]:
     name = file.stem.removeprefix("instances_")
     names = dict.fromkeys((name, *next((each for each in _NAMES if name in each), ())))
     above = [*file.parents[1:2]]
-    found = [file.parent, file.parent / "images", file.parent / "data"]
+    found = [file.parent, *(file.parent / beside for beside in BESIDE)]
     for base in (file.parent, *above):
         # Of images of one name in several splits those of its own come first.
         found += [base / part / own for own in names for part in ("", "images")]

@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize_image
 
@@ -12,10 +14,14 @@ from bench.data import check, classes
 from bench.data.coco import MOST_FOUND, Categories, CocoDataset, Target
 from bench.data.findings import quoted
 from bench.data.generated import data_root
-from bench.data.images import to_float
+from bench.data.images import NetworkSize, to_float
 from bench.errors import InputError, some
 from bench.system import processes as launch
 from bench.system.devices import check_device
+
+# Pixels a side below which a detector finds next to nothing, the stride of the finest map, and the
+# share of objects from which on that decides on AP.
+_FEW_PIXELS, _MANY = 4, 0.1
 
 _said: dict[tuple[tuple[str, str, int], ...], list[str]] = {}
 
@@ -81,9 +87,9 @@ def remarks(config: RunConfig, splits: Sequence[CocoDataset]) -> list[str]:
 
 
 def undetected(config: RunConfig, splits: Sequence[CocoDataset]) -> list[str]:
-    """Which evaluated splits have images of more objects than detections, a line each.
+    """Which evaluated splits have images of more objects than detections, or objects of few pixels.
 
-    More than COCO's rules look at, the splits themselves say.
+    A line each. More than COCO's rules look at, the splits themselves say.
     """
     most = config.model.detector.detections
     lines = []
@@ -96,7 +102,34 @@ def undetected(config: RunConfig, splits: Sequence[CocoDataset]) -> list[str]:
                 f" objects (model.detector.detections), up to {max(counts)}; the others count as"
                 " missed"
             )
+    data = config.data
+    sizes = NetworkSize(data.min_sizes, data.max_size, data.fixed_size)
+    given = f"data.min_sizes={[*data.min_sizes]} data.max_size={data.max_size}"
+    if data.fixed_size is not None:
+        given = f"data.fixed_size={[*data.fixed_size]}"
+    for split in splits:
+        sides = _sides(split, sizes)
+        small = int((sides < _FEW_PIXELS).sum())
+        if small >= max(1, _MANY * len(sides)):
+            lines.append(
+                f"{split.annotation_file}: {small} of {len(sides)} objects have less than"
+                f" {_FEW_PIXELS} pixels a side at {given}, the median {np.median(sides):.1f};"
+                " hardly one is found: raise the size, or cut images into tiles"
+            )
     return lines
+
+
+def _sides(split: CocoDataset, sizes: NetworkSize) -> NDArray[np.float64]:
+    """The sides in the network of squares as large as the boxes of a split's instances."""
+    found = []
+    for index in range(len(split)):
+        height, width = split.size(index)
+        rows, columns = sizes.of(height, width)
+        scale = rows / height * columns / width
+        _, annotations = split.entry(index)
+        boxes = [a["bbox"] for a in annotations if not a["iscrowd"]]
+        found += [(box[2] * box[3] * scale) ** 0.5 for box in boxes]
+    return np.array(found, dtype=np.float64)
 
 
 def _untrained(splits: Sequence[CocoDataset]) -> list[str]:

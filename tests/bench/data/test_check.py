@@ -325,6 +325,28 @@ def test_images_and_classes_without_instances(tmp_path: Path) -> None:
     assert kinds(report.odd)["class without an instance"] == 2
 
 
+@pytest.mark.parametrize(
+    ("images", "changes", "kind", "is_error"),
+    [
+        (0, [], "split without an instance", True),
+        (4, [], "split without annotations", False),
+        (4, [{"iscrowd": 1, "segmentation": RUN}], "split without an instance", True),
+        (4, [{"bbox": [5, 5, 0, 9]}], "split without an instance", True),
+        (4, [{}], "", False),
+    ],
+)
+def test_a_split_that_runs_refuse_is_said(
+    tmp_path: Path, images: int, changes: list[dict[str, Any]], kind: str, is_error: bool
+) -> None:
+    data = content(images)
+    data["annotations"] = [annotation(101, 1, **change) for change in changes]
+    write(tmp_path, data)
+    report = only(tmp_path)
+    assert [f.kind for f in report.errors] == [kind] * is_error
+    found = [f.kind for f in report.findings if f.kind.startswith("split without")]
+    assert found == [kind] * bool(kind)
+
+
 def test_broken_structure_is_found(tmp_path: Path) -> None:
     data = content()
     data["images"][1] = {"id": 2}
@@ -538,7 +560,7 @@ def test_fields_that_are_not_read_are_said(tmp_path: Path) -> None:
             {"ignore": 1, "iscrowd": 0, "score": 1},
             {"ignore": 0, "difficult": "1", "angle": 0.0, "isfake": False, "keypoints": []},
             {"attributes": {"rotation": 30.5, "occluded": False}, "ignore": "1"},
-            {"attributes": [], "category_name": "cup", "caption": None},
+            {"attributes": [], "category_name": "mug", "caption": None},
         ),
         strict=True,
     ):
@@ -571,6 +593,31 @@ def test_attributes_in_any_form_and_modes_of_boxes_are_said(
     data["annotations"][1] |= fields
     write(tmp_path, data)
     assert [f.text for f in only(tmp_path).odd] == [f"annotations have {said}"] * bool(said)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"width": 60, "height": 40, "color": "#fff", "dataset_id": 1}, ""),
+        ({"category_name": "cup", "label": "cup"}, "'category_name' (2), 'label' (2)"),
+        ({"ignore": True, "iscrowd": 0}, "'ignore' (4)"),
+        ({"isVisible": True, "attributes": {"keyframe": True}}, ""),
+        ({"bbox_mode": 0}, "'bbox_mode' (4)"),
+    ],
+    ids=str,
+)
+def test_fields_that_say_nothing_more_are_not_said(
+    tmp_path: Path, fields: dict[str, Any], said: str
+) -> None:
+    data = content()
+    for one in data["annotations"]:
+        one |= fields
+    write(tmp_path, data)
+    assert [f.text for f in only(tmp_path).odd] == [f"annotations have {said}"] * bool(said)
+    data["annotations"][0] |= {"ignore": 1, "iscrowd": 1}
+    write(tmp_path, data)
+    found = [f.values["fields"] for f in only(tmp_path).odd if f.kind.startswith("fields")]
+    assert found == [said.replace("ignore' (4)", "ignore' (3)")] * bool(said)
 
 
 @pytest.mark.parametrize(
@@ -891,6 +938,30 @@ def test_boxes_beside_their_masks_are_suspected(
         assert [text.split(" (x")[0] for text in off] == [said] * bool(said)
 
 
+@pytest.mark.parametrize(
+    ("grown", "loose", "said"),
+    [
+        (3, 16, ["16 of 16 boxes are larger than their masks, 1.40 times"]),
+        (-2, 12, ["12 of 16 boxes are smaller than their masks, 0.73 times"]),
+        (3, 7, []),
+        (1, 16, []),
+    ],
+)
+def test_boxes_of_another_size_than_their_masks_are_suspected(
+    tmp_path: Path, grown: int, loose: int, said: list[str]
+) -> None:
+    data = content(16)
+    for number, one in enumerate(data["annotations"][:loose]):
+        x, y, w, h = BOX
+        aside = 2 * (number % 2)
+        one["bbox"] = [x - grown + aside, y - grown, w + 2 * grown, h + 2 * grown]
+    write(tmp_path, data)
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    assert [s for s in said if not any(s in line for line in lines)] == []
+    found = [f.text for f in only(tmp_path).odd if "than their masks" in f.text]
+    assert [text.split(" as long")[0] for text in found] == said
+
+
 def test_files_whose_names_another_system_wrote_are_found(tmp_path: Path) -> None:
     data = content()
     names = ("bäum.png", "2.PNG", "3.png", "a.png")
@@ -1055,6 +1126,20 @@ def test_what_encoding_resizing_and_mirroring_leave_of_an_image_is_found(tmp_pat
     assert any(
         "6 of: image alike in two splits (images 1, 2, 3, 5, 6, …)" in line for line in lines
     )
+
+
+@pytest.mark.parametrize(("count", "said"), [(20, True), (21, False)])
+def test_frames_of_a_video_are_said_where_they_are_many(
+    tmp_path: Path, count: int, said: bool
+) -> None:
+    folder = write(tmp_path, content(count))
+    for number in range(1, count + 1):
+        scene(number).save(folder / f"{number}.png")
+    scene(3).point(lambda value: value - 4).save(folder / "15.png")
+    text = f"2 of {count} images look like another of the split"
+    assert [text in f.text for f in only(tmp_path).odd if "look like" in f.text] == [True] * said
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    assert any(text in line and "too narrow" in line for line in lines) == said
 
 
 def test_copies_made_grey_or_put_between_bars_are_found(tmp_path: Path) -> None:

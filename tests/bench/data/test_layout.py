@@ -150,7 +150,9 @@ def test_names_of_another_system_are_found_in_any_folder_near(
     (tmp_path / "val.json").write_text(json.dumps(data))
     found = CocoDataset(tmp_path, "x", file=tmp_path / "val.json")
     assert_same(found, CocoDataset(source, "val2017"))
-    assert found.tally.counts["image file of another path"] == len(found)
+    # In a folder that exports put images in, a whole name is no other path.
+    told = found.tally.counts["image file of another path"]
+    assert told == (len(found) if folder == "val" else 1)
 
 
 def test_images_may_have_an_address_in_place_of_a_name(source: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +125,22 @@ def test_more_objects_than_detections_are_said(root: Path, tmp_path: Path) -> No
         lines = inputs.check_data([one], tmp_path)
         assert [f"more than {most - 1} {said}" in line for line in lines].count(True) == times
         assert len(inputs.undetected(one, [split])) == times
+
+
+@pytest.mark.parametrize(
+    ("sizes", "given"),
+    [
+        ({"min_sizes": (8,), "max_size": 12}, "data.min_sizes=[8] data.max_size=12"),
+        ({"fixed_size": (8, 8)}, "data.fixed_size=[8, 8]"),
+        ({"min_sizes": (8, 192)}, ""),
+    ],
+)
+def test_objects_of_few_pixels_are_said(root: Path, sizes: dict[str, Any], given: str) -> None:
+    config = run_of()
+    config = replace(config, data=replace(config.data, **sizes))
+    lines = inputs.undetected(config, [CocoDataset(root, "val2017")])
+    said = f"objects have less than 4 pixels a side at {given}, the median"
+    assert [said in line for line in lines] == [True] * bool(given)
 
 
 def test_classes_that_are_evaluated_and_never_trained_on_are_said(
