@@ -481,17 +481,20 @@ class _Counter(TorchDispatchMode):
                 del self.parts[depth:]
 
     def second(self, call: Callable[[], Any]) -> Any:
-        """Call twice and count the second: the first makes tables that later ones find."""
+        """Count a later call than the first, which makes tables that others find."""
         first = self._once(call)
+        training = torch.is_grad_enabled()
+        # After the call that is counted nothing may write in place what its backward pass needs.
+        other = self._once(call) if training else None
         before = self.total
         result = call()
-        second = self.total - before
-        # What a third one writes in place, the backward pass of the second may need.
-        third = second if first == second or torch.is_grad_enabled() else self._once(call)
-        if third != second:
-            self.uncounted[CALLS] += abs(third - second)
+        counted = self.total - before
+        if not training and first != counted:
+            other = self._once(call)
+        if other not in (None, counted):
+            self.uncounted[CALLS] += abs(other - counted)
         else:
-            self.of_first += max(0, first - second)
+            self.of_first += max(0, first - counted)
         return result
 
     def _once(self, call: Callable[[], Any]) -> int:

@@ -537,6 +537,10 @@ def test_calls_that_differ_are_no_cost_of_an_image():
     assert report.total == BY_HAND
     assert report.uncounted == {flops.CALLS: 2 * TOKENS * TOKENS * 8}
     assert report.notes == ()
+    inputs = (torch.zeros(1, TOKENS, 8, device="meta"), GRID)
+    trained = flops.count_call(Alternating(), inputs, training=True)
+    assert flops.CALLS in trained.uncounted
+    assert trained.notes == ()
 
 
 def absolute_distances(q, k, v):
