@@ -281,7 +281,7 @@ def _labels(
 def _of_the_record(
     options: argparse.Namespace, record: "Record", root: Path, split: "CocoDataset"
 ) -> list[str]:
-    """Whether a record's run was evaluated on other annotations, or trained on the images."""
+    """Whether a record's run was evaluated on other data of that name, or trained on the images."""
     from bench.config.suites import build_config
     from bench.data.copies import Seen
     from bench.data.fingerprint import fingerprint
