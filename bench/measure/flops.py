@@ -346,8 +346,8 @@ def _run(
     if training and counter.due - counter.found > _FEW * counter.total:
         counter.uncounted[GRADIENTS] = counter.due - counter.found
     if counter.of_first:
-        more = f"{counter.of_first:,} multiply-adds of first calls alone are not counted"
-        counter.notes[more] = None
+        more = f"{counter.of_first:,} multiply-adds of first calls, which the next ones do not take"
+        counter.notes[f"{more}, are not counted"] = None
     return OperatorCount(by_part, dict(counter.uncounted), tuple(counter.notes))
 
 

@@ -21,7 +21,8 @@ aten = torch.ops.aten
 # uses, as weighed features have.
 _MIXED = (aten.lerp, aten.lerp_)
 _FUSED = (aten.addcmul, aten.addcmul_, *_MIXED)
-_PRODUCTS = (aten.mul, *_FUSED)
+# A quotient is a product with a reciprocal.
+_PRODUCTS = (aten.mul, aten.div, *_FUSED)
 _COPIES = (aten.clone, aten._to_copy, aten.copy_)
 _MULTIPLES = (aten.mul, aten.div, aten.neg, aten.where, aten.masked_fill, *_COPIES)
 _PUT = (
@@ -42,9 +43,14 @@ _SCATTERED = (
 # Axes that pooling adds up in, the last ones.
 _POOLS = {aten.avg_pool1d: 1, aten.avg_pool2d: 2, aten._adaptive_avg_pool2d: 2, aten.col2im: 2}
 _POOLS |= {aten.avg_pool3d: 3, aten._adaptive_avg_pool3d: 3}
-_SUMS = (aten.sum, aten.mean, aten.nansum, aten.cumsum)
 # Of squares, and how a tensor is squared besides by a product.
 _NORMS, _POWERS = (aten.linalg_vector_norm, aten.norm), (aten.pow, aten.pow_)
+_SUMS = (aten.sum, aten.mean, aten.nansum, aten.cumsum)
+# What sums besides, or takes the largest in place of a sum.
+_SUMMARIES = (
+    *(aten.logsumexp, aten.var, aten.std, aten.var_mean, aten.std_mean, *_NORMS),
+    *(aten.amax, aten.amin, aten.max, aten.min),
+)
 _DIFFERENCES = (aten.sub, aten.mse_loss)
 # Whose results hold the same element several times where they are larger than what they got.
 _REPEATS = (aten.repeat, aten.cat, aten.stack, aten.index, aten.index_select, aten.gather)
@@ -171,9 +177,11 @@ class Products:
         if operator in _NORMS and args[1:2] in ((), (2,)) and args[0] in self._squares:
             product = self._squares[args[0]]
             return product.summed() if product.is_summed(args[0].dim(), *args[2:3]) else Seen()
-        if operator in _SUMS or operator in _POOLS:
+        is_summary = operator in _SUMMARIES and len(tensors) == 1
+        if operator in _SUMS or operator in _POOLS or is_summary:
             product = self._held.pop(args[0], None)
-            over = [range(-_POOLS[operator], 0)] if operator in _POOLS else args[1:2]
+            over = args[2:3] if operator in _NORMS else args[1:2]
+            over = (range(-_POOLS[operator], 0),) if operator in _POOLS else over
             if product is None or not product.is_summed(args[0].dim(), *over):
                 return Seen()
             could_be_few = product.axes is None or operator in _POOLS
