@@ -169,7 +169,7 @@ def run(options: argparse.Namespace) -> int:
     from bench.model.weights import load_file
     from bench.run.evaluate import evaluate
     from bench.run.evaluate import remarks as evaluation_remarks
-    from bench.run.identity import edited_since
+    from bench.run.identity import data_remarks, edited_since
     from bench.system.devices import make_fabric
     from bench.system.processes import world
     from bench.system.progress import Bar
@@ -212,7 +212,9 @@ def run(options: argparse.Namespace) -> int:
             model, split, config, fabric, lambda share, _doing: bar.update(share), labels=labels
         )
     if is_first:
-        notes += _of_the_record(options, found, root, split) if found is not None else []
+        if found is not None:
+            other = bool(options.data or options.val)
+            notes += data_remarks(found, options.record, split, root, other=other)
         notes += [*undetected(config, [split]), *remarks([split]), *evaluation_remarks(section)]
         for note in notes:
             console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
@@ -276,54 +278,6 @@ def _labels(
         return labels_by_name(categories, split.categories), []
     except InputError as error:
         raise InputError(f"{split.annotation_file} and --record {path}: {error}") from error
-
-
-def _of_the_record(
-    options: argparse.Namespace, record: "Record", root: Path, split: "CocoDataset"
-) -> list[str]:
-    """Whether a record's run was evaluated on other data of that name, or trained on the images."""
-    from bench.config.suites import build_config
-    from bench.data.copies import Seen
-    from bench.data.fingerprint import fingerprint
-    from bench.data.split import open_split
-
-    notes, path = [], options.record
-    other = options.data or options.val
-    evaluation: Mapping[str, Any] = record.evaluation or {}
-    told = {
-        section.get("split"): section.get("annotations_sha256")
-        for section in (evaluation, *evaluation.get("also", ()))
-    }
-    inputs = (record.environment.get("inputs") or {}).get("data") or {}
-    pixels = None if other else (inputs.get(split.split) or {}).get("pixels")
-    now = {"annotations": split.fingerprint}
-    now |= {} if pixels is None else fingerprint(split.place) or {}
-    before = {"annotations": None if other else told.get(split.split), "pixels": pixels}
-    apart = [what for what, one in before.items() if one is not None and now.get(what) != one]
-    if apart:
-        notes.append(
-            f"{split.annotation_file} is not what the run of {path} was evaluated on: its"
-            f" {' and '.join(apart)} are others now"
-        )
-    recorded = build_config(record.config)
-    if recorded.data.path is None and other:
-        # Generated images, of which there is no copy.
-        return notes
-    try:
-        data = recorded.data
-        trained = open_split(recorded, Path(data.path or root), data.train_split)
-    except InputError:
-        return notes
-    seen = Seen()
-    for _ in seen.files(trained, set()):
-        pass
-    copies = sum(1 for _ in seen.files(split, set()))
-    if copies:
-        notes.append(
-            f"{split.annotation_file}: {copies} of {len(split)} images are files that the run of"
-            f" {path} was trained on: AP says little of other images"
-        )
-    return notes
 
 
 def _recorded_root(path: Path, record: "Record") -> Path:

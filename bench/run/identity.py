@@ -22,8 +22,10 @@ from bench.config.schema import CLASSIFIER, RunConfig, leaves
 from bench.config.sources import OURS, Source, sources_of
 from bench.config.suites import build_config
 from bench.data import classes, layout
+from bench.data.coco import CocoDataset
+from bench.data.copies import Seen
 from bench.data.fingerprint import files_of, fingerprint, fingerprint_images
-from bench.data.split import named_files
+from bench.data.split import named_files, open_split
 from bench.errors import InputError
 from bench.files import sha256
 from bench.model.build import library_of
@@ -301,6 +303,56 @@ def edited_since(entry: Record) -> list[str]:
     """Return the files of a record's mechanism that changed since it was made, by name."""
     inputs = entry.environment.get("inputs") or {}
     return sorted(_edited(build_config(entry.config), inputs) if inputs.get("mechanism") else ())
+
+
+def data_remarks(
+    entry: Record, path: Path, split: CocoDataset, root: Path, *, other: bool
+) -> list[str]:
+    """Say whether a record is of other data of a split's name, or its run trained on the images.
+
+    Args:
+        entry: the record.
+        path: its file, for the sentences.
+        split: what its weights are evaluated on now.
+        root: of the data of its run, where its configuration has none.
+        other: whether the data was chosen, which is then meant to be other than the record's.
+    """
+    notes = []
+    evaluation: Mapping[str, Any] = entry.evaluation or {}
+    told = {
+        section.get("split"): section.get("annotations_sha256")
+        for section in (evaluation, *evaluation.get("also", ()))
+    }
+    inputs = (entry.environment.get("inputs") or {}).get("data") or {}
+    pixels = None if other else (inputs.get(split.split) or {}).get("pixels")
+    now = {"annotations": split.fingerprint}
+    now |= {} if pixels is None else fingerprint(split.place) or {}
+    before = {"annotations": None if other else told.get(split.split), "pixels": pixels}
+    apart = [what for what, one in before.items() if one is not None and now.get(what) != one]
+    if apart:
+        notes.append(
+            f"{split.annotation_file} is not what the run of {path} was evaluated on: its"
+            f" {' and '.join(apart)} are others now"
+        )
+    recorded = build_config(entry.config)
+    if recorded.data.path is None and other:
+        # Generated images, of which there is no copy.
+        return notes
+    try:
+        data = recorded.data
+        trained = open_split(recorded, Path(data.path or root), data.train_split)
+    except InputError:
+        return notes
+    seen = Seen()
+    for _ in seen.files(trained, set()):
+        pass
+    copies = sum(1 for _ in seen.files(split, set()))
+    if copies:
+        notes.append(
+            f"{split.annotation_file}: {copies} of {len(split)} images are files that the run of"
+            f" {path} was trained on: AP says little of other images"
+        )
+    return notes
 
 
 def _edited(config: RunConfig, inputs: Mapping[str, Any]) -> set[str]:
