@@ -3,9 +3,13 @@
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.cli import PROG, add, add_overrides, as_arguments, names
-from bench.errors import InputError
+from bench.errors import InputError, some
+
+if TYPE_CHECKING:
+    from bench.data.classes import ClassDataset
 
 HELP = "pretrain the backbone of rows as classifiers, by the recipe of DeiT, or evaluate one"
 EPILOG = """\
@@ -113,10 +117,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from bench.config.suites import load_suite, profile_configs
-    from bench.data import classes
+    from bench.data.check import class_remarks
     from bench.data.generated import data_root
     from bench.model.classifier import build_classifier
-    from bench.model.weights import load_classifier, load_file
+    from bench.model.weights import load_classes, load_classifier, load_file
     from bench.run.pretrain import evaluate
     from bench.system.devices import make_fabric
     from bench.system.progress import Bar
@@ -143,7 +147,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         overrides=overrides,
     ).runs
     root = data_root(config, options.output or Path("results") / "pretrain")
-    _, split = classes.open_splits(root)
+    trained = load_classes(options.weights)
+    split, notes = _split(root, trained, str(options.weights))
     module = build_classifier(config, len(split.classes))
     load_classifier(module.vil, load_file(options.weights), str(options.weights))
     fabric = make_fabric(config)
@@ -152,10 +157,41 @@ def _evaluate(options: argparse.Namespace) -> int:
         section = evaluate(
             fabric.setup_module(module), split, config, fabric, lambda share, _: bar.update(share)
         )
+    notes += class_remarks([split], config.data.deep_white) if options.data else []
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     low, high = section["top1_interval"]["top1"]
     print(
         f"{section['images']} images of {len(split.classes)} classes: top-1 {section['top1']:.2f} %"
         f" (95 % interval {low:.2f} to {high:.2f}), top-5 {section['top5']:.2f} %"
     )
-    print(json.dumps({"weights": str(options.weights), "evaluation": section}))
+    result = {"weights": str(options.weights), "evaluation": section, "notes": notes}
+    print(json.dumps(result))
     return 0
+
+
+def _split(
+    root: Path, trained: tuple[str, ...] | None, weights: str
+) -> "tuple[ClassDataset, list[str]]":
+    """Open the images to evaluate on, with the classes of the weights, by their names."""
+    from bench.data import classes
+
+    if trained is None:
+        _, split = classes.open_splits(root)
+        note = (
+            f"the classes that {weights} was trained on are not known; taken for those of"
+            f" {split.folder} by the order of their names: {some(split.classes)}"
+        )
+        return split, [note]
+    own = classes.ClassDataset(root, classes.VAL)
+    numbers = tuple(map(str, range(len(trained))))
+    if own.classes == numbers[: len(own.classes)] and trained != numbers:
+        note = f"{own.folder} has numbers of classes, taken for the order of {some(trained)}"
+        return classes.ClassDataset(root, classes.VAL, numbers), [note]
+    unknown = [name for name in own.classes if name not in trained]
+    if unknown:
+        raise InputError(
+            f"{own.folder}: no such class among those that {weights} was trained on:"
+            f" {some(unknown)}; they are matched by name ({some(trained)})"
+        )
+    return classes.ClassDataset(root, classes.VAL, trained), []

@@ -63,6 +63,7 @@ class ClassDataset:
         # Archives beside folders are what these were unpacked from.
         sharded = shards and not any(path.is_dir() for path in inside)
         own, samples = _shards(shards) if sharded else _folders(self.folder)
+        self.is_sharded = bool(sharded)
         self.classes: tuple[str, ...] = classes or own
         unknown = [name for name in own if name not in self.classes]
         if unknown:
@@ -74,6 +75,23 @@ class ClassDataset:
     def fingerprint(self) -> str:
         """Hash of the names and contents of its files."""
         return fingerprint_images(self.folder, files_of(self.folder))
+
+    def left_out(self) -> tuple[list[str], list[str]]:
+        """Return the classes that have no image here, and the files of others that are none."""
+        if self.is_sharded:
+            return [], []
+        own = (Path(path).relative_to(self.folder) for (path, *_), _ in self.samples)
+        read = {path.as_posix() for path in own}
+        used = {name.partition("/")[0] for name in read}
+        folders = (path.name for path in self.folder.iterdir() if path.is_dir())
+        return (
+            sorted(name for name in folders if not name.startswith(".") and name not in used),
+            sorted(
+                name
+                for name in files_of(self.folder).keys() - read
+                if name.partition("/")[0] in used and "/." not in name
+            ),
+        )
 
     def __len__(self) -> int:
         return len(self.samples)

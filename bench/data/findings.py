@@ -173,6 +173,10 @@ KINDS: Mapping[str, Kind] = {
         "trained on and evaluated with, if you choose both splits",
     ),
     "image twice in a split": Kind("has the pixels of {other}", "used twice"),
+    "class without an image": Kind("has no image", "left out", left_out=True),
+    "file of a class that is no image": Kind(
+        "has the ending {ending!r}, no image's that is read", "left out", left_out=True
+    ),
     "images alike in a split": Kind(
         "{count} of {all} images look like another of the split: are they frames of a video, or"
         " copies?",

@@ -4,7 +4,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ _WRAPPERS = ("model", "net", "state_dict")
 # torch computes nothing with floats of 8 bits, and with quantized numbers in its own layers alone.
 _COARSE = re.compile("float8|float4|qu?int")
 # Beside it, what the weights were pretrained on.
-_ORIGIN = "pretrain"
+_ORIGIN, _CLASSES = "pretrain", "classes"
 # Constants of an architecture, which every model makes for itself.
 DERIVED = "relative_position_index"
 
@@ -109,9 +109,20 @@ def _plain_names(state: Mapping[object, object]) -> set[str]:
 
 def load_origin(path: Path) -> str | None:
     """Return what the weights of a file were pretrained on, where the file says so."""
-    content = _load(path)
-    origin = content.get(_ORIGIN) if isinstance(content, Mapping) else None
+    origin = _beside(path, _ORIGIN)
     return origin if isinstance(origin, str) else None
+
+
+def load_classes(path: Path) -> tuple[str, ...] | None:
+    """Return the names of a classifier's classes, by their numbers, where the file has them."""
+    names = _beside(path, _CLASSES)
+    return tuple(map(str, names)) if isinstance(names, list | tuple) and names else None
+
+
+def _beside(path: Path, name: str) -> object:
+    """What a file holds beside its state dict."""
+    content = _load(path)
+    return content.get(name) if isinstance(content, Mapping) else None
 
 
 def _load(path: Path) -> Any:
@@ -135,11 +146,17 @@ def _load(path: Path) -> Any:
             raise InputError(f"{path}: {_why_not_loaded(error)}") from error
 
 
-def save_file(state_dict: Mapping[str, Tensor], path: Path, origin: str | None = None) -> None:
+def save_file(
+    state_dict: Mapping[str, Tensor],
+    path: Path,
+    origin: str | None = None,
+    classes: Sequence[str] = (),
+) -> None:
     """Write `{"model": state_dict}`, whole or not at all; the folder is made where it is missing.
 
     Args:
         origin: what it was pretrained on, for `load_origin`.
+        classes: of a classifier, for `load_classes`.
 
     Raises:
         InputError: where it cannot be written; a file that is there already stays.
@@ -147,6 +164,8 @@ def save_file(state_dict: Mapping[str, Tensor], path: Path, origin: str | None =
     content: dict[str, Any] = {"model": dict(state_dict)}
     if origin is not None:
         content[_ORIGIN] = origin
+    if classes:
+        content[_CLASSES] = list(classes)
     write_whole(path, lambda file: torch.save(content, file))
 
 

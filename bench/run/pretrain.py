@@ -129,7 +129,7 @@ class Pretraining(Run):
             f" {recipe.steps * recipe.batch_size / count:.3g} epochs of {count} images"
         )
         for file in (path, self.output / f"{record.slug(self.config.row)}.pth"):
-            save_file(self.classifier.result.state_dict(), file, origin)
+            save_file(self.classifier.result.state_dict(), file, origin, self.images.classes)
 
 
 def evaluate(

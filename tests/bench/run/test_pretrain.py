@@ -174,6 +174,31 @@ def test_published_files_evaluate(done, tmp_path, capsys, refusal):
     assert "does not fit the classifier of 18 classes" in error
 
 
+def test_classes_are_matched_by_name(done, tmp_path, capsys, refusal):
+    output, record = done
+    data = shutil.copytree(next((output / "data").glob("classes-*")), tmp_path / "data")
+    weights = output / "performer.pth"
+    words = ["--eval", "--attention", "performer", "--backbone", "quick", "--data", str(data)]
+    words += ["--image-size", "64"]
+    folders = sorted(one for one in (data / "val").iterdir() if [*one.iterdir()])
+    shutil.rmtree(folders[0])
+    torch.save({"net": load_file(weights)}, tmp_path / "net.pth")
+    assert pretrain(tmp_path, *words, "--weights", str(tmp_path / "net.pth")) == 0
+    by_order = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "was trained on are not known; taken for those of" in by_order["notes"][0]
+    # The file that a run leaves has their names: no images to train on are needed.
+    shutil.rmtree(data / "train")
+    assert pretrain(tmp_path, *words, "--weights", str(weights)) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "not known" not in str(found["notes"])
+    assert found["evaluation"]["top1"] == by_order["evaluation"]["top1"]
+    assert found["evaluation"]["images"] < record.evaluation["images"]
+    folders[1].rename(data / "val" / "kuerbis")
+    error = refusal(main, *command(tmp_path, *words, "--weights", str(weights)), begun=True)
+    assert "no such class among those" in error
+    assert "kuerbis" in error
+
+
 def test_suite_starts_from_what_it_pretrained(tmp_path, capsys):
     words = ["--rows", "performer", "--device", "cpu", "--output", str(tmp_path)]
     words += ["data.generated.train_images=8", "data.generated.val_images=4", "train.steps=2"]
@@ -362,6 +387,9 @@ def test_what_is_odd_in_images_is_said(tmp_path):
                 Image.fromarray(deep).save(folder / f"{index}.png")
     copied = (tmp_path / "train" / "a" / "0.png").read_bytes()
     (tmp_path / "val" / "b" / "9.png").write_bytes(copied)
+    for name in ("a/1.HEIC", "a/2.HEIC", "c/1.HEIC", ".hidden/1.png", "a/.DS_Store", "list.txt"):
+        (tmp_path / "val" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "val" / name).touch()
     splits = classes.open_splits(tmp_path)
     said = class_remarks(splits, 65535)
     small = [line for line in said if "data.deep_white=4095 scales by that" in line]
@@ -371,6 +399,11 @@ def test_what_is_odd_in_images_is_said(tmp_path):
     (twice,) = (line for line in said if "9.png" in line and "pixels" in line)
     assert str(tmp_path / "train" / "a" / "0.png") in twice
     assert not any("deep_white" in line for line in class_remarks(splits, 4095))
+    left = [line.partition("val: ")[2] for line in said if "left out" in line]
+    assert left == [
+        "c has no image; left out",
+        "2 of: file of a class that is no image (a/1.HEIC, a/2.HEIC); left out",
+    ]
 
 
 def test_hidden_files_are_no_images_and_folders_within_no_classes(tmp_path):
