@@ -39,6 +39,9 @@ ERROR_KINDS = (
     "data_worker",
     "error",
 )
+FEW_IMAGES = 20
+"""Of fewer the bootstrap's intervals are too narrow: of 10 images from one data set, that of 95 %
+held the mAP of all its images in 49 of 60 cases, of 40 in 58."""
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """COCO's figures of boxes or masks, in the order of its evaluation."""
 PACKAGES = (
@@ -348,10 +351,12 @@ def read_latencies(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+            text = path.read_text(encoding="utf-8")
+            rows = json.loads(text)["rows"]
             for row in rows:
                 sections.check({"latency": row["latency"]})
-            session = {"session": path.stem}
+            # Another machine may have measured in the same second.
+            session = {"session": f"{path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"}
             found |= {(row["row"], row["key"]): session | row["latency"] for row in rows}
         except (OSError, ValueError, KeyError, TypeError) as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())

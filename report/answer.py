@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from bench.record import Record
+from bench.record import FEW_IMAGES, Record
 from report import confidence, reference, seeds, tables
 from report.columns import (
     MISSING,
@@ -246,6 +246,9 @@ class Standing:
             seen = [[frozenset((one, other)) in sees.apart for other in names] for one in names]
             either = int(np.triu(compared & (differ | np.array(seen)), 1).sum())
             count += f", {either} by mAP or a probe" + " (of one seed)" * (sees.seeds == 1)
+        evaluated = self.data["images"].dropna()
+        if evaluated.min() < FEW_IMAGES:
+            count += f"; of {evaluated.min()} images, mAP says little"
         return f"{said[:1].upper()}{said[1:]}; {count}."
 
     def unknown(self, *, probed: bool) -> str:

@@ -37,15 +37,18 @@ _ABOUT_ONCE = (
     "The interval of {rows}, trained with one seed, knows nothing of other seeds: it is too narrow"
     " beside those of several, and so is that of a difference from such a row."
 )
+_BY_CHANCE = (
+    f" that are equal in truth, about one in {1 / (1 - seeds.LEVEL):.0f} is told apart by chance"
+)
+# Of weights, not of mechanisms.
+_BY_SEED = ", and more where a row was trained with one seed, as trainings differ too"
 _ABOUT_RANKS = (
     "A rank is one more than the number of rows that are told apart as better by box mAP, so that"
-    " rows that cannot be told apart share it; of pairs that are equal in truth, about one in"
-    f" {1 / (1 - seeds.LEVEL):.0f} is told apart by chance."
+    f" rows that cannot be told apart share it; of pairs{_BY_CHANCE}"
 )
 _ABOUT_DIFFERENCES = (
     f"Differences are taken on the same draws for both rows. {SAME.capitalize()} means"
-    f" that the {seeds.LEVEL:.0%} interval of the difference holds 0; of rows that are equal in"
-    f" truth, about one in {1 / (1 - seeds.LEVEL):.0f} is told apart by chance."
+    f" that the {seeds.LEVEL:.0%} interval of the difference holds 0; of rows{_BY_CHANCE}"
 )
 
 
@@ -73,7 +76,8 @@ def intervals(library: Library) -> Table | None:
     about = [(_ABOUT_INTERVALS if all(once) else _ABOUT_SEEDS).format(draws=", ".join(draws))]
     if any(once) and not all(once):
         about.append(_ABOUT_ONCE.format(rows=", ".join(library.data["label"][once])))
-    return table("intervals", "Intervals of mAP", lines, columns, [*about, _ABOUT_RANKS])
+    about.append(f"{_ABOUT_RANKS}{_BY_SEED * any(once)}.")
+    return table("intervals", "Intervals of mAP", lines, columns, about)
 
 
 @per_library
@@ -104,7 +108,9 @@ def differences(library: Library) -> Table | None:
         ]
     columns.append(Column("not_compared", "why not compared", optional=True))
     title = f"Differences of mAP to {label}"
-    return table("differences", title, lines, columns, [_ABOUT_DIFFERENCES])
+    once = any(not seeds.of(record) for _, record in usable)
+    about = f"{_ABOUT_DIFFERENCES}{_BY_SEED * once}."
+    return table("differences", title, lines, columns, [about])
 
 
 def apart(library: Library) -> NDArray[np.float64]:
@@ -117,7 +123,7 @@ def apart(library: Library) -> NDArray[np.float64]:
     found = np.full((len(rows), len(rows)), np.nan)
     groups: dict[tuple[Any, ...], list[int]] = {}
     for place, record in enumerate(rows):
-        if at(record, "evaluation.bootstrap.box_AP"):
+        if _bootstrap(record).get("box_AP"):
             groups.setdefault(_drawn_from(record), []).append(place)
     for places in groups.values():
         drawn = np.array(
@@ -236,4 +242,6 @@ def _verdict(low: float | None, high: float | None) -> str | None:
 
 
 def _bootstrap(record: Record) -> dict[str, Any]:
-    return dict(at(record, "evaluation.bootstrap") or {})
+    """The draws of a record, of more than one image."""
+    several = at(record, "evaluation.images") != 1
+    return dict((several and at(record, "evaluation.bootstrap")) or {})

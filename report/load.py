@@ -406,8 +406,11 @@ def _derived(record: Record) -> dict[str, Any]:
 
 
 def _limits(record: Record) -> dict[str, float | None]:
-    """The ends of the intervals of mAP."""
-    ends = [at(record, f"evaluation.{kind}_interval.AP") or (None, None) for kind in KINDS]
+    """The ends of the intervals of mAP; none of one image, all of whose draws are alike."""
+    known = at(record, "evaluation.images") != 1
+    ends = [
+        (known and at(record, f"evaluation.{kind}_interval.AP")) or (None, None) for kind in KINDS
+    ]
     return dict(zip(_LIMITS, (end for pair in ends for end in pair), strict=True))
 
 

@@ -10,6 +10,7 @@ them take turns, several times. A row that dies, for want of memory for one, har
 import dataclasses
 import datetime
 import math
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -478,7 +479,9 @@ def _add_latency(rows: Sequence[_Row]) -> None:
 
 def _say_session(rows: Iterable[Mapping[str, Any]]) -> None:
     """Say in the sections of rows which latencies were taken in turns, in one session."""
-    session = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    # Another machine may measure in the same second.
+    session = f"{time}-{uuid.uuid4().hex[:8]}"
     for sections in rows:
         if "latency" in sections:
             sections["latency"]["session"] = session

@@ -27,7 +27,7 @@ from bench.data.images import to_float
 from bench.data.loader import clear_worker_errors, evaluation_batches
 from bench.data.masks import encode_soft
 from bench.model.detectors import Detector, is_head
-from bench.record import FIGURES
+from bench.record import FEW_IMAGES, FIGURES
 from bench.run import bootstrap
 from bench.run.bootstrap import ImageMatches, Matches
 
@@ -36,9 +36,6 @@ RESAMPLES = 1000
 BOOTSTRAP_SEED = 0
 
 _DIGITS = 4
-# Of fewer images the bootstrap's intervals are too narrow: of 10 from one data set, 95 % held the
-# mAP of all its images in 49 of 60 cases, of 40 in 58.
-_FEW = 20
 
 Figures = dict[str, float | None]
 Progress = Callable[[float, str], None]
@@ -411,7 +408,7 @@ def remarks(section: Mapping[str, Any]) -> list[str]:
             f"{section['split']}: {count} of {images} images gave values that are not finite"
             " (NaN or infinite), which lose their detections"
         )
-    if images < _FEW:
+    if images < FEW_IMAGES:
         what = "intervals of mAP, and rows told apart by it," if images > 1 else "mAP"
         found.append(f"{section['split']}: {what} of {images} image{'s' * (images > 1)} say little")
     return found

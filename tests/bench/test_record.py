@@ -137,6 +137,18 @@ def test_a_record_is_never_overwritten(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_latencies_of_two_machines_in_one_second_are_two_sessions(tmp_path: Path) -> None:
+    found = []
+    for number, seconds in enumerate((0.1, 0.2, 0.1)):
+        inference = {"median": seconds, "q1": seconds, "q3": seconds, "samples": [seconds] * 3}
+        row = {"row": "ViL", "key": "a", "latency": {"unit": "s", "inference": inference}}
+        path = tmp_path / str(number) / "20261130T161820.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps({"rows": [row]}))
+        found.append(store.read_latencies(path.parent)["ViL", "a"]["session"])
+    assert found[0] == found[2] != found[1]
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
 @pytest.mark.parametrize("call", ["fsync", "link"])
 def test_a_full_or_read_only_disk_is_one_line_and_leaves_nothing(

@@ -114,6 +114,16 @@ def test_the_answer_without_costs_at_full_size(records: list[Record]) -> None:
     )
 
 
+def test_few_images_say_little(records: list[Record]) -> None:
+    two, one = ([changed(r, {"evaluation.images": n}) for r in records[:2]] for n in (2, 1))
+    (found,) = answer.first(two, [])
+    assert found.sentences[1].endswith("told apart by mAP; of 2 images, mAP says little.")
+    # All draws of one image are alike, in records of before too.
+    (found,) = answer.first(one, [])
+    assert "±" not in found.sentences[0]
+    assert "no two have draws of images" in found.sentences[1]
+
+
 def test_times_of_several_sessions_do_not_decide(records: list[Record]) -> None:
     timed = [changed(one, {"latency.session": f"of {one.row}"}) for one in records]
     (found,) = answer.first(timed, [])
