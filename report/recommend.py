@@ -1,5 +1,6 @@
 """Which row to take under limits, what each limit costs, and what would decide between ties."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -120,11 +121,17 @@ def _nearest(data: pd.DataFrame, limits: Sequence[Limit], about: Conditions | No
         return f"no row is known to meet {asked}{size}: their costs could not be counted"
     near = worst.sort_values().index[0]
     needs = ", ".join(
-        f"{data[limit.column][near] / limit.unit.size:,.6g} {limit.unit.symbol}"
+        f"{_rounded_up(data[limit.column][near] / limit.unit.size):,.6g} {limit.unit.symbol}"
         f" {'FLOPs' if limit.column == 'flops' else 'memory'}"
         for limit in limits
     )
     return f"no row meets {asked}{size}; the nearest is {data['label'][near]} ({needs})"
+
+
+def _rounded_up(value: float) -> float:
+    """A number of six digits that, as a limit, the value meets."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 5) if value > 0 else 1.0
+    return math.ceil(value / unit) * unit
 
 
 def _cost_of(limit: Limit, library: Library, within: pd.Series, without: pd.Series) -> str:

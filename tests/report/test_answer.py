@@ -330,6 +330,12 @@ def test_limits_that_nothing_meets_name_the_nearest(
 ) -> None:
     with pytest.raises(InputError, match=r"nearest is performer \(3 GB memory, 200 G FLOPs"):
         recommend.recommend(records, costs, limits(memory=2, flops=190), mode="training")
+    # What it needs is a limit that it meets, as it is copied from there.
+    costs[2] = changed(costs[2], {"flops.total": 186_673_412_345})
+    with pytest.raises(InputError, match=r"nearest is performer \(186.674 G FLOPs"):
+        recommend.recommend(records, costs, limits(flops=186.673), mode="training")
+    (found,) = recommend.recommend(records, costs, limits(flops=186.674), mode="training")
+    assert found.sentences[0].startswith("performer has the highest box mAP")
 
 
 def test_all_numbers_are_in_one_tidy_file(records: list[Record], tmp_path: Path) -> None:
