@@ -19,8 +19,8 @@ import attentions
 from attentions.contract import Grid, Redrawing
 from bench.config.arch import StageSpec, parse
 from bench.errors import nearest
+from bench.model.checkpointing import checkpointed
 from bench.model.mlp import Mlp, norm_and_mlp
-from bench.model.recompute import checkpointed
 
 NORM_EPS = 1e-6
 INIT_STD = 0.02
