@@ -69,6 +69,17 @@ def build_backbone(config: RunConfig, num_classes: int = 1000) -> ViL:
     return vil
 
 
+def buffer_notes(config: RunConfig, vil: ViL) -> list[str]:
+    """Say that buffers are updated twice a step, where a compiled block is computed again."""
+    averages = any(buffer.is_floating_point() for buffer in vil.buffers())
+    if not (averages and config.model.compile and config.model.checkpoint):
+        return []
+    return [
+        "buffers that a mechanism updates while it trains, as running averages, are updated"
+        " twice a step: model.compile with model.checkpoint computes a block again"
+    ]
+
+
 def _to_channels_last(module: nn.Module) -> None:
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

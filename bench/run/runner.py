@@ -322,12 +322,7 @@ class Run:
         self.sections["parameters"] = models.parameters_section(self.detector)
         self.sections["flops"], notes = flops_section(self.detector, config)
         self.notes += notes
-        averages = any(buffer.is_floating_point() for buffer in self.detector.vil.buffers())
-        if averages and config.model.compile and config.model.checkpoint:
-            self.notes.append(
-                "buffers that a mechanism updates while it trains, as running averages, are updated"
-                " twice a step: model.compile with model.checkpoint computes a block again"
-            )
+        self.notes += models.buffer_notes(config, self.detector.vil)
         if config.train.init is not None:
             self.notes.append(models.initialise(self.detector, Path(config.train.init)))
             self.pretrain = load_origin(Path(config.train.init))

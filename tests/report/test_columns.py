@@ -350,3 +350,12 @@ def test_memory_is_in_gigabytes_where_all_is_large_or_the_largest_very() -> None
     small, large = pd.Series([9e8, 9e9, None]), pd.Series([1e10])
     assert memory_unit(small) is memory_unit(pd.Series([None])) is Unit.MB
     assert memory_unit(small, large) is memory_unit(pd.Series([2e9])) is Unit.GB
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.1, False), (0.5, True)])
+def test_phases_that_are_no_step_are_said(seconds: float, said: bool) -> None:
+    phases = {name: {"median": seconds} for name in ("forward", "backward", "optimizer")}
+    latency = {"latency.phases": phases, "latency.training": quartiles(0.3)}
+    found = profiles.parts(changed(RECORD, latency))
+    assert found is not None
+    assert any("timed while the machine did something else" in n for n in found.notes) == said

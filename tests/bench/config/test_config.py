@@ -343,6 +343,16 @@ def test_a_mechanism_of_the_user_is_a_row(tmp_path):
     assert [(stage.num_global, stage.feature) for stage in stages] == [(3, 4)] * 4
 
 
+def test_what_a_mechanism_prints_is_no_output_of_a_command(tmp_path, capsys):
+    talks = USERS.replace("        super", "        print('built')\n        super", 1)
+    (tmp_path / "talks.py").write_text(f"print('imported')\n{talks}")
+    load(rows=[f"{tmp_path}/talks.py:Mean"])
+    attentions.build(f"{tmp_path}/talks.py:Mean", dim=8, num_heads=1)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert {"imported", "built"} <= set(said.err.split())
+
+
 # What is given, and parts of the one line that refuses it.
 WRONG = {
     "nonsense": ["'nonsense'", "key=value"],

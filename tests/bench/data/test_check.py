@@ -1143,15 +1143,15 @@ def test_frames_of_a_video_are_said_where_they_are_many(
 
 
 def test_copies_made_grey_or_put_between_bars_are_found(tmp_path: Path) -> None:
-    folder = write(tmp_path, content(5))
-    other = write(tmp_path, content(5), split="val2017", first=50)
-    for number in range(1, 6):
+    folder = write(tmp_path, content(6))
+    other = write(tmp_path, content(6), split="val2017", first=50)
+    for number in range(1, 7):
         scene(number).save(folder / f"{number}.png")
         scene(number).save(other / f"{number}.png")
 
-    def between_bars(image: Image.Image) -> Image.Image:
+    def between_bars(image: Image.Image, left: int = WIDTH // 4) -> Image.Image:
         canvas = Image.new("RGB", (WIDTH, HEIGHT), (114, 114, 114))
-        canvas.paste(image.resize((WIDTH // 2, HEIGHT)), (WIDTH // 4, 0))
+        canvas.paste(image.resize((WIDTH // 2, HEIGHT)), (left, 0))
         return canvas
 
     scene(1).convert("L").save(other / "1.png")
@@ -1159,6 +1159,8 @@ def test_copies_made_grey_or_put_between_bars_are_found(tmp_path: Path) -> None:
     between_bars(scene(3)).save(other / "3.png")
     between_bars(ImageOps.mirror(scene(4))).save(folder / "4.png")
     between_bars(scene(15)).save(other / "5.png")
+    # In the corner of a canvas.
+    between_bars(scene(6), left=0).save(other / "6.png")
     _, report = check(tmp_path)
     said = [f.text for f in report.odd if f.kind == "image alike in two splits"]
     assert [text.split(":")[0] for text in said] == [
@@ -1166,6 +1168,7 @@ def test_copies_made_grey_or_put_between_bars_are_found(tmp_path: Path) -> None:
         "image 2 (2.png) looks like 2.png of train2017",
         "image 3 (3.png) looks like 3.png of train2017",
         "image 4 (4.png) looks like 4.png of train2017, mirrored",
+        "image 6 (6.png) looks like 6.png of train2017",
     ]
 
 

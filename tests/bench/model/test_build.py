@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from bench.config.suites import load_suite
@@ -37,3 +38,20 @@ def test_the_weights_depend_on_the_seed_alone() -> None:
         weights.append(torch.cat([p.flatten() for p in detector.parameters()]))
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "said"),
+    [
+        # Its features are a buffer.
+        ("performer", ["model.compile=true", "model.checkpoint=true"], True),
+        ("performer", ["model.checkpoint=true"], False),
+        ("full", ["model.compile=true", "model.checkpoint=true"], False),
+    ],
+)
+def test_buffers_of_compiled_blocks_that_are_computed_again_are_said(
+    row: str, settings: list[str], said: bool
+) -> None:
+    (config,) = load_suite("quick", rows=[row], overrides=settings).runs
+    notes = models.buffer_notes(config, models.build_backbone(config))
+    assert ["twice a step" in note for note in notes] == [True] * said
