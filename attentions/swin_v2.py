@@ -56,8 +56,8 @@ class CosineWindowAttention(ShiftedWindowAttention):
         )
         # The logarithm of 1 / τ.
         self.logit_scale = nn.Parameter(torch.full((self.num_heads, 1, 1), math.log(10)))
-        with torch.no_grad():
-            self.qkv.bias[self.dim : 2 * self.dim] = 0
+        # Keys have none.
+        nn.init.zeros_(self.qkv.bias)
 
     def projected(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv.bias.chunk(3)

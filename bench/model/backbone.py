@@ -20,10 +20,10 @@ from attentions.contract import Grid, Redrawing
 from bench.config.arch import StageSpec, parse
 from bench.errors import nearest
 from bench.model.checkpointing import checkpointed
+from bench.model.initial import INIT_STD, Defaults, initialise_linear
 from bench.model.mlp import Mlp, norm_and_mlp
 
 NORM_EPS = 1e-6
-INIT_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,7 @@ class ViL(nn.Module):
         self.channels: dict[str, int] = {}
         self.strides: dict[str, int] = {}
         channels, stride = 3, 1
+        defaults = Defaults()
         for stage in self.stages:
             stride *= stage.patch
             grid = (self.largest[0] // stride, self.largest[1] // stride)
@@ -180,7 +181,8 @@ class ViL(nn.Module):
             )
             for index in range(stage.blocks):
                 rate = next(rates)
-                module = _build_attention(stage, grid, index, attention_options)
+                with defaults.noted():
+                    module = _build_attention(stage, grid, index, attention_options)
                 layer.append(AttentionBlock(module, dim=stage.dim, drop_path=rate))
                 layer.append(MlpBlock(dim=stage.dim, drop_path=rate))
             name = f"layer{stage.number}"
@@ -189,7 +191,7 @@ class ViL(nn.Module):
             channels = stage.dim
         self.norm = nn.LayerNorm(channels, eps=NORM_EPS)
         self.head = nn.Linear(channels, num_classes)
-        self._init_weights()
+        self._init_weights(defaults)
         # Kept out of the module tree: these modules are in it already.
         modules = (place.module for place in self.attention_places())
         self._redrawing = tuple(module for module in modules if isinstance(module, Redrawing))
@@ -210,12 +212,11 @@ class ViL(nn.Module):
                 )
 
     @torch.no_grad()
-    def _init_weights(self) -> None:
+    def _init_weights(self, defaults: Defaults) -> None:
+        attention = {part for place in self.attention_places() for part in place.module.modules()}
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=INIT_STD)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                initialise_linear(module, defaults if module in attention else None)
             elif isinstance(module, PatchEmbed):
                 tables = ("cls_token", "cls_pos_embed", "x_pos_embed", "y_pos_embed")
                 for table in (getattr(module, name, None) for name in tables):

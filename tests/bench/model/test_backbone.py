@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torchvision.ops import StochasticDepth
 
 import attentions
@@ -385,3 +386,38 @@ def test_checkpointing_changes_neither_gradients_nor_running_averages(attention,
         torch.testing.assert_close(other.grad, one.grad, msg=name)
     for (name, one), other in zip(kept.named_buffers(), again.buffers(), strict=True):
         torch.testing.assert_close(other, one, msg=name)
+
+
+class Own(nn.Module):
+    """Gives some of its layers initial weights of its own."""
+
+    def __init__(self, *, dim, num_heads, num_global=1):
+        super().__init__()
+        self.plain = nn.Linear(dim, dim)
+        self.copied = copy.deepcopy(self.plain)
+        self.closed, self.loaded, self.fixed = (nn.Linear(dim, dim) for _ in range(3))
+        nn.init.zeros_(self.closed.weight)
+        nn.init.constant_(self.closed.bias, -5)
+        self.loaded.load_state_dict({"weight": torch.eye(dim), "bias": torch.ones(dim)})
+        self.fixed.requires_grad_(requires_grad=False)
+        self.drawn = self.fixed.weight.clone()
+
+    def forward(self, x, grid):
+        return x
+
+
+def test_initial_weights_that_a_mechanism_chose_stay():
+    torch.manual_seed(0)
+    vil = ViL(ABSOLUTE, attention=f"{__file__}:Own", image_size=64)
+    own = next(vil.attention_places()).module
+    for layer in (own.plain, own.copied):
+        assert 0.01 < layer.weight.std() < 0.03
+        assert not layer.bias.any()
+    assert not own.closed.weight.any()
+    assert (own.closed.bias == -5).all()
+    assert torch.equal(own.loaded.weight, torch.eye(len(own.loaded.bias)))
+    assert (own.loaded.bias == 1).all()
+    assert torch.equal(own.fixed.weight, own.drawn)
+    assert own.fixed.bias.any()
+    # Elsewhere torch's layers are as they were.
+    assert nn.Linear.reset_parameters.__module__ == "torch.nn.modules.linear"
