@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from attentions.contract import Attention, AttentionModule, Grid, accepted_options
-from attentions.reads import Reads, listening, settings_kept
+from attentions.reads import Reads, imports_of, listening, settings_kept
 from attentions.registry import registered
 
 __all__ = [
@@ -32,9 +32,9 @@ __all__ = [
     "build",
     "build_for",
     "find",
+    "imports_of",
     "names",
     "options",
-    "read",
     "read_by",
 ]
 
@@ -151,11 +151,6 @@ def build_for(
     accepted = accepted_options(find(name))
     fitted = {key: value for key, value in place.items() if key in accepted} | options
     return build(name, dim=dim, num_heads=num_heads, num_global=num_global, **fitted)
-
-
-def read() -> list[str]:
-    """Return the mechanisms of the user that were imported or built in this process."""
-    return list(_reads)
 
 
 def read_by(name: str) -> Reads:

@@ -4,11 +4,14 @@ It reads files and environment variables, which it is then made of, and it must 
 of torch, which would change other rows of the same process.
 """
 
+import builtins
 import functools
+import importlib
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,6 +34,17 @@ class Reads:
 
 
 _listening: list[Reads] = []
+# Of each file, the files of modules that were imported while code of it ran.
+_imports: defaultdict[str, set[str]] = defaultdict(set)
+_real = functools.lru_cache(maxsize=None)(os.path.realpath)
+
+
+def imports_of(file: Path) -> set[Path]:
+    """Return the files that were imported while code of a file ran and was listened to.
+
+    They are those too that were loaded before, and whose names the code made up.
+    """
+    return set(map(Path, _imports.get(_real(str(file)), ())))
 
 
 @contextmanager
@@ -49,21 +63,64 @@ def listening(reads: Reads) -> Iterator[None]:
         return value
 
     _listening.append(reads)
-    kind.__getitem__ = read
+    with ExitStack() as replaced:
+        replaced.callback(_listening.remove, reads)
+        replaced.enter_context(_replaced(kind, "__getitem__", lambda _: read))
+        replaced.enter_context(_replaced(builtins, "__import__", _noting_imports))
+        replaced.enter_context(_replaced(importlib, "import_module", _noting_imports))
+        # Its reader is no code of Python, which would be heard.
+        for name in ("safetensors", "safetensors.torch"):
+            with suppress(ImportError):
+                module = importlib.import_module(name)
+                replaced.enter_context(_replaced(module, "safe_open", _noting_files))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, by: Callable[[Any], Any]) -> Iterator[None]:
+    usual = getattr(owner, name)
+    setattr(owner, name, by(usual))
     try:
         yield
     finally:
-        kind.__getitem__ = usual
-        _listening.remove(reads)
+        setattr(owner, name, usual)
+
+
+def _noting_imports(usual: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(usual)
+    def imported(name: str, *args: Any, **kwargs: Any) -> Any:
+        module = usual(name, *args, **kwargs)
+        file = getattr(sys.modules.get(name, module), "__file__", None)
+        frame = sys._getframe(1) if isinstance(file, str) else None
+        while frame is not None:
+            _imports[_real(frame.f_code.co_filename)].add(str(file))
+            frame = frame.f_back
+        return module
+
+    return imported
+
+
+def _noting_files(usual: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(usual)
+    def opened(filename: Any, *args: Any, **kwargs: Any) -> Any:
+        _hear(filename)
+        return usual(filename, *args, **kwargs)
+
+    return opened
+
+
+def _hear(file: Any) -> None:
+    if isinstance(file, str | bytes | os.PathLike):
+        path = Path(os.fsdecode(file)).absolute()
+        for reads in _listening:
+            reads.files.add(path)
 
 
 @functools.cache
 def _hear_files() -> None:
     def hear(event: str, arguments: tuple[Any, ...]) -> None:
-        if _listening and event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
-            path = Path(os.fsdecode(arguments[0])).absolute()
-            for reads in _listening:
-                reads.files.add(path)
+        if _listening and event in ("open", "ctypes.dlopen"):
+            _hear(arguments[0])
 
     # It cannot be taken away again.
     sys.addaudithook(hear)

@@ -10,16 +10,17 @@ import re
 import sys
 import sysconfig
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 import attentions
+from bench.config.arch import parse
 from bench.config.schema import ModelConfig
 from bench.files import sha256
 
@@ -61,13 +62,33 @@ class Source:
     sha256: str
 
 
+class Width(NamedTuple):
+    """How wide a mechanism is built."""
+
+    dim: int
+    num_heads: int
+    num_global: int
+
+
+_WIDTH = Width(64, 4, 1)
+
+
 def sources_of(model: ModelConfig) -> list[Source]:
     """Return the files that the mechanisms of a model are made of, those of dense blocks too."""
     dense = ",full" if model.dense else ""
-    return mechanism_sources(model.attention + dense, model.options)
+    widths = {_WIDTH}
+    # A wrong one is an error of the run.
+    with suppress(ValueError):
+        stages = parse(model.arch, model.attention)
+        widths = {Width(s.dim, s.heads, s.num_global) for s in stages}
+    return mechanism_sources(model.attention + dense, model.options, widths)
 
 
-def mechanism_sources(attention: str, options: Mapping[str, Any] | None = None) -> list[Source]:
+def mechanism_sources(
+    attention: str,
+    options: Mapping[str, Any] | None = None,
+    widths: Iterable[Width] = (),
+) -> list[Source]:
     """Return the files that the mechanisms in `attention` are made of.
 
     Of this package they are the files that define them, and what these import from `attentions`.
@@ -82,24 +103,22 @@ def mechanism_sources(attention: str, options: Mapping[str, Any] | None = None) 
     Args:
         attention: one name, or one for each stage, comma-separated.
         options: of the mechanisms.
+        widths: that they are built in, since they may read a file for each.
     """
+    widths = sorted(widths) or [_WIDTH]
     mechanisms, ours = defaultdict(list), set()
     for mechanism in dict.fromkeys(attention.split(",")):
         start = _file(mechanism)
         if start is None:
             continue
         if ":" in mechanism:
-            mechanisms[start].append(_read_by(mechanism, options or {}))
+            mechanisms[start].append(_read_by(mechanism, options or {}, widths))
         else:
             ours.add(start)
     found = []
     for start, reads in mechanisms.items():
         opened = filter(None, (_of_a_user(path) for one in reads for path in one.files))
-        own = _reached(start)
-        # What else this process runs may lie beside it.
-        others = {other for name in attentions.read() if (other := _file(name)) and other != start}
-        loaded = _loaded_from(start.parent) - (_reached(*others) - own)
-        reached = sorted({*own, *opened, *loaded})
+        reached = sorted({*_reached(start), *opened})
         ours |= {path for one in reached if one.suffix == ".py" for path in _imported_of_ours(one)}
         for path in reached:
             name = Path(os.path.relpath(path, start.parent)).as_posix()
@@ -125,11 +144,14 @@ def mechanism_sources(attention: str, options: Mapping[str, Any] | None = None) 
     return found
 
 
-def _read_by(mechanism: str, options: Mapping[str, Any]) -> attentions.Reads:
-    """What a mechanism reads when it is imported, and when a small one is built."""
-    # What is wrong with it is an error of the run.
-    with suppress(Exception), torch.random.fork_rng([]):
-        attentions.build_for(mechanism, grid=(8, 8), dim=64, num_heads=4, **options)
+def _read_by(
+    mechanism: str, options: Mapping[str, Any], widths: Sequence[Width]
+) -> attentions.Reads:
+    """What a mechanism reads when it is imported, and when it is built for a small grid."""
+    for width in widths:
+        # What is wrong with it is an error of the run.
+        with suppress(Exception), torch.random.fork_rng([]):
+            attentions.build_for(mechanism, grid=(8, 8), **width._asdict(), **options)
     return attentions.read_by(mechanism)
 
 
@@ -143,13 +165,6 @@ def _of_a_user(path: Path) -> Path | None:
         if not _is_ours(path) and path.is_file() and path.stat().st_size:
             return path
     return None
-
-
-def _loaded_from(folder: Path) -> set[Path]:
-    """Files of modules that were imported from below a folder."""
-    files = [getattr(module, "__file__", None) for module in [*sys.modules.values()]]
-    paths = {Path(file).resolve() for file in files if isinstance(file, str)}
-    return {path for path in paths if path.is_relative_to(folder) and _of_a_user(path)}
 
 
 def _is_ours(path: Path) -> bool:
@@ -255,6 +270,7 @@ def _imported(path: Path) -> Iterator[Path]:
             yield top / "__init__.py"
         top = top.parent
     yield from _named(path.parent, tree)
+    yield from filter(None, map(_of_a_user, attentions.imports_of(path)))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:

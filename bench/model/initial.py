@@ -1,4 +1,4 @@
-"""Initial weights of linear layers: the backbone's, unless a mechanism gave them some of its own."""
+"""Initial weights of linear layers: the backbone's, unless a mechanism gave them its own."""
 
 import hashlib
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ INIT_STD = 0.02
 
 
 class Defaults:
-    """The weights that torch gave linear layers as they were made, which copies of them have too."""
+    """The weights that torch gave linear layers as they were made, and copies of them have too."""
 
     def __init__(self) -> None:
         self._digests: set[bytes] = set()

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from attentions.contract import Redrawing
 from bench import record
 from bench.config.probes import ROW, SUITE, Recipe, Subject
-from bench.config.sources import mechanism_sources
+from bench.config.sources import Width, mechanism_sources
 from bench.data.symbols import CHANCE, TASKS, Task
 from bench.errors import DivergedError
 from bench.files import cores
-from bench.model.probe import ProbeModel
+from bench.model.probe import HEADS, ProbeModel
 from bench.record import Record, error_section
 
 TASK_NAMES = tuple(TASKS)
@@ -197,7 +197,9 @@ def run(
 
 def _standing(subject: Subject) -> _Standing:
     names = ",".join(stage.attention for stage in subject.stages)
-    sources = {source.name: source.sha256 for source in mechanism_sources(names)}
+    widths = {Width(stage.dim, HEADS, stage.num_global) for stage in subject.stages}
+    found = mechanism_sources(names, widths=widths)
+    sources = {source.name: source.sha256 for source in found}
     shown = {name: (t.levels, t.steps, t.easy) for name in subject.tasks if (t := TASKS[name])}
     key = record.key({**subject.values(), "shown": shown, "mechanism": sources})
     return _Standing(subject, key, sources)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 import attentions
@@ -501,6 +502,46 @@ def test_what_another_mechanism_loads_from_beside_it_is_none_of_its_files(tmp_pa
     attentions.find(two)
     assert [source.name for source in mechanism_sources(two)] == ["help_of_two.py", "two.py"]
     assert [source.name for source in mechanism_sources(one)] == before == ["one.py"]
+
+
+def test_modules_whose_names_are_put_together_are_of_those_that_import_them(tmp_path: Path) -> None:
+    (tmp_path / "chosen_in_tests.py").write_text("WIDTH = 1\n")
+    (tmp_path / "chooses_in_tests.py").write_text(
+        "import importlib\nimportlib.import_module('chosen' + '_in_tests')\n"
+    )
+    through = "import chooses_in_tests"
+    of_row = {
+        "first": [through, "chooses_in_tests.py", "chosen_in_tests.py"],
+        "plain": ["import json"],
+        # It is loaded by now.
+        "later": [through, "chooses_in_tests.py", "chosen_in_tests.py"],
+        "own": ["__import__('chosen_' + 'in_tests')", "chosen_in_tests.py"],
+    }
+    rows = {row: write(tmp_path / f"{row}.py", imports=text) for row, (text, *_) in of_row.items()}
+    for name in rows.values():
+        attentions.find(name)
+    for row, (_, *expected) in of_row.items():
+        found = [source.name for source in mechanism_sources(rows[row])]
+        assert found == sorted([*expected, f"{row}.py"])
+
+
+def test_files_that_native_code_opens_by_names_put_together_count(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"a": torch.zeros(2)}, tmp_path / "w-16.safetensors")
+    (tmp_path / "kernel.so").write_text("no library")
+    text = """
+import ctypes, pathlib
+from safetensors.torch import load_file
+from safetensors import safe_open
+HERE, WIDTH = pathlib.Path(__file__).parent, 4 * 4
+load_file(HERE / f"w-{WIDTH}.safetensors")
+try:
+    ctypes.CDLL(str(HERE / ("ker" + "nel.so")))
+except OSError:
+    pass
+"""
+    name = write(tmp_path / "mine.py", imports=text)
+    found = {source.name for source in mechanism_sources(name)}
+    assert {"kernel.so", "mine.py", "w-16.safetensors"} <= found
 
 
 def test_packages_that_lie_beside_a_mechanism_are_their_versions(tmp_path: Path) -> None:
