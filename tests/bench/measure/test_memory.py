@@ -1,4 +1,5 @@
 import gc
+import itertools
 import sys
 
 import pytest
@@ -273,3 +274,30 @@ def test_what_runs_unseen_alone_is_said_and_other_errors_are_their_own():
         peak(step, device="cpu")
     with pytest.raises(ZeroDivisionError):
         peak(lambda: 1 / 0, device="cpu")
+
+
+@pytest.mark.parametrize("layer", ["attention", "encoder"])
+def test_scores_within_the_fast_path_are_in_the_peak(layer):
+    batch, heads, count, channels = 2, 4, 257, 32
+    x = torch.randn(batch, count, channels)
+    if layer == "attention":
+        module = nn.MultiheadAttention(channels, heads, batch_first=True).eval()
+    else:
+        module = nn.TransformerEncoderLayer(channels, heads, 8, batch_first=True).eval()
+
+    def fn():
+        with torch.no_grad():
+            if layer == "attention":
+                module(x, x, x, need_weights=False)
+            else:
+                module(x)
+
+    result = peak(fn, device="cpu", live=(module, x))
+    with torch.profiler.profile(profile_memory=True) as profiled:
+        fn()
+    # All that the allocator gives and takes back, in turn.
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda one: one.start_ns())
+    given = [event.nbytes() for event in events if event.name() == "[memory]"]
+    most = max(itertools.accumulate(given))
+    assert most > FLOAT * batch * heads * count**2
+    assert result.bytes - result.before == pytest.approx(most, rel=0.05)
