@@ -178,7 +178,8 @@ def run(options: argparse.Namespace) -> int:
     path, root = options.weights, options.data
     if found is not None:
         path = path or _kept(options.record, found)
-        root = root or _recorded_root(options.record, found)
+        if not (options.val and options.images):
+            root = root or _recorded_root(options.record, found)
     root = root or (Path(options.val).parent if options.val else _root())
     state = load_file(path)
     config = _config(options, found, weights.detector_kind(state), root)

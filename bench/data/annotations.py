@@ -251,9 +251,13 @@ class AnnotationReader:
             self._say(raw, "malformed polygon", what=f"the segmentation {shortened(segmentation)}")
             return None
         if not isinstance(segmentation, list):
+            counts = segmentation.get("counts")
+            if isinstance(counts, list):
+                # A count of 12.0 is equal, but no whole number.
+                segmentation = segmentation | {"counts": [whole(count) for count in counts]}
             if not self._is_run_length(raw, segmentation, image):
                 return None
-            # A size of 480.0 is equal, but no whole number.
+            # So is a size of 480.0.
             return segmentation | {"size": [image["height"], image["width"]]}
         if whole(raw.get("iscrowd")) == 1:
             self._say(raw, "crowd outlined by polygons")

@@ -157,14 +157,17 @@ def check_data(
         InputError: for data that cannot be used; before any run has cost time.
     """
     lines: dict[str, None] = {}
-    seen = set()
+    seen: set[object] = set()
     for config in configs:
         local = launch.World(size=processes, local_size=processes) if processes else None
         check_device(config, local)
         if config.train.init is not None and not Path(config.train.init).is_file():
             raise InputError(f"train.init={config.train.init}: no such file")
         if config.model.method == CLASSIFIER:
-            classes.open_splits(data_root(config, output))
+            pair = classes.open_splits(data_root(config, output))
+            if config.data.path is not None and str(config.data) not in seen:
+                seen.add(str(config.data))
+                lines |= dict.fromkeys(check.class_remarks(pair, config.data.deep_white))
             continue
         root = data_root(config, output)
         place = (root, str(config.data), *config.evaluate.splits)

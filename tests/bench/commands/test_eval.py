@@ -285,6 +285,10 @@ def test_images_trained_on_and_annotations_that_changed_are_said(capsys, data, s
     content["images"][0]["file_name"] = "../train2017/" + next((root / "train2017").iterdir()).name
     path.write_text(json.dumps(content))
     assert notes() == [True, True]
+    # Where files are named, the record's data is not needed.
+    moved = shutil.move(root, tmp_path / "moved")
+    files = ["--val", moved / path.relative_to(root), "--images", moved / "val2017"]
+    assert notes(*files) == [False, False]
 
 
 def test_classes_are_matched_by_name_or_refused():

@@ -371,6 +371,18 @@ def test_a_folder_without_annotations_is_named(tmp_path: Path) -> None:
         CocoDataset(tmp_path, "val2017")
 
 
+def test_run_lengths_and_sizes_as_whole_floats_are_read(tmp_path: Path) -> None:
+    mask = box_mask(10, 5, 20, 20)
+    plain = uncompressed(mask)
+    floats = {name: [float(value) for value in values] for name, values in plain.items()}
+    first, second = (
+        dataset(tmp_path, edited(segmentation=one))[0][1]["masks"] for one in (plain, floats)
+    )
+    assert torch.equal(first, second)
+    halves = {**plain, "counts": [count + 0.5 for count in plain["counts"]]}
+    assert "counts" in refused(tmp_path, edited(segmentation=halves))
+
+
 @pytest.mark.parametrize("counts", ["0", "zz", "S5a0g", "é", "", "o" * 40])
 def test_a_malformed_compressed_mask_is_named(tmp_path: Path, counts: str) -> None:
     message = refused(tmp_path, broken(("annotations", 2, "segmentation", "counts"), counts))

@@ -22,6 +22,7 @@ from bench.config.suites import load_suite
 from bench.data import classes
 from bench.data.check import class_remarks
 from bench.data.generated import CLASSES, generate
+from bench.data.split import check_data
 from bench.errors import InputError
 from bench.model.classifier import build_classifier, build_optimizer, rates, recipe
 from bench.model.weights import load_file, load_origin
@@ -404,6 +405,10 @@ def test_what_is_odd_in_images_is_said(tmp_path):
         "c has no image; left out",
         "2 of: file of a class that is no image (a/1.HEIC, a/2.HEIC); left out",
     ]
+    # They are said before anything is trained, as of detection.
+    given = {"data": str(tmp_path), "overrides": ["train.precision=32-true"]}
+    (config,) = load_suite("pretrain", rows=["performer"], device="cpu", **given).runs
+    assert check_data([config, config], tmp_path) == said
 
 
 def test_hidden_files_are_no_images_and_folders_within_no_classes(tmp_path):
