@@ -95,6 +95,14 @@ def parts(record: Record) -> Table | None:
         ]
     measured = data[[f"memory_{mode}_bytes" for mode in MODES]].notna().any(axis=None)
     notes = ["Memory of a part is its peak above what was there before it ran."] * bool(measured)
+    left = (at(record, "parameters.total") or 0) - int(data["parameters"].sum())
+    if left > 0:
+        notes.append(
+            f"{left:,} more parameters are in no part: the classification head and its norm, which"
+            " a detector has under the published names and never uses."
+        )
+    elif left < 0:
+        notes.append(f"{-left:,} parameters stand in two parts, which share them.")
     if phases := at(record, "latency.phases"):
         said = ", ".join(f"{name} {1e3 * of['median']:.1f} ms" for name, of in phases.items())
         notes.append(f"A training step by its phases: {said} (clipping is the optimizer's).")

@@ -4,7 +4,7 @@ A search has the same rows with several values of one setting; `report/searches.
 best. The seed is not searched for: rows keep their names, and `report/seeds.py` takes their mean.
 """
 
-import functools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from bench.errors import InputError, nearest
 from bench.record import slug
 
 SEED = "seed"
+_OPTIONS = "model.options."
 COSTS = ("none", "counted", "measured")
 
 
@@ -59,7 +60,9 @@ def parse(text: str) -> Search:
     name, _, listed = text.partition("=")
     known = [path for path in leaves() if path not in CHOSEN]
     named = [path for path in known if path.rpartition(".")[2] == name]
-    found = [name] if name in known else named
+    # Options are the mechanisms' own: which has it is known with the rows.
+    of_mechanism = name.startswith(_OPTIONS) and name.removeprefix(_OPTIONS).isidentifier()
+    found = [name] if name in known or of_mechanism else named
     if len(found) != 1:
         which = f"; it is one of {', '.join(found)}" if found else nearest(name, known)
         raise InputError(f"--search {text}: {name!r} is not a setting{which}")
@@ -69,7 +72,7 @@ def parse(text: str) -> Search:
             f"--search {text}: no values; allowed: NAME=VALUE,VALUE, for example"
             " drop_path=0.05,0.1,0.2"
         )
-    default = functools.reduce(getattr, found[0].split("."), RunConfig())
+    default = None if of_mechanism else operator.attrgetter(found[0])(RunConfig())
     if isinstance(default, float):
         # 0 and 0.0 are one run, of one name.
         values = [float(value) if type(value) is int else value for value in values]

@@ -352,6 +352,18 @@ def test_memory_is_in_gigabytes_where_all_is_large_or_the_largest_very() -> None
     assert memory_unit(small, large) is memory_unit(pd.Series([2e9])) is Unit.GB
 
 
+@pytest.mark.parametrize(
+    ("total", "said"),
+    [(1_230_000, None), (1_250_000, "20,000 more parameters"), (1_200_000, "30,000 parameters")],
+)
+def test_parameters_that_parts_do_not_sum_to_are_said(total: int, said: str | None) -> None:
+    found = profiles.parts(changed(RECORD, {"parameters.total": total}))
+    assert found is not None
+    assert [note.startswith(str(said)) for note in found.notes if "parameters" in note] == (
+        [True] if said else []
+    )
+
+
 @pytest.mark.parametrize(("seconds", "said"), [(0.1, False), (0.5, True)])
 def test_phases_that_are_no_step_are_said(seconds: float, said: bool) -> None:
     phases = {name: {"median": seconds} for name in ("forward", "backward", "optimizer")}

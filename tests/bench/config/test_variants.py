@@ -47,11 +47,23 @@ def test_seeds_are_whole_one_after_the_other_and_rows_keep_their_names():
     assert suite.name_of(suite.runs[0]) == "ViL"
 
 
+def test_options_of_mechanisms_are_searched_by_their_path():
+    search = variants.parse("model.options.window=2,4")
+    runs = variants.expand(load_suite("quick", rows=["swin"]), search).runs
+    assert [(run.row, run.model.options["window"]) for run in runs] == [
+        ("swin (window=2)", 2),
+        ("swin (window=4)", 4),
+    ]
+    with pytest.raises(InputError, match=r"model.options.window: no attention of row 'full"):
+        variants.expand(load_suite("quick", rows=["full"]), search)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("schedule=1x,3x", "'schedule' is not a setting"),
         ("row=a,b", "'row' is not a setting"),
+        ("model.options.=1", "'model.options.' is not a setting"),
         ("drop_path", "no values"),
         ("drop_path=[", "no values"),
         ("image_size=[64,64]", "one of data.generated.image_size, profile.image_size"),
