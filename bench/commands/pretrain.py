@@ -2,8 +2,9 @@
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench.cli import PROG, add, add_overrides, as_arguments, names
 from bench.errors import InputError, some
@@ -76,7 +77,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "image-size",
         needs="eval",
         setting="data.fixed_size",
-        help="of the images (default: the recipe's)",
+        help="of the images (default: that of the weights' own run, or the recipe's)",
     )
     add(
         one,
@@ -120,7 +121,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from bench.data.check import class_remarks
     from bench.data.generated import data_root
     from bench.model.classifier import build_classifier
-    from bench.model.weights import load_classes, load_classifier, load_file
+    from bench.model.weights import load_classes, load_classifier, load_file, load_settings
     from bench.run.pretrain import evaluate
     from bench.system.devices import make_fabric
     from bench.system.progress import Bar
@@ -137,6 +138,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.position:
         (named,) = profile_configs(options.attention, backbone=backbone, position=options.position)
         overrides.append(f"model.arch={named.model.arch}")
+    own = {} if options.schedule else _own(load_settings(options.weights), overrides)
+    overrides += [f"{name}={json.dumps(value)}" for name, value in own.items()]
     (config,) = load_suite(
         suite,
         rows=options.attention,
@@ -161,13 +164,24 @@ def _evaluate(options: argparse.Namespace) -> int:
     for note in notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     low, high = section["top1_interval"]["top1"]
+    size = "x".join(map(str, section["image_size"]))
+    of_weights = f"; {' and '.join(own)} of the weights' own run" if own else ""
     print(
         f"{section['images']} images of {len(split.classes)} classes: top-1 {section['top1']:.2f} %"
-        f" (95 % interval {low:.2f} to {high:.2f}), top-5 {section['top5']:.2f} %"
+        f" (95 % interval {low:.2f} to {high:.2f}), top-5 {section['top5']:.2f} %;"
+        f" at {size}, crop share {section['crop_share']:g}{of_weights}"
     )
     result = {"weights": str(options.weights), "evaluation": section, "notes": notes}
     print(json.dumps(result))
     return 0
+
+
+def _own(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Size and crop that weights were evaluated with in their own run, those not given."""
+    from bench.run.pretrain import CROP, SIZE
+
+    given = {word.partition("=")[0] for word in overrides}
+    return {name: settings[name] for name in (SIZE, CROP) if name in settings.keys() - given}
 
 
 def _split(
