@@ -78,6 +78,7 @@ _REAL = {
     "images_per_second": "training.images_per_second",
     **{f"{kind}_{figure}": f"evaluation.{kind}.{figure}" for kind in KINDS for figure in FIGURES},
     **{f"{kind}_sd": f"evaluation.seeds.{kind}_sd" for kind in KINDS},
+    **{figure: f"evaluation.{figure}" for figure in seeds.SHARES},
 }
 _LIMITS = tuple(f"{kind}_{end}" for kind in KINDS for end in ("low", "high"))
 # What rows have to share for a number of theirs to be compared.
