@@ -118,7 +118,6 @@ def _evaluate(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from bench.config.suites import load_suite, profile_configs
-    from bench.data.check import class_remarks
     from bench.data.generated import data_root
     from bench.model.classifier import build_classifier
     from bench.model.weights import load_classes, load_classifier, load_file, load_settings
@@ -160,7 +159,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         section = evaluate(
             fabric.setup_module(module), split, config, fabric, lambda share, _: bar.update(share)
         )
-    notes += class_remarks([split], config.data.deep_white) if options.data else []
+    notes += _remarks(root, split, config.data.deep_white) if options.data else []
     for note in notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     low, high = section["top1_interval"]["top1"]
@@ -182,6 +181,21 @@ def _own(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any
 
     given = {word.partition("=")[0] for word in overrides}
     return {name: settings[name] for name in (SIZE, CROP) if name in settings.keys() - given}
+
+
+def _remarks(root: Path, split: "ClassDataset", white: int) -> list[str]:
+    """What is odd in the images evaluated on; those that the data set trains on too, among it.
+
+    Images to train on need not be there, nor be readable: nothing else is done with them.
+    """
+    from bench.data.check import class_remarks
+    from bench.data.classes import TRAIN, ClassDataset
+
+    try:
+        found = class_remarks([ClassDataset(root, TRAIN), split], white)
+    except InputError:
+        return class_remarks([split], white)
+    return [line for line in found if line.startswith(str(split.folder))]
 
 
 def _split(

@@ -223,6 +223,24 @@ def test_weights_are_evaluated_at_the_size_and_crop_of_their_run(done, tmp_path,
         assert not same or found["top1"] == record.evaluation["top1"]
 
 
+def test_evaluation_says_which_images_are_trained_on_too(done, tmp_path, capsys):
+    output, _ = done
+    data = shutil.copytree(next((output / "data").glob("classes-*")), tmp_path / "data")
+    copied = next((data / "val").glob("*/*"))
+    own = next((data / "train" / copied.parent.name).glob("*"))
+    shutil.copy(own, copied)
+    words = ["--eval", "--attention", "performer", "--backbone", "quick", "--data", str(data)]
+    words += ["--weights", str(output / "performer.pth"), "data.workers=0"]
+    assert pretrain(tmp_path, *words) == 0
+    notes = json.loads(capsys.readouterr().out.splitlines()[-1])["notes"]
+    (note,) = (note for note in notes if str(own) in note)
+    assert str(copied) in note
+    # An image of train that cannot be read is none of the evaluation's concern.
+    own.write_bytes(b"none")
+    assert pretrain(tmp_path, *words) == 0
+    assert note not in json.loads(capsys.readouterr().out.splitlines()[-1])["notes"]
+
+
 def test_suite_starts_from_what_it_pretrained(tmp_path, capsys):
     words = ["--rows", "performer", "--device", "cpu", "--output", str(tmp_path)]
     words += ["data.generated.train_images=8", "data.generated.val_images=4", "train.steps=2"]
