@@ -21,7 +21,7 @@ from report.columns import (
     table,
     three_digits,
 )
-from report.load import Library, Named, apart_note, at, inputs_of, per_library, timed_apart
+from report.load import Library, Named, apart_note, at, per_library, timed_apart, trained_apart
 from report.probes import Profile
 from report.provenance import listed
 from report.reference import Conditions
@@ -273,11 +273,7 @@ class Standing:
             found.append(
                 f"accuracy on photographs (mAP is of {images} generated images after {steps} steps)"
             )
-        trained = [inputs_of(one, at(one, "config.data.train_split")) for one in done]
-        if len({str(sorted(one.items())) for one in trained if one}) > 1:
-            found.append(
-                "the rows with the same training data, which differs (Environment says whose)"
-            )
+        found += trained_apart(done)
         once = [n for n, one in enumerate(records) if one.evaluation and not seeds.of(one)]
         if once:
             of = f" of {self.named(once)}" * (len(once) < len(done))

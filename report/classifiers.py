@@ -1,10 +1,12 @@
 """The page of pretrained classifiers: its tables and its plot."""
 
+import textwrap
 from collections.abc import Sequence
 
 from bench.record import Record
+from report import tables
 from report.columns import Column, Table, Unit, decimals, number, table
-from report.load import Library, at, family, frame, size
+from report.load import Library, at, family, on_same_images, size, trained_apart
 from report.plots import Plot, looks, losses, render
 from report.provenance import listed
 
@@ -15,17 +17,32 @@ def are(records: Sequence[Record]) -> bool:
 
 
 def loss(records: Sequence[Record]) -> list[Plot]:
-    """Return the plot of training losses; nothing where there are none."""
-    library = Library(list(records), frame(records))
+    """Return the plots of training losses, one a set of images; nothing where there are none."""
     style = looks([family(record) for record in records])
-    found = render("loss", "Training loss over steps", lambda: losses(library, style))
-    return [] if found.skipped else [found]
+
+    def build(library: Library) -> Plot | None:
+        found = render("loss", "Training loss over steps", lambda: losses(library, style))
+        return None if found.skipped else found
+
+    return on_same_images(build, records)
 
 
-def comparison(records: Sequence[Record]) -> Table:
-    """Return accuracy and cost of each classifier, a line a row."""
+def comparison(records: Sequence[Record]) -> list[Table]:
+    """Return accuracy and cost of classifiers, a line a row, a table for each set of images."""
+    return on_same_images(_comparison, records)
+
+
+def to_text(found: Table) -> str:
+    """Return a table for a terminal, with its title, which names the images, and its notes."""
+    notes = [textwrap.fill(note, tables.WIDTH) for note in found.notes]
+    return "\n".join([found.title, "", tables.to_text(found.shown), *notes, ""])
+
+
+def _comparison(library: Library) -> Table:
+    records = library.records
     columns = [
-        *(Column(name, name) for name in ("row", "backbone")),
+        Column("row", "row", "label"),
+        Column("backbone", "backbone"),
         Column("top1_percent", "top-1 {}", unit=Unit.PERCENT),
         Column("top1_interval", "95 % interval of top-1"),
         Column("top5_percent", "top-5 {}", unit=Unit.PERCENT),
@@ -37,22 +54,23 @@ def comparison(records: Sequence[Record]) -> Table:
         Column("key"),
     ]
     limits = [at(one, "evaluation.top1_interval.top1") for one in records]
-    data = frame(records).assign(
+    data = library.data.assign(
         top1_percent=[at(one, "evaluation.top1") for one in records],
         top1_interval=[pair and " to ".join(map(number(1), pair)) for pair in limits],
         top5_percent=[at(one, "evaluation.top5") for one in records],
     )
-    return table("classifiers", "Pretrained classifiers", data, columns, [_about(records)])
+    return table("classifiers", "Pretrained classifiers", data, columns, _about(records))
 
 
-def _about(records: Sequence[Record]) -> str:
+def _about(records: Sequence[Record]) -> list[str]:
     done = [one for one in records if one.evaluation]
     images, split = (
         listed(at(one, f"evaluation.{name}") for one in done) for name in ("images", "split")
     )
     folders = listed(at(one, "config.data.path") or "generated" for one in records)
     sizes = listed(size(at(one, "flops.image_size")) for one in records if one.flops)
-    return (
+    said = (
         f"Top-1 and top-5 are of {images} images of {split} ({folders}), with Wilson's interval;"
         f" FLOPs are multiply-adds of one image of {sizes}."
     )
+    return [said, *(f"Not measured here: {what}." for what in trained_apart(done))]

@@ -1,6 +1,17 @@
-"""Two sets of records, row by row and figure by figure: what changed, and whether it is chance."""
+"""Two sets of records, row by row and figure by figure: what changed, and whether it is chance.
+
+Records of classifiers hold how many images were right, not which: the interval of a difference of
+top-1 or top-5 is that of two independent samples, from Wilson's limits of each.
+
+Newcombe: Interval estimation for the difference between independent proportions, Statistics in
+Medicine 17, 1998, 873-890, method 10. What seeds scatter enters each side's limits in the same way:
+Zou, Donner: Construction of confidence limits about effect measures, Statistics in Medicine 27,
+2008, 1693-1702.
+"""
 
 import json
+import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy import stats
 
 from bench.errors import InputError
 from bench.record import Record
@@ -30,16 +42,28 @@ SAME = "same"
 # The range of fewer samples holds the median less often than an interval says.
 _LEAST_SAMPLES = 6
 _RESAMPLES = 2000
+_ABOUT_MAP = "mAP is compared on the same draws of images (and of seeds, where rows have several)"
+_ABOUT_SHARES = (
+    "Top-1 and top-5 are compared as of two independent samples (Newcombe's interval, and what"
+    " several seeds scatter), which is rather too wide, as the images are the same"
+)
 _ABOUT = (
-    "A difference is B minus A. mAP is compared on the same draws of images"
-    " (and of seeds, where rows have several), latency by resampling its samples, which"
+    "A difference is B minus A. {accuracy}; latency by resampling its samples, which"
     " know nothing of what else the machine did that day."
     f" {confidence.SAME.capitalize()} means that the {seeds.LEVEL:.0%} interval holds 0."
 )
 _ONE_SEED = (
-    "Rows of one seed: an interval of mAP knows nothing of the training's seed, which moves a row"
-    " that is trained anew."
+    "Rows of one seed: an interval of {accuracy} knows nothing of the training's seed, which moves"
+    " a row that is trained anew."
 )
+# What records hold besides, and where.
+_HELD = {
+    "COCO's other figures": "evaluation.box.AP50",
+    "further splits": "evaluation.also",
+    "FLOPs as published": "flops.published",
+    "time of training": "training.seconds",
+    "latency of the layers": "latency.layers",
+}
 
 _UNITS = {
     "percent": Unit.PERCENT,
@@ -47,6 +71,8 @@ _UNITS = {
     "multiply-adds": Unit.GIGA,
     "s": Unit.MS,
 }
+
+_NAMES = {"top1": "top-1", "top5": "top-5"}
 
 Interval = tuple[float, float] | None
 
@@ -125,7 +151,7 @@ def compare(a: Sequence[Record], b: Sequence[Record]) -> Comparison:
         if one.status == "done" and other.status == "failed":
             failed.append((row, reason(str((other.error or {}).get("kind")))))
         sides = data.iloc[2 * place], data.iloc[2 * place + 1]
-        lines += [{"row": row} | _line(one_of, pair, sides) for one_of in _quantities()]
+        lines += [{"row": row} | _line(one_of, pair, sides) for one_of in _quantities(pair)]
     rows = [{_name(pair[side]) for pair in found} for side in (0, 1)]
     only = [
         tuple(dict.fromkeys(record.row for record in side if _name(record) not in known))
@@ -158,19 +184,18 @@ def shown(comparison: Comparison) -> Table:
     return Table(found.name, found.title, lines, found.shown, found.notes)
 
 
-def _quantities() -> list[Quantity]:
+def _quantities(pair: tuple[Record, Record]) -> list[Quantity]:
+    """What two records are compared in: accuracies of what they are, and costs."""
     latencies = dict(zip(MODES, ("latency", "latency_training"), strict=True))
+    sorts = {_is_classifier(one) for one in pair}
+    accuracies = [(f"{kind} mAP", f"{kind}_AP", partial(_accuracy, kind)) for kind in KINDS]
+    shares = [(_NAMES[share], share, partial(_share, share)) for share in seeds.SHARES]
     return [
         *(
             Quantity(
-                f"{kind} mAP",
-                f"{kind}_AP",
-                "percent",
-                higher_is_better=True,
-                same=("evaluated_as",),
-                sure=partial(_accuracy, kind),
+                name, column, "percent", higher_is_better=True, same=("evaluated_as",), sure=sure
             )
-            for kind in KINDS
+            for name, column, sure in accuracies * (False in sorts) + shares * (True in sorts)
         ),
         Quantity("parameters", "parameters", "count"),
         Quantity("FLOPs", "flops", "multiply-adds", same=("flops_as",)),
@@ -291,6 +316,37 @@ def _accuracy(kind: str, a: Record, b: Record) -> Interval:
     return confidence.difference_interval(values[0] - values[1], *drawn)
 
 
+def _is_classifier(record: Record) -> bool:
+    return bool(record.model["method"] == "classifier")
+
+
+def _share(figure: str, a: Record, b: Record) -> Interval:
+    """The interval of a difference of shares of images, in percent."""
+    (ours, ours_below, ours_above), (theirs, theirs_below, theirs_above) = (
+        _reach(figure, one) for one in (a, b)
+    )
+    low = theirs - ours - math.hypot(theirs_below, ours_above)
+    high = theirs - ours + math.hypot(theirs_above, ours_below)
+    return max(100 * low, -100.0), min(100 * high, 100.0)
+
+
+def _reach(figure: str, record: Record) -> tuple[float, float, float]:
+    """A share, and how far its interval reaches below and above it."""
+    share, images = at(record, f"evaluation.{figure}") / 100, at(record, "evaluation.images")
+    upper = (1 + seeds.LEVEL) / 2
+    z = stats.norm.ppf(upper)
+    shrunk = 1 + z**2 / images
+    middle = (share + z**2 / (2 * images)) / shrunk
+    half = z / shrunk * math.sqrt(share * (1 - share) / images + z**2 / (4 * images**2))
+    by_seed = seeds.of(record).get(figure) or ()
+    scatter, count = 0.0, len(by_seed)
+    if count > 1:
+        spread = statistics.stdev(by_seed) / 100
+        scatter = stats.t.ppf(upper, count - 1) * spread / math.sqrt(count)
+    below, above = share - (middle - half), middle + half - share
+    return share, math.hypot(below, scatter), math.hypot(above, scatter)
+
+
 def _latency(mode: str, a: Record, b: Record) -> Interval:
     """The interval of a difference of medians, by resampling both; None for too few samples."""
     found = [at(one, f"latency.{mode}.samples") or () for one in (a, b)]
@@ -336,15 +392,26 @@ def _texts(line: dict[str, Any]) -> dict[str, str]:
 def _notes(
     pairs: Sequence[tuple[Record, Record]], lines: Sequence[dict[str, Any]]
 ) -> Iterable[str]:
-    yield _ABOUT
-    if any(one.evaluation and not seeds.of(one) for pair in pairs for one in pair):
-        yield _ONE_SEED
+    every = [one for pair in pairs for one in pair]
+    sorts = {_is_classifier(one) for one in every}
+    about = [_ABOUT_MAP] * (False in sorts) + [_ABOUT_SHARES] * (True in sorts)
+    yield _ABOUT.format(accuracy="; ".join(about))
+    if any(one.evaluation and not seeds.of(one) for one in every):
+        names = ["mAP"] * (False in sorts) + ["top-1"] * (True in sorts)
+        yield _ONE_SEED.format(accuracy=" or ".join(names))
     same = [line for line in lines if line["verdict"] == SAME]
     if same:
         yield f"The same in A and B: {_listed(same, len(pairs))}."
     for why in dict.fromkeys(line["not_compared"] for line in lines if line["not_compared"]):
         of_why = [line for line in lines if line["not_compared"] == why]
         yield f"Not compared, {why}: {_listed(of_why, len(pairs))}."
+    held = [
+        name
+        for name, path in _HELD.items()
+        if any(all(at(one, path) for one in pair) for pair in pairs)
+    ]
+    if held:
+        yield f"Not compared, though both have it: {'; '.join(held)}."
     changed: dict[str, list[str]] = {}
     for one, other in pairs:
         changed.setdefault("; ".join(_settings(one, other)), []).append(one.row)

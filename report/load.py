@@ -78,6 +78,7 @@ _REAL = {
     "images_per_second": "training.images_per_second",
     **{f"{kind}_{figure}": f"evaluation.{kind}.{figure}" for kind in KINDS for figure in FIGURES},
     **{f"{kind}_sd": f"evaluation.seeds.{kind}_sd" for kind in KINDS},
+    **{figure: f"evaluation.{figure}" for figure in seeds.SHARES},
 }
 _LIMITS = tuple(f"{kind}_{end}" for kind in KINDS for end in ("low", "high"))
 # What rows have to share for a number of theirs to be compared.
@@ -138,28 +139,34 @@ def per_library(
 
     @functools.wraps(build)
     def every(records: Sequence[Record]) -> list[Exhibit]:
-        records = seeds.merged(records)
-        data = frame(records)
-        images = pd.Series(map(_images, records), dtype=object)
-        usual = images.groupby(data["library"]).transform(lambda own: next(iter(own.mode()), ""))
-        images = images.fillna(usual)
-        apart = list(zip(data["library"], images, strict=True))
-        libraries = {library for library, _ in apart}
-        found = []
-        for group in dict.fromkeys(apart):
-            chosen = [one == group for one in apart]
-            own = [record for record, keep in zip(records, chosen, strict=True) if keep]
-            one = build(Library(own, data[chosen].reset_index(drop=True)))
-            names = [str(group[0])] * (len(libraries) > 1)
-            names += [str(group[1])] * (len(set(apart)) > len(libraries))
-            if one is not None and names:
-                stem = "-".join([one.name, *map(slug, names)])
-                one = replace(one, name=stem, title=", ".join([one.title, *names]))
-            if one is not None:
-                found.append(one)
-        return found
+        return on_same_images(build, seeds.merged(records))
 
     return every
+
+
+def on_same_images(
+    build: Callable[[Library], Exhibit | None], records: Sequence[Record]
+) -> list[Exhibit]:
+    """Return a table or plot for each library and set of images, as `per_library` names them."""
+    data = frame(records)
+    images = pd.Series(map(_images, records), dtype=object)
+    usual = images.groupby(data["library"]).transform(lambda own: next(iter(own.mode()), ""))
+    images = images.fillna(usual)
+    apart = list(zip(data["library"], images, strict=True))
+    libraries = {library for library, _ in apart}
+    found = []
+    for group in dict.fromkeys(apart):
+        chosen = [one == group for one in apart]
+        own = [record for record, keep in zip(records, chosen, strict=True) if keep]
+        one = build(Library(own, data[chosen].reset_index(drop=True)))
+        names = [str(group[0])] * (len(libraries) > 1)
+        names += [str(group[1])] * (len(set(apart)) > len(libraries))
+        if one is not None and names:
+            stem = "-".join([one.name, *map(slug, names)])
+            one = replace(one, name=stem, title=", ".join([one.title, *names]))
+        if one is not None:
+            found.append(one)
+    return found
 
 
 def _images(record: Record) -> str | None:
@@ -169,7 +176,8 @@ def _images(record: Record) -> str | None:
     )
     if annotations is None:
         return None
-    hashes = ", ".join(one[:8] for one in str(annotations).split())
+    # Folders of classes have no annotations but their images.
+    hashes = ", ".join(dict.fromkeys(one[:8] for one in str(annotations).split()))
     return f"{split} of {count} images ({hashes})"
 
 
@@ -259,6 +267,13 @@ def inputs_of(record: Record, split: str | None) -> Mapping[str, Any]:
     inputs = record.environment.get("inputs") or {}
     found: Mapping[str, Any] = (inputs.get("data") or {}).get(split) or {}
     return found
+
+
+def trained_apart(records: Sequence[Record]) -> list[str]:
+    """Return what to say of rows whose training data differ, as far as they know it; or nothing."""
+    trained = [inputs_of(one, at(one, "config.data.train_split")) for one in records]
+    differ = len({str(sorted(one.items())) for one in trained if one}) > 1
+    return ["the rows with the same training data, which differs (Environment says whose)"] * differ
 
 
 def ordered(records: Iterable[Record]) -> list[Record]:

@@ -100,10 +100,10 @@ def write(
     shown = Section("Pictures", pictures.blocks(drawn or {}))
     if classifiers.are(records):
         sections = [
-            Section("Pretrained classifiers", [classifiers.comparison(records)]),
+            Section("Pretrained classifiers", classifiers.comparison(records)),
             Section("Plots", classifiers.loss(records)),
             _failures(records),
-            *_origin(records),
+            *_origin(records, name_rows=True),
         ]
     elif records:
         sees = small_tasks.profile(probes)
@@ -143,8 +143,9 @@ def write_suite(
 def show(records: Sequence[Record], costs: Sequence[Record], probed: Sequence[Record]) -> None:
     """Print the answer of records and their main tables; those of probes without any."""
     if classifiers.are(records):
-        found = [classifiers.comparison(records)]
-    elif records:
+        print("\n".join(map(classifiers.to_text, classifiers.comparison(records))))
+        return
+    if records:
         for one in answer.first(records, costs, small_tasks.profile(probed)):
             print(answer.to_text(one))
         found = [*tables.comparison(records), *tables.searches(records)]
@@ -352,10 +353,10 @@ def _as_trained(records: Sequence[Record]) -> str:
     return f"Comparison, costs at {' or '.join(sizes)}" if sizes else "Comparison"
 
 
-def _origin(records: Sequence[Record]) -> list[Section]:
+def _origin(records: Sequence[Record], *, name_rows: bool = False) -> list[Section]:
     """Where the records of a page come from, and how they are made again."""
     return [
-        Section("Environment", [provenance.environment(records, name_rows=False)]),
+        Section("Environment", [provenance.environment(records, name_rows=name_rows)]),
         run_again(records, "The same command again runs only what has no record yet."),
     ]
 

@@ -24,6 +24,8 @@ from report import searches
 
 LEVEL = 0.95
 KINDS = ("box", "mask")
+# Of classifiers.
+SHARES = ("top1", "top5")
 
 # Settings that seeds of one row may differ in: they change no number.
 _FREE = ("row", "seed", "data.workers", "train.checkpoint_every", "train.log_every")
@@ -39,7 +41,8 @@ def merged(records: Sequence[Record]) -> list[Record]:
     That of several seeds has the mean of their accuracies, with draws of seeds and images, and the
     costs of the first seed that has them. Its `evaluation.seeds` holds `seeds`, `failed`, and for
     "box" and "mask" the AP of each seed (`box_AP`) and their standard deviation (`box_sd`), in
-    percent; its `training.by_seed` what each seed's training was.
+    percent; of classifiers `top1` and `top5` of each seed. Its `training.by_seed` holds what each
+    seed's training was.
     """
     return [_mean(row) for row in rows(records)]
 
@@ -242,6 +245,11 @@ def _evaluation(done: Sequence[Record], group: Sequence[Record]) -> dict[str, An
         limits = interval(found[kind]["AP"], numbers)
         known_of = sections[0].get(f"{kind}_interval") or {}
         found[f"{kind}_interval"] = {**known_of, "AP": limits} if limits else None
+    for name in SHARES:
+        if name in found:
+            how[name] = [section.get(name) for section in sections]
+            # The interval of one seed is none of the mean.
+            found |= {name: _average(how[name]), "top1_interval": None}
     also = [section.get("also") or () for section in sections]
     found["also"] = [_figures(list(parts)) for parts in zip(*also, strict=False)]
     return {**found, "seeds": how}

@@ -25,9 +25,9 @@ examples:
   python -m bench compare results/main results/mine --fail-over 5% --format markdown
   python -m bench compare results/quick/records/vil-….json results/quick/records/full-….json
 
-Accuracy is compared on the same images, in pairs of draws; costs where they were counted or
-measured alike; latency and memory on the same machine alone. A difference counts where its 95%
-interval leaves out 0.
+Accuracy is compared on the same images: mAP in pairs of draws, top-1 and top-5 of classifiers as
+shares; costs where they were counted or measured alike; latency and memory on the same machine
+alone. A difference counts where its 95% interval leaves out 0.
 
 """
 EXIT_CODES = """\
@@ -111,7 +111,7 @@ def _summary(
     ]
     if options.fail_over is not None:
         lines += [f"Regression: {one}." for one in regressions] or [
-            f"No regression of more than {100 * options.fail_over:.4g}%."
+            f"No regression of more than {100 * options.fail_over:.4g}% in what was compared."
         ]
     elif found.failed:
         lines += [f"Failed in B: {row}, {why}." for row, why in found.failed]

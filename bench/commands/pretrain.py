@@ -2,8 +2,9 @@
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench.cli import PROG, add, add_overrides, as_arguments, names
 from bench.errors import InputError, some
@@ -76,7 +77,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "image-size",
         needs="eval",
         setting="data.fixed_size",
-        help="of the images (default: the recipe's)",
+        help="of the images (default: that of the weights' own run, or the recipe's)",
     )
     add(
         one,
@@ -117,10 +118,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from bench.config.suites import load_suite, profile_configs
-    from bench.data.check import class_remarks
     from bench.data.generated import data_root
     from bench.model.classifier import build_classifier
-    from bench.model.weights import load_classes, load_classifier, load_file
+    from bench.model.weights import load_classes, load_classifier, load_file, load_settings
     from bench.run.pretrain import evaluate
     from bench.system.devices import make_fabric
     from bench.system.progress import Bar
@@ -137,6 +137,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.position:
         (named,) = profile_configs(options.attention, backbone=backbone, position=options.position)
         overrides.append(f"model.arch={named.model.arch}")
+    own = {} if options.schedule else _own(load_settings(options.weights), overrides)
+    overrides += [f"{name}={json.dumps(value)}" for name, value in own.items()]
     (config,) = load_suite(
         suite,
         rows=options.attention,
@@ -157,17 +159,43 @@ def _evaluate(options: argparse.Namespace) -> int:
         section = evaluate(
             fabric.setup_module(module), split, config, fabric, lambda share, _: bar.update(share)
         )
-    notes += class_remarks([split], config.data.deep_white) if options.data else []
+    notes += _remarks(root, split, config.data.deep_white) if options.data else []
     for note in notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     low, high = section["top1_interval"]["top1"]
+    size = "x".join(map(str, section["image_size"]))
+    of_weights = f"; {' and '.join(own)} of the weights' own run" if own else ""
     print(
         f"{section['images']} images of {len(split.classes)} classes: top-1 {section['top1']:.2f} %"
-        f" (95 % interval {low:.2f} to {high:.2f}), top-5 {section['top5']:.2f} %"
+        f" (95 % interval {low:.2f} to {high:.2f}), top-5 {section['top5']:.2f} %;"
+        f" at {size}, crop share {section['crop_share']:g}{of_weights}"
     )
     result = {"weights": str(options.weights), "evaluation": section, "notes": notes}
     print(json.dumps(result))
     return 0
+
+
+def _own(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Size and crop that weights were evaluated with in their own run, those not given."""
+    from bench.run.pretrain import CROP, SIZE
+
+    given = {word.partition("=")[0] for word in overrides}
+    return {name: settings[name] for name in (SIZE, CROP) if name in settings.keys() - given}
+
+
+def _remarks(root: Path, split: "ClassDataset", white: int) -> list[str]:
+    """What is odd in the images evaluated on; those that the data set trains on too, among it.
+
+    Images to train on need not be there, nor be readable: nothing else is done with them.
+    """
+    from bench.data.check import class_remarks
+    from bench.data.classes import TRAIN, ClassDataset
+
+    try:
+        found = class_remarks([ClassDataset(root, TRAIN), split], white)
+    except InputError:
+        return class_remarks([split], white)
+    return [line for line in found if line.startswith(str(split.folder))]
 
 
 def _split(

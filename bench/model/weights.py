@@ -39,7 +39,7 @@ _WRAPPERS = ("model", "net", "state_dict")
 # torch computes nothing with floats of 8 bits, and with quantized numbers in its own layers alone.
 _COARSE = re.compile("float8|float4|qu?int")
 # Beside it, what the weights were pretrained on.
-_ORIGIN, _CLASSES = "pretrain", "classes"
+_ORIGIN, _CLASSES, _SETTINGS = "pretrain", "classes", "settings"
 # Constants of an architecture, which every model makes for itself.
 DERIVED = "relative_position_index"
 
@@ -119,6 +119,12 @@ def load_classes(path: Path) -> tuple[str, ...] | None:
     return tuple(map(str, names)) if isinstance(names, list | tuple) and names else None
 
 
+def load_settings(path: Path) -> dict[str, Any]:
+    """Return settings that the weights of a file were evaluated with, by their dotted names."""
+    found = _beside(path, _SETTINGS)
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
 def _beside(path: Path, name: str) -> object:
     """What a file holds beside its state dict."""
     content = _load(path)
@@ -151,12 +157,14 @@ def save_file(
     path: Path,
     origin: str | None = None,
     classes: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `{"model": state_dict}`, whole or not at all; the folder is made where it is missing.
 
     Args:
         origin: what it was pretrained on, for `load_origin`.
         classes: of a classifier, for `load_classes`.
+        settings: that it was evaluated with, for `load_settings`.
 
     Raises:
         InputError: where it cannot be written; a file that is there already stays.
@@ -166,6 +174,8 @@ def save_file(
         content[_ORIGIN] = origin
     if classes:
         content[_CLASSES] = list(classes)
+    if settings:
+        content[_SETTINGS] = dict(settings)
     write_whole(path, lambda file: torch.save(content, file))
 
 

@@ -30,6 +30,8 @@ from bench.run.train import Task, TrainingLog, train_task
 from bench.system.logs import run_log, table
 
 LEVEL = 0.95
+# Settings that decide what a classifier sees of an image that it is evaluated on.
+SIZE, CROP = "data.fixed_size", "classify.crop_share"
 
 
 class Pretraining(Run):
@@ -128,8 +130,13 @@ class Pretraining(Run):
             f"{name}, {len(self.images.classes)} classes,"
             f" {recipe.steps * recipe.batch_size / count:.3g} epochs of {count} images"
         )
+        settings = {
+            SIZE: [*classes.image_size(self.config)],
+            CROP: self.config.classify.crop_share,
+        }
+        state, names = self.classifier.result.state_dict(), self.images.classes
         for file in (path, self.output / f"{record.slug(self.config.row)}.pth"):
-            save_file(self.classifier.result.state_dict(), file, origin, self.images.classes)
+            save_file(state, file, origin, names, settings)
 
 
 def evaluate(
@@ -161,6 +168,8 @@ def evaluate(
         "split": split.split,
         "images": total,
         "annotations_sha256": split.fingerprint,
+        "image_size": [*classes.image_size(config)],
+        "crop_share": config.classify.crop_share,
         "seconds": time.perf_counter() - start,
         "unit": "percent",
         "top1": 100 * top1 / total,

@@ -271,7 +271,7 @@ CASES: dict[str, tuple[Callable[[], Table | None], list[str], int]] = {
     "reference": (lambda: reference.tables(RECORDS, COSTS)[0], ["ViL", "full"], 1),
     "latencies": (lambda: tables.latencies([PERCENTILES])[0], ["ViL"], 0),
     "throughput": (lambda: profiles.throughput([THROUGHPUT]), ["ViL", "ViL"], 1),
-    "classifiers": (lambda: classifiers.comparison([CLASSIFIER]), ["ViL"], 0),
+    "classifiers": (lambda: classifiers.comparison([CLASSIFIER])[0], ["ViL"], 0),
     "probes": (
         lambda: probes.tables(PROBES)[0],
         ["srformer/32", "srformer/64", "ViL", "performer", "global"],

@@ -15,7 +15,7 @@ from bench import record as store
 from bench.record import Record
 from report import compare, confidence
 from tests.report.test_confidence import common, evaluated
-from tests.report.test_report import failed, make
+from tests.report.test_report import failed, make, pretrained
 from tests.report.test_seeds import seeded
 
 
@@ -82,6 +82,49 @@ def test_what_was_measured_otherwise_is_not_compared(
     assert (line["not_compared"], line["verdict"]) == (why, None)
     assert any(f"Not compared, {why}: " in note for note in found.notes)
     assert found.regressions(0.0) == []
+
+
+def classified(images: int, right: int, val: str = "v", **changes: Any) -> Record:
+    """A classifier that is right for some images."""
+    one = pretrained("ViL", 100 * right / images, val)
+    return replace(one, evaluation={**(one.evaluation or {}), "images": images}, **changes)
+
+
+def lines(a: list[Record], b: list[Record]) -> dict[str, dict[str, Any]]:
+    return {line["quantity"]: line for line in compare.compare(a, b).lines}
+
+
+def test_accuracies_of_classifiers_are_compared_by_newcombes_interval(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # 56 of 70 less 48 of 80, an example of the paper.
+    low, high = compare._share("top1", classified(80, 48), classified(70, 56)) or (0, 0)
+    assert (low, high) == pytest.approx((5.24, 33.39), abs=0.005)
+    found = lines([classified(180, 179)], [classified(180, 118)])
+    assert found["top-1"]["verdict"] == "worse"
+    assert found["top-1"]["difference"] == pytest.approx(-100 * 61 / 180)
+    assert found["top-5"]["verdict"] == confidence.SAME
+    assert "box mAP" not in found
+    assert "top-1" not in lines([row("ViL")], [row("ViL")])
+    a, b = (write([classified(180, right)], tmp_path / f"{right}") for right in (179, 118))
+    assert cli.main(["compare", str(a), str(b), "--fail-over", "5%"]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Regression: ViL, top-1: 99.4 % to 65.6 % (-34.1%)" in out
+    assert "Not compared, though both have it: time of training." in out
+    other = write([classified(180, 118, val="w")], tmp_path / "other")
+    assert cli.main(["compare", str(a), str(other), "--fail-over", "5%"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "No regression of more than 5% in what was compared." in out
+    assert "Not compared, other images: top-1; top-5." in out
+
+
+def test_seeds_of_classifiers_are_their_mean_and_widen_the_interval() -> None:
+    before = [classified(180, right, seed=seed) for seed, right in enumerate((150, 160, 170))]
+    after = [classified(180, right, seed=seed) for seed, right in enumerate((120, 140, 160))]
+    found = lines(before, after)["top-1"]
+    assert (found["a"], found["b"]) == pytest.approx((100 * 160 / 180, 100 * 140 / 180))
+    assert found["verdict"] == confidence.SAME
+    assert lines(before[1:2], after[1:2])["top-1"]["verdict"] == "worse"
 
 
 def write(records: list[Record], folder: Path) -> Path:

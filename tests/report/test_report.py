@@ -561,6 +561,51 @@ def test_the_page_of_classifiers_says_of_what_images_they_are(
     assert "71.2" in capsys.readouterr().out
 
 
+def pretrained(row: str, top1: float, val: str, train: str = "a") -> Record:
+    """A classifier of images that have these hashes."""
+    one = make(row)
+    interval = {"level": 0.95, "top1": [top1 - 9, top1]}
+    place = {"inputs": {"data": {"train": {"pixels": train}, "val": {"pixels": val}}}}
+    evaluation = {"split": "val", "images": 100, "annotations_sha256": val, "box": None}
+    return replace(
+        one,
+        model={**one.model, "method": "classifier"},
+        config={**one.config, "data": {"path": "pictures", "train_split": "train"}},
+        environment={**one.environment, **place},
+        evaluation={**evaluation, "top1": top1, "top5": 100.0, "top1_interval": interval},
+    )
+
+
+def test_classifiers_on_other_images_share_no_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their labels were mended between the two."""
+    rows = [pretrained("ViL", 90.0, "1" * 64), pretrained("full", 80.0, "2" * 64)]
+    assert page.write_suite([*rows, pretrained("swin", 70.0, "1" * 64)], tmp_path, title="") == 0
+    found = [
+        pd.read_csv(tmp_path / "tables" / f"classifiers-val-of-100-images-{val * 8}.csv")
+        for val in "12"
+    ]
+    assert [one["row"].tolist() for one in found] == [["ViL", "swin"], ["full"]]
+    text = (tmp_path / "index.md").read_text()
+    for said in (text, capsys.readouterr().out):
+        for val in "12":
+            assert f"Pretrained classifiers, val of 100 images ({val * 8})" in said
+    assert len(list((tmp_path / "plots").glob("loss-*.png"))) == 2
+    assert f"{'2' * 64} (full)" in text
+
+
+def test_classifiers_of_other_training_images_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [pretrained(row, 90.0, "1", train) for row, train in (("ViL", "a"), ("full", "b"))]
+    page.write_suite(rows, tmp_path, title="Suite pretrain")
+    text = (tmp_path / "index.md").read_text()
+    for said in (text, capsys.readouterr().out):
+        assert "the rows with the same training data, which differs" in said
+    assert "a (ViL); b (full)" in text
+
+
 def test_a_loss_that_is_no_number_leaves_a_gap() -> None:
     losses = [{"step": step, "total": None if step > 20 else 2.0} for step in (10, 20, 30)]
     training = {"steps": 30, "seconds": 3.0, "losses": losses}

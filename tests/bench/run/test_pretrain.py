@@ -200,6 +200,48 @@ def test_classes_are_matched_by_name(done, tmp_path, capsys, refusal):
     assert "kuerbis" in error
 
 
+def test_weights_are_evaluated_at_the_size_and_crop_of_their_run(done, tmp_path, capsys):
+    """Or at those that are given; the line and the JSON say which."""
+    output, record = done
+    data = next((output / "data").glob("classes-*"))
+    torch.save({"net": load_file(output / "performer.pth")}, tmp_path / "net.pth")
+    words = ["--eval", "--attention", "performer", "--backbone", "quick", "--data", str(data)]
+    seen = ("image_size", "crop_share")
+    for weights, options, how, own in (
+        (output / "performer.pth", [], "64x64, crop share 1; data.fixed_size and", 2),
+        (output / "performer.pth", ["--image-size", "64"], "share 1; classify.crop_share of", 1),
+        (output / "performer.pth", ["classify.crop_share=0.5"], "share 0.5; data.fixed_size of", 1),
+        (output / "performer.pth", ["--schedule", "pretrain-quick"], "at 64x64, crop share 1\n", 0),
+        (tmp_path / "net.pth", ["--image-size", "64"], "at 64x64, crop share 0.875\n", 0),
+    ):
+        assert pretrain(tmp_path, *words, "--weights", str(weights), *options) == 0
+        out = capsys.readouterr().out
+        assert how in out
+        assert ("of the weights' own run" in out) == (own > 0)
+        found = json.loads(out.splitlines()[-1])["evaluation"]
+        same = [found[name] for name in seen] == [record.evaluation[name] for name in seen]
+        assert same == ("share 1" in how)
+        assert not same or found["top1"] == record.evaluation["top1"]
+
+
+def test_evaluation_says_which_images_are_trained_on_too(done, tmp_path, capsys):
+    output, _ = done
+    data = shutil.copytree(next((output / "data").glob("classes-*")), tmp_path / "data")
+    copied = next((data / "val").glob("*/*"))
+    own = next((data / "train" / copied.parent.name).glob("*"))
+    shutil.copy(own, copied)
+    words = ["--eval", "--attention", "performer", "--backbone", "quick", "--data", str(data)]
+    words += ["--weights", str(output / "performer.pth"), "data.workers=0"]
+    assert pretrain(tmp_path, *words) == 0
+    notes = json.loads(capsys.readouterr().out.splitlines()[-1])["notes"]
+    (note,) = (note for note in notes if str(own) in note)
+    assert str(copied) in note
+    # An image of train that cannot be read is none of the evaluation's concern.
+    own.write_bytes(b"none")
+    assert pretrain(tmp_path, *words) == 0
+    assert note not in json.loads(capsys.readouterr().out.splitlines()[-1])["notes"]
+
+
 def test_suite_starts_from_what_it_pretrained(tmp_path, capsys):
     words = ["--rows", "performer", "--device", "cpu", "--output", str(tmp_path)]
     words += ["data.generated.train_images=8", "data.generated.val_images=4", "train.steps=2"]
