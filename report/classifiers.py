@@ -51,6 +51,7 @@ def _comparison(library: Library) -> Table:
         Column("steps", "steps", unit=Unit.ONE, format=decimals(0)),
         Column("train_seconds", "training {}", unit=Unit.MINUTES),
         Column("status", "status"),
+        Column("notes", "notes", optional=True),
         Column("key"),
     ]
     limits = [at(one, "evaluation.top1_interval.top1") for one in records]
@@ -69,8 +70,10 @@ def _about(records: Sequence[Record]) -> list[str]:
     )
     folders = listed(at(one, "config.data.path") or "generated" for one in records)
     sizes = listed(size(at(one, "flops.image_size")) for one in records if one.flops)
+    crops = listed(crop for one in done if (crop := at(one, "evaluation.crop_share")) is not None)
+    of_crops = f", crop share {crops}" if crops else ""
     said = (
-        f"Top-1 and top-5 are of {images} images of {split} ({folders}), with Wilson's interval;"
-        f" FLOPs are multiply-adds of one image of {sizes}."
+        f"Top-1 and top-5 are of {images} images of {split} ({folders}){of_crops}, with Wilson's"
+        f" interval; FLOPs are multiply-adds of one image of {sizes}."
     )
     return [said, *(f"Not measured here: {what}." for what in trained_apart(done))]

@@ -121,6 +121,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from bench.data.generated import data_root
     from bench.model.classifier import build_classifier
     from bench.model.weights import load_classes, load_classifier, load_file, load_settings
+    from bench.run.evaluate import remarks
     from bench.run.pretrain import evaluate
     from bench.system.devices import make_fabric
     from bench.system.progress import Bar
@@ -160,6 +161,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             fabric.setup_module(module), split, config, fabric, lambda share, _: bar.update(share)
         )
     notes += _remarks(root, split, config.data.deep_white) if options.data else []
+    notes += remarks(section)
     for note in notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     low, high = section["top1_interval"]["top1"]

@@ -408,7 +408,8 @@ def remarks(section: Mapping[str, Any]) -> list[str]:
             f"{section['split']}: {count} of {images} images gave values that are not finite"
             " (NaN or infinite), which lose their detections"
         )
-    if images < FEW_IMAGES:
+    # Of a classifier the interval is right for any number.
+    if images < FEW_IMAGES and section["box"] is not None:
         what = "intervals of mAP, and rows told apart by it," if images > 1 else "mAP"
         found.append(f"{section['split']}: {what} of {images} image{'s' * (images > 1)} say little")
     return found
