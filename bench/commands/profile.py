@@ -115,7 +115,8 @@ def run(options: argparse.Namespace) -> int:
     if options.sizes is not None:
         _check_besides(options, "sizes", "output")
         return _over_sizes(options)
-    configs, bases = _configs(options, options.attention, options.image_size)
+    by_default = "image_size" not in options.given
+    configs, bases = _configs(options, options.attention, options.image_size, by_default)
     if options.memory_budget is not None:
         _check_besides(
             options, "memory_budget", *("fit", "image_size", "batch_size", "mode", "search")
@@ -133,20 +134,25 @@ def _check_besides(options: argparse.Namespace, option: str, *more: str) -> None
 
 
 def _configs(
-    options: argparse.Namespace, names: Sequence[str], size: tuple[int, int]
+    options: argparse.Namespace,
+    names: Sequence[str],
+    size: tuple[int, int],
+    by_default: bool = False,
 ) -> tuple[Sequence["RunConfig"], dict[str, str]]:
     """Return the configurations of rows, and the name of each without the value of a search."""
     from bench.config import variants
     from bench.config.suites import Suite, profile_configs
 
     searched = variants.values_of(options.search)
-    configs = profile_configs(names, image_size=size, searched=searched, **_given(options))
+    configs = profile_configs(
+        names, image_size=size, is_default=by_default, searched=searched, **_given(options)
+    )
     suite, bases = variants.expanded(
         Suite("profile", tuple(configs)),
         text=options.search,
         seed=None,
         seeds=None,
-        settings=options.overrides,
+        settings=options.overrides + [f"profile.image_size={list(size)}"] * (not by_default),
     )
     return suite.runs, bases
 
