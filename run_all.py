@@ -449,15 +449,18 @@ def _dry_run(suite: Suite, output: Path, retry_failed: bool, measure_steps: int)
         return 0
     suite = dataclasses.replace(suite, runs=missing)
     with Console(emoji=False, stderr=True).status("planning") as status:
-        planned = plan.plan(
+        planned, failures = plan.plan(
             suite,
             output,
             measure_steps=measure_steps,
             progress=lambda row: status.update(f"planning {row}"),
         )
-    print(tables.to_text(plan.table(planned)))
-    for line in plan.lines(planned, measure_steps):
+    if planned:
+        print(tables.to_text(plan.table(planned)))
+    for line in plan.lines(planned, measure_steps) if planned else ():
         print(textwrap.fill(line, tables.WIDTH, subsequent_indent="  "))
+    if failures:
+        raise InputError("; ".join(failures))
     return 0
 
 

@@ -238,6 +238,7 @@ def _fit(options: argparse.Namespace, configs: Sequence["RunConfig"], bases: dic
     from bench.measure import predict
     from bench.measure.costs import build_on_meta
     from bench.model import detectors
+    from bench.model.build import refusing
     from report import profiles
 
     vary = options.fit.replace("-", "_")
@@ -249,7 +250,9 @@ def _fit(options: argparse.Namespace, configs: Sequence["RunConfig"], bases: dic
 
         def build(size: tuple[int, int], row: str = config.row) -> detectors.Detector:
             resized, _ = _configs(options, [bases[row]], size)
-            return build_on_meta(next(one for one in resized if one.row == row))
+            own = next(one for one in resized if one.row == row)
+            with refusing(own):
+                return build_on_meta(own)
 
         for mode in options.mode:
             found = predict.fit(
@@ -277,6 +280,7 @@ def _over_sizes(options: argparse.Namespace) -> int:
     from bench.config.suites import SIZED, profile_configs
     from bench.measure import sizes
     from bench.measure.costs import build_on_meta
+    from bench.model.build import refusing
     from report import counts
 
     sizes.image_sizes(options.sizes)
@@ -286,7 +290,9 @@ def _over_sizes(options: argparse.Namespace) -> int:
 
     def count(config: "RunConfig") -> dict[str, Any]:
         proposals = config.profile.proposals
-        report = sizes.count_over(build_on_meta(config), options.sizes, proposals=proposals)
+        with refusing(config):
+            detector = build_on_meta(config)
+        report = sizes.count_over(detector, options.sizes, proposals=proposals)
         return _sizes_line(config, report)
 
     lines = list(progress(map(count, configs), lambda line: line["row"]))
