@@ -443,7 +443,8 @@ def _dry_run(suite: Suite, output: Path, retry_failed: bool, measure_steps: int)
     standings = identity.survey(suite.runs, output, retry_failed=retry_failed)
     for standing in standings:
         if standing.record is not None or standing.note:
-            print(standing.note or f"{suite.name_of(standing.config)} has its record")
+            what = identity.OF_FAILURE if standing.failed else "its record"
+            print(standing.note or f"{suite.name_of(standing.config)} has {what}")
     missing = tuple(standing.config for standing in standings if standing.record is None)
     if not missing:
         return 0

@@ -379,7 +379,11 @@ def test_a_failing_row_says_so_and_the_others_go_on(
     assert "out of luck" in (output / "index.md").read_text()
     # A failure is a result too; it is tried again when asked to.
     assert run_all.main(["--rows", rows, "--output", str(output), *REPORTED]) == 1
-    assert "0 of 2 rows to run" in capsys.readouterr().out
+    failure = "a record of a failure (--retry-failed runs it again)"
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"0 of 2 rows to run, 1 have their record, 1 with {failure}" in out
+    assert run_all.main(["--rows", rows, "--output", str(output), "--dry-run", *REPORTED]) == 0
+    assert f"{mechanism} has {failure}\nViL has its record" in capsys.readouterr().out
     assert run_all.main(["--rows", rows, "--output", str(output), "--retry-failed", *REPORTED]) == 1
     assert "1 of 2 rows to run" in capsys.readouterr().out
 
