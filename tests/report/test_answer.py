@@ -152,6 +152,27 @@ def test_times_within_each_others_spread_and_bytes_of_memory_do_not_decide(
     assert "ViL needs the least time for inference (100 ms, median)" in found.sentences[0]
 
 
+def test_no_row_is_left_out_that_is_quicker_than_one_that_is_named(records: list[Record]) -> None:
+    # The third reaches as low as the first, whose times spread less; the second does not.
+    times = ((0.108, 0.1, 0.12), (0.138, 0.13, 0.14), (0.14, 0.11, 0.16), (0.2, 0.19, 0.21))
+    memory = (400, 401, 500, 600)
+    timed = [
+        changed(
+            one,
+            {
+                "memory.training": megabytes * 10**6,
+                "latency.inference": dict(zip(("median", "q1", "q3"), three, strict=True)),
+            },
+        )
+        for one, three, megabytes in zip(records, times, memory, strict=True)
+    ]
+    standing = answer.Standing(load.Library(timed, load.frame(timed)), None)
+    assert standing.cheapest(range(4)).endswith(
+        "ViL and full need the least memory for training (0.40 GB) and ViL, full and performer need"
+        " the least time for inference (108 to 140 ms, median)"
+    )
+
+
 def test_the_answer_of_rows_that_cannot_be_told_apart_or_failed() -> None:
     alike = [evaluated(row, common(0.0, noise=1.0, seed=9)) for row in "abcdefgh"]
     best, same, _ = answer.first(alike, [])[0].sentences
