@@ -348,6 +348,7 @@ def rows(standing: Standing, sees: Profile | None = None) -> Table:
         "± is half of the 95 % interval; a rank is one more than the number of rows that are told"
         " apart as better.",
         *apart_note(shown, "layers" if about else "latency"),
+        *code_note(shown),
         *([sees.about] if sees is not None and sees.about else []),
     ]
     return table("answer", "Answer", shown, columns, notes)
