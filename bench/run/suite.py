@@ -156,6 +156,7 @@ def survey(
         + (f", {failed} with {identity.OF_FAILURE}" if failed else "")
         + (seeds if len(suite.seeds) > 1 else ""),
         highlight=False,
+        soft_wrap=True,
     )
     if suite.more:
         console.print(
