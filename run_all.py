@@ -443,21 +443,25 @@ def _dry_run(suite: Suite, output: Path, retry_failed: bool, measure_steps: int)
     standings = identity.survey(suite.runs, output, retry_failed=retry_failed)
     for standing in standings:
         if standing.record is not None or standing.note:
-            print(standing.note or f"{suite.name_of(standing.config)} has its record")
+            what = identity.OF_FAILURE if standing.failed else "its record"
+            print(standing.note or f"{suite.name_of(standing.config)} has {what}")
     missing = tuple(standing.config for standing in standings if standing.record is None)
     if not missing:
         return 0
     suite = dataclasses.replace(suite, runs=missing)
     with Console(emoji=False, stderr=True).status("planning") as status:
-        planned = plan.plan(
+        planned, failures = plan.plan(
             suite,
             output,
             measure_steps=measure_steps,
             progress=lambda row: status.update(f"planning {row}"),
         )
-    print(tables.to_text(plan.table(planned)))
-    for line in plan.lines(planned, measure_steps):
+    if planned:
+        print(tables.to_text(plan.table(planned)))
+    for line in plan.lines(planned, measure_steps) if planned else ():
         print(textwrap.fill(line, tables.WIDTH, subsequent_indent="  "))
+    if failures:
+        raise InputError("; ".join(failures))
     return 0
 
 

@@ -21,7 +21,16 @@ from report.columns import (
     table,
     three_digits,
 )
-from report.load import Library, Named, apart_note, at, per_library, timed_apart, trained_apart
+from report.load import (
+    Library,
+    Named,
+    apart_note,
+    at,
+    code_note,
+    per_library,
+    timed_apart,
+    trained_apart,
+)
 from report.probes import Profile
 from report.provenance import listed
 from report.reference import Conditions
@@ -205,16 +214,18 @@ class Standing:
             if not len(known):
                 continue
             few = known.index[lowest[known.index] <= most_of_least]
+            # A row whose times spread reaches lower than a quicker one whose times do not.
+            few = known.index[known <= known[few].max()]
             digits = number(2) if unit is Unit.GB else three_digits
+            low, high = (digits(end / unit.size) for end in (known.min(), known[few].max()))
             if unit is not Unit.GIGA and 1 < len(few) == len(known):
-                low, high = (digits(end / unit.size) for end in (known.min(), known.max()))
                 of = f" {unit.symbol}{predicted * (unit is Unit.GB)}"
                 found.append(f"{what} does not decide ({low} to {high}{of})")
                 before = ""
                 continue
             who = f"{self.named(sorted(few))} need{'s' * (len(few) == 1)}"
             said = f"the {'fewest' if unit is Unit.GIGA else 'least'} {what}"
-            said += where.format(digits(known.min() / unit.size))
+            said += where.format(low if low == high else f"{low} to {high}")
             found.append(said if who == before else f"{who} {said}")
             before = who
         if sessions > 1:
@@ -333,6 +344,7 @@ def rows(standing: Standing, sees: Profile | None = None) -> Table:
         "± is half of the 95 % interval; a rank is one more than the number of rows that are told"
         " apart as better.",
         *apart_note(shown, "layers" if about else "latency"),
+        *code_note(shown),
         *([sees.about] if sees is not None and sees.about else []),
     ]
     return table("answer", "Answer", shown, columns, notes)

@@ -36,7 +36,7 @@ from report.columns import (
     table,
     three_digits,
 )
-from report.load import KINDS, MODES, at, frame
+from report.load import KINDS, MODES, at, code, frame
 
 SAME = "same"
 # The range of fewer samples holds the median less often than an interval says.
@@ -412,13 +412,14 @@ def _notes(
     ]
     if held:
         yield f"Not compared, though both have it: {'; '.join(held)}."
-    changed: dict[str, list[str]] = {}
-    for one, other in pairs:
-        changed.setdefault("; ".join(_settings(one, other)), []).append(one.row)
-    for what, rows in changed.items():
-        which = "" if len(rows) == len(pairs) else f" of {', '.join(rows)}"
-        if what:
-            yield f"Settings{which} that differ (A, B): {what}."
+    for name, differ in (("Settings", _settings), ("Commits of this package", _codes)):
+        changed: dict[str, list[str]] = {}
+        for one, other in pairs:
+            changed.setdefault("; ".join(differ(one, other)), []).append(one.row)
+        for what, rows in changed.items():
+            which = "" if len(rows) == len(pairs) else f" of {', '.join(rows)}"
+            if what:
+                yield f"{name}{which} that differ (A, B): {what}."
 
 
 def _listed(lines: Sequence[dict[str, Any]], every: int) -> str:
@@ -430,6 +431,13 @@ def _listed(lines: Sequence[dict[str, Any]], every: int) -> str:
         name if len(of_name) == every else f"{name} ({', '.join(of_name)})"
         for name, of_name in rows.items()
     )
+
+
+def _codes(a: Record, b: Record) -> Iterable[str]:
+    """The commits that two records were made with, where both are known and differ."""
+    ours, theirs = code(a), code(b)
+    if ours and theirs and ours != theirs:
+        yield f"{ours}, {theirs}"
 
 
 def _settings(a: Record, b: Record) -> Iterable[str]:

@@ -31,6 +31,8 @@ PARTIAL = "Partial "
 # Text of the same kind whether pyarrow is there or not, which has columns of nothing otherwise.
 TEXT = pd.StringDtype("python")
 
+_COMMIT_LETTERS = 10
+
 log = logging.getLogger(__name__)
 
 _QUARTILES = {"": "median", "_q1": "q1", "_q3": "q3"}
@@ -98,6 +100,7 @@ _DERIVED = (
     "seeds",
     "notes",
     "flops_uncounted",
+    "code",
     *_COMPARED,
 )
 
@@ -318,7 +321,8 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
     best of a
     search. `flops_uncounted` names the operators that FLOPs lack. `*_size` are the images that
     costs are of, `latency_rate` is images a second. `*_as` say how a number was made: rows
-    are compared where they are the same, in time where `*_session` is the same too.
+    are compared where they are the same, in time where `*_session` is the same too. `code` is the
+    commit of the package, see `code`.
     """
     paths = _TEXT | _WHOLE | _REAL
     lines: list[dict[str, Any]] = [
@@ -381,6 +385,27 @@ def apart_note(data: pd.DataFrame, time: str = "latency") -> list[str]:
     return [f"Times of another session than most rows', not to be compared: {rows}."] * bool(rows)
 
 
+def code_note(data: pd.DataFrame) -> list[str]:
+    """Return a sentence that names measured rows of another commit than most, or nothing."""
+    measured = data[["box_AP", *(f"memory_{mode}" for mode in MODES)]].notna().any(axis=1)
+    codes = data["code"][measured].dropna()
+    rows = ", ".join(data.loc[codes.index[~codes.isin(codes.mode().head(1))], "label"])
+    return [
+        "Made with another commit of this package than most rows, which may be why memory or mAP"
+        f" differs: {rows}."
+    ] * bool(rows)
+
+
+def code(record: Record) -> str | None:
+    """Return the commit of the package that a record was made with, where it is known.
+
+    Code that differed from its commit is said to.
+    """
+    commit = at(record, "environment.commit")
+    changed = " with changes" if at(record, "environment.dirty") else ""
+    return None if commit is None else f"{commit[:_COMMIT_LETTERS]}{changed}"
+
+
 def at(record: Record, path: str) -> Any:
     """Return the value at a dotted path of a record, None where there is none."""
     value: Any = vars(record)
@@ -412,6 +437,7 @@ def _derived(record: Record) -> dict[str, Any]:
         "seeds": seeds.listed(record),
         "notes": "; ".join(record.notes) or None,
         "flops_uncounted": uncounted(record),
+        "code": code(record),
         **{f"{name}_size": size(at(record, f"{name}.image_size")) for name in _SIZED},
         **{
             name: ", ".join(f"{path} {at(record, path)}" for path in paths)

@@ -8,10 +8,8 @@ import pandas as pd
 
 from bench.record import Record
 from report.columns import MISSING, Column, Table, table
-from report.load import labels
+from report.load import code, labels
 from report.searches import flat
-
-_COMMIT_LETTERS = 10
 
 
 def sentence(records: Sequence[Record]) -> str:
@@ -55,11 +53,7 @@ def _precision(record: Record) -> Any:
 
 
 def _commit(record: Record) -> str:
-    commit = record.environment.get("commit")
-    if commit is None:
-        return "unknown"
-    changed = " with changes" if record.environment.get("dirty") else ""
-    return f"{commit[:_COMMIT_LETTERS]}{changed}"
+    return code(record) or "unknown"
 
 
 def environment(records: Sequence[Record], *, name_rows: bool = True) -> Table:

@@ -27,7 +27,17 @@ from report.columns import (
     table,
     words,
 )
-from report.load import KINDS, MODES, TEXT, Library, apart_note, frame, per_library, published
+from report.load import (
+    KINDS,
+    MODES,
+    TEXT,
+    Library,
+    apart_note,
+    code_note,
+    frame,
+    per_library,
+    published,
+)
 from report.searches import box_ap, find
 
 BEST = ", best"
@@ -98,7 +108,7 @@ def comparison(library: Library) -> Table:
         Column("error", values="error_kind"),
         Column("key"),
     ]
-    return table("comparison", "Comparison", data, columns, apart_note(data))
+    return table("comparison", "Comparison", data, columns, apart_note(data) + code_note(data))
 
 
 def marked(data: pd.DataFrame) -> pd.Series:

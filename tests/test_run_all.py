@@ -379,7 +379,11 @@ def test_a_failing_row_says_so_and_the_others_go_on(
     assert "out of luck" in (output / "index.md").read_text()
     # A failure is a result too; it is tried again when asked to.
     assert run_all.main(["--rows", rows, "--output", str(output), *REPORTED]) == 1
-    assert "0 of 2 rows to run" in capsys.readouterr().out
+    failure = "a record of a failure (--retry-failed runs it again)"
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"0 of 2 rows to run, 1 have their record, 1 with {failure}" in out
+    assert run_all.main(["--rows", rows, "--output", str(output), "--dry-run", *REPORTED]) == 0
+    assert f"{mechanism} has {failure}\nViL has its record" in capsys.readouterr().out
     assert run_all.main(["--rows", rows, "--output", str(output), "--retry-failed", *REPORTED]) == 1
     assert "1 of 2 rows to run" in capsys.readouterr().out
 
@@ -1058,6 +1062,52 @@ def test_a_dry_run_runs_a_mechanism_of_the_user(
     assert run_all.main(values) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"note: {values[1]}: memory not predicted: " in said
+
+
+BROKEN = """
+from torch import nn
+
+class One(nn.Module):
+    def __init__(self, *, dim, num_heads, num_global=1):
+        super().__init__()
+        self.scale = load_file("scale.safetensors")
+
+class Other(nn.Module):
+    def __init__(self, *, dim, num_heads, num_global=1):
+        super().__init__()
+        self.scale = {}["scale"]
+"""
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> str:
+    """Two mechanisms that cannot be built, as rows."""
+    file = tmp_path / "broken.py"
+    file.write_text(BROKEN)
+    return f"{file}:One,{file}:Other"
+
+
+def test_a_dry_run_goes_on_where_a_mechanism_cannot_be_built(
+    broken: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--rows", f"{broken},ViL", "--seeds", "2", "--dry-run", *TINY, "--output"]
+    assert run_all.main([*words, str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr()
+    assert [line.split()[0] for line in printed.out.splitlines() if "mask_rcnn" in line] == ["ViL"]
+    assert printed.err.count("\n") == 1
+    for row, said in zip(
+        broken.split(","), ("name 'load_file' is not defined", "KeyError: 'scale'"), strict=True
+    ):
+        assert printed.err.count(f"row '{row}': ") == 1
+        assert said in printed.err
+
+
+@pytest.mark.parametrize("words", [["--memory-budget", "1GB"], ["--sizes", "val2017"]])
+def test_a_profile_of_a_mechanism_that_cannot_be_built_is_one_line(
+    broken: str, words: list[str], refusal: Refusal
+) -> None:
+    said = refusal(cli.main, "profile", "--attention", broken, "--backbone", "tiny", *words)
+    assert "NameError: name 'load_file' is not defined" in said
 
 
 def test_a_dry_run_names_rows_with_a_record_and_refuses_what_the_run_would(

@@ -58,10 +58,14 @@ def run(options: argparse.Namespace) -> int:
     _check_output(options.source, options.output, force=options.force)
 
     from bench.measure.costs import build_on_meta
+    from bench.model.build import refusing
     from bench.model.weights import convert, load_file, save_file
 
     config = _config(options)
-    conversion = convert(load_file(options.source), build_on_meta(config).vil)
+    source = load_file(options.source)
+    with refusing(config):
+        vil = build_on_meta(config).vil
+    conversion = convert(source, vil)
     if not any(_is_of_a_stage(step) for step in conversion.steps):
         raise InputError(
             f"--source {options.source}: no tensor of it fits a stage of --backbone"

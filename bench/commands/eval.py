@@ -165,7 +165,7 @@ def run(options: argparse.Namespace) -> int:
     from bench.data.split import open_split, undetected
     from bench.files import sha256
     from bench.model import weights
-    from bench.model.build import build_detector
+    from bench.model.build import build_detector, refusing
     from bench.model.weights import load_file
     from bench.run.evaluate import evaluate
     from bench.run.evaluate import remarks as evaluation_remarks
@@ -199,7 +199,8 @@ def run(options: argparse.Namespace) -> int:
             f"{', '.join(edited)} changed since the record {options.record} was made: AP is of its"
             " weights in the new code"
         )
-    detector = build_detector(config, split.num_classes)
+    with refusing(config):
+        detector = build_detector(config, split.num_classes)
     try:
         weights.load_detector(detector, state)
     except InputError as error:

@@ -119,6 +119,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     from bench.config.suites import load_suite, profile_configs
     from bench.data.generated import data_root
+    from bench.model.build import refusing
     from bench.model.classifier import build_classifier
     from bench.model.weights import load_classes, load_classifier, load_file, load_settings
     from bench.run.evaluate import remarks
@@ -152,7 +153,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     root = data_root(config, options.output or Path("results") / "pretrain")
     trained = load_classes(options.weights)
     split, notes = _split(root, trained, str(options.weights))
-    module = build_classifier(config, len(split.classes))
+    with refusing(config):
+        module = build_classifier(config, len(split.classes))
     load_classifier(module.vil, load_file(options.weights), str(options.weights))
     fabric = make_fabric(config)
     console = Console(emoji=False, stderr=True)

@@ -115,7 +115,8 @@ def run(options: argparse.Namespace) -> int:
     if options.sizes is not None:
         _check_besides(options, "sizes", "output")
         return _over_sizes(options)
-    configs, bases = _configs(options, options.attention, options.image_size)
+    by_default = "image_size" not in options.given
+    configs, bases = _configs(options, options.attention, options.image_size, by_default)
     if options.memory_budget is not None:
         _check_besides(
             options, "memory_budget", *("fit", "image_size", "batch_size", "mode", "search")
@@ -133,20 +134,25 @@ def _check_besides(options: argparse.Namespace, option: str, *more: str) -> None
 
 
 def _configs(
-    options: argparse.Namespace, names: Sequence[str], size: tuple[int, int]
+    options: argparse.Namespace,
+    names: Sequence[str],
+    size: tuple[int, int],
+    by_default: bool = False,
 ) -> tuple[Sequence["RunConfig"], dict[str, str]]:
     """Return the configurations of rows, and the name of each without the value of a search."""
     from bench.config import variants
     from bench.config.suites import Suite, profile_configs
 
     searched = variants.values_of(options.search)
-    configs = profile_configs(names, image_size=size, searched=searched, **_given(options))
+    configs = profile_configs(
+        names, image_size=size, is_default=by_default, searched=searched, **_given(options)
+    )
     suite, bases = variants.expanded(
         Suite("profile", tuple(configs)),
         text=options.search,
         seed=None,
         seeds=None,
-        settings=options.overrides,
+        settings=options.overrides + [f"profile.image_size={list(size)}"] * (not by_default),
     )
     return suite.runs, bases
 
@@ -232,6 +238,7 @@ def _fit(options: argparse.Namespace, configs: Sequence["RunConfig"], bases: dic
     from bench.measure import predict
     from bench.measure.costs import build_on_meta
     from bench.model import detectors
+    from bench.model.build import refusing
     from report import profiles
 
     vary = options.fit.replace("-", "_")
@@ -243,7 +250,9 @@ def _fit(options: argparse.Namespace, configs: Sequence["RunConfig"], bases: dic
 
         def build(size: tuple[int, int], row: str = config.row) -> detectors.Detector:
             resized, _ = _configs(options, [bases[row]], size)
-            return build_on_meta(next(one for one in resized if one.row == row))
+            own = next(one for one in resized if one.row == row)
+            with refusing(own):
+                return build_on_meta(own)
 
         for mode in options.mode:
             found = predict.fit(
@@ -271,6 +280,7 @@ def _over_sizes(options: argparse.Namespace) -> int:
     from bench.config.suites import SIZED, profile_configs
     from bench.measure import sizes
     from bench.measure.costs import build_on_meta
+    from bench.model.build import refusing
     from report import counts
 
     sizes.image_sizes(options.sizes)
@@ -280,7 +290,9 @@ def _over_sizes(options: argparse.Namespace) -> int:
 
     def count(config: "RunConfig") -> dict[str, Any]:
         proposals = config.profile.proposals
-        report = sizes.count_over(build_on_meta(config), options.sizes, proposals=proposals)
+        with refusing(config):
+            detector = build_on_meta(config)
+        report = sizes.count_over(detector, options.sizes, proposals=proposals)
         return _sizes_line(config, report)
 
     lines = list(progress(map(count, configs), lambda line: line["row"]))

@@ -171,7 +171,8 @@ class DataConfig:
         images: folder of the images of all splits; None to look for them near the annotations.
         min_sizes: shortest edge; training draws one of several, evaluation takes the last.
         max_size: longest edge.
-        fixed_size: every image becomes exactly this (height, width); None keeps the aspect ratio.
+        fixed_size: every image becomes exactly this (height, width), and so do those of
+            profile.image_size where that is not set; None keeps the aspect ratio.
         workers: decoding processes.
         degenerate_boxes: "error", or "drop" to leave out boxes without area.
         deep_white: the value that is white in grey images of 16 bits, 4095 for 12 bits in 16.

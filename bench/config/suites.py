@@ -159,7 +159,7 @@ def load_suite(
         values = merged(layers_of_row)
         config = build_config(values)
         plain += [config, *_varied(values, searched)]
-        runs.append(_with_fixed_size(config))
+        runs.append(_with_fixed_size(with_costs_of_runs(config, layers_of_row)))
         check_sizes(runs[-1])
     if whole:
         check_effects(command_line, plain)
@@ -188,6 +188,7 @@ def profile_configs(
     backbone: str = "small",
     position: str | None = None,
     image_size: tuple[int, int] | None = None,
+    is_default: bool = False,
     values: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
     used: Sequence[str] = ("",),
@@ -201,6 +202,7 @@ def profile_configs(
         backbone: one of `configs/backbones.yaml`.
         position: "absolute" or "relative" in all stages; None for that of the row.
         image_size: (height, width) of every image in pixels, which the detector takes as it is.
+        is_default: whether nobody named `image_size`, so that data.fixed_size may stand for it.
         values: nested values besides, such as {"model": {"method": "retinanet"}}.
         overrides: `key=value`.
         used: how the names of settings begin that overrides may be of.
@@ -232,15 +234,18 @@ def profile_configs(
     command_line = _overrides(overrides)
     if position is not None and "model.arch" in flat(command_line):
         raise InputError("model.arch says where positions are absolute (a1); leave out --position")
-    plain, varied = [], []
+    plain, varied, sized = [], [], []
     for row in dict.fromkeys(rows):
         spec = table.get(row, {"attention": row}) | ({"position": position} if position else {})
         layer = _row_layer(spec, known_backbones[backbone])
         _check_mechanism(row, spec["attention"], command_line)
         top = {"suite": "profile", "row": row}
-        whole = merged([size, values or {}, layer, top, command_line])
+        layers = [values or {}, layer, top, command_line]
+        whole = merged([size, *layers])
         plain.append(build_config(whole))
         varied += _varied(whole, searched)
+        said = layers if is_default else [*layers, size]
+        sized.append(with_costs_of_runs(plain[-1], said))
     for name, value in flat(command_line).items():
         if not name.startswith(tuple(used)):
             raise InputError(
@@ -248,7 +253,7 @@ def profile_configs(
                 f" {', '.join(used)}"
             )
     check_effects(command_line, [*plain, *varied])
-    configs = tuple(_with_fixed_size(config, image_size) for config in plain)
+    configs = tuple(_with_fixed_size(config, image_size) for config in sized)
     for config in configs if image_size is not None else ():
         check_sizes(config)
     _check_apart(configs, overrides)
@@ -624,15 +629,50 @@ def _stages(config: RunConfig) -> tuple[StageSpec, ...]:
     return stages
 
 
+def made_for_one_size(config: RunConfig) -> str | None:
+    """Return the mechanism of a row that works for one image size only, if there is one."""
+    mechanisms = (stage.attention for stage in _stages(config))
+    return next(
+        (one for one in mechanisms if getattr(attentions.find(one), "fixed_size", False)), None
+    )
+
+
+def resize_notes(config: RunConfig) -> list[str]:
+    """Return a note where all images of a row are resized to one size, and for whose sake."""
+    if config.data.fixed_size is None:
+        return []
+    only = "works for one sequence length: " if made_for_one_size(config) else ""
+    return [f"{only}every image is resized to {'x'.join(map(str, config.data.fixed_size))}"]
+
+
+def with_costs_of_runs(config: RunConfig, layers: Sequence[Mapping[str, Any]]) -> RunConfig:
+    """Let the costs of a row be of the size that data.fixed_size makes of its images.
+
+    A size of the profile that is said with it or after it stays, for `check_sizes` to compare.
+
+    Args:
+        config: of the row.
+        layers: nested values that it was made of, the later ones over those before.
+    """
+    fixed = config.data.fixed_size
+    if fixed is None or config.model.method == CLASSIFIER:
+        return config
+    said = {name: place for place, layer in enumerate(layers) for name in flat(layer)}
+    if said.get("profile.image_size", -1) >= said.get("data.fixed_size", -1):
+        return config
+    stages = _stages(config)
+    size = _padded(fixed[0], stages), _padded(fixed[1], stages)
+    return replace(config, profile=replace(config.profile, image_size=size))
+
+
 def _with_fixed_size(config: RunConfig, image_size: tuple[int, int] | None = None) -> RunConfig:
     """Give a fixed image size to a row whose mechanism works for one size only.
 
     It is `image_size` (height, width) or else the size of evaluation, rounded up to the stride.
     """
-    stages = _stages(config)
-    needs = any(getattr(attentions.find(s.attention), "fixed_size", False) for s in stages)
-    if not needs or config.data.fixed_size is not None:
+    if config.data.fixed_size is not None or made_for_one_size(config) is None:
         return config
+    stages = _stages(config)
     height, width = image_size or (config.data.min_sizes[-1], config.data.max_size)
     size = _padded(height, stages), _padded(width, stages)
     return dataclasses.replace(
@@ -649,7 +689,7 @@ def _padded(side: int, stages: Sequence[StageSpec]) -> int:
 
 
 def check_sizes(config: RunConfig) -> None:
-    """Check that images are as large as their resize says, and those of the profile no larger.
+    """Check that images are as large as their resize says, and that the profile is of such images.
 
     Raises:
         InputError: where they cannot be.
@@ -659,15 +699,21 @@ def check_sizes(config: RunConfig) -> None:
         raise InputError(
             f"data.min_sizes={list(data.min_sizes)} must not be above data.max_size={data.max_size}"
         )
-    stages = _stages(config)
-    limits = data.fixed_size or (data.max_size, data.max_size)
-    padded = [_padded(limit, stages) for limit in limits]
     if config.model.method == CLASSIFIER:
         return
+    stages = _stages(config)
+    size = f"profile.image_size={list(profile.image_size)}"
+    if data.fixed_size is not None:
+        pairs = zip(profile.image_size, data.fixed_size, strict=True)
+        # FLOPs are counted at one of them, memory and latency are measured at the other.
+        if any(_padded(a, stages) != _padded(b, stages) for a, b in pairs):
+            raise InputError(
+                f"{size} must be the size that all images of row {config.row} are resized to,"
+                f" data.fixed_size={list(data.fixed_size)}; leave one of them out"
+            )
     # FLOPs are counted where nothing is measured, too.
-    if any(a > b for a, b in zip(profile.image_size, padded, strict=True)):
-        said = f"fixed_size={list(limits)}" if data.fixed_size else f"max_size={data.max_size}"
+    elif max(profile.image_size) > _padded(data.max_size, stages):
         raise InputError(
-            f"profile.image_size={list(profile.image_size)} must not be larger than the images that"
-            f" row {config.row} is made for, data.{said}; change one of them"
+            f"{size} must not be larger than the images that row {config.row} is made for,"
+            f" data.max_size={data.max_size}; change one of them"
         )

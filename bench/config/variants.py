@@ -19,8 +19,9 @@ from bench.config.suites import (
     check_effects,
     check_sizes,
     reference_config,
+    with_costs_of_runs,
 )
-from bench.config.values import nested, read
+from bench.config.values import assigned, nested, read
 from bench.errors import InputError, nearest
 from bench.record import slug
 
@@ -90,11 +91,16 @@ def values_of(text: str | None) -> dict[str, tuple[Any, ...]]:
     return {} if search is None else {search.path: search.values}
 
 
-def expand(suite: Suite, search: Search) -> Suite:
+def expand(suite: Suite, search: Search, settings: Sequence[str] = ()) -> Suite:
     """Return the suite with each of its rows once for each value.
 
     All rows of a seed come before those of the next, so that a suite that is stopped has whole
     seeds.
+
+    Args:
+        suite: the rows.
+        search: the values.
+        settings: what the command line says besides, `key=value`.
 
     Raises:
         InputError: for a value that the setting cannot have.
@@ -102,7 +108,9 @@ def expand(suite: Suite, search: Search) -> Suite:
     pairs = [(config, value) for config in suite.runs for value in search.values]
     if search.path == SEED:
         pairs = [(config, value) for value in search.values for config in suite.runs]
-    return replace(suite, runs=tuple(_with(config, search, value) for config, value in pairs))
+    # Others may be paths, which are not written as YAML.
+    said = assigned(word for word in settings if word.startswith("profile"))
+    return replace(suite, runs=tuple(_with(config, search, value, said) for config, value in pairs))
 
 
 def expanded(
@@ -137,7 +145,7 @@ def expanded(
             )
     suite, bases = plain, {config.row: config.row for config in plain.runs}
     if searched is not None:
-        suite = expand(plain, searched)
+        suite = expand(plain, searched, settings)
         bases = {searched.row(row, value): row for row in bases for value in searched.values}
         for row in dict.fromkeys(bases.values()):
             # Else it would have several rows of one and the same run.
@@ -220,7 +228,7 @@ def _values(listed: str) -> list[Any]:
     return values if isinstance(values, list) else []
 
 
-def _with(config: RunConfig, search: Search, value: Any) -> RunConfig:
+def _with(config: RunConfig, search: Search, value: Any, said: Mapping[str, Any]) -> RunConfig:
     values = config.as_dict()
     *groups, last = search.path.split(".")
     node = values
@@ -229,5 +237,7 @@ def _with(config: RunConfig, search: Search, value: Any) -> RunConfig:
     node[last] = value
     values["row"] = search.row(config.row, value)
     found = build_config(values)
+    if search.path == "data.fixed_size":
+        found = with_costs_of_runs(found, [nested(search.path, value), said])
     check_sizes(found)
     return found

@@ -20,10 +20,9 @@ from rich.console import Console
 
 import attentions
 from bench import record
-from bench.config.arch import parse
 from bench.config.schema import MODES, SWEPT, RunConfig
 from bench.config.sources import sources_of
-from bench.config.suites import SIZED, profile_configs
+from bench.config.suites import SIZED, made_for_one_size, profile_configs
 from bench.measure.costs import effort, flops_of_one
 from bench.measure.worker import Worker
 from bench.model.build import model_section
@@ -348,7 +347,7 @@ class _Walker:
 
 def _count(task: Task) -> None:
     point = task.point
-    if fixed := _fixed_size(point.config):
+    if fixed := made_for_one_size(point.config):
         task.notes.append(
             f"{fixed} works for one size only: made anew for each, with other weights"
         )
@@ -365,15 +364,6 @@ def _count(task: Task) -> None:
         return
     task.notes += counted["notes"]
     task.sections["flops"] = counted
-
-
-def _fixed_size(config: RunConfig) -> str:
-    """The mechanism of a row that works for one image size only, if there is one."""
-    stages = parse(config.model.arch, config.model.attention)
-    return next(
-        (s.attention for s in stages if getattr(attentions.find(s.attention), "fixed_size", False)),
-        "",
-    )
 
 
 def _memory_limit(limits: Limits, point: Point) -> int | None:

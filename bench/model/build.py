@@ -1,7 +1,7 @@
 """The model of a run, as its configuration describes it, and what a record says of it."""
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +34,22 @@ def on_meta(build: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     except Exception:
         # A mechanism of others may fail in any way where tensors have no values.
         return build(*args, **kwargs)
+
+
+@contextmanager
+def refusing(config: RunConfig) -> Iterator[None]:
+    """Turn whatever the mechanism of a row raises into an InputError that names the row.
+
+    It is for what ends with a line where a run would have a record of the failure.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        # A mechanism of others may fail in any way.
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"row {config.row!r}: {said}") from error
 
 
 def build_backbone(config: RunConfig, num_classes: int = 1000) -> ViL:

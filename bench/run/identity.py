@@ -52,6 +52,8 @@ _AFTER_TRAINING = (
 )
 # Not worth trying again before something changes: the same command would end the same way.
 _FINAL_ERRORS = ("error", "diverged", "out_of_memory")
+# What is said of a row that is not tried again.
+OF_FAILURE = "a record of a failure (--retry-failed runs it again)"
 # What `build.initialise` notes.
 _INIT_NOTE = re.compile(r"^initialised from .* \(sha256 ([0-9a-f]+)\)")
 
@@ -272,6 +274,11 @@ class Standing:
     identity: Identity
     record: Record | None
     note: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether its record is of a failure that is not tried again."""
+        return self.record is not None and self.record.status == "failed"
 
 
 def survey(runs: Sequence[RunConfig], output: Path, *, retry_failed: bool) -> list[Standing]:

@@ -76,8 +76,10 @@ def plan(
     *,
     measure_steps: int,
     progress: Callable[[str], object],
-) -> list[Planned]:
-    """Return what every row would be; a suite that needs COCO is planned for it, there or not.
+) -> tuple[list[Planned], list[str]]:
+    """Return what every row would be, and why rows would fail.
+
+    A suite that needs COCO is planned for it, there or not.
 
     Args:
         suite: with the runs.
@@ -85,22 +87,32 @@ def plan(
         measure_steps: training steps that are timed, on one device here, for the time of a run;
             0 for none.
         progress: called with each row before it is planned, which takes seconds.
+
+    Raises:
+        InputError: for data that the runs would refuse.
     """
     # Runs share their data, and reading COCO's annotations takes long.
     opened: dict[str, tuple[CocoDataset | ClassDataset | None, list[str]]] = {}
     planned: list[Planned] = []
-    for config in suite.runs:
-        if any(run.config.row == config.row for run in planned):
-            continue
+    failures: dict[str, None] = {}
+    first: dict[str, RunConfig] = {}
+    for run in suite.runs:
+        first.setdefault(run.row, run)
+    for config in first.values():
         progress(config.row)
-        _run_own(config)
         name = repr((config.data, config.evaluate.splits))
         if name not in opened:
             opened[name] = _dataset(config, output, needed=measure_steps > 0)
         dataset, remarks = opened[name]
-        run = _plan(config, suite, dataset, measure_steps)
-        planned.append(replace(run, remarks=tuple(remarks)))
-    return planned
+        try:
+            with models.refusing(config):
+                _run_own(config)
+                found = _plan(config, suite, dataset, measure_steps)
+        except InputError as error:
+            failures[str(error)] = None
+            continue
+        planned.append(replace(found, remarks=tuple(remarks)))
+    return planned, list(failures)
 
 
 def table(planned: Sequence[Planned]) -> pd.DataFrame:

@@ -28,6 +28,7 @@ from bench.errors import DivergedError
 from bench.files import cores
 from bench.model.probe import HEADS, ProbeModel
 from bench.record import Record, error_section
+from bench.run.identity import OF_FAILURE
 
 TASK_NAMES = tuple(TASKS)
 # Of the steps, how many stand in the curve of the loss.
@@ -186,7 +187,12 @@ def run(
         if one.key not in known or (retry_failed and known[one.key].status == "failed")
     ]
     if len(missing) < len(standings):
-        log(f"{len(standings) - len(missing)} of {len(standings)} have their record")
+        settled = [known[one.key].status for one in standings if one not in missing]
+        failed = settled.count("failed")
+        log(
+            f"{len(settled) - failed} of {len(standings)} have their record"
+            + (f", {failed} with {OF_FAILURE}" if failed else "")
+        )
     for number, standing in enumerate(_work(missing), start=1):
         written = _record(standing, command)
         record.write(written, folder)

@@ -14,6 +14,7 @@ from torch import nn
 
 from bench import record
 from bench.config.schema import CLASSIFIER, RunConfig, TrainConfig
+from bench.config.suites import resize_notes
 from bench.data import split as inputs
 from bench.data.coco import CocoDataset
 from bench.data.generated import data_root
@@ -518,10 +519,7 @@ def _remarks(config: RunConfig, splits: Sequence[CocoDataset]) -> list[str]:
     """What a reader of the numbers should know before anything is trained."""
     remarks = schedule_notes(config)
     remarks += inputs.remarks(config, splits) if splits else []
-    if config.data.fixed_size:
-        size = "x".join(map(str, config.data.fixed_size))
-        remarks.append(f"works for one sequence length: every image is resized to {size}")
-    return remarks
+    return remarks + resize_notes(config)
 
 
 def _training_section(result: TrainingLog, recipe: TrainConfig) -> dict[str, Any]:

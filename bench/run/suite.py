@@ -40,7 +40,7 @@ def run(
         suite.runs[0], lambda: survey(suite, output, console, retry_failed)
     )
     missing = [standing for standing in standings if standing.record is None]
-    failed = any(s.record is not None and s.record.status == "failed" for s in standings)
+    failed = any(standing.failed for standing in standings)
     with SuiteProgress(len(missing), console=console) as progress:
         options = replace(options, progress=progress.update)
         for standing in missing:
@@ -147,13 +147,16 @@ def survey(
     list(record.read_all((output / record.COSTS).rglob("*.json")))
     standings = identity.survey(suite.runs, output, retry_failed=retry_failed)
     missing = [standing for standing in standings if standing.record is None]
-    have, rows = len(standings) - len(missing), len({run.row for run in suite.runs})
+    failed, rows = sum(one.failed for one in standings), len({run.row for run in suite.runs})
+    have = len(standings) - len(missing) - failed
     seeds = f" ({rows} rows, seeds {', '.join(map(str, suite.seeds))})"
     console.print(
         f"suite {suite.name}: {len(missing)} of {len(standings)} rows to run"
         + (f", {have} have their record" if have else "")
+        + (f", {failed} with {identity.OF_FAILURE}" if failed else "")
         + (seeds if len(suite.seeds) > 1 else ""),
         highlight=False,
+        soft_wrap=True,
     )
     if suite.more:
         console.print(

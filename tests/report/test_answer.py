@@ -13,7 +13,7 @@ from matplotlib.text import Text
 from bench import record as store
 from bench.errors import InputError
 from bench.record import Record
-from report import answer, export, front, load, page, plots, probes, recommend, reference
+from report import answer, export, front, load, page, plots, probes, recommend, reference, tables
 from report.columns import MISSING, Unit
 from report.recommend import Limit
 from tests.records import changed
@@ -150,6 +150,48 @@ def test_times_within_each_others_spread_and_bytes_of_memory_do_not_decide(
     assert "time for inference does not decide (100 to 110 ms)" in found.sentences[0]
     (found,) = answer.first([timed[0], timed[2]], [])
     assert "ViL needs the least time for inference (100 ms, median)" in found.sentences[0]
+
+
+def test_rows_of_another_commit_are_named(records: list[Record], costs: list[Record]) -> None:
+    def made(*commits: str | None, dirty: int = 0) -> list[Record]:
+        return [
+            changed(one, {"environment.commit": commit, "environment.dirty": place < dirty})
+            for place, (one, commit) in enumerate(zip(records, commits, strict=True))
+        ]
+
+    def said(found: list[Record], costs: list[Record]) -> list[str]:
+        shown = [answer.first(found, costs)[0].table, *tables.comparison(found)]
+        return [note for one in shown for note in one.notes if "another commit" in note]
+
+    note = (
+        "Made with another commit of this package than most rows, which may be why memory or mAP"
+        f" differs: {records[1].row}."
+    )
+    assert said(made("a", "b", "a", "a"), costs) == [note, note]
+    assert said(made(None, "b", "a", "a"), []) == [note, note]
+    assert said(made("a", "a", "a", "a", dirty=1), [])[0].endswith(f": {records[0].row}.")
+    assert said(made(None, None, "a", "a"), costs) == []
+
+
+def test_no_row_is_left_out_that_is_quicker_than_one_that_is_named(records: list[Record]) -> None:
+    # The third reaches as low as the first, whose times spread less; the second does not.
+    times = ((0.108, 0.1, 0.12), (0.138, 0.13, 0.14), (0.14, 0.11, 0.16), (0.2, 0.19, 0.21))
+    memory = (400, 401, 500, 600)
+    timed = [
+        changed(
+            one,
+            {
+                "memory.training": megabytes * 10**6,
+                "latency.inference": dict(zip(("median", "q1", "q3"), three, strict=True)),
+            },
+        )
+        for one, three, megabytes in zip(records, times, memory, strict=True)
+    ]
+    standing = answer.Standing(load.Library(timed, load.frame(timed)), None)
+    assert standing.cheapest(range(4)).endswith(
+        "ViL and full need the least memory for training (0.40 GB) and ViL, full and performer need"
+        " the least time for inference (108 to 140 ms, median)"
+    )
 
 
 def test_the_answer_of_rows_that_cannot_be_told_apart_or_failed() -> None:

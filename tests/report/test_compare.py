@@ -54,6 +54,22 @@ def test_the_newest_record_of_a_run_is_compared() -> None:
     assert verdicts([before], [before, after])["box mAP"] == "worse"
 
 
+def test_the_commits_of_both_sides_are_said_where_they_differ() -> None:
+    def of(commit: str | None, *, dirty: bool = False) -> list[Record]:
+        place = {**row("ViL").environment, "commit": commit, "dirty": dirty}
+        return [row("ViL", environment=place)]
+
+    def said(a: list[Record], b: list[Record]) -> list[str]:
+        return [note for note in compare.compare(a, b).notes if "ommit" in note]
+
+    one, other = of("a" * 40), of("b" * 40, dirty=True)
+    (note,) = said(one, other)
+    assert note == (
+        "Commits of this package that differ (A, B): aaaaaaaaaa, bbbbbbbbbb with changes."
+    )
+    assert said(one, one) == said(one, of(None)) == said(of(None), other) == []
+
+
 def test_pairs_of_seeds_tell_apart_what_single_seeds_do_not() -> None:
     before = [seeded("ViL", seed, shift) for seed, shift in enumerate((0, 2, 4))]
     after = [seeded("ViL", seed, shift - 1) for seed, shift in enumerate((0, 2.1, 3.9))]

@@ -14,12 +14,13 @@ import configs
 from attentions import registry
 from attentions.contract import Attention
 from bench.config.arch import parse
-from bench.config.schema import RunConfig, build, leaves, without_effect
+from bench.config.schema import ProfileConfig, RunConfig, build, leaves, without_effect
 from bench.config.suites import (
     build_config,
     families,
     load_suite,
     profile_configs,
+    resize_notes,
     suites,
 )
 from bench.config.values import assigned
@@ -273,6 +274,39 @@ def test_rows_that_work_for_one_size_only_have_a_fixed_one():
     assert run.data.fixed_size == run.profile.image_size == (128, 192)
 
 
+@pytest.mark.parametrize("row", ["ViL", "linformer"])
+def test_costs_are_of_the_size_that_images_are_resized_to(row):
+    (run,) = load("data.fixed_size=[500,640]", rows=[row])
+    assert (run.data.fixed_size, run.profile.image_size) == ((500, 640), (512, 640))
+    # As large, once padded.
+    (run,) = load("data.fixed_size=[100,100]", "profile.image_size=[100,128]", rows=[row])
+    assert run.profile.image_size == (100, 128)
+    (run,) = load("data.fixed_size=null", rows=["ViL"])
+    assert run.profile.image_size == (128, 160)
+    (run,) = load(suite="pretrain-quick", rows=["ViL"])
+    assert run.profile.image_size == ProfileConfig().image_size
+
+
+def test_a_profile_is_of_the_size_that_images_are_resized_to():
+    fixed, size = ["data.fixed_size=[500,640]"], (128, 160)
+    (run,) = profile_configs(["identity"], image_size=size, is_default=True, overrides=fixed)
+    assert run.profile.image_size == (512, 640)
+    with pytest.raises(
+        InputError, match=r"image_size=\[128, 160\] must be the size .*\[500, 640\]"
+    ):
+        profile_configs(["identity"], image_size=size, overrides=fixed)
+
+
+def test_a_mechanism_is_not_said_to_work_for_one_size_that_works_for_any():
+    notes = [
+        resize_notes(load("data.fixed_size=[64,96]", rows=[row])[0])
+        for row in ("identity", "linformer")
+    ]
+    said = "every image is resized to 64x96"
+    assert notes == [[said], [f"works for one sequence length: {said}"]]
+    assert resize_notes(load()[0]) == []
+
+
 def test_later_sources_win(tmp_path):
     recipe = read("recipes.yaml")["quick"]
     suite = read("suites/quick.yaml")
@@ -397,7 +431,12 @@ CONTRADICTIONS = {
     "data.min_sizes=[96,192] data.max_size=160": ["min_sizes=[96, 192] must not be above", "160"],
     "data.min_sizes=[96] data.max_size=120": ["profile.image_size=[128, 160]", "data.max_size=120"],
     "data.max_size=128 profile.enabled=false": ["profile.image_size=[128, 160]"],
-    "data.fixed_size=[64,96]": ["profile.image_size=[128, 160]", "data.fixed_size=[64, 96]"],
+    "data.fixed_size=[64,96] profile.image_size=[64,64]": [
+        "profile.image_size=[64, 64]",
+        "data.fixed_size=[64, 96]",
+    ],
+    # Smaller than all images, which memory and latency would be of all the same.
+    "data.fixed_size=[512,640] profile.image_size=[128,160]": ["data.fixed_size=[512, 640]"],
     "model.attention=longfromer": ["row ViL is of longformer; name another row"],
     "model.attention=longformer,full,ful,full": ["'ful' (did you mean 'full'?)", "srformer"],
     "model.attention=longformer,full": ["2 mechanisms", "4 stages"],

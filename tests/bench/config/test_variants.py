@@ -38,6 +38,17 @@ def test_rows_are_called_by_their_value_and_have_it():
     ]
 
 
+def test_costs_are_of_each_size_of_a_search():
+    suite = load_suite("quick", rows=["ViL"])
+    search = variants.parse("data.fixed_size=[64,96],[100,128]")
+    runs = variants.expand(suite, search, ["data.path=a #b"]).runs
+    assert [run.profile.image_size for run in runs] == [(64, 96), (128, 128)]
+    sized = ["profile.image_size=[64,96]"]
+    suite = load_suite("quick", rows=["ViL"], overrides=sized)
+    with pytest.raises(InputError, match=r"image_size=\[64, 96\] must be the size"):
+        variants.expand(suite, search, sized)
+
+
 def test_seeds_are_whole_one_after_the_other_and_rows_keep_their_names():
     suite = load_suite("quick", rows=["ViL", "full"])
     seeds = variants.expand(suite, variants.parse("seed=3,5"))

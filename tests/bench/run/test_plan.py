@@ -15,7 +15,7 @@ def test_the_time_of_a_run_is_its_steps_times_parts(
                  "data.generated.train_images=2"]  # fmt: skip
     suite = load_suite("quick", rows=["ViL"], device="cpu", overrides=overrides)
     planned: list[str] = []
-    (run,) = plan.plan(suite, tmp_path, measure_steps=1, progress=planned.append)
+    (run,), _ = plan.plan(suite, tmp_path, measure_steps=1, progress=planned.append)
     assert run.seconds == 2.0 * 9 * 2
     assert planned == ["ViL"]
     assert run.images_of_a_part == 2
@@ -30,7 +30,8 @@ def test_what_rows_share_is_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     monkeypatch.setattr(plan, "_memory", lambda *_: 1e9)
     suite = load_suite("quick", rows=["ViL", "full", "swin"], device="cpu")
-    assert len(plan.plan(suite, tmp_path, measure_steps=0, progress=opened.append)) == 3
+    planned, _ = plan.plan(suite, tmp_path, measure_steps=0, progress=opened.append)
+    assert len(planned) == 3
     assert opened == ["ViL", "ViL", "full", "swin"]
 
 
@@ -38,7 +39,7 @@ def test_why_memory_is_not_predicted_is_said(tmp_path: Path) -> None:
     row = mechanisms.write(tmp_path / "mine.py", "x = x * (1 if x.sum().item() < 1e9 else 2)")
     overrides = ["data.generated.train_images=2"]
     suite = load_suite("quick", rows=[row], device="cpu", overrides=overrides)
-    planned = plan.plan(suite, tmp_path, measure_steps=0, progress=lambda _: None)
+    planned, _ = plan.plan(suite, tmp_path, measure_steps=0, progress=lambda _: None)
     assert plan.table(planned).loc[0, "memory GB"] == "-"
     (note,) = (line for line in plan.lines(planned, 0) if "memory not predicted" in line)
     assert note.startswith(f"note: {row}: memory not predicted: ")
