@@ -394,7 +394,9 @@ class Own(nn.Module):
     def __init__(self, *, dim, num_heads, num_global=1):
         super().__init__()
         self.plain = nn.Linear(dim, dim)
-        self.copied = copy.deepcopy(self.plain)
+        self.twin, self.kept = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.copied = copy.deepcopy(self.twin)
+        self.register_buffer("at_start", self.kept.weight.detach().clone())
         self.closed, self.loaded, self.fixed = (nn.Linear(dim, dim) for _ in range(3))
         nn.init.zeros_(self.closed.weight)
         nn.init.constant_(self.closed.bias, -5)
@@ -410,9 +412,12 @@ def test_initial_weights_that_a_mechanism_chose_stay():
     torch.manual_seed(0)
     vil = ViL(ABSOLUTE, attention=f"{__file__}:Own", image_size=64)
     own = next(vil.attention_places()).module
-    for layer in (own.plain, own.copied):
-        assert 0.01 < layer.weight.std() < 0.03
-        assert not layer.bias.any()
+    assert 0.01 < own.plain.weight.std() < 0.03
+    assert not own.plain.bias.any()
+    # What it made equal stays so.
+    assert torch.equal(own.copied.weight, own.twin.weight)
+    assert torch.equal(own.kept.weight, own.at_start)
+    assert own.copied.weight.std() > 0.1
     assert not own.closed.weight.any()
     assert (own.closed.bias == -5).all()
     assert torch.equal(own.loaded.weight, torch.eye(len(own.loaded.bias)))
