@@ -43,14 +43,20 @@ _SCATTERED = (
 # Axes that pooling adds up in, the last ones.
 _POOLS = {aten.avg_pool1d: 1, aten.avg_pool2d: 2, aten._adaptive_avg_pool2d: 2, aten.col2im: 2}
 _POOLS |= {aten.avg_pool3d: 3, aten._adaptive_avg_pool3d: 3}
+_POOLS |= {aten.max_pool2d_with_indices: 2, aten.max_pool3d_with_indices: 3}
+_POOLS |= {aten.adaptive_max_pool2d: 2}
 # Of squares, and how a tensor is squared besides by a product.
 _NORMS, _POWERS = (aten.linalg_vector_norm, aten.norm), (aten.pow, aten.pow_)
 _SUMS = (aten.sum, aten.mean, aten.nansum, aten.cumsum)
-# What sums besides, or takes the largest in place of a sum.
+# What sums besides, or takes a few in place of a sum, and where its axis stands among its arguments
+# if not second.
 _SUMMARIES = (
-    *(aten.logsumexp, aten.var, aten.std, aten.var_mean, aten.std_mean, *_NORMS),
-    *(aten.amax, aten.amin, aten.max, aten.min),
+    *(aten.logsumexp, aten.logcumsumexp, aten.prod, aten.cumprod, *_NORMS),
+    *(aten.var, aten.std, aten.var_mean, aten.std_mean, aten.median, aten.nanmedian),
+    *(aten.amax, aten.amin, aten.max, aten.min, aten.cummax, aten.cummin),
+    *(aten.topk, aten.kthvalue, aten.sort),
 )
+_THIRD = (*_NORMS, aten.topk, aten.kthvalue)
 _DIFFERENCES = (aten.sub, aten.mse_loss)
 # Whose results hold the same element several times where they are larger than what they got.
 _REPEATS = (aten.repeat, aten.cat, aten.stack, aten.index, aten.index_select, aten.gather)
@@ -180,7 +186,7 @@ class Products:
         is_summary = operator in _SUMMARIES and len(tensors) == 1
         if operator in _SUMS or operator in _POOLS or is_summary:
             product = self._held.pop(args[0], None)
-            over = args[2:3] if operator in _NORMS else args[1:2]
+            over = args[2:3] if operator in _THIRD else args[1:2]
             over = (range(-_POOLS[operator], 0),) if operator in _POOLS else over
             if product is None or not product.is_summed(args[0].dim(), *over):
                 return Seen()
@@ -217,9 +223,10 @@ class Products:
         # As in sums of rectified products.
         is_bent = not goes_on and len(tensors) == 1 and is_elementwise(func)
         if goes_on or operator in _MOVED or is_bent:
-            held = [self._carry(func, tensors, made, out) for out in results]
-            if not is_bent and any(one and one.axes != frozenset() for one in held):
-                elements = 0
+            held = [self._carry(func, tensors, made, out, elements) for out in results]
+            if made is None or made.again:
+                moved = any(one and one.axes != frozenset() for one in held)
+                elements *= is_bent or not moved
         return Seen(elements=elements)
 
     def _hold(self, tensor: Tensor, product: _Product) -> None:
@@ -293,9 +300,17 @@ class Products:
         return _Product(count, each, axes, gradients=with_gradient)
 
     def _carry(
-        self, func: Any, tensors: Sequence[Tensor], made: _Product | None, out: Tensor
+        self,
+        func: Any,
+        tensors: Sequence[Tensor],
+        made: _Product | None,
+        out: Tensor,
+        elements: int,
     ) -> _Product | None:
-        """Remember what `out` holds: a view, a multiple, or what was moved or put together."""
+        """Remember what `out` holds: a view, a multiple, or what was moved or put together.
+
+        New products are elements of an elementwise operator until they are found to be summed.
+        """
         operator = func.overloadpacket
         found = [
             self._held[tensor].seen_as(tensor, out, is_view=_is_view(func))
@@ -309,7 +324,7 @@ class Products:
         if operator in _PUT or (operator is aten.cat and _is_stack(tensors, out)):
             product = replace(product, axes=None)
         if made and not made.again:
-            product = replace(product, chain=None)
+            product = replace(product, chain=None, elements=product.elements + elements)
         self._hold(out, product)
         whole = out._base
         if operator is aten.copy_ and whole is not None and tensors[-1]._base is not whole:

@@ -420,6 +420,11 @@ SUMMARIES = {
     "amax": lambda products: products.amax(-1),
     "max": lambda products: products.max(-1)[0],
     "deviation": lambda products: products.std(-1),
+    "product": lambda products: products.prod(-1),
+    "median": lambda products: products.median(-1)[0],
+    "largest": lambda products: products.topk(4)[0].sum(-1),
+    "last": lambda products: products.logcumsumexp(-1)[..., -1],
+    "pool": lambda products: F.max_pool1d(products.flatten(0, 1), 8).unflatten(0, (1, -1))[..., 0],
 }
 
 
@@ -1021,6 +1026,16 @@ def test_complex_products_are_four():
     module.product = product
     expected = TOKENS * 4 * 8 * 8 + 2 * 4 * TOKENS * TOKENS * 4
     assert flops.count_flops(module, grid=GRID).total == expected
+
+
+def test_products_that_something_else_takes_mark_the_count():
+    module = Attention()
+    module.product = lambda q, k, v: (
+        F.layer_norm(q.unsqueeze(2) * k.unsqueeze(1), [8])[..., 0].softmax(-1) @ v
+    )
+    # As many for each token as there are tokens.
+    counted = flops.count_flops(module, grid=(20, 20))
+    assert counted.uncounted == {flops.ELEMENTWISE: 401 * 401 * 8}
 
 
 class Keeps(Attention):
