@@ -12,6 +12,7 @@ process.
 """
 
 import gc
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -193,18 +195,16 @@ _LAYERS = (
 )
 
 
-def _within(tokens: Tensor, *args: Any) -> int:
-    """Bytes of what such an operator holds until it returns: queries, keys, values and scores.
-
-    Args:
-        tokens: (B, N, C).
-        args: its other arguments, with the number of heads after the first whole number, C.
-    """
-    if tokens.is_nested:
-        return 0
-    heads = [one for one in args if isinstance(one, int)][1]
-    batch, count, channels = tokens.shape
-    return (3 * channels + heads * count) * batch * count * tokens.element_size()
+def _within(call: Callable[[], Any]) -> tuple[Any, int]:
+    """Run an operator; return its result, and the most bytes that it held above those of before."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiled:
+        result = call()
+    # All that the allocator gives and takes back, in turn.
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    given = (event.nbytes() for event in events if event.name() == "[memory]")
+    return result, max(itertools.accumulate(given), default=0)
 
 
 def _dense(thing: object) -> tuple[Tensor, ...]:
@@ -293,11 +293,15 @@ class LiveTensors(TorchDispatchMode):
                 for part in _dense(value):
                     if self._key(part) not in self._alive:
                         self._add_before(part)
-        result = self.call(func, args, kwargs)
+        before, within = self.current, 0
+        if func.overloadpacket in _LAYERS and not isinstance(args[0], FakeTensor):
+            result, within = _within(lambda: self.call(func, args, kwargs))
+        else:
+            result = self.call(func, args, kwargs)
         for value in tree_leaves(result):
             for part in _dense(value):
                 self._update(part)
-        most = self.current + (_within(*args) if func.overloadpacket in _LAYERS else 0)
+        most = max(self.current, before + within)
         if most > self.peak:
             self.peak = most
             self.peaked(func)
