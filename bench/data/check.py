@@ -249,7 +249,8 @@ def class_remarks(splits: Iterable[ClassDataset], white: int) -> list[str]:
         for name in empty:
             tally.add(finding("class without an image", name=name))
         for name in others:
-            kind = "file of a class that is no image"
+            shards = split.is_sharded
+            kind = "second image of a sample" if shards else "file of a class that is no image"
             tally.add(finding(kind, name=name, ending=Path(name).suffix))
         most = len(split) if len(split) <= _LOOKED_AT_WHOLE else _LOOKED_AT
         for index in np.linspace(0, len(split), most, endpoint=False).astype(int).tolist():

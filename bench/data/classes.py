@@ -12,6 +12,7 @@ import functools
 import os
 import random
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +63,9 @@ class ClassDataset:
         shards = [path for path in inside if path.suffix == ".tar"]
         # Archives beside folders are what these were unpacked from.
         sharded = shards and not any(path.is_dir() for path in inside)
-        own, samples = _shards(shards) if sharded else _folders(self.folder)
+        # Images of samples that have another one too, by which they are known.
+        self.passed_over: list[str] = []
+        own, samples = _shards(shards, self.passed_over) if sharded else _folders(self.folder)
         self.is_sharded = bool(sharded)
         self.classes: tuple[str, ...] = classes or own
         unknown = [name for name in own if name not in self.classes]
@@ -77,9 +80,9 @@ class ClassDataset:
         return fingerprint_images(self.folder, files_of(self.folder))
 
     def left_out(self) -> tuple[list[str], list[str]]:
-        """Return the classes that have no image here, and the files of others that are none."""
+        """Return the classes that have no image here, and the files of others that are not read."""
         if self.is_sharded:
-            return [], []
+            return [], self.passed_over
         own = (Path(path).relative_to(self.folder) for (path, *_), _ in self.samples)
         read = {path.as_posix() for path in own}
         used = {name.partition("/")[0] for name in read}
@@ -154,30 +157,57 @@ def _folders(folder: Path) -> tuple[tuple[str, ...], list[tuple[Place, int]]]:
     return own, [((path, 0, -1), number[label]) for path, label in kept]
 
 
-def _shards(shards: list[Path]) -> tuple[tuple[str, ...], list[tuple[Place, int]]]:
-    """Return likewise what WebDataset's shards hold; classes are called by their numbers."""
-    places: dict[tuple[str, str], Place] = {}
-    labels: dict[tuple[str, str], int] = {}
+def _shards(
+    shards: list[Path], passed_over: list[str]
+) -> tuple[tuple[str, ...], list[tuple[Place, int]]]:
+    """Return likewise what WebDataset's shards hold; classes are called by their numbers.
+
+    Args:
+        shards: the files.
+        passed_over: receives the names of images of samples that have another one, of a kind that
+            stands before theirs in `_SHARD_IMAGES`.
+    """
+    # By shard, name, and how often that was there before, as in shards that were joined.
+    found: dict[tuple[str, str, int], dict[str, Place]] = {}
+    labels: dict[tuple[str, str, int], int] = {}
     for shard in map(str, shards):
+        times: Counter[tuple[str, str]] = Counter()
         try:
             with tarfile.open(shard, "r:") as tar:
                 for member in filter(tarfile.TarInfo.isfile, tar):
                     folder, _, name = member.name.rpartition("/")
                     stem, _, kind = name.partition(".")
-                    key = shard, f"{folder}/{stem}"
+                    key = shard, f"{folder}/{stem}", times[f"{folder}/{stem}", kind]
+                    times[f"{folder}/{stem}", kind] += 1
                     if kind == "cls":
                         labels[key] = _number(tar.extractfile(member))
                     elif kind.lower() in _SHARD_IMAGES:
-                        places[key] = shard, member.offset_data, member.size
+                        place = shard, member.offset_data, member.size
+                        found.setdefault(key, {})[kind.lower()] = place
+                _check_end(tar)
         except (OSError, ValueError, tarfile.TarError) as error:
             raise InputError(f"cannot read shard {shard}: {error}") from error
+    places = {}
+    for key, kinds_of in found.items():
+        first, *others = sorted(kinds_of, key=_SHARD_IMAGES.index)
+        places[key] = kinds_of[first]
+        passed_over += [f"{key[1].lstrip('/')}.{kind}" for kind in others]
     apart = sorted(places.keys() ^ labels.keys())
     if apart or not places:
-        shard, stem = apart[0] if apart else (str(shards[0]), "an image")
+        shard, stem, _ = apart[0] if apart else (str(shards[0]), "an image", 0)
         kinds = ", ".join(_SHARD_IMAGES)
         raise InputError(f"{shard}: {stem.lstrip('/')} must be there as one of {kinds}, and as cls")
     own = tuple(map(str, range(max(labels.values()) + 1)))
     return own, [(place, labels[key]) for key, place in places.items()]
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Refuse a file that goes on behind the end of its archive, as one that `cat` put together."""
+    file: Any = tar.fileobj
+    file.seek(tar.offset)
+    while block := file.read(1 << 20):
+        if block.strip(b"\0"):
+            raise ValueError("more lies behind its end; join archives with tar --concatenate")
 
 
 def _number(file: IO[bytes] | None) -> int:

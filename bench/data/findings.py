@@ -174,6 +174,7 @@ KINDS: Mapping[str, Kind] = {
     ),
     "image twice in a split": Kind("has the pixels of {other}", "used twice"),
     "class without an image": Kind("has no image", "left out", left_out=True),
+    "second image of a sample": Kind("is beside another image of its sample", "left out"),
     "file of a class that is no image": Kind(
         "has the ending {ending!r}, no image's that is read", "left out", left_out=True
     ),

@@ -306,6 +306,30 @@ def shard(path, files):
             tar.addfile(info, io.BytesIO(content))
 
 
+def png(colour):
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_shards_that_were_joined_and_samples_of_two_images(tmp_path):
+    one = [("0.png", png("red")), ("0.jpg", png("blue")), ("0.cls", b"0")]
+    two = [("0.cls", b"1"), ("0.png", png("green"))]
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        shard(tmp_path / split / "a.tar", [*one, *two])
+    found = classes.ClassDataset(tmp_path, "val")
+    colours = [found.read(index)[0].getpixel((0, 0)) for index in range(len(found))]
+    # The image that stands first among the kinds, whatever the order in the file.
+    assert colours == [(0, 0, 255), (0, 128, 0)]
+    assert [label for _, label in found.samples] == [0, 1]
+    assert any("0.png is beside another image" in line for line in class_remarks([found], 255))
+    joined = (tmp_path / "val" / "a.tar").read_bytes()
+    (tmp_path / "val" / "a.tar").write_bytes(joined + joined)
+    with pytest.raises(InputError, match=r"a.tar: more lies behind its end; join archives"):
+        classes.ClassDataset(tmp_path, "val")
+
+
 @pytest.fixture
 def shards(tmp_path):
     """The same images in folders and in shards, two a split."""
