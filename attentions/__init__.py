@@ -32,6 +32,7 @@ __all__ = [
     "build",
     "build_for",
     "find",
+    "heard",
     "imports_of",
     "names",
     "options",
@@ -110,7 +111,7 @@ def build(name: str, *, dim: int, num_heads: int, num_global: int = 1, **options
     ]
     if missing:
         raise ValueError(f"{name} needs the option {', '.join(map(repr, missing))}")
-    with _heard(name) if ":" in name else nullcontext():
+    with heard(name) if ":" in name else nullcontext():
         try:
             module = factory(dim=dim, num_heads=num_heads, num_global=num_global, **options)
         except SystemExit as error:
@@ -159,7 +160,7 @@ def read_by(name: str) -> Reads:
 
 
 @contextmanager
-def _heard(name: str) -> Iterator[None]:
+def heard(name: str) -> Iterator[None]:
     """Hear what a mechanism of the user reads; it must not change settings of torch.
 
     What it prints is no output of a command, which may be JSON.
@@ -176,7 +177,7 @@ def _nearest(value: str, allowed: Iterable[str]) -> str:
 def _load(name: str) -> type[nn.Module]:
     source, _, attribute = name.rpartition(":")
     try:
-        with _heard(name):
+        with heard(name):
             module = _load_file(Path(source)) if source.endswith(".py") else _import(source)
     except (Exception, SystemExit) as error:
         # Whatever goes wrong in the user's code is a mistake in what this name points at.

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 import attentions
+from attentions.contract import Redrawing
 from bench.config.arch import parse
 from bench.config.schema import ModelConfig
 from bench.files import sha256
@@ -70,7 +71,7 @@ class Width(NamedTuple):
     num_global: int
 
 
-_WIDTH = Width(64, 4, 1)
+_WIDTH, _GRID = Width(64, 4, 1), (8, 8)
 
 
 def sources_of(model: ModelConfig) -> list[Source]:
@@ -94,11 +95,11 @@ def mechanism_sources(
     Of this package they are the files that define them, and what these import from `attentions`.
     Of a user's they are the files that `file.py:Class` or `package.module:Class` names, the modules
     that these import from their own folder or package, or from elsewhere if it is not installed,
-    theirs too, the files that are opened while it is imported and built, and those that each names
-    in texts: beside it, in folders that it names, or by an absolute path. So are the environment
-    variables that are set and that are read then, or that a file of them which reads the
-    environment names, whole or by a prefix that ends in `_`, and the versions of the installed
-    packages that they import.
+    theirs too, the files that are opened while it is imported, built and called on a small grid,
+    and those that each names in texts: beside it, in folders that it names, or by an absolute path.
+    So are the environment variables that are set and that are read then, or that a file of them
+    which reads the environment names, whole or by a prefix that ends in `_`, and the versions of
+    the installed packages that they import.
 
     Args:
         attention: one name, or one for each stage, comma-separated.
@@ -147,12 +148,27 @@ def mechanism_sources(
 def _read_by(
     mechanism: str, options: Mapping[str, Any], widths: Sequence[Width]
 ) -> attentions.Reads:
-    """What a mechanism reads when it is imported, and when it is built for a small grid."""
+    """What a mechanism reads when it is imported, and built and called for a small grid."""
     for width in widths:
         # What is wrong with it is an error of the run.
         with suppress(Exception), torch.random.fork_rng([]):
-            attentions.build_for(mechanism, grid=(8, 8), **width._asdict(), **options)
+            _call(mechanism, width, options)
     return attentions.read_by(mechanism)
+
+
+def _call(mechanism: str, width: Width, options: Mapping[str, Any]) -> None:
+    """Call a mechanism in evaluation and in a step of training, which may be when it reads."""
+    rows, columns = _GRID
+    module: Any = attentions.build_for(mechanism, grid=_GRID, **width._asdict(), **options)
+    tokens = torch.zeros(1, width.num_global + rows * columns, width.dim)
+    quiet = torch.compiler.set_stance("force_eager")
+    for training in (False, True):
+        # A call that fails on the CPU is no reason to leave the other one out.
+        with suppress(Exception), attentions.heard(mechanism), quiet, torch.no_grad():
+            module.train(training)
+            if training and isinstance(module, Redrawing):
+                module.set_training_step(0)
+            module(tokens, _GRID)
 
 
 def _of_a_user(path: Path) -> Path | None:

@@ -14,7 +14,7 @@ import torch
 import attentions
 from bench import record
 from bench.config.schema import RunConfig, leaves
-from bench.config.sources import mechanism_sources, sources_of
+from bench.config.sources import Width, mechanism_sources, sources_of
 from bench.config.suites import build_config, load_suite
 from bench.data import fingerprint, layout
 from bench.data.fingerprint import fingerprint_images
@@ -542,6 +542,36 @@ except OSError:
     name = write(tmp_path / "mine.py", imports=text)
     found = {source.name for source in mechanism_sources(name)}
     assert {"kernel.so", "mine.py", "w-16.safetensors"} <= found
+
+
+def test_files_of_a_first_call_count(tmp_path: Path) -> None:
+    for width in (16, 32):
+        (tmp_path / f"table-{width}.json").write_text("2")
+        (tmp_path / f"step-{width}.json").write_text("2")
+    (tmp_path / "mine.py").write_text("""
+import json, pathlib
+from torch import nn
+
+HERE = pathlib.Path(__file__).parent
+
+class X(nn.Module):
+    def __init__(self, *, dim, num_heads, num_global=1):
+        super().__init__()
+        self.dim, self.gain = dim, None
+
+    def forward(self, x, grid):
+        if self.gain is None:
+            kind = "step" if self.training else "table"
+            self.gain = json.loads((HERE / f"{kind}-{self.dim}.json").read_text())
+        if not self.training:
+            self.gain = None
+        return x * (self.gain or 1)
+""")
+    widths = {Width(width, 2, 1) for width in (16, 32)}
+    found = mechanism_sources(f"{tmp_path}/mine.py:X", widths=widths)
+    assert [source.name for source in found] == [
+        *("mine.py", "step-16.json", "step-32.json", "table-16.json", "table-32.json")
+    ]
 
 
 def test_packages_that_lie_beside_a_mechanism_are_their_versions(tmp_path: Path) -> None:
