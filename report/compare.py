@@ -143,18 +143,19 @@ def compare(a: Sequence[Record], b: Sequence[Record]) -> Comparison:
         for pair in found
         for one in pair
     ]
+    label = _labels([*ours, *theirs])
     lines: list[dict[str, Any]] = []
     failed = []
     for place, pair in enumerate(found):
         one, other = pair
-        row = one.row if one.row == other.row else f"{one.row} and {other.row}"
+        row = " and ".join(dict.fromkeys((label(one), label(other))))
         if one.status == "done" and other.status == "failed":
             failed.append((row, reason(str((other.error or {}).get("kind")))))
         sides = data.iloc[2 * place], data.iloc[2 * place + 1]
         lines += [{"row": row} | _line(one_of, pair, sides) for one_of in _quantities(pair)]
     rows = [{_name(pair[side]) for pair in found} for side in (0, 1)]
     only = [
-        tuple(dict.fromkeys(record.row for record in side if _name(record) not in known))
+        tuple(dict.fromkeys(label(record) for record in side if _name(record) not in known))
         for side, known in zip((ours, theirs), rows, strict=True)
     ]
     return Comparison(tuple(lines), tuple(failed), (only[0], only[1]), tuple(_notes(found, lines)))
@@ -246,6 +247,19 @@ def _latest(records: Sequence[Record]) -> list[Record]:
 
 def _name(record: Record) -> tuple[str, ...]:
     return record.row, record.model["library"], record.model["method"]
+
+
+def _labels(records: Iterable[Record]) -> Callable[[Record], str]:
+    """Return what names a row, with library and method where it is there with several."""
+    kinds: dict[str, set[tuple[str, ...]]] = {}
+    for record in records:
+        kinds.setdefault(record.row, set()).add(_name(record)[1:])
+
+    def label(record: Record) -> str:
+        of = f" ({', '.join(_name(record)[1:])})" * (len(kinds[record.row]) > 1)
+        return f"{record.row}{of}"
+
+    return label
 
 
 def _names(records: Iterable[Record]) -> str:

@@ -210,8 +210,14 @@ def load(directory: Path, *, needed: bool = False) -> list[Record]:
     return ordered(_timed(load_newest(folder, needed=needed), folder.parent))
 
 
-def load_all(folders: Sequence[Path]) -> tuple[list[Path], list[Record]]:
+def load_all(
+    folders: Sequence[Path], *, sweep_alone: bool = False
+) -> tuple[list[Path], list[Record]]:
     """Return output folders, each named itself or by its `records`, and the records of their runs.
+
+    Args:
+        folders: as they were named.
+        sweep_alone: take points of a sweep from one folder that has no others.
 
     Raises:
         InputError: for what is no folder, and for points of a sweep, which are not rows.
@@ -223,9 +229,10 @@ def load_all(folders: Sequence[Path]) -> tuple[list[Path], list[Record]]:
         inner = folder.resolve().name == RECORDS and not (folder / RECORDS).is_dir()
         outputs.append(folder.resolve().parent if inner else folder)
         found += load(outputs[-1], needed=True)
-        if any("sweep" in one.config for one in found):
+        points = sum("sweep" in one.config for one in found)
+        if points and not (sweep_alone and len(folders) == 1 and points == len(found)):
             raise InputError(
-                f"{folder} has points of a sweep; `python -m bench sweep` reports them"
+                f"{folder} has points of a sweep, which `report` takes from one folder alone"
             )
     return outputs, ordered(found)
 

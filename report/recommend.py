@@ -87,7 +87,7 @@ def _recommend(
     standing = Standing(_only(library, within), about, mode)
     sentences = [standing.best(sees)]
     for limit in limits:
-        others = inside.copy()
+        others = inside & ~_undecided(library.data, limit)
         for option, met in meets.items():
             others &= met if option != limit.option else True
         sentences.append(_cost_of(limit, library, within, others))
@@ -102,6 +102,14 @@ def _meets(data: pd.DataFrame, limit: Limit) -> pd.Series:
     """Which rows surely cost no more; what is unknown or a lower bound does not."""
     met = (data[limit.column].astype("Float64") <= limit.most).fillna(False).astype(bool)
     return met & data["flops_uncounted"].isna() if limit.column == "flops" else met
+
+
+def _undecided(data: pd.DataFrame, limit: Limit) -> pd.Series:
+    """Which rows may or may not cost more, as their costs are unknown or a lower bound."""
+    cost = data[limit.column].astype("Float64")
+    if limit.column != "flops":
+        return cost.isna()
+    return cost.isna() | (data["flops_uncounted"].notna() & (cost <= limit.most).fillna(False))
 
 
 def _only(library: Library, chosen: pd.Series) -> Library:
@@ -186,8 +194,19 @@ def _decide(standing: Standing, *, probed: bool) -> str:
 
 
 def _unknown(data: pd.DataFrame, limits: Sequence[Limit]) -> list[str]:
-    """Name the rows whose costs are not known, with the reason."""
+    """Name the rows whose costs are not known, or known in part, with the reason."""
     columns = [limit.column for limit in limits]
     missing = data[data[columns].isna().any(axis=1)] if columns else data.head(0)
     pairs = zip(missing["label"], missing["notes"].fillna("no reason given"), strict=True)
-    return [f"Not considered, as its cost is not known: {row} ({why})." for row, why in pairs]
+    found = [f"Not considered, as its cost is not known: {row} ({why})." for row, why in pairs]
+    for limit in limits:
+        partly = data[_undecided(data, limit) & data[columns].notna().all(axis=1)]
+        for label, flops, lacks in partly[["label", "flops", "flops_uncounted"]].itertuples(
+            index=False
+        ):
+            least = f"at least {three_digits(flops / Unit.GIGA.size)} G, without {lacks}"
+            found.append(
+                f"Not considered, as its FLOPs are incomplete and may be above {limit.option}:"
+                f" {label} ({least})."
+            )
+    return found

@@ -36,6 +36,12 @@ _CONDITIONS = (
 )
 
 
+def of_the_newest(points: Sequence[Record]) -> list[Record]:
+    """Return the points that were measured under the conditions of the newest."""
+    wanted = _conditions(max(points, key=lambda point: point.created))
+    return [one for one in points if _conditions(one) == wanted]
+
+
 def alike(points: Sequence[Record], output: Path) -> list[Record]:
     """Return all points in `output` that were measured under the conditions of the first.
 

@@ -372,6 +372,16 @@ def test_limits_that_nothing_meets_name_the_nearest(
 ) -> None:
     with pytest.raises(InputError, match=r"nearest is performer \(3 GB memory, 200 G FLOPs"):
         recommend.recommend(records, costs, limits(memory=2, flops=190), mode="training")
+    # Whether a lower bound meets a limit is not known, unless it is above it.
+    costs[0] = changed(costs[0], {"flops.uncounted": {"aten._fft_c2c": 1}})
+    (found,) = recommend.recommend(records, costs, limits(flops=300), mode="training")
+    assert (
+        "Not considered, as its FLOPs are incomplete and may be above --max-flops 300: ViL (at"
+        " least 255 G, without aten._fft_c2c (1))."
+    ) in found.sentences
+    assert not any("keeps out" in one and "ViL" in one for one in found.sentences)
+    (found,) = recommend.recommend(records, costs, limits(flops=201), mode="training")
+    assert any("keeps out" in one and "ViL" in one for one in found.sentences)
     # What it needs is a limit that it meets, as it is copied from there.
     costs[2] = changed(costs[2], {"flops.total": 186_673_412_345})
     with pytest.raises(InputError, match=r"nearest is performer \(186.674 G FLOPs"):

@@ -54,6 +54,15 @@ def test_the_newest_record_of_a_run_is_compared() -> None:
     assert verdicts([before], [before, after])["box mAP"] == "worse"
 
 
+def test_rows_of_two_methods_are_told_apart() -> None:
+    one = row("ViL")
+    model = {**one.model, "method": "retinanet"}
+    other = replace(one, key="other", model=model, config={**one.config, "seed": 3})
+    found = compare.compare([one], [one, other])
+    assert found.only == ((), ("ViL (torchvision, retinanet)",))
+    assert {line["row"] for line in found.lines} == {"ViL (torchvision, mask_rcnn)"}
+
+
 def test_the_commits_of_both_sides_are_said_where_they_differ() -> None:
     def of(commit: str | None, *, dirty: bool = False) -> list[Record]:
         place = {**row("ViL").environment, "commit": commit, "dirty": dirty}

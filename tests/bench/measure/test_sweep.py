@@ -372,9 +372,20 @@ def test_the_command_writes_points_and_page_and_prints_tables(tmp_path, capsys):
     assert len(points) == 12
     assert "12 of 12 points are recorded already" in output.err
 
-    for other in ("report", "recommend"):
-        assert main([other, str(tmp_path / "records")]) == 2
+    folder, page = str(tmp_path / "records"), (tmp_path / "index.md").read_text()
+    for refused in (["recommend", folder], ["report", folder, folder]):
+        assert main(refused) == 2
         assert "has points of a sweep" in capsys.readouterr().err
+    assert main(["report", folder]) == 0
+    assert {*printed.splitlines()} <= {*capsys.readouterr().out.splitlines()}
+    assert (tmp_path / "index.md").read_text() == page
+    # Of two machines, say, the newest points alone.
+    (old, *_) = (tmp_path / "records").glob("full*.json")
+    content = json.loads(old.read_text())
+    content["environment"]["cpu"], content["created"] = "another", "2020-01-01T00:00:00+00:00"
+    old.write_text(json.dumps(content))
+    assert main(["report", folder]) == 0
+    assert "1 of 12 points, made under other conditions" in capsys.readouterr().out
     command.print_points(points, "csv")
     assert len(capsys.readouterr().out.strip().splitlines()) == 13
     command.print_points(points, "markdown")
