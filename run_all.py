@@ -9,7 +9,6 @@ import functools
 import gc
 import json
 import logging
-import operator
 import os
 import sys
 import textwrap
@@ -485,7 +484,7 @@ def _row_arguments(
     )
     if config.row != base:
         (path,) = variants.values_of(options.search)
-        value = json.dumps(operator.attrgetter(path)(config), ensure_ascii=False)
+        value = json.dumps(variants.value_of(config, path), ensure_ascii=False)
         arguments += ["--search", f"{path}={value}"]
     return [*arguments, *(word for word in options.overrides if not word.startswith("seed="))]
 

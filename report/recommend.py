@@ -119,6 +119,9 @@ def _only(library: Library, chosen: pd.Series) -> Library:
 
 def _nearest(data: pd.DataFrame, limits: Sequence[Limit], about: Conditions | None) -> str:
     """Say which row comes nearest to what no row meets."""
+    data = (
+        data[data["flops_uncounted"].isna()] if any(x.column == "flops" for x in limits) else data
+    )
     over = pd.DataFrame(
         {limit.option: data[limit.column].astype("Float64") / limit.most for limit in limits}
     )

@@ -91,6 +91,13 @@ def values_of(text: str | None) -> dict[str, tuple[Any, ...]]:
     return {} if search is None else {search.path: search.values}
 
 
+def value_of(config: RunConfig, path: str) -> Any:
+    """Return what a configuration has for the setting of a search."""
+    if path.startswith(_OPTIONS):
+        return config.model.options[path.removeprefix(_OPTIONS)]
+    return operator.attrgetter(path)(config)
+
+
 def expand(suite: Suite, search: Search, settings: Sequence[str] = ()) -> Suite:
     """Return the suite with each of its rows once for each value.
 

@@ -386,6 +386,10 @@ def test_limits_that_nothing_meets_name_the_nearest(
     costs[2] = changed(costs[2], {"flops.total": 186_673_412_345})
     with pytest.raises(InputError, match=r"nearest is performer \(186.674 G FLOPs"):
         recommend.recommend(records, costs, limits(flops=186.673), mode="training")
+    # A lower bound that meets it is no row that is nearest.
+    costs[0] = changed(costs[0], {"flops.total": 186_000_000_000})
+    with pytest.raises(InputError, match=r"nearest is performer"):
+        recommend.recommend(records, costs, limits(flops=186.673), mode="training")
     (found,) = recommend.recommend(records, costs, limits(flops=186.674), mode="training")
     assert found.sentences[0].startswith("performer has the highest box mAP")
 

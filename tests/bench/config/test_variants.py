@@ -65,6 +65,7 @@ def test_options_of_mechanisms_are_searched_by_their_path():
         ("swin (window=2)", 2),
         ("swin (window=4)", 4),
     ]
+    assert [variants.value_of(run, search.path) for run in runs] == [2, 4]
     with pytest.raises(InputError, match=r"model.options.window: no attention of row 'full"):
         variants.expand(load_suite("quick", rows=["full"]), search)
 
