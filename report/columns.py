@@ -158,9 +158,10 @@ class Column:
     def shown(self, data: pd.DataFrame) -> pd.Series:
         """Return the values as strings for readers."""
         if self.unit is None:
-            return (self.format or words)(self.raw(data))
-        usual = decimals(1) if self.unit.symbol == "%" else aligned
-        texts = (self.format or usual)(self.raw(data).astype("Float64") / self.unit.size)
+            texts = (self.format or words)(self.raw(data))
+        else:
+            usual = decimals(1) if self.unit.symbol == "%" else aligned
+            texts = (self.format or usual)(self.raw(data).astype("Float64") / self.unit.size)
         if not self.lacks:
             return texts
         bound = data[self.lacks].notna() & (texts != MISSING)

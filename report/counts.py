@@ -20,7 +20,7 @@ from report.columns import (
     letters_of,
     table,
 )
-from report.load import family, labels, published
+from report.load import calls, family, labels, published
 
 # Differences below this share of the whole are not explained: they vanish in the digits shown.
 EXPLAINED = 1e-3
@@ -187,17 +187,29 @@ def sizes(lines: Sequence[Mapping[str, Any]]) -> Table:
     Args:
         lines: `row`, `dataset`, `images`, `mean`, `deviation`, `minimum`, `maximum`, `one_size`
             (multiply-adds; the last at the size of published tables, or None), `padded_pixels`
-            (share) and `fixed_size`.
+            (share), `fixed_size`, and `uncounted`, calls by operator.
     """
+    lacks = "uncounted"
     columns = [
         Column("row", "row"),
         *map(Column, ("dataset", "images", "family", "proposals", "fixed_size")),
-        Column("", "FLOPs G, mean ± deviation", joined(" ± ", ("mean", "deviation"), Unit.GIGA)),
+        Column("uncounted"),
+        Column(
+            "",
+            "FLOPs G, mean ± deviation",
+            joined(" ± ", ("mean", "deviation"), Unit.GIGA),
+            lacks=lacks,
+        ),
         Column("mean"),
         Column("deviation"),
-        Column("minimum", "minimum {}", unit=Unit.GIGA, format=decimals(1)),
-        Column("maximum", "maximum {}", unit=Unit.GIGA, format=decimals(1)),
-        Column("one_size", "at 800x1344 {}", unit=Unit.GIGA, format=decimals(1)),
+        *(
+            Column(name, title, unit=Unit.GIGA, format=decimals(1), lacks=lacks)
+            for name, title in (
+                ("minimum", "minimum {}"),
+                ("maximum", "maximum {}"),
+                ("one_size", "at 800x1344 {}"),
+            )
+        ),
         Column("padded_pixels", "padded pixels {}", unit=Unit.SHARE),
     ]
     notes = [
@@ -212,7 +224,9 @@ def sizes(lines: Sequence[Mapping[str, Any]]) -> Table:
     ]
     images, dataset = lines[0]["images"], lines[0]["dataset"]
     title = f"FLOPs over the {images:,} image sizes of {dataset}"
-    return table("sizes", title, pd.DataFrame(lines), columns, notes)
+    data = pd.DataFrame(lines)
+    data["uncounted"] = pd.Series([calls(line["uncounted"]) for line in lines], dtype="string")
+    return table("sizes", title, data, columns, notes)
 
 
 def histogram(line: Mapping[str, Any]) -> str:
@@ -232,7 +246,4 @@ def _options(options: Mapping[str, Any]) -> str:
 
 
 def _uncounted(uncounted: Mapping[str, Mapping[str, int]]) -> str:
-    return "; ".join(
-        f"{counter}: " + ", ".join(f"{name} ({calls})" for name, calls in names.items())
-        for counter, names in uncounted.items()
-    )
+    return "; ".join(f"{counter}: {calls(names)}" for counter, names in uncounted.items())

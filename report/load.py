@@ -433,8 +433,12 @@ def family(record: Record) -> str:
 
 def uncounted(record: Record) -> str | None:
     """Return the operators that a record's FLOPs lack, with their calls; None if they lack none."""
-    calls = at(record, "flops.uncounted") or {}
-    return ", ".join(f"{name} ({count})" for name, count in calls.items()) or None
+    return calls(at(record, "flops.uncounted") or {})
+
+
+def calls(of: Mapping[str, int]) -> str | None:
+    """Return names with how often they were called; None without any."""
+    return ", ".join(f"{name} ({count})" for name, count in of.items()) or None
 
 
 def _derived(record: Record) -> dict[str, Any]:

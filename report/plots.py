@@ -25,7 +25,7 @@ from matplotlib.transforms import Bbox
 
 from bench.record import Record
 from report import confidence, front, seeds
-from report.columns import Unit, aligned
+from report.columns import AT_LEAST, Unit, aligned
 from report.front import Cost, Place
 from report.load import PARTIAL, Library, Named, at, family, per_library, published, timed_apart
 from report.tables import marked
@@ -181,10 +181,12 @@ def _draw_accuracy(name: str, style: Looks, library: Library) -> Plot:
     data, cost = library.data, front.costs(library.data)[name]
     others &= cost.name == "latency"
     missing = data[["box_AP", cost.column]].isna().any(axis="columns") & ~others
+    if cost.column == "flops":
+        missing |= data["flops_uncounted"].notna()
     rows = [row for row, out in zip(marked(data), missing, strict=True) if out]
     could = [data["label"][p.row] for p in front.places(library, cost.column) if p.could_be]
     notes = [f"Could be on the front or not (ringed): {', '.join(could)}."] * bool(could)
-    notes += [f"Not drawn, as a number is missing: {', '.join(rows)}."] * bool(rows)
+    notes += [f"Not drawn, as a number is missing or incomplete: {', '.join(rows)}."] * bool(rows)
     notes += _other_sessions(data, others)
     title = f"Box mAP against {cost.name}"
     plot = render(f"accuracy_{name}", title, lambda: accuracy(library, style, cost))
@@ -279,7 +281,10 @@ def costs(data: pd.DataFrame, style: Looks) -> Figure | str:
         if cost.name == "latency":
             ends = _draw_quartiles(ax, data)
         top = max(float(ends.max()), 1e-12)
-        for place, (text, end) in enumerate(zip(aligned(values), ends, strict=True)):
+        texts = aligned(values)
+        if cost.column == "flops":
+            texts = texts.mask(data["flops_uncounted"].notna(), f"{AT_LEAST} " + texts)
+        for place, (text, end) in enumerate(zip(texts, ends, strict=True)):
             ax.text(end + 0.03 * top, place, text, va="center")
         ax.set_xlim(0, 1.35 * top)
         ax.set_title(textwrap.fill(cost.label, title), loc="left")

@@ -13,7 +13,7 @@ import pandas as pd
 from bench.record import COSTS, Record
 from report import searches
 from report.columns import METHODS, Column, Table, Unit, memory_unit, table
-from report.load import MODES, Library, at, load_newest, ordered, per_library, size
+from report.load import MODES, Library, at, calls, load_newest, ordered, per_library, size
 from report.provenance import listed, machine
 
 KIND = "predicted"
@@ -147,7 +147,7 @@ def _with(record: Record, counted: Record | None, layers: Record | None) -> Reco
         latency = {**(latency or {"unit": "s", "inference": None}), "layers": every}
         peaks = (at(layers, f"memory.by_part.{MODES[0]}") or {}).values()
         largest = max((peak for peak in peaks if peak is not None), default=None)
-    own = {name: at(record, f"flops.{name}") for name in ("total", "image_size")}
+    own = {name: at(record, f"flops.{name}") for name in ("total", "image_size", "uncounted")}
     return replace(
         record,
         parameters=counted.parameters,
@@ -200,7 +200,9 @@ def _table(library: Library, about: Conditions) -> Table:
     ]
     if trained and trained != about.image_size:
         heading = f"FLOPs {{}} at {trained}, as in the comparison"
-        columns.append(Column("flops_as_trained", heading, "trained", Unit.GIGA))
+        lacks = "trained_uncounted"
+        data[lacks] = [calls(at(one, "flops.trained.uncounted") or {}) for one in records]
+        columns.append(Column("flops_as_trained", heading, "trained", Unit.GIGA, lacks=lacks))
     notes = [
         f"{about.sentence}. Parameters and FLOPs (multiply-adds of one image, without the mask"
         " head) are counted, memory is predicted from shapes: no model was trained or run at this"

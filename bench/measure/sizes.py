@@ -10,7 +10,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -53,6 +53,8 @@ class SizesReport:
         fixed_size: the one (height, width) that every image is stretched to, or None.
         one_size: multiply-adds at the one size that published tables are of.
         proposals: boxes in the box head.
+        uncounted: calls of operators without a formula in the count at `one_size`; empty in
+            complete counts.
         unit: "multiply-adds".
     """
 
@@ -62,6 +64,7 @@ class SizesReport:
     fixed_size: Size | None
     one_size: int
     proposals: int
+    uncounted: Mapping[str, int] = field(default_factory=dict)
     unit: str = flops.UNIT
 
     @property
@@ -149,17 +152,19 @@ def count_over(
         after[padded(size, detector.vil.stride)] += images
 
     @functools.cache
-    def count(size: Size) -> int:
-        return flops.count_flops(detector, image_size=size, proposals=proposals).total
+    def count(size: Size) -> flops.FlopReport:
+        return flops.count_flops(detector, image_size=size, proposals=proposals)
 
-    by_size = [SizeCount(size, images, count(size)) for size, images in after.items()]
+    by_size = [SizeCount(size, images, count(size).total) for size, images in after.items()]
+    published = count(fixed or IMAGE_SIZE)
     return SizesReport(
         dataset=dataset,
         by_size=tuple(sorted(by_size, key=lambda size: size.total)),
         padded_pixels=1 - _pixels(before) / _pixels(after),
         fixed_size=fixed,
-        one_size=count(fixed or IMAGE_SIZE),
+        one_size=published.total,
         proposals=proposals,
+        uncounted=published.uncounted,
     )
 
 
