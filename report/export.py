@@ -26,8 +26,24 @@ _FACTS = {
 }
 # Conditions of a section, which are no figures of it.
 _CONDITIONS = ("batch_size", "image_size", "threads", "rois", "proposals")
-# Units of the fields of a section that are not in the section's own.
-_UNITS = {"seconds": "s", "images_per_second": "1/s"}
+# Units of the fields of a section that are not in the section's own: by their last names, and what
+# holds numbers of things.
+_NUMBERS = [
+    "images",
+    "not_finite",
+    "detections",
+    "mask_rois",
+    "targets",
+    "level",
+    "resamples",
+    "seed",
+    "crop_share",
+    "layers",
+    "best",
+    "uncounted",
+    "counts",
+]
+_UNITS = {"images_per_second": "1/s", "seconds": "s"}
 _UNIT_OF = {"parameters": "1", "training": "1"}
 
 
@@ -65,8 +81,17 @@ def _lines(record: Record) -> Iterator[dict[str, Any]]:
                 "section": name,
                 "figure": figure,
                 "value": value,
-                "unit": _UNITS.get(figure.rpartition(".")[2], unit),
+                "unit": _unit(figure, unit),
             }
+
+
+def _unit(figure: str, usual: str) -> str:
+    """The unit of a figure in a section whose figures usually have `usual`."""
+    *above, last = figure.split(".")
+    # Names of operators have dots too.
+    if last in _NUMBERS or not {"uncounted", "counts"}.isdisjoint(above):
+        return "1"
+    return next((unit for end, unit in _UNITS.items() if last.endswith(end)), usual)
 
 
 def _figures(section: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

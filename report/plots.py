@@ -262,15 +262,18 @@ def accuracy(library: Library, style: Looks, cost: Cost) -> Figure | str:
 def costs(data: pd.DataFrame, style: Looks) -> Figure | str:
     """Draw parameters, FLOPs, memory and latency of every row as bars, one panel each."""
     parameters = Cost("parameters", "", "parameters", Unit.MEGA, "Parameters (M)")
-    panels = [parameters, *front.costs(data).values()]
-    if data[[cost.column for cost in panels]].isna().all(axis=None):
+    known = (parameters, *front.costs(data).values())
+    panels = [cost for cost in known if data[cost.column].notna().any()]
+    if not panels:
         return "No row has a cost yet, so there is no plot of costs."
     lines = -(-len(panels) // 2)
     figure = Figure(figsize=(WIDTH, lines * (0.6 + 0.2 * len(data))), layout="constrained")
-    axes = figure.subplots(lines, 2, sharey=True)
+    axes = figure.subplots(lines, 2, sharey=True, squeeze=False)
+    if len(panels) % 2:
+        axes[-1, 1].set_visible(False)
     places, names = range(len(data)), marked(data)
     title = max(_TITLE // 2, min(_TITLE, (_LINE - max(map(len, names))) // 2))
-    for ax, cost in zip(axes.flat, panels, strict=True):
+    for ax, cost in zip(axes.flat, panels, strict=False):
         values = data[cost.column].astype("Float64") / cost.unit.size
         lengths = values.astype(float)
         bars = ax.barh(places, lengths, height=0.68, linewidth=1.2)

@@ -404,6 +404,9 @@ def test_all_numbers_are_in_one_tidy_file(records: list[Record], tmp_path: Path)
     assert flops["image_size"].tolist() == [f"128{X}160"] * 5
     assert set(data["row"]) == {"ViL", "full", "performer", "srformer/32", "linformer"}
     assert not data.duplicated(["row", "key", "section", "figure"]).any()
+    units = dict(data[["figure", "unit"]].values)
+    assert [units[name] for name in ("images", "box.AP", "seconds")] == ["1", "percent", "s"]
+    assert {unit for name, unit in units.items() if name.startswith("box_interval")} <= {"1"}
 
 
 def test_costs_are_those_of_the_size_that_was_counted_last(tmp_path: Path) -> None:
