@@ -3,10 +3,12 @@
 import textwrap
 from collections.abc import Sequence
 
+import pandas as pd
+
 from bench.record import Record
 from report import tables
-from report.columns import Column, Table, Unit, decimals, number, table
-from report.load import Library, at, family, on_same_images, size, trained_apart
+from report.columns import MISSING, Column, Table, Unit, decimals, number, table
+from report.load import TEXT, Library, at, family, on_same_images, size, trained_apart
 from report.plots import Plot, looks, losses, render
 from report.provenance import listed
 
@@ -46,6 +48,7 @@ def _comparison(library: Library) -> Table:
         Column("top1_percent", "top-1 {}", unit=Unit.PERCENT),
         Column("top1_interval", "95 % interval of top-1"),
         Column("top5_percent", "top-5 {}", unit=Unit.PERCENT),
+        Column("evaluated_at", "evaluated at", optional=True),
         Column("parameters", "params {}", unit=Unit.MEGA),
         Column("flops_multiply_adds", "FLOPs {}", "flops", Unit.GIGA, lacks="flops_uncounted"),
         Column("flops_uncounted"),
@@ -60,8 +63,16 @@ def _comparison(library: Library) -> Table:
         top1_percent=[at(one, "evaluation.top1") for one in records],
         top1_interval=[pair and " to ".join(map(number(1), pair)) for pair in limits],
         top5_percent=[at(one, "evaluation.top5") for one in records],
+        evaluated_at=pd.Series(map(_evaluated_at, records), index=library.data.index, dtype=TEXT),
     )
     return table("classifiers", "Pretrained classifiers", data, columns, _about(records))
+
+
+def _evaluated_at(record: Record) -> str | None:
+    """The size of the images that a classifier was evaluated on, and what of them it saw."""
+    crop = at(record, "evaluation.crop_share")
+    shape = size(at(record, "evaluation.image_size"))
+    return None if crop is None or shape is None else f"{shape}, crop share {crop:g}"
 
 
 def _about(records: Sequence[Record]) -> list[str]:
@@ -71,10 +82,10 @@ def _about(records: Sequence[Record]) -> list[str]:
     )
     folders = listed(at(one, "config.data.path") or "generated" for one in records)
     sizes = listed(size(at(one, "flops.image_size")) for one in records if one.flops)
-    crops = listed(crop for one in done if (crop := at(one, "evaluation.crop_share")) is not None)
-    of_crops = f", crop share {crops}" if crops else ""
+    counts = listed(len(names) for one in done if (names := at(one, "training.classes")))
+    of_classes = f" of {counts} classes" if counts != MISSING else ""
     said = (
-        f"Top-1 and top-5 are of {images} images of {split} ({folders}){of_crops}, with Wilson's"
+        f"Top-1 and top-5 are of {images} images of {split} ({folders}){of_classes}, with Wilson's"
         f" interval; FLOPs are multiply-adds of one image of {sizes}."
     )
     return [said, *(f"Not measured here: {what}." for what in trained_apart(done))]

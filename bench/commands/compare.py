@@ -105,9 +105,9 @@ def _summary(
     """What matters, first."""
     count = [line["verdict"] for line in found.lines].count
     lines = [
-        f"A is {options.a}, B is {options.b}: {count('worse')} figures worse,"
-        f" {count('better')} better, {count('indistinguishable')} indistinguishable,"
-        f" {count('same')} the same."
+        f"A is {options.a}, B is {options.b}; figures that are worse: {count('worse')},"
+        f" better: {count('better')}, indistinguishable: {count('indistinguishable')},"
+        f" the same: {count('same')}."
     ]
     if options.fail_over is not None:
         lines += [f"Regression: {one}." for one in regressions] or [

@@ -293,7 +293,7 @@ class LiveTensors(TorchDispatchMode):
                 for part in _dense(value):
                     if self._key(part) not in self._alive:
                         self._add_before(part)
-        before, within = self.current, 0
+        before, within, beside = self.current, 0, 0
         if func.overloadpacket in _LAYERS and not isinstance(args[0], FakeTensor):
             result, within = _within(lambda: self.call(func, args, kwargs))
         else:
@@ -301,7 +301,10 @@ class LiveTensors(TorchDispatchMode):
         for value in tree_leaves(result):
             for part in _dense(value):
                 self._update(part)
-        most = max(self.current, before + within)
+        if func.overloadpacket is torch.ops.aten._safe_softmax:
+            # A byte for each score says which are masked.
+            beside = result.numel()
+        most = max(self.current + beside, before + within)
         if most > self.peak:
             self.peak = most
             self.peaked(func)

@@ -465,6 +465,8 @@ def _hint(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
         return ": they are of no detector"
     if is_of != detector_kind(own):
         return f": they are of a {is_of[0]} {is_of[1]}"
-    if all(name in given and given[name].shape == own[name].shape for name in backbone):
+    others = any(name.startswith(DETECTOR_PREFIX) and name not in own for name in given)
+    fit = all(name in given and given[name].shape == own[name].shape for name in backbone)
+    if fit and not others:
         return ": the backbone fits, pyramid or heads do not (other classes or widths)"
     return ": the backbone is another one (ARCH string, mechanism or size of its images)"

@@ -206,6 +206,8 @@ CLASSIFIER = replace(
         "top1": 71.23,
         "top5": 90.12,
         "top1_interval": {"top1": [69.81, 72.64]},
+        "image_size": [32, 48],
+        "crop_share": 0.875,
     },
 )
 AFTER = changed(

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -276,23 +277,29 @@ def test_what_runs_unseen_alone_is_said_and_other_errors_are_their_own():
         peak(lambda: 1 / 0, device="cpu")
 
 
-@pytest.mark.parametrize("layer", ["attention", "encoder"])
+@pytest.mark.parametrize("layer", ["attention", "padded", "by head", "encoder", "fallback"])
 def test_scores_within_the_fast_path_are_in_the_peak(layer):
     batch, heads, count, channels = 2, 4, 257, 32
     x = torch.randn(batch, count, channels)
-    if layer == "attention":
-        module = nn.MultiheadAttention(channels, heads, batch_first=True).eval()
-    else:
-        module = nn.TransformerEncoderLayer(channels, heads, 8, batch_first=True).eval()
+    mask = torch.zeros(batch, count, dtype=torch.bool)
+    mask[:, 200:] = True
+    attention = nn.MultiheadAttention(channels, heads, batch_first=True).eval()
+    module = nn.TransformerEncoderLayer(channels, heads, 8, batch_first=True).eval()
+    split = x.unflatten(-1, (heads, -1)).mT.contiguous().mT.transpose(1, 2)
+    calls = {
+        "attention": lambda: attention(x, x, x, need_weights=False),
+        "padded": lambda: attention(x, x, x, need_weights=False, key_padding_mask=mask),
+        "by head": lambda: attention(x, x, x, average_attn_weights=False),
+        "encoder": lambda: module(x),
+        # Values of another width.
+        "fallback": lambda: F.scaled_dot_product_attention(split, split, split[..., :3]),
+    }
 
     def fn():
         with torch.no_grad():
-            if layer == "attention":
-                module(x, x, x, need_weights=False)
-            else:
-                module(x)
+            calls[layer]()
 
-    result = peak(fn, device="cpu", live=(module, x))
+    result = peak(fn, device="cpu", live=(attention, module, x, split, mask))
     with torch.profiler.profile(profile_memory=True) as profiled:
         fn()
     # All that the allocator gives and takes back, in turn.
