@@ -56,8 +56,6 @@ class CosineWindowAttention(ShiftedWindowAttention):
         )
         # The logarithm of 1 / τ.
         self.logit_scale = nn.Parameter(torch.full((self.num_heads, 1, 1), math.log(10)))
-        # Keys have none.
-        nn.init.zeros_(self.qkv.bias)
 
     def projected(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv.bias.chunk(3)

@@ -213,14 +213,14 @@ class ViL(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self, defaults: Defaults) -> None:
-        attention: set[nn.Module] = set()
-        drawn: set[nn.Parameter] = set()
+        kept: set[nn.Module] = set()
         for place in self.attention_places():
-            attention.update(place.module.modules())
-            drawn |= defaults.of(place.module)
+            if not defaults.hold(place.module):
+                kept.update(place.module.modules())
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                initialise_linear(module, drawn if module in attention else None)
+                if module not in kept:
+                    initialise_linear(module)
             elif isinstance(module, PatchEmbed):
                 tables = ("cls_token", "cls_pos_embed", "x_pos_embed", "y_pos_embed")
                 for table in (getattr(module, name, None) for name in tables):

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,35 +35,35 @@ class Defaults:
         finally:
             kind.reset_parameters = usual
 
-    def of(self, mechanism: nn.Module) -> set[nn.Parameter]:
-        """Its parameters that are trained and as torch made them, without values all of them.
+    def hold(self, mechanism: nn.Module) -> bool:
+        """Whether all its linear layers are trained and as torch made them, each for itself.
 
-        What stands in it twice, as a copy or a buffer, is left out: the constructor made it equal.
+        Where one is not, others may have been made to go with it. Without values they are.
         """
-        own = [*mechanism.parameters()]
-        sizes = {parameter.numel() for parameter in own}
-        buffers = (one for one in mechanism.buffers() if one.numel() in sizes)
-        state = [one for one in (*own, *buffers) if one.layout == torch.strided]
-        digests = {id(one): _digest(one) for one in state if not one.is_meta}
+        layers = [part for part in mechanism.modules() if isinstance(part, nn.Linear)]
+        own = {id(one): one for layer in layers for one in layer.parameters(recurse=False)}
+        sizes = {one.numel() for one in own.values()}
+        state = {id(one): one for one in (*mechanism.parameters(), *mechanism.buffers())}
+        digests = {
+            key: _digest(one)
+            for key, one in state.items()
+            if not one.is_meta and one.layout == torch.strided and one.numel() in sizes
+        }
         times = Counter(digests.values())
         once = {digest for digest in self._digests if times[digest] == 1}
-        trained = (parameter for parameter in own if parameter.requires_grad)
-        return {one for one in trained if one.is_meta or digests.get(id(one)) in once}
+        # A weight that something else makes, as weight_norm does, is no parameter.
+        return all("weight" in layer._parameters for layer in layers) and all(
+            one.requires_grad and (one.is_meta or digests.get(key) in once)
+            for key, one in own.items()
+        )
 
 
-def initialise_linear(layer: nn.Linear, only: Container[nn.Parameter] | None = None) -> None:
-    """Draw weights from a normal distribution that is cut at two, and set biases to 0.
-
-    Args:
-        layer: a layer, which is changed.
-        only: parameters that are, where others stay as a mechanism's constructor made them.
-    """
-    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+def initialise_linear(layer: nn.Linear) -> None:
+    """Draw weights from a normal distribution that is cut at two, and set biases to 0."""
     with torch.no_grad():
-        if weight is not None and (only is None or weight in only):
-            nn.init.trunc_normal_(weight, std=INIT_STD)
-        if bias is not None and (only is None or bias in only):
-            nn.init.zeros_(bias)
+        nn.init.trunc_normal_(layer.weight, std=INIT_STD)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 def _digest(tensor: Tensor) -> bytes:
