@@ -5,7 +5,7 @@ It is a run as any other, with the loop, checkpoints, logs and records of `runne
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from bench.data import classes
 from bench.data.check import class_remarks
 from bench.data.classes import ClassDataset
 from bench.data.loader import clear_worker_errors
+from bench.files import sha256, write_whole
 from bench.measure.flops import NotCountedError, count_flops
 from bench.model import build as models
 from bench.model import classifier
 from bench.model.optimizer import schedule_notes
 from bench.model.weights import load_file, load_published, save_file
+from bench.record import Record
 from bench.run.evaluate import Progress
 from bench.run.runner import Run
 from bench.run.train import Task, TrainingLog, train_task
@@ -119,6 +121,7 @@ class Pretraining(Run):
     def load(self, path: Path) -> None:
         """Load the weights that `save` wrote."""
         load_published(self.classifier.result, load_file(path))
+        _put(path, self.output, self.config.row)
         self.model = self.fabric.setup_module(self.classifier)
 
     def save(self, path: Path) -> None:
@@ -134,9 +137,37 @@ class Pretraining(Run):
             SIZE: [*classes.image_size(self.config)],
             CROP: self.config.classify.crop_share,
         }
-        state, names = self.classifier.result.state_dict(), self.images.classes
-        for file in (path, self.output / f"{record.slug(self.config.row)}.pth"):
-            save_file(state, file, origin, names, settings)
+        save_file(self.classifier.result.state_dict(), path, origin, self.images.classes, settings)
+        _put(path, self.output, self.config.row)
+
+
+def put_weights(records: Sequence[Record], output: Path) -> list[str]:
+    """Let `ROW.pth`, which `--init` finds, be of these records; say where it cannot be.
+
+    Another run of a row, with other settings, may have written it since.
+    """
+    notes = []
+    for entry in records:
+        kept = (entry.training or {}).get("weights")
+        path = output / kept["path"] if kept else None
+        if kept and path is not None and path.is_file() and sha256(path) == kept["sha256"]:
+            _put(path, output, entry.row)
+        elif (output / _name(entry.row)).is_file():
+            notes.append(
+                f"{output / _name(entry.row)} may be of another run of {entry.row}: the weights of"
+                " the record are gone"
+            )
+    return notes
+
+
+def _name(row: str) -> str:
+    return f"{record.slug(row)}.pth"
+
+
+def _put(path: Path, output: Path, row: str) -> None:
+    target = output / _name(row)
+    if not (target.is_file() and sha256(target) == sha256(path)):
+        write_whole(target, path.read_bytes())
 
 
 def evaluate(

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench import record
-from bench.config.schema import RunConfig
+from bench.config.schema import CLASSIFIER, RunConfig
 from bench.config.suites import Suite, families
 from bench.config.variants import Costs
 from bench.data import split
@@ -21,7 +21,7 @@ from bench.errors import InputError
 from bench.measure import reference
 from bench.model.optimizer import schedule_notes
 from bench.record import Record
-from bench.run import identity, pictures, runner, timing
+from bench.run import identity, pictures, pretrain, runner, timing
 from bench.run.identity import Standing
 from bench.system import devices, processes, slurm
 from bench.system.locks import LockedError
@@ -167,6 +167,9 @@ def survey(
         )
     check_free(missing, output)
     notes = [standing.note for standing in missing if standing.note]
+    if suite.runs[0].model.method == CLASSIFIER:
+        done = (one.record for one in standings if not one.failed)
+        notes += pretrain.put_weights([entry for entry in done if entry is not None], output)
     notes += [note for standing in missing for note in schedule_notes(standing.config)]
     if missing and check:
         configs = [standing.config for standing in missing]

@@ -175,6 +175,21 @@ def test_published_files_evaluate(done, tmp_path, capsys, refusal):
     assert "does not fit the classifier of 18 classes" in error
 
 
+def test_the_file_of_a_row_is_of_the_run_that_was_asked_for(tmp_path, capsys):
+    def weights(*more):
+        assert pretrain(tmp_path, "--attention", "performer", *TINY, *more) == 0
+        return (tmp_path / "performer.pth").read_bytes()
+
+    first = weights()
+    assert weights("train.lr=2e-3") != first
+    # It has its record.
+    assert weights() == first
+    for file in (tmp_path / "weights").iterdir():
+        file.unlink()
+    weights("train.lr=2e-3")
+    assert "may be of another run of performer" in " ".join(capsys.readouterr().out.split())
+
+
 def test_classes_are_matched_by_name(done, tmp_path, capsys, refusal):
     output, record = done
     data = shutil.copytree(next((output / "data").glob("classes-*")), tmp_path / "data")
