@@ -58,7 +58,8 @@ def intervals(library: Library) -> Table | None:
     lines = library.data.assign(rank=pd.Series(ranks(library), dtype="Int64"))
     if lines["box_low"].isna().all():
         return None
-    once = [not seeds.of(record) for record in library.records]
+    once = [bool(record.evaluation) and not seeds.of(record) for record in library.records]
+    every_once = not any(map(seeds.of, library.records))
     columns = [
         Column("row", "row", "label"),
         Column("seeds", "seeds"),
@@ -73,8 +74,8 @@ def intervals(library: Library) -> Table | None:
     draws = dict.fromkeys(
         str(draws["resamples"]) for draws in map(_bootstrap, library.records) if draws
     )
-    about = [(_ABOUT_INTERVALS if all(once) else _ABOUT_SEEDS).format(draws=", ".join(draws))]
-    if any(once) and not all(once):
+    about = [(_ABOUT_INTERVALS if every_once else _ABOUT_SEEDS).format(draws=", ".join(draws))]
+    if any(once) and not every_once:
         about.append(_ABOUT_ONCE.format(rows=", ".join(library.data["label"][once])))
     about.append(f"{_ABOUT_RANKS}{_BY_SEED * any(once)}.")
     return table("intervals", "Intervals of mAP", lines, columns, about)

@@ -79,7 +79,7 @@ def sentence(means: Mapping[str, Record]) -> str:
         return (
             "Each row was trained with one seed: what another seed would change was not measured."
         )
-    known = {label: listed(record) for label, record in means.items()}
+    known = {label: listed(record) for label, record in means.items() if record.evaluation}
     usual = Counter(known.values()).most_common(1)[0][0]
     others = [f"{label}: {own}" for label, own in known.items() if own != usual]
     failed = [

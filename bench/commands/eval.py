@@ -230,8 +230,9 @@ def _check(options: argparse.Namespace) -> None:
     if not (options.weights or options.record):
         raise InputError("no weights: name a checkpoint with --weights, or a run with --record")
     besides = [f"--{name}" for name in _DETECTOR if getattr(options, name) != _DETECTOR[name]]
-    if options.record and (besides or options.overrides):
-        given = ", ".join([*besides, *options.overrides])
+    others = [word for word in options.overrides if not word.startswith("data.")]
+    if options.record and (besides or others):
+        given = ", ".join([*besides, *others])
         raise InputError(f"--record {options.record} says what the detector is; leave out {given}")
     if options.output and options.output.is_dir():
         raise InputError(f"--output {options.output} is a folder; name a file")
@@ -311,6 +312,7 @@ def _config(
     """Return the configuration; `kind` is library and method by the names of the weights."""
     from bench.config.schema import RunConfig
     from bench.config.suites import build_config, profile_configs
+    from bench.config.values import assigned
     from bench.system.processes import world
 
     recorded = build_config(record.config) if record else None
@@ -333,7 +335,7 @@ def _config(
         if options.data or options.val:
             # The files that the run was given are of other data.
             run["data"] |= dict.fromkeys(("train_file", "val_file", "images"))
-        run["data"] |= file_values(options)
+        run["data"] |= file_values(options) | assigned(options.overrides).get("data", {})
         values = dict(record.config)
         run["model"] = {"library": record.model["library"]}
         return build_config(

@@ -117,6 +117,13 @@ def test_the_page_says_that_seeds_were_not_varied(tmp_path: Path) -> None:
     assert "It knows nothing of the training's seed" in text
 
 
+def test_a_row_that_failed_with_every_seed_was_trained_with_none(tmp_path: Path) -> None:
+    records = [seeded("ViL", 0), seeded("ViL", 1, 1), failed("full")]
+    text = page.write(records, tmp_path, title="Suite").read_text()
+    assert "mAP is the mean of the trainings with seeds 0, 1." in text
+    assert "trained with one seed" not in text.replace("where a row was trained with one seed", "")
+
+
 def test_rows_of_one_seed_beside_those_of_several_are_said(tmp_path: Path) -> None:
     records = [seeded("ViL", 0), seeded("ViL", 1, 1), seeded("full", 0)]
     text = page.write(records, tmp_path, title="Suite").read_text()

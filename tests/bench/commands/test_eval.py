@@ -248,6 +248,17 @@ def test_the_checkpoint_of_a_run_with_its_record(capsys, data, tmp_path):
     # full and swin, for example, have weights of the same names and shapes.
     (note,) = (one for one in json.loads(out)["notes"] if one.startswith(str(path)))
     assert f"is not what the run of {written} kept" in note
+    # Settings of the data are none of the detector.
+    path = data / "annotations" / "instances_val2017.json"
+    content = path.read_text()
+    edited = json.loads(content)
+    edited["annotations"][0]["bbox"][2] = 0
+    path.write_text(json.dumps(edited))
+    code, _, err = run(capsys, *arguments)
+    assert (code, "data.degenerate_boxes=drop leaves such boxes out" in err) == (2, True)
+    code, out, _ = run(capsys, *arguments, "data.degenerate_boxes=drop", "--format", "json")
+    assert any("box without area" in one for one in json.loads(out)["notes"])
+    path.write_text(content)
     code, _, err = run(capsys, *arguments, "--attention", "full", "seed=1")
     assert code == 2
     assert "leave out --attention, seed=1" in err
