@@ -226,6 +226,8 @@ class Standing:
             who = f"{self.named(sorted(few))} need{'s' * (len(few) == 1)}"
             said = f"the {'fewest' if unit is Unit.GIGA else 'least'} {what}"
             said += where.format(low if low == high else f"{low} to {high}")
+            if unit is not Unit.MS and len(left := self._left_out(chosen, values)):
+                said = f"{said.removesuffix(')')}; not known of {self.named(sorted(left))})"
             found.append(said if who == before else f"{who} {said}")
             before = who
         if sessions > 1:
@@ -234,6 +236,12 @@ class Standing:
                 f" ({self.named(apart)} in another than most rows)"
             )
         return in_words(found) or "what rows cost is not known"
+
+    @staticmethod
+    def _left_out(chosen: pd.DataFrame, values: pd.Series) -> pd.Index:
+        """Places of the rows that could cost less than all whose costs are known."""
+        above = chosen["flops"] > values.min() if values.name == "flops" else values > values.min()
+        return values.index[values.isna() & ~above.fillna(False)]
 
     def alike(self, sees: Profile | None = None) -> str:
         """What cannot be told apart."""

@@ -10,6 +10,7 @@ from bench.cli import PROG, add, add_overrides, as_arguments, names
 from bench.errors import InputError, some
 
 if TYPE_CHECKING:
+    from bench.config.schema import RunConfig
     from bench.data.classes import ClassDataset
 
 HELP = "pretrain the backbone of rows as classifiers, by the recipe of DeiT, or evaluate one"
@@ -119,11 +120,11 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     from bench.config.suites import load_suite, profile_configs
     from bench.data.generated import data_root
-    from bench.model.build import refusing
+    from bench.model.build import refusing, weights_notes
     from bench.model.classifier import build_classifier
     from bench.model.weights import load_classes, load_classifier, load_file, load_settings
     from bench.run.evaluate import remarks
-    from bench.run.pretrain import evaluate
+    from bench.run.pretrain import MECHANISM, evaluate
     from bench.system.devices import make_fabric
     from bench.system.progress import Bar
 
@@ -139,7 +140,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.position:
         (named,) = profile_configs(options.attention, backbone=backbone, position=options.position)
         overrides.append(f"model.arch={named.model.arch}")
-    own = {} if options.schedule else _own(load_settings(options.weights), overrides)
+    settings = load_settings(options.weights)
+    own = {} if options.schedule else _own(settings, overrides)
     overrides += [f"{name}={json.dumps(value)}" for name, value in own.items()]
     (config,) = load_suite(
         suite,
@@ -153,6 +155,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     root = data_root(config, options.output or Path("results") / "pretrain")
     trained = load_classes(options.weights)
     split, notes = _split(root, trained, str(options.weights))
+    notes += weights_notes(config, settings)
+    notes += _edited(config, settings.get(MECHANISM) or {})
     with refusing(config):
         module = build_classifier(config, len(split.classes))
     load_classifier(module.vil, load_file(options.weights), str(options.weights))
@@ -180,11 +184,22 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _own(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Size and crop that weights were evaluated with in their own run, those not given."""
+    """Size, crop and options that weights had in their own run, those not given."""
     from bench.run.pretrain import CROP, SIZE
 
     given = {word.partition("=")[0] for word in overrides}
-    return {name: settings[name] for name in (SIZE, CROP) if name in settings.keys() - given}
+    own = {name: settings[name] for name in (SIZE, CROP) if name in settings.keys() - given}
+    found = {f"model.options.{name}": v for name, v in settings.get("model.options", {}).items()}
+    return own | {name: value for name, value in found.items() if name not in given}
+
+
+def _edited(config: "RunConfig", before: Mapping[str, str]) -> list[str]:
+    """Say which files of a mechanism are not what the weights were trained with."""
+    from bench.config.sources import sources_of
+
+    now = {source.name: source.sha256 for source in sources_of(config.model)}
+    changed = sorted(name for name in before if name in now and before[name] != now[name])
+    return [f"{', '.join(changed)} changed since the weights were trained"] if changed else []
 
 
 def _remarks(root: Path, split: "ClassDataset", white: int) -> list[str]:

@@ -1,6 +1,6 @@
 """The model of a run, as its configuration describes it, and what a record says of it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -83,6 +83,27 @@ def build_backbone(config: RunConfig, num_classes: int = 1000) -> ViL:
     if model.compile and not next(vil.parameters()).is_meta:
         vil.compile()
     return vil
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """Return what of a configuration says what its weights compute, by dotted names."""
+    model = config.as_dict()["model"]
+    return {f"model.{name}": model[name] for name in ("attention", "options", "dense")}
+
+
+def weights_notes(config: RunConfig, settings: Mapping[str, Any]) -> list[str]:
+    """Say where weights come from a run whose mechanism computes something else.
+
+    Args:
+        config: of the model that takes them.
+        settings: what their file says of that run; nothing is said of what it does not say.
+    """
+    apart = [
+        f"{name}={settings[name]} (here {own})"
+        for name, own in settings_of(config).items()
+        if name in settings and settings[name] != own
+    ]
+    return [f"the weights' own run had {', '.join(apart)}"] if apart else []
 
 
 def buffer_notes(config: RunConfig, vil: ViL) -> list[str]:

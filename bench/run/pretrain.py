@@ -34,6 +34,8 @@ from bench.system.logs import run_log, table
 LEVEL = 0.95
 # Settings that decide what a classifier sees of an image that it is evaluated on.
 SIZE, CROP = "data.fixed_size", "classify.crop_share"
+# The files of its mechanism.
+MECHANISM = "mechanism"
 
 
 class Pretraining(Run):
@@ -136,6 +138,8 @@ class Pretraining(Run):
         settings = {
             SIZE: [*classes.image_size(self.config)],
             CROP: self.config.classify.crop_share,
+            **models.settings_of(self.config),
+            MECHANISM: self.identity.inputs.get("mechanism", {}),
         }
         save_file(self.classifier.result.state_dict(), path, origin, self.images.classes, settings)
         _put(path, self.output, self.config.row)

@@ -23,7 +23,13 @@ from bench.files import sha256
 from bench.measure.costs import flops_section, run_sections
 from bench.model import build as models
 from bench.model.optimizer import effective, schedule_notes
-from bench.model.weights import load_detector, load_file, load_origin, save_file
+from bench.model.weights import (
+    load_detector,
+    load_file,
+    load_origin,
+    load_settings,
+    save_file,
+)
 from bench.record import Record, error_section
 from bench.run.checkpoints import Checkpoints
 from bench.run.evaluate import Progress, evaluate
@@ -327,6 +333,7 @@ class Run:
         if config.train.init is not None:
             self.notes.append(models.initialise(self.detector, Path(config.train.init)))
             self.pretrain = load_origin(Path(config.train.init))
+            self.notes += models.weights_notes(config, load_settings(Path(config.train.init)))
         self._log_model()
 
     def train(self) -> None:

@@ -105,13 +105,26 @@ def test_the_answer_without_costs_at_full_size(records: list[Record]) -> None:
     (found,) = answer.first(unlike, [])
     assert found.sentences == (
         "ViL has the highest box mAP, 30.2 ± 6.4 %; of all rows, ViL and performer need the fewest"
-        f" FLOPs at 128{X}160 (1.44 G), ViL needs the least memory for training (0.49 GB) and the"
-        " least time for inference (151 ms, median).",
+        f" FLOPs at 128{X}160 (1.44 G), ViL needs the least memory for training (0.49 GB; not known"
+        " of performer) and the least time for inference (151 ms, median).",
         "Told apart as worse: performer; in all, 1 of 1 pairs of rows are told apart by mAP.",
         "Not measured here: costs at the size of large images (--costs counted); accuracy on"
         " photographs (mAP is of 100 generated images after 320 steps); what another seed changes"
         " (--seeds 3); what each row can see (--suite probes).",
     )
+
+
+def test_what_is_not_known_of_a_row_is_said_beside_the_least(records: list[Record]) -> None:
+    def said(uncounted: dict[str, int], total: float) -> str:
+        other = changed(records[1], {"flops.uncounted": uncounted, "flops.total": total})
+        (found,) = answer.first([records[0], other], [])
+        return found.sentences[0]
+
+    fft = {"aten._fft_c2c": 5}
+    fewest = f"needs the fewest FLOPs at 128{X}160 (1.44 G{{}})"
+    assert fewest.format("; not known of full") in said(fft, 1e9)
+    # A lower bound that is above it is known to be more.
+    assert fewest.format("") in said(fft, 2e9)
 
 
 def test_few_images_say_little(records: list[Record]) -> None:

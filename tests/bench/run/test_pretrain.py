@@ -190,6 +190,26 @@ def test_the_file_of_a_row_is_of_the_run_that_was_asked_for(tmp_path, capsys):
     assert "may be of another run of performer" in " ".join(capsys.readouterr().out.split())
 
 
+def test_options_of_the_run_are_those_of_its_weights(done, tmp_path, capsys):
+    output, _ = done
+    data = next((output / "data").glob("classes-*"))
+    words = ["--eval", "--backbone", "quick", "--data", str(data), "--attention", "performer"]
+    content = torch.load(output / "performer.pth", weights_only=True)
+    content["settings"]["model.options"] = {"num_features": 16}
+    content["settings"]["mechanism"] = dict.fromkeys(content["settings"]["mechanism"], "0")
+    torch.save(content, tmp_path / "own.pth")
+    # Features are a buffer, of another shape now.
+    code = main(command(tmp_path, *words, "--weights", str(tmp_path / "own.pth")))
+    assert code == 2
+    assert "does not fit the classifier" in capsys.readouterr().err
+    content["settings"] |= {"model.options": {}, "model.attention": "global"}
+    torch.save(content, tmp_path / "own.pth")
+    assert pretrain(tmp_path, *words, "--weights", str(tmp_path / "own.pth")) == 0
+    notes = json.loads(capsys.readouterr().out.splitlines()[-1])["notes"]
+    assert any("own run had model.attention=global (here performer)" in one for one in notes)
+    assert any("changed since the weights were trained" in one for one in notes)
+
+
 def test_classes_are_matched_by_name(done, tmp_path, capsys, refusal):
     output, record = done
     data = shutil.copytree(next((output / "data").glob("classes-*")), tmp_path / "data")
