@@ -8,7 +8,7 @@ import pandas as pd
 
 from bench.record import Record
 from report.columns import MISSING, Column, Table, table
-from report.load import code, labels
+from report.load import at, code, labels
 from report.searches import flat
 
 
@@ -21,10 +21,16 @@ def sentence(records: Sequence[Record]) -> str:
         f"Measured {_dates(records)} with {listed(map(_library, records))}",
         f"on {listed(map(machine, records))}",
         f"precision {listed(map(_precision, records))}",
-        f"seed {listed(record.seed for record in records)}",
+        f"seed {listed(seed for record in records for seed in _seeds(record))}",
         f"commit {listed(map(_commit, records))}",
     ]
     return "; ".join(facts) + "."
+
+
+def _seeds(record: Record) -> Sequence[int]:
+    """The seeds of a record; one of probes is of several."""
+    seeds: Sequence[int] = at(record, "config.recipe.seeds") or [record.seed]
+    return seeds
 
 
 def _dates(records: Sequence[Record]) -> str:

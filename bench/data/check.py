@@ -43,7 +43,7 @@ _BOX_OVERLAP, _BOX_PIXELS = 0.5, 3.0
 _ROUNDED, _SPARE = 0.01, 0.05
 # The share of boxes that has to fit better in another format, or to lie beside their masks alike,
 # before that is said.
-_MANY = 0.5
+_MANY, _SOME = 0.5, 0.2
 # Boxes whose edges are all off those of their masks by the same pixels lie beside them, from so
 # many boxes and pixels on; rounding moves a single edge by half a pixel.
 _BESIDE, _OFF, _ALIKE = 16, 0.75, 0.5
@@ -601,8 +601,12 @@ def _of_the_whole(
 
 
 def _small_range(tops: Sequence[int], white: int) -> Iterator[Finding]:
-    """Whether the highest values of 16-bit images say that they have fewer bits."""
+    """Whether the highest values of 16-bit images say that they have fewer bits, all or some."""
     top = max(tops, default=white)
+    dark = [one for one in tops if 4 * one < DEEPEST]
+    if white == DEEPEST and len(dark) >= _SOME * len(tops) and len(dark) < len(tops):
+        values: dict[str, Any] = {"count": len(dark), "all": len(tops), "top": max(dark)}
+        yield finding("deep images of which some have a small range", **values)
     if white == DEEPEST and 4 * top < DEEPEST:
         left = round(255 * top / DEEPEST)
         bits = 2 ** max(top.bit_length(), 8) - 1

@@ -152,6 +152,11 @@ KINDS: Mapping[str, Kind] = {
         "values up to {top} of 65535 in {count} 16-bit images",
         "scaled by 65535, which leaves {left} of 255; data.deep_white={white} scales by that",
     ),
+    "deep images of which some have a small range": Kind(
+        "values up to {top} of 65535 in {count} of {all} 16-bit images: have they fewer bits than"
+        " the others?",
+        "scaled by 65535 as those, and dark",
+    ),
     "no masks at all": Kind(
         "no annotation has a segmentation",
         "boxes are the masks to train on, and there is no mask AP; --method retinanet needs none",

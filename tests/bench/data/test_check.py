@@ -1006,6 +1006,11 @@ def test_a_small_range_of_deep_images_is_said_and_can_be_scaled(tmp_path: Path) 
     line, *_ = remarks([CocoDataset(tmp_path, "train2017")])
     assert "values up to 4000 of 65535 in 1 16-bit images; scaled by 65535, which leaves" in line
     assert "0 to 16 of 255; data.deep_white=4095 scales by that" in line
+    # Beside one that has all 16 bits.
+    Image.fromarray(values * 16).save(folder / "1.png")
+    line, *_ = remarks([CocoDataset(tmp_path, "train2017")])
+    assert "values up to 4000 of 65535 in 1 of 2 16-bit images: have they fewer bits" in line
+    Image.fromarray(values).save(folder / "1.png")
     scaled = CocoDataset(tmp_path, "train2017", deep_white=4095)
     np.testing.assert_allclose(scaled[1][0][0], values * (255 / 4095), atol=0.51)
     assert not any("values up to" in line for line in remarks([scaled]))
