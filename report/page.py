@@ -155,12 +155,13 @@ def show(records: Sequence[Record], costs: Sequence[Record], probed: Sequence[Re
         print(tables.to_text(table.shown))
 
 
-def write_folder(output: Path, *, title: str) -> Path:
+def write_folder(output: Path, *, title: str, probed: Sequence[Record] = ()) -> Path:
     """Write the page of all that an output folder has, and return its `index.md`.
 
     Args:
         output: the folder.
         title: of the page, where the folder has no suite.
+        probed: records of probes that a command asked for.
     """
     records = load(output)
     suites = listed(record.suite for record in records)
@@ -169,14 +170,14 @@ def write_folder(output: Path, *, title: str) -> Path:
         output,
         title=f"Suite {suites}" if records else title,
         costs=reference.load(output),
-        probes=small_tasks.load(output),
+        probes=small_tasks.load(output, probed),
         drawn=pictures.load(records, output),
     )
 
 
 def write_probes(records: Sequence[Record], output: Path, *, title: str) -> None:
     """Write the page of a folder that has probes, and print the tables of `records`."""
-    path = write_folder(output, title=title)
+    path = write_folder(output, title=title, probed=records)
     for table in small_tasks.tables(records):
         print(tables.to_text(table.shown))
     print(f"report: {_both(path)}")

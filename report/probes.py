@@ -5,6 +5,8 @@ mean of its levels; two mechanisms are compared on the same seeds and images.
 """
 
 import itertools
+import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +25,8 @@ from report import load as records_of
 from report.columns import Column, Table, Unit, decimals, letters_of, number, table
 from report.load import PARTIAL, published
 from report.plots import COLOURS, WIDTH, Plot, render
+
+log = logging.getLogger(__name__)
 
 KINDS = {"mechanism": "mechanisms", "row": "rows"}
 LEVEL = 0.05
@@ -54,9 +58,25 @@ Scores = dict[str, NDArray[np.float64]]
 """By name: accuracy of each seed, level and image, (seeds, levels, images)."""
 
 
-def load(folder: Path) -> list[Record]:
-    """Return the records of probes in an output folder; mechanisms first, as they were planned."""
-    found = [one for one in records_of.load(folder / PROBES) if "kind" in one.config]
+def load(folder: Path, asked: Sequence[Record] = ()) -> list[Record]:
+    """Return the records of probes in an output folder; mechanisms first, as they were planned.
+
+    Of a subject whose files changed in between, it is the newest.
+
+    Args:
+        folder: the output folder.
+        asked: records that are there and stand for their subjects, also where newer ones are.
+    """
+    every = [one for one in records_of.load(folder / PROBES) if "kind" in one.config]
+    chosen = {_subject(one): one for one in sorted(every, key=lambda one: one.created)}
+    chosen |= {_subject(one): one for one in asked if one.error is None}
+    for one in every:
+        if one.error is None and one.key != (other := chosen[_subject(one)]).key:
+            log.warning(
+                "left out of the report: the probes of %s of %s, as those of %s are of other files",
+                *(one.row, one.created, other.created),
+            )
+    found = list(chosen.values())
     place = {row: number for number, row in enumerate(published()["row"])}
     return sorted(
         found,
@@ -66,6 +86,11 @@ def load(folder: Path) -> list[Record]:
             one.row,
         ),
     )
+
+
+def _subject(record: Record) -> str:
+    """What was probed and how, without the files that it is made of."""
+    return json.dumps([record.row, record.config], sort_keys=True, default=str)
 
 
 def blocks(records: Sequence[Record]) -> list[str | Table | Plot]:

@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
         log=lambda line: print(line, file=sys.stderr, flush=True),
         retry_failed=options.retry_failed,
     )
-    path = page.write_folder(options.output, title="Probes")
+    path = page.write_folder(options.output, title="Probes", probed=records)
     if options.format == "json":
         print(json.dumps([json.loads(one.to_json()) for one in records]))
     else:

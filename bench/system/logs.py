@@ -3,6 +3,7 @@
 Both are in `output/logs`, one of each a run: `{row}-{key}.jsonl` and `{row}-{key}.log`.
 """
 
+import codecs
 import errno
 import io
 import json
@@ -27,11 +28,31 @@ run_log.setLevel(logging.INFO)
 run_log.addHandler(logging.NullHandler())
 
 
+# What signs are where output has no other than those of ASCII.
+_PLAIN = {
+    "≥": ">=",
+    "±": "+-",
+    "\N{MULTIPLICATION SIGN}": "x",
+    "\N{EN DASH}": "-",
+    "─": "-",
+    "…": "...",
+    "²": "^2",
+}
+
+
 def tolerate_encoding() -> None:
-    """Let what standard output cannot encode become `?`, where it is not UTF-8."""
+    """Let what standard output cannot encode become plain signs or `?`, where it is not UTF-8."""
+    codecs.register_error("plain", _plain)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="plain")
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(sign, "?") for sign in text), error.end
 
 
 def refused(prog: str, error: OSError) -> int:

@@ -141,6 +141,19 @@ def test_what_failed_is_named_and_the_newest_of_a_name_counts():
     assert probes.blocks([broken]) == []
 
 
+def test_what_a_command_asked_for_stands_for_its_subject(tmp_path, caplog):
+    first, second = (
+        replace(entry("mine", "mechanism", {"find": s}), key=key, created=f"2026-01-0{day}")
+        for day, (key, s) in enumerate((("a", 0.9), ("b", 0.3)), start=1)
+    )
+    for one in (first, second):
+        store.write(one, tmp_path / "probes")
+    assert [one.key for one in probes.load(tmp_path)] == ["b"]
+    assert "probes of mine of 2026-01-01, as those of 2026-01-02 are of other files" in caplog.text
+    # Its file is what it was before.
+    assert [one.key for one in probes.load(tmp_path, [first])] == ["a"]
+
+
 def test_one_seed_is_reported_with_its_limits():
     records = [entry(n, "mechanism", {"bind": s}, seeds=1) for n, s in (("a", 0.9), ("b", 0.5))]
     table = probes.tables(records)[0]
