@@ -149,6 +149,8 @@ def _cost_of(limit: Limit, library: Library, within: pd.Series, without: pd.Seri
     """Say what a limit costs: which rows it alone keeps out, and how good they are."""
     out = without & ~within
     if not out.any():
+        if _undecided(library.data, limit).any():
+            return f"{limit.option} keeps out no row whose cost is known."
         return f"{limit.option} costs nothing: it keeps out no row that the other limits allow."
     free = Standing(_only(library, without), None)
     best = Standing(_only(library, within), None)

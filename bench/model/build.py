@@ -197,10 +197,13 @@ def initialise(detector: detectors.Detector, path: Path) -> str:
     detector.load_state_dict({**own, **found})
     missing = sum(map(_is_of_backbone, set(own) - set(found)))
     digest = sha256(path)
+    heads = ("cls_score", "classification_head.cls_logits")
+    by_number = any(head in name for name in found for head in heads)
     return (
         f"initialised from {path.name} (sha256 {digest[:16]}): {len(found)} tensors"
         + (f"; left out as they do not fit: {', '.join(left)}" if left else "")
         + (f"; {missing} of the backbone start anew" if missing else "")
+        + ("; heads of classes among them, taken over by the classes' numbers" if by_number else "")
     )
 
 

@@ -366,7 +366,7 @@ def test_limits_choose_rows_and_say_what_they_cost(
     (found,) = recommend.recommend(records, costs, limits(memory=16, flops=250), mode="training")
     assert found.table.raw["row"].tolist() == ["performer"]
     text = " ".join(found.sentences)
-    assert "--max-memory 16 costs nothing" in text
+    assert "--max-memory 16 keeps out no row whose cost is known." in text
     assert "--max-flops 250 keeps out ViL and full; it costs 5." in text
     assert "told apart)" in text
     assert "not considered, as its cost is not known: srformer/32" in text.lower()
@@ -393,6 +393,7 @@ def test_limits_that_nothing_meets_name_the_nearest(
         " least 255 G, without aten._fft_c2c (1))."
     ) in found.sentences
     assert not any("keeps out" in one and "ViL" in one for one in found.sentences)
+    assert not any("costs nothing" in one for one in found.sentences)
     (found,) = recommend.recommend(records, costs, limits(flops=201), mode="training")
     assert any("keeps out" in one and "ViL" in one for one in found.sentences)
     # What it needs is a limit that it meets, as it is copied from there.

@@ -55,3 +55,13 @@ def test_buffers_of_compiled_blocks_that_are_computed_again_are_said(
     (config,) = load_suite("quick", rows=[row], overrides=settings).runs
     notes = models.buffer_notes(config, models.build_backbone(config))
     assert ["twice a step" in note for note in notes] == [True] * said
+
+
+@pytest.mark.parametrize(("classes", "said"), [(6, True), (5, False)])
+def test_heads_of_classes_that_are_taken_over_by_number_are_said(
+    tmp_path: Path, classes: int, said: bool
+) -> None:
+    config = load_suite("quick", rows=["ViL"]).runs[0]
+    torch.save(models.build_detector(config, 6).state_dict(), tmp_path / "six.pth")
+    note = models.initialise(models.build_detector(config, classes), tmp_path / "six.pth")
+    assert ("taken over by the classes' numbers" in note) == said
