@@ -5,7 +5,6 @@ mean of its levels; two mechanisms are compared on the same seeds and images.
 """
 
 import itertools
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,7 +60,7 @@ Scores = dict[str, NDArray[np.float64]]
 def load(folder: Path, asked: Sequence[Record] = ()) -> list[Record]:
     """Return the records of probes in an output folder; mechanisms first, as they were planned.
 
-    Of a subject whose files changed in between, it is the newest.
+    Of a subject whose files, tasks or recipe changed in between, it is the newest.
 
     Args:
         folder: the output folder.
@@ -73,7 +72,7 @@ def load(folder: Path, asked: Sequence[Record] = ()) -> list[Record]:
     for one in every:
         if one.error is None and one.key != (other := chosen[_subject(one)]).key:
             log.warning(
-                "left out of the report: the probes of %s of %s, as those of %s are of other files",
+                "left out of the report: the probes of %s of %s, as those of %s stand for it",
                 *(one.row, one.created, other.created),
             )
     found = list(chosen.values())
@@ -88,9 +87,9 @@ def load(folder: Path, asked: Sequence[Record] = ()) -> list[Record]:
     )
 
 
-def _subject(record: Record) -> str:
-    """What was probed and how, without the files that it is made of."""
-    return json.dumps([record.row, record.config], sort_keys=True, default=str)
+def _subject(record: Record) -> tuple[str, str]:
+    """What was probed, whatever files it was made of, and however."""
+    return record.row, record.config["kind"]
 
 
 def blocks(records: Sequence[Record]) -> list[str | Table | Plot]:

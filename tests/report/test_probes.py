@@ -149,7 +149,7 @@ def test_what_a_command_asked_for_stands_for_its_subject(tmp_path, caplog):
     for one in (first, second):
         store.write(one, tmp_path / "probes")
     assert [one.key for one in probes.load(tmp_path)] == ["b"]
-    assert "probes of mine of 2026-01-01, as those of 2026-01-02 are of other files" in caplog.text
+    assert "probes of mine of 2026-01-01, as those of 2026-01-02 stand for it" in caplog.text
     # Its file is what it was before.
     assert [one.key for one in probes.load(tmp_path, [first])] == ["a"]
 
