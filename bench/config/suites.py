@@ -638,9 +638,22 @@ def made_for_one_size(config: RunConfig) -> str | None:
 
 
 def resize_notes(config: RunConfig) -> list[str]:
-    """Return a note where all images of a row are resized to one size, and for whose sake."""
+    """Return a note where images of a row are resized to another size than its costs are of.
+
+    All are to one size where data.fixed_size says so, for the sake of its mechanism or not.
+    """
+    size = config.profile.image_size
     if config.data.fixed_size is None:
-        return []
+        stages, data = _stages(config), config.data
+        scale = min(data.min_sizes[-1] / min(size), data.max_size / max(size))
+        taken = [_padded(round(scale * side), stages) for side in size]
+        if taken == [_padded(side, stages) for side in size]:
+            return []
+        return [
+            f"costs are of images of {size[0]}x{size[1]}, which are evaluated as"
+            f" {taken[0]}x{taken[1]} by data.min_sizes and data.max_size;"
+            f" profile.image_size={taken} has costs of that"
+        ]
     only = "works for one sequence length: " if made_for_one_size(config) else ""
     return [f"{only}every image is resized to {'x'.join(map(str, config.data.fixed_size))}"]
 

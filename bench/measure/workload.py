@@ -6,8 +6,9 @@ alone.
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,16 @@ class Workload:
         with self._fixed():
             return total_loss(self.model(*self.inputs, *self.targets))
 
-    def _fixed(self) -> AbstractContextManager[None]:
+    def _fixed(self) -> AbstractContextManager[object]:
         if not isinstance(self.module, Detector):
             return nullcontext()
-        return fixed_rois(self.module, Counts(**stated_rois(self.config)))
+        fixed = ExitStack()
+        fixed.enter_context(fixed_rois(self.module, Counts(**stated_rois(self.config))))
+        size = image_size(self.config)
+        # What is measured is of the size that it says, whatever images are resized to elsewhere.
+        if all(tuple(image.shape[-2:]) == size for image in self.inputs[0]):
+            fixed.enter_context(_resized_to(self.module, size))
+        return fixed
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -183,6 +190,20 @@ class Workload:
         return Workload(
             module, inputs, fabric=self.fabric, config=self.config, model=model, whole=False
         )
+
+
+@contextmanager
+def _resized_to(detector: Detector, size: tuple[int, int]) -> Iterator[None]:
+    """Let a detector resize images to one size, (rows, columns)."""
+    usual = detector.settings
+    parts: list[Any] = [part for part in detector.modules() if vars(part).get("settings") is usual]
+    for part in parts:
+        part.settings = replace(usual, fixed_size=size)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.settings = usual
 
 
 class _InPrecision(nn.Module):

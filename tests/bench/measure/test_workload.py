@@ -8,7 +8,8 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
 from torch import nn
 
-from bench.config.suites import profile_configs
+from bench.config.schema import MODES
+from bench.config.suites import load_suite, profile_configs, resize_notes
 from bench.data.loader import Pace
 from bench.measure import memory
 from bench.measure.costs import measure_memory, phase_latencies
@@ -136,3 +137,24 @@ def test_memory_that_cannot_be_measured_loses_nothing_else(monkeypatch):
     assert notes == [
         "memory of training not measured: it does not run where its tensors are watched"
     ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        (["data.min_sizes=[256]", "data.max_size=320"], "evaluated as 256x320"),
+        (["data.min_sizes=[192,128]", "data.max_size=300"], None),
+    ],
+)
+def test_memory_is_of_the_size_that_it_says(sizes, said):
+    """Whatever images of that size are resized to in training and evaluation."""
+    found = []
+    for more in ([], sizes):
+        (config,) = load_suite("quick", rows=["identity"], overrides=more, device="cpu").runs
+        work = build(config)
+        usual = work.module.settings
+        peaks = [peak(work.call(mode), device="cpu", live=work.live(mode)).bytes for mode in MODES]
+        found.append(peaks)
+        assert work.module.settings is usual
+    assert found[1] == pytest.approx(found[0], rel=0.02)
+    assert [said in note for note in resize_notes(config)] == ([True] if said else [])
