@@ -368,8 +368,10 @@ class Products:
         if total.counted or total.count > _FEW * where.numel():
             self._hold(where, replace(total, count=0, counted=True, elements=0))
             return total.summed()
-        self._hold(where, replace(total, elements=total.elements + elements))
-        return Seen(0, elements, elements)
+        # Of a sum that is not counted, as of a recurrence, additions are elements, and no products.
+        products = sum(part.elements for part in parts if part.chain is None)
+        self._hold(where, replace(total, elements=total.elements + elements - products))
+        return Seen(0, elements - round(products), elements)
 
 
 def _is_view(func: Any) -> bool:

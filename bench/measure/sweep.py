@@ -381,7 +381,7 @@ def describe(point: Record) -> str:
     error = point.error or {}
     parts = [f"{error['kind'].replace('_', ' ')}: {error['message']}"] if error else []
     if point.flops:
-        least = "≥ " if point.flops["uncounted"] else ""
+        least = "≥ " if point.flops.get("uncounted") else ""
         parts.append(f"{least}{point.flops['total'] / 1e9:,.2f} G multiply-adds")
     if point.memory and point.memory[mode] is not None:
         parts.append(f"{point.memory[mode] / 1e6:,.0f} MB")
