@@ -44,6 +44,8 @@ _ROUNDED, _SPARE = 0.01, 0.05
 # The share of boxes that has to fit better in another format, or to lie beside their masks alike,
 # before that is said.
 _MANY, _SOME = 0.5, 0.2
+# Share of the pixels of a deep image that may be defects.
+_FEW_PIXELS = 1e-3
 # Boxes whose edges are all off those of their masks by the same pixels lie beside them, from so
 # many boxes and pixels on; rounding moves a single edge by half a pixel.
 _BESIDE, _OFF, _ALIKE = 16, 0.75, 0.5
@@ -247,7 +249,8 @@ def class_remarks(splits: Iterable[ClassDataset], white: int) -> list[str]:
         tally, tops, seen = Tally(), [], {}
         empty, others = split.left_out()
         for name in empty:
-            tally.add(finding("class without an image", name=name))
+            kind = "class number without an image" if split.is_sharded else "class without an image"
+            tally.add(finding(kind, name=name))
         for name in others:
             shards = split.is_sharded
             kind = "second image of a sample" if shards else "file of a class that is no image"
@@ -375,6 +378,8 @@ def _oddities(picture: Picture) -> Iterator[tuple[str, dict[str, Any]]]:
     if picture.mode != "RGB":
         kind = _MODES.get(picture.mode, "image of an unusual mode")
         yield kind, {"mode": picture.mode, "top": picture.top}
+        if kind == "16-bit image":
+            yield from _few_bright(picture)
     if picture.cut:
         yield "16-bit colour image", {"top": int(picture.pixels.max())}
     low, high = int(picture.pixels.min()), int(picture.pixels.max())
@@ -384,6 +389,14 @@ def _oddities(picture: Picture) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "image turned by EXIF", {"orientation": picture.orientation}
     if picture.animated:
         yield "image of several frames", {}
+
+
+def _few_bright(picture: Picture) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Whether a deep image is dark but for a few pixels, such as a sensor's defects."""
+    pixels = picture.pixels[0].numpy()
+    usual = int(np.quantile(pixels, 1 - _FEW_PIXELS, method="lower"))
+    if 4 * usual < pixels.max() and 4 * usual < 255 <= 4 * int(pixels.max()):
+        yield "dark image with a few bright pixels", {"top": int(pixels.max()), "usual": usual}
 
 
 def _inspect_mask(annotation: Entry, entry: Entry, runs: Runs) -> Iterator[Finding]:

@@ -67,6 +67,7 @@ class ClassDataset:
         self.passed_over: list[str] = []
         own, samples = _shards(shards, self.passed_over) if sharded else _folders(self.folder)
         self.is_sharded = bool(sharded)
+        self.classes_are_own = classes is None
         self.classes: tuple[str, ...] = classes or own
         unknown = [name for name in own if name not in self.classes]
         if unknown:
@@ -82,7 +83,10 @@ class ClassDataset:
     def left_out(self) -> tuple[list[str], list[str]]:
         """Return the classes that have no image here, and the files of others that are not read."""
         if self.is_sharded:
-            return [], self.passed_over
+            labels = {label for _, label in self.samples}
+            # A split to evaluate on need not have all of the other's.
+            numbers = range(len(self.classes)) if self.classes_are_own else ()
+            return [self.classes[n] for n in numbers if n not in labels], self.passed_over
         own = (Path(path).relative_to(self.folder) for (path, *_), _ in self.samples)
         read = {path.as_posix() for path in own}
         used = {name.partition("/")[0] for name in read}

@@ -179,6 +179,10 @@ KINDS: Mapping[str, Kind] = {
     ),
     "image twice in a split": Kind("has the pixels of {other}", "used twice"),
     "class without an image": Kind("has no image", "left out", left_out=True),
+    "class number without an image": Kind(
+        "has no image: do classes count from 1, or is one missing?",
+        "an output of the classifier all the same",
+    ),
     "second image of a sample": Kind("is beside another image of its sample", "left out"),
     "file of a class that is no image": Kind(
         "has the ending {ending!r}, no image's that is read", "left out", left_out=True
@@ -284,6 +288,11 @@ KINDS: Mapping[str, Kind] = {
     "transparent image": Kind(_MODE, _TRANSPARENT),
     "CMYK image": Kind(_MODE, _RGB),
     "16-bit image": Kind(_MODE + " and values up to {top}", "grey, scaled to 8 bit"),
+    "dark image with a few bright pixels": Kind(
+        "has values up to {top} of 255 when scaled to 8 bit, but 99.9 % of its pixels have {usual}"
+        " at most: are the others defects of the sensor?",
+        "used as it is, dark",
+    ),
     "16-bit colour image": Kind(
         "has 16 bits a channel, whose upper 8 go up to {top}", "the upper 8 bits are used"
     ),

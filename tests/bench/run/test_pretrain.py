@@ -365,6 +365,19 @@ def test_shards_that_were_joined_and_samples_of_two_images(tmp_path):
         classes.ClassDataset(tmp_path, "val")
 
 
+def test_labels_of_shards_that_count_from_one(tmp_path):
+    for split, labels in (("train", (1, 2, 4)), ("val", (1, 2))):
+        (tmp_path / split).mkdir()
+        images = [(f"{number}.png", png("red")) for number in labels]
+        numbers = [(f"{number}.cls", str(number).encode()) for number in labels]
+        shard(tmp_path / split / "a.tar", images + numbers)
+    train, val = classes.open_splits(tmp_path)
+    number = "class number without an image"
+    [line] = [line for line in class_remarks([train], 255) if number in line]
+    assert f"2 of: {number} (0, 3)" in line
+    assert not any(number in line for line in class_remarks([val], 255))
+
+
 @pytest.fixture
 def shards(tmp_path):
     """The same images in folders and in shards, two a split."""
