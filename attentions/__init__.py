@@ -10,10 +10,11 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
+import sysconfig
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from attentions.contract import Attention, AttentionModule, Grid, accepted_options
-from attentions.reads import Reads, imports_of, listening, settings_kept
+from attentions.reads import Reads, forget_imports, imports_of, listening, settings_kept
 from attentions.registry import registered
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "build",
     "build_for",
     "find",
+    "forget_edited",
     "heard",
     "imports_of",
     "names",
@@ -48,6 +50,9 @@ _PLACE = ("grid", "seq_len", "position", "block_index")
 _folders: list[Path] = []
 # What each mechanism of the user has read so far.
 _reads: defaultdict[str, Reads] = defaultdict(Reads)
+# Of each module that came with a mechanism of the user, its file and when that was last changed.
+_modules: dict[str, tuple[Path, int]] = {}
+_INSTALLED = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib", "stdlib")}
 
 
 def names() -> tuple[str, ...]:
@@ -169,6 +174,38 @@ def heard(name: str) -> Iterator[None]:
         yield
 
 
+def forget_edited() -> None:
+    """Let mechanisms of the user be imported anew where one of their files was edited since.
+
+    A process that goes on, such as a notebook's, would build what was in the files before.
+    """
+    if any(_changed(path) != changed for path, changed in _modules.values()):
+        for mechanism in [*_reads]:
+            if _key(mechanism.rpartition(":")[0]) in _modules:
+                del _reads[mechanism]
+        for name, (path, _) in _modules.items():
+            forget_imports(path)
+            sys.modules.pop(name, None)
+        _modules.clear()
+        importlib.invalidate_caches()
+
+
+def _changed(path: Path) -> int:
+    with suppress(OSError):
+        return path.stat().st_mtime_ns
+    return 0
+
+
+def _keep_in_mind(names: Iterable[str]) -> None:
+    """Remember those modules that are neither installed nor of this package."""
+    for name in names:
+        file = getattr(sys.modules.get(name), "__file__", None)
+        path = Path(file or "").resolve()
+        places = (*_INSTALLED, Path(__file__).resolve().parents[1])
+        if file and not any(map(path.is_relative_to, places)):
+            _modules[name] = path, _changed(path)
+
+
 def _nearest(value: str, allowed: Iterable[str]) -> str:
     close = difflib.get_close_matches(value, list(allowed), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
@@ -176,9 +213,11 @@ def _nearest(value: str, allowed: Iterable[str]) -> str:
 
 def _load(name: str) -> type[nn.Module]:
     source, _, attribute = name.rpartition(":")
+    before = {*sys.modules}
     try:
         with heard(name):
             module = _load_file(Path(source)) if source.endswith(".py") else _import(source)
+        _keep_in_mind(sys.modules.keys() - before)
     except (Exception, SystemExit) as error:
         # Whatever goes wrong in the user's code is a mistake in what this name points at.
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -196,10 +235,18 @@ def _import(source: str) -> Any:
     return importlib.import_module(source)
 
 
+def _key(source: str) -> str:
+    """The name in sys.modules of a mechanism's file or module."""
+    if not source.endswith(".py"):
+        return source
+    path = Path(source)
+    return f"attentions_user_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+
+
 def _load_file(path: Path) -> Any:
     if not path.is_file():
         raise ImportError(f"no such file: {path}")
-    key = f"attentions_user_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+    key = _key(str(path))
     if key not in sys.modules:
         _let_import_from(path.resolve().parent)
         spec = importlib.util.spec_from_file_location(key, path)

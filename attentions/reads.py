@@ -47,6 +47,11 @@ def imports_of(file: Path) -> set[Path]:
     return set(map(Path, _imports.get(_real(str(file)), ())))
 
 
+def forget_imports(file: Path) -> None:
+    """Forget what was imported while code of a file ran, as it will run anew."""
+    _imports.pop(_real(str(file)), None)
+
+
 @contextmanager
 def listening(reads: Reads) -> Iterator[None]:
     """Add to `reads` what is read within."""

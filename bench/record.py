@@ -532,7 +532,12 @@ def _link(temporary: Path, target: Path) -> None:
         temporary.rename(target)
 
 
+# What says, in a hook of git's, which repository is meant; another one than ours, it may be.
+_REPOSITORY = {f"GIT_{name}" for name in ("DIR", "WORK_TREE", "INDEX_FILE", "COMMON_DIR")}
+
+
 def _git(root: Path, *arguments: str) -> str | None:
+    environment = {k: v for k, v in os.environ.items() if k not in _REPOSITORY}
     try:
         result = subprocess.run(
             ["git", "--no-optional-locks", "-C", str(root), *arguments],
@@ -540,6 +545,7 @@ def _git(root: Path, *arguments: str) -> str | None:
             text=True,
             timeout=30,
             check=True,
+            env=environment,
         )
     except (OSError, subprocess.SubprocessError):
         return None

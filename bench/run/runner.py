@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch import nn
 
+import attentions
 from bench import record
 from bench.config.schema import CLASSIFIER, RunConfig, TrainConfig
 from bench.config.suites import resize_notes
@@ -107,6 +108,8 @@ def run(
         AbandonedError: where this process failed and others did not, after the record is written.
     """
     output = output or Path("results") / (config.suite or "runs")
+    if identity is None:
+        attentions.forget_edited()
     identity = identity or devices.decide_in_first(config, lambda: identify(config))
     with _claimed(config, identity, output) as (finished, trained):
         if finished is not None:

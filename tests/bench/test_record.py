@@ -246,7 +246,7 @@ def test_environment_is_complete_and_plain() -> None:
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_checkout_tells_commit_and_changes(tmp_path: Path) -> None:
+def test_checkout_tells_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*arguments: str) -> str:
         identity = ["-c", "user.name=n", "-c", "user.email=n@example.org"]
         command = ["git", "-C", str(tmp_path), *identity, *arguments]
@@ -269,3 +269,7 @@ def test_checkout_tells_commit_and_changes(tmp_path: Path) -> None:
     assert store.checkout(tmp_path) == (commit, True)
     # A package installed inside somebody's checkout is not that checkout.
     assert store.checkout(code.parent) == (None, None)
+    # As in a hook of another repository.
+    subprocess.run(["git", "init", str(tmp_path / "other")], check=True, capture_output=True)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))
+    assert store.checkout(tmp_path) == (commit, True)

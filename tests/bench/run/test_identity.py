@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,22 @@ def test_a_mechanism_is_its_file_and_what_it_imports_from_beside_it(tmp_path: Pa
     (tmp_path / "helper.py").write_text("WIDTH = 16\n")
     after = {source.name: source.sha256 for source in mechanism_sources(name)}
     assert [name for name in after if after[name] != before[name]] == ["helper.py"]
+
+
+def test_what_was_edited_is_imported_anew_by_the_next_run(tmp_path: Path) -> None:
+    """In a notebook, whose process has imported what was in the files before."""
+    helper = tmp_path / "helper_of_a_notebook.py"
+    helper.write_text("WIDTH = 1\n")
+    name = write(tmp_path / "mine.py", imports=f"import {helper.stem}")
+    found = attentions.find(name)
+    attentions.forget_edited()
+    assert attentions.find(name) is found
+    helper.write_text("WIDTH = 16\n")
+    os.utime(helper, (1, 1))
+    attentions.forget_edited()
+    assert attentions.find(name) is not found
+    assert sys.modules[helper.stem].__dict__["WIDTH"] == 16
+    assert [source.name for source in mechanism_sources(name)] == [helper.name, "mine.py"]
 
 
 def test_a_file_imports_from_beside_it_and_from_where_it_says(tmp_path: Path) -> None:
