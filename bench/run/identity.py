@@ -50,6 +50,7 @@ _AFTER_TRAINING = (
     "evaluate",
     "profile",
 )
+_INIT = "the checkpoint of --init"
 # Not worth trying again before something changes: the same command would end the same way.
 _FINAL_ERRORS = ("error", "diverged", "out_of_memory")
 # What is said of a row that is not tried again.
@@ -131,7 +132,7 @@ class Identity:
             apart = [split for split in apart if split == self.train_split]
         found = [f"data {split}" for split in apart]
         if _differ(self.inputs.get("init"), inputs.get("init")):
-            found.append("the checkpoint of --init")
+            found.append(_INIT)
         if known is None:
             made = datetime.fromisoformat(other.created).timestamp()
             users = [one for one in self.sources if not one.name.endswith(OURS)]
@@ -238,6 +239,18 @@ def _inputs_of_old(entry: Record) -> dict[str, Any]:
         if match is not None:
             found["init"] = match[1]
     return found
+
+
+def replaced(identity: Identity, config: RunConfig, *, of_training: bool) -> list[str]:
+    """Return which files of the data, or of the start, changed since the identity was taken.
+
+    Args:
+        of_training: look at what the weights depend on alone.
+    """
+    before, now = identity.inputs, _inputs(config, (), {})
+    apart = _apart(before.get("data"), now.get("data"))
+    found = [f"data {name}" for name in apart if not of_training or name == identity.train_split]
+    return found + [_INIT] * _differ(before.get("init"), now.get("init"))
 
 
 def _apart(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> list[str]:

@@ -43,7 +43,8 @@ class Pretraining(Run):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        self.phases: list[Callable[[], None]] = [self.open, self.build, self.train, self.evaluate]
+        # Nothing is measured.
+        self.phases.remove(self.measure)
 
     def read(self, root: Path) -> None:
         """Read the images to train on, and those to evaluate on."""

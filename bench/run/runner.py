@@ -35,7 +35,7 @@ from bench.record import Record, error_section
 from bench.run.checkpoints import Checkpoints
 from bench.run.evaluate import Progress, evaluate
 from bench.run.evaluate import remarks as evaluation_remarks
-from bench.run.identity import Identity, done, identify, records_of
+from bench.run.identity import Identity, done, identify, records_of, replaced
 from bench.run.train import TrainingLog, train
 from bench.system import devices, locks, processes
 from bench.system.interrupt import StopRequest
@@ -259,7 +259,8 @@ class Run:
             identity={"configuration": identity.weights_key},
         )
         self.phases: list[Callable[[], None]] = [
-            self.open, self.build, self.train, self.evaluate, self.measure,
+            self.open, self.build, self.check_inputs, self.train,
+            self.evaluate, self.check_inputs, self.measure,
         ]  # fmt: skip
 
     def record(self) -> Record:
@@ -339,6 +340,25 @@ class Run:
             self.notes += models.weights_notes(config, load_settings(Path(config.train.init)))
         self._log_model()
 
+    def check_inputs(self, *, of_training: bool = False) -> None:
+        """Refuse files that are not those any more that the run and its record are called after.
+
+        Args:
+            of_training: look at what the weights depend on alone.
+
+        Raises:
+            InputError: naming them.
+        """
+        changed: list[str] = []
+        if self.fabric.is_global_zero:
+            changed = replaced(self.identity, self.config, of_training=of_training)
+        changed = self.fabric.broadcast(changed)
+        if changed:
+            raise InputError(
+                f"changed while the command ran: {', '.join(changed)}; give it again, and"
+                " what has no record of these files yet is run"
+            )
+
     def train(self) -> None:
         """Train, or load the weights of a run that trained them before."""
         if self.trained_before is not None:
@@ -357,6 +377,11 @@ class Run:
         self.sections["training"] = _training_section(log, self.recipe) | {
             "classes": self.classes()
         }
+        try:
+            self.check_inputs(of_training=True)
+        except InputError:
+            self.checkpoints.remove()
+            raise
         if self.fabric.is_global_zero and self.options.keep_weights:
             self.sections["training"]["weights"] = self._save_weights()
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench import record
 from bench.config.schema import RunConfig
 from bench.config.suites import load_suite
 from bench.data import split as inputs
@@ -17,6 +18,7 @@ from bench.data.coco import CocoDataset
 from bench.data.generated import generate
 from bench.errors import InputError
 from bench.run import runner
+from bench.run.identity import identify
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +166,43 @@ def test_a_run_compares_the_categories_too(root: Path, tmp_path: Path) -> None:
     config = relisted(root, tmp_path / "data", lambda old: old[1:])
     with pytest.raises(InputError, match="only train2017 has 1 'disc'"):
         runner.run(config, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("when", ["before", "while it trains", "while it is evaluated"])
+def test_no_record_is_of_files_that_were_put_in_the_place_of_its_own(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    shutil.copytree(root, tmp_path / "data")
+    config = run_of(
+        f"data.path={tmp_path / 'data'}", "train.steps=1", "train.batch_size=1",
+        "evaluate.splits=[val2017]", "evaluate.bootstrap=0", "profile.enabled=false",
+    )  # fmt: skip
+    split = "val2017" if when == "while it is evaluated" else "train2017"
+    annotations = tmp_path / "data" / "annotations" / f"instances_{split}.json"
+    identity, before = identify(config), annotations.read_bytes()
+
+    def put(*_: Any) -> None:
+        annotations.write_bytes(before + b"\n")
+
+    def put_first(name: str) -> None:
+        usual = getattr(runner.Run, name)
+        monkeypatch.setattr(runner.Run, name, lambda *given: (put(), usual(*given))[1])
+
+    if when == "before":
+        put()
+    else:
+        put_first("fit" if split == "train2017" else "score")
+    output = tmp_path / "out"
+    with pytest.raises(InputError, match=f"changed while the command ran: data {split}; give it"):
+        runner.run(config, output=output, identity=identity)
+    (entry,) = record.read_all(output.glob("records/*.json"))
+    assert entry.status == "failed"
+    # Weights of other images are not kept under the name of these.
+    assert any(output.rglob("*.pth")) == (split == "val2017")
+    assert not any(output.rglob("step-*.pt")) or split == "val2017"
+    monkeypatch.undo()
+    annotations.write_bytes(before)
+    assert runner.run(config, output=output, identity=identity).status == "done"
 
 
 def test_a_record_says_what_was_misread_and_of_which_classes_it_is(
