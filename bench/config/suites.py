@@ -418,6 +418,16 @@ def build_config(values: Mapping[str, Any]) -> RunConfig:
             raise InputError(
                 "data.fixed_size: a classifier needs the (height, width) of its images"
             )
+        part = train.batch_size // (train.devices * train.accumulate)
+        mixing = {"mixup": config.classify.mixup, "cutmix": config.classify.cutmix}
+        for name, value in mixing.items():
+            if value and part % 2:
+                raise InputError(
+                    f"classify.{name}={value} mixes images in pairs, and a part of a step has"
+                    f" {part}; train.batch_size={train.batch_size} must be an even multiple of"
+                    f" train.devices={train.devices} times train.accumulate={train.accumulate}, or"
+                    " classify.mixup and classify.cutmix 0"
+                )
         if config.profile.enabled:
             raise InputError(
                 "profile.enabled=True: a classifier is not measured; `python -m bench profile`"

@@ -365,6 +365,20 @@ def test_shards_that_were_joined_and_samples_of_two_images(tmp_path):
         classes.ClassDataset(tmp_path, "val")
 
 
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_an_odd_number_of_images_cannot_be_mixed_in_pairs(name):
+    def load(mixup, cutmix):
+        overrides = [f"classify.mixup={mixup}", f"classify.cutmix={cutmix}"]
+        overrides += ["train.batch_size=6", "train.accumulate=2"]
+        return load_suite("pretrain-quick", rows=["full"], device="cpu", overrides=overrides)
+
+    load(0, 0)
+    with pytest.raises(
+        InputError, match=rf"classify\.{name}=0\.5 mixes .* a part of a step has 3;"
+    ):
+        load(*(0.5 * (name == one) for one in ("mixup", "cutmix")))
+
+
 def test_labels_of_shards_that_count_from_one(tmp_path):
     for split, labels in (("train", (1, 2, 4)), ("val", (1, 2))):
         (tmp_path / split).mkdir()
