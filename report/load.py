@@ -84,7 +84,7 @@ _REAL = {
 }
 _LIMITS = tuple(f"{kind}_{end}" for kind in KINDS for end in ("low", "high"))
 # What rows have to share for a number of theirs to be compared.
-_CONDITIONS = ("device", "batch_size", "image_size", "precision")
+_CONDITIONS = ("device", "batch_size", "image_size", "precision", "rois.targets")
 _PLACE = ("environment.cpu", "environment.device", "environment.allocator")
 _COMPARED = {
     "flops_as": [f"flops.{name}" for name in ("convention", "image_size", "proposals")],

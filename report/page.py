@@ -404,8 +404,8 @@ def _published(records: Sequence[Record]) -> list[Block]:
 def _counting(records: Sequence[Record]) -> list[str]:
     """One sentence or more for each kind of number."""
     flops = [record.flops for record in records if record.flops]
-    memory = [record.memory for record in records if record.memory]
-    latency = [record.latency for record in records if record.latency]
+    memory = [one | one.get("rois", {}) for record in records if (one := record.memory)]
+    latency = [one | one.get("rois", {}) for record in records if (one := record.latency)]
     evaluation = [record.evaluation for record in records if record.evaluation]
     sessions = {part["session"] for part in latency if "session" in part}
     apart = f"; taken in {len(sessions)} sessions, those of one alone are compared"
@@ -443,6 +443,7 @@ _CONDITIONS = {
     "batch_size": "batch size",
     "image_size": "size",
     "precision": "precision",
+    "targets": "objects to train on in an image",
 }
 
 

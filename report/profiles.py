@@ -240,15 +240,19 @@ def _title(first: Record) -> str:
 
 
 def _rois(record: Record) -> str | None:
-    """What the heads of a row ran on, or None where they have no RoIs or nothing was measured."""
+    """What the heads of a row ran on, or None where nothing was measured or of that is stated."""
     rois = (record.memory or record.latency or {}).get("rois")
     if not rois:
         return None
-    return (
-        f"Memory and latency are of {rois['proposals']} proposals and {rois['detections']}"
-        f" detections an image, in training of {rois['rois']} RoIs, {rois['mask_rois']} of them"
-        " with an object."
-    )
+    stated = []
+    if "proposals" in rois:
+        stated = [
+            f"of {rois['proposals']} proposals and {rois['detections']} detections an image",
+            f"in training of {rois['rois']} RoIs, {rois['mask_rois']} of them with an object",
+        ]
+    if "targets" in rois:
+        stated.append(f"of {rois['targets']} objects an image to train on")
+    return f"Memory and latency are {', '.join(stated)}."
 
 
 def _notes(records: Sequence[Record], sessions: int) -> list[str]:

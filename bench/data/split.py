@@ -234,26 +234,40 @@ def _named(categories: Sequence[tuple[int, str]]) -> str:
 
 
 def profile_batch(
-    dataset: CocoDataset, size: tuple[int, int], count: int
+    dataset: CocoDataset,
+    size: tuple[int, int],
+    count: int,
+    *,
+    objects: int | None = None,
+    masks: bool = True,
 ) -> tuple[list[Tensor], list[Target]]:
-    """The first `count` images with instances, stretched to `size` (height, width)."""
+    """The first `count` images with instances, stretched to `size` (height, width).
+
+    Args:
+        objects: of each image, its first ones, again and again where it has fewer; by default its
+            own.
+        masks: whether targets have masks.
+    """
     dataset.require_instances("to measure with")
     usable = [index for index in range(len(dataset)) if dataset.instances(index)]
     images, targets = [], []
     for place in range(count):
-        image, target = dataset.read(usable[place % len(usable)], size=size, crowds=False)
+        index = usable[place % len(usable)]
+        image, target = dataset.read(index, size=size, crowds=False, masks=masks)
         height, width = image.shape[-2:]
         scale = torch.tensor([size[1] / width, size[0] / height] * 2)
         images.append(resize_image(to_float(image), list(size)))
-        masks = torch.nn.functional.interpolate(
-            target["masks"][:, None], size, mode="nearest-exact"
-        )[:, 0]
-        targets.append(
-            {
-                "image_id": target["image_id"],
-                "boxes": target["boxes"] * scale,
-                "labels": target["labels"],
-                "masks": masks,
-            }
-        )
+        own = len(target["boxes"])
+        chosen = torch.arange(objects or own) % own
+        found = {
+            "image_id": target["image_id"],
+            "boxes": (target["boxes"] * scale)[chosen],
+            "labels": target["labels"][chosen],
+        }
+        if masks:
+            resized = torch.nn.functional.interpolate(
+                target["masks"][chosen, None], size, mode="nearest-exact"
+            )
+            found["masks"] = resized[:, 0]
+        targets.append(found)
     return images, targets

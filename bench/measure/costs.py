@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from torch import nn
 
 from bench.config.schema import MODES, QUANTITIES, ProfileConfig, RunConfig
 from bench.data.coco import CocoDataset
-from bench.data.split import profile_batch
 from bench.measure import flops, latency, memory, published
 from bench.measure.latency import Effort, Latency
 from bench.measure.predict import predict
@@ -20,6 +20,7 @@ from bench.measure.workload import (
     attention_of,
     conditions,
     image_size,
+    measured_batch,
     stated_rois,
 )
 from bench.model.build import build_backbone, build_detector, on_meta, parameters_section
@@ -44,7 +45,7 @@ def run_sections(
         with_latency: False for memory alone.
     """
     profile = config.profile
-    images, targets = profile_batch(dataset, image_size(config), profile.batch_size)
+    images, targets = measured_batch(dataset, config)
     workload = Workload(
         detector, (images,), fabric=fabric, config=config, targets=targets, model=model
     )
@@ -65,9 +66,13 @@ def measure_memory(
     """
     section, notes = memory_section(workload.conditions), []
     for mode in modes:
-        call = workload.call(mode)
         try:
-            peak = memory.peak(call, device=workload.fabric.device, live=workload.live(mode))
+            peak = memory.peak(
+                workload.calls[mode],
+                device=workload.fabric.device,
+                live=workload.live(mode),
+                prepare=partial(workload.call, mode),
+            )
         except memory.NotMeasuredError as error:
             notes.append(f"memory of {mode} not measured: {error}")
             continue
@@ -98,9 +103,12 @@ def memory_section(conditions: Mapping[str, Any]) -> dict[str, Any]:
 
 def _part_peak(part: Workload, mode: str) -> int:
     """Bytes at the peak of a part above what was there before it ran."""
-    call = part.call(mode)
-    part.module.zero_grad(set_to_none=True)
-    peak = memory.peak(call, device=part.fabric.device)
+
+    def prepare() -> None:
+        part.call(mode)
+        part.module.zero_grad(set_to_none=True)
+
+    peak = memory.peak(part.calls[mode], device=part.fabric.device, prepare=prepare)
     return peak.bytes - peak.before
 
 
@@ -176,7 +184,6 @@ def counted(
     quantities: Sequence[str] = QUANTITIES,
     *,
     device: str,
-    objects: int | None = None,
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Return what a row costs without running it: sections of its record, and notes on them.
 
@@ -187,7 +194,6 @@ def counted(
         modes: those that memory is predicted for.
         quantities: some of QUANTITIES; latency is none that can be counted.
         device: the device, such as "cuda".
-        objects: objects an image in training.
     """
     sections: dict[str, Any] = {}
     notes: list[str] = []
@@ -201,7 +207,6 @@ def counted(
         section = memory_section(conditions(config, device)) | {"predicted": {}, "ran": {}}
         sections["memory"] = section
         stated: dict[str, Any] = stated_rois(config)
-        stated |= {} if objects is None else {"targets": objects}
         try:
             for mode in modes:
                 found = predict(

@@ -56,11 +56,13 @@ class MemoryPeak:
 
 
 def peak(
-    fn: Callable[[], object], *, device: torch.device | str, live: Iterable[object] = ()
+    fn: Callable[[], object],
+    *,
+    device: torch.device | str,
+    live: Iterable[object] = (),
+    prepare: Callable[[], object] | None = None,
 ) -> MemoryPeak:
     """Run `fn` once and return the peak memory on `device`.
-
-    Call `fn` once before, where its first call allocates what stays (optimizer state).
 
     Args:
         fn: the work; what it returns is dropped.
@@ -68,6 +70,8 @@ def peak(
         live: on the CPU, what was alive before `fn` and counts: tensors, modules (parameters,
             buffers, gradients), optimizers (state, parameters, gradients), or containers of them.
             Tensors that `fn` uses and did not make are found without it. On CUDA it is not needed.
+        prepare: run before; a first call of `fn`, where that allocates what stays: optimizer state,
+            or what a mechanism keeps, which `fn` need not use.
 
     Raises:
         ValueError: for another kind of device.
@@ -75,11 +79,13 @@ def peak(
     """
     device = torch.device(device)
     if device.type == "cuda":
+        if prepare is not None:
+            prepare()
         gc.collect()
         return _allocator_peak(fn, device)
     if device.type != "cpu":
         raise ValueError(f"memory cannot be measured on device {device}; allowed: cpu, cuda")
-    return _live_peak(fn, live)
+    return _live_peak(fn, live, prepare)
 
 
 def _allocator_peak(fn: Callable[[], object], device: torch.device) -> MemoryPeak:
@@ -98,12 +104,18 @@ def _allocator_peak(fn: Callable[[], object], device: torch.device) -> MemoryPea
     )
 
 
-def _live_peak(fn: Callable[[], object], live: Iterable[object]) -> MemoryPeak:
+def _live_peak(
+    fn: Callable[[], object], live: Iterable[object], prepare: Callable[[], object] | None
+) -> MemoryPeak:
     watch = LiveTensors()
     watch.found_before(live)
     error: Exception | None = None
     try:
         with no_collector(), watch:
+            if prepare is not None:
+                prepare()
+                gc.collect()
+                watch.begin()
             fn()
     except Exception as caught:
         error = caught
@@ -111,6 +123,8 @@ def _live_peak(fn: Callable[[], object], live: Iterable[object]) -> MemoryPeak:
     torch.compiler.reset()
     if error is not None:
         # What fails unseen too is no matter of the watch.
+        if prepare is not None:
+            prepare()
         fn()
         said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         raise NotMeasuredError(f"it does not run where its tensors are watched ({said})") from error
@@ -238,7 +252,7 @@ class LiveTensors(TorchDispatchMode):
         block: storages count as whole multiples of so many bytes.
 
     Attributes:
-        before: bytes of what was alive before the watch began.
+        before: bytes of what was alive before the watch began, or began anew.
         current: bytes alive now.
         peak: the largest `current` so far; it may be set back to `current` in between.
         label: given to storages that are first seen from now on.
@@ -260,6 +274,10 @@ class LiveTensors(TorchDispatchMode):
         """Count tensors that were alive all the time."""
         for tensor in _tensors(things):
             self._add_before(tensor)
+
+    def begin(self) -> None:
+        """Let what is alive now be what was alive before, and forget the peak."""
+        self.before = self.peak = self.current
 
     def storages(self, things: object) -> set[Storage]:
         """The storages of tensors in nested containers, modules and optimizers."""

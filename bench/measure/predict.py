@@ -127,6 +127,7 @@ def predict(
     rois: int | None = None,
     mask_rois: int | None = None,
     targets: int = Counts.targets,
+    parts: int = 1,
 ) -> MemoryPrediction:
     """Predict the peak memory of inference, or of a training step, that is not the first.
 
@@ -146,6 +147,7 @@ def predict(
             the most that the detector is configured for.
         rois, mask_rois: the same when training.
         targets: objects an image when training.
+        parts: of a training step, of `batch_size` images each, whose gradients add up.
 
     Raises:
         InputError: for an unknown value, one that is not positive, or a size that the module
@@ -158,6 +160,7 @@ def predict(
     if device == "cpu" and precision == "16-mixed":
         raise InputError("precision 16-mixed needs device cuda; the CPU takes 32-true, bf16-mixed")
     _check_positive(image_size=min(image_size), batch_size=batch_size, targets=targets, rois=rois)
+    _check_positive(parts=parts)
     _check_positive(grid=None if grid is None else min(grid))
     counts = Counts(
         proposals=proposals,
@@ -176,6 +179,7 @@ def predict(
         device=device,
         grid=grid,
         counts=counts,
+        parts=parts,
     )
     try:
         peak = _dry_run(module, case)
@@ -211,6 +215,7 @@ class _Case:
     device: str
     grid: tuple[int, int] | None
     counts: Counts
+    parts: int
 
     @property
     def training(self) -> bool:
@@ -369,7 +374,8 @@ def _call(module: nn.Module, case: _Case) -> tuple[Callable[[], Any], object]:
         images = [torch.empty(3, height, width) for _ in range(batch)]
         if not case.training:
             return partial(run_parts, module, images, None, case.counts, device=case.device), images
-        targets = [_target(case.counts.targets, case.image_size) for _ in images]
+        masks = module.method == "mask_rcnn"
+        targets = [_target(case.counts.targets, case.image_size, masks=masks) for _ in images]
         run = partial(run_parts, module, images, targets, case.counts, device=case.device)
         return run, (images, targets)
     if isinstance(module, ViL):
@@ -386,12 +392,14 @@ def _call(module: nn.Module, case: _Case) -> tuple[Callable[[], Any], object]:
     return lambda: module(tokens, (rows, columns)), tokens
 
 
-def _target(objects: int, image_size: tuple[int, int]) -> dict[str, Tensor]:
-    return {
+def _target(objects: int, image_size: tuple[int, int], *, masks: bool) -> dict[str, Tensor]:
+    target = {
         "boxes": torch.empty(objects, 4),
         "labels": torch.empty(objects, dtype=torch.int64),
-        "masks": torch.empty(objects, *image_size, dtype=torch.uint8),
     }
+    if masks:
+        target["masks"] = torch.empty(objects, *image_size, dtype=torch.uint8)
+    return target
 
 
 @dataclass(frozen=True)
@@ -429,11 +437,13 @@ def _train(call: Callable[[], Any], leaves: list[Tensor], case: _Case, ledger: _
     parameters = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
     # A mechanism may have no parameters, an optimizer's only group too.
     optimizer = torch.optim.AdamW([{"params": parameters}], foreach=case.all_at_once)
+    if case.parts > 1:
+        # All parts but the first one find the gradients of those before.
+        _forward(call, case)[0].backward()
+    before = ledger.alive()
     ledger.restart()
-    with case.autocast():
-        outputs = [leaf for leaf in tree_leaves(call()) if isinstance(leaf, Tensor)]
-    loss = torch.stack([output.sum() for output in outputs]).sum()
-    saved = {storage for storage in ledger.alive() if storage.label not in (_WEIGHTS, _INPUTS)}
+    loss, outputs = _forward(call, case)
+    saved = {*ledger.alive()}.difference(before)
     forward = ledger.phase("forward")
     loss.backward()
     backward = ledger.phase("backward")
@@ -451,6 +461,13 @@ def _train(call: Callable[[], Any], leaves: list[Tensor], case: _Case, ledger: _
     forward = dataclasses.replace(forward, state=_size(state))
     backward = dataclasses.replace(backward, state=_size(state))
     return _Found([forward, backward, step], saved, gradients, state)
+
+
+def _forward(call: Callable[[], Any], case: _Case) -> tuple[Tensor, list[Tensor]]:
+    """The loss, and the outputs that it is the sum of."""
+    with case.autocast():
+        outputs = [leaf for leaf in tree_leaves(call()) if isinstance(leaf, Tensor)]
+    return torch.stack([output.sum() for output in outputs]).sum(), outputs
 
 
 def _keep_largest_gradient(parameters: list[nn.Parameter]) -> list[Tensor]:

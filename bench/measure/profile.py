@@ -22,7 +22,7 @@ import torch
 from bench import record
 from bench.config.arch import parse
 from bench.config.schema import MODES, QUANTITIES, RunConfig
-from bench.measure import latency, throughput, workload
+from bench.measure import latency, throughput
 from bench.measure.costs import counted, effort, latency_section, memory_section
 from bench.measure.latency import Instruments, Latency
 from bench.measure.predict import predict
@@ -129,19 +129,10 @@ def profile(
     rows = [_Row(config) for config in configs]
     measured = [name for name in ("memory", "latency") if name in quantities]
     counting = 1 / (1 + 3 * len(measured))
-    counted: dict[str, int] = {}
-
-    def objects(config: RunConfig) -> int:
-        # Rows share their images, and reading COCO's annotations takes long.
-        key = repr((config.data, config.seed, config.profile))
-        if key not in counted:
-            counted[key] = workload.objects(config)
-        return counted[key]
-
     for number, row in enumerate(rows):
         progress(counting * number / len(rows), f"{row.config.row}: counting")
         with row.kept():
-            _count(row, modes, quantities, objects)
+            _count(row, modes, quantities)
 
     def measuring(share: float, doing: str) -> None:
         progress(counting + (1 - counting) * share, doing)
@@ -301,13 +292,10 @@ def _add_throughput(row: _Row, modes: Sequence[str], progress: Callable[[str], o
             section["throughput"][mode] = found
 
 
-def _count(
-    row: _Row, modes: Sequence[str], quantities: Sequence[str], objects: Callable[[RunConfig], int]
-) -> None:
+def _count(row: _Row, modes: Sequence[str], quantities: Sequence[str]) -> None:
     """Count on the meta device; what cannot run there may well be measured."""
     device = str(make_fabric(row.config).device)
-    targets = objects(row.config) if "memory" in quantities else None
-    row.sections, notes = counted(row.config, modes, quantities, device=device, objects=targets)
+    row.sections, notes = counted(row.config, modes, quantities, device=device)
     row.notes += notes
     predicted = row.sections.get("memory", {}).get("predicted", {})
     row.needs = {mode: found["total"] for mode, found in predicted.items()}

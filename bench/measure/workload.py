@@ -6,7 +6,7 @@ alone.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from bench.config.schema import RunConfig
+from bench.data.coco import CocoDataset, Target
 from bench.data.generated import SPLITS, generate
 from bench.data.split import open_split, profile_batch
 from bench.errors import InputError
@@ -62,16 +63,20 @@ class Workload:
     ) -> None:
         self.module, self.fabric, self.config = module, fabric, config
         self.model: Any = fabric.setup_module(module) if model is None else model
-        self.inputs, given = apply_to_collection(
-            (tuple(inputs), targets), Tensor, lambda tensor: tensor.to(fabric.device)
-        )
-        self.targets: tuple[Any, ...] = () if given is None else (given,)
+        self.inputs = self._on_device(tuple(inputs))
+        self._given: tuple[Any, ...] = () if targets is None else (targets,)
+        # On the device but for inference.
+        self.targets = self._on_device(self._given)
         self.recipe = effective(config.train, config.model.method)
         self.optimizer: Any = None
         if whole and any(parameter.requires_grad for parameter in module.parameters()):
             self.optimizer = fabric.setup_optimizers(build_optimizer(module, self.recipe))
         self._backbones = [part for part in module.modules() if isinstance(part, ViL)]
         self._steps = 0
+        self.calls: Mapping[str, Callable[[], None]] = {
+            "inference": self.infer,
+            "training": self.step,
+        }
         # Called with the name of each phase of a step at its end.
         self.after: Callable[[str], None] = lambda _phase: None
 
@@ -88,7 +93,8 @@ class Workload:
             RuntimeError: if no step updates anything.
         """
         self.model.train(mode == "training")
-        call = self.step if mode == "training" else self.infer
+        self.targets = self._on_device(self._given if mode == "training" else ())
+        call = self.calls[mode]
         call()
         scaled = getattr(self.fabric.strategy.precision, "scaler", None) is not None
         if mode == "inference" or self.optimizer is None or not scaled:
@@ -99,11 +105,15 @@ class Workload:
             call()
         raise RuntimeError("gradients overflow at any scale of the loss: nothing is updated")
 
+    def _on_device(self, given: Any) -> Any:
+        return apply_to_collection(given, Tensor, lambda tensor: tensor.to(self.fabric.device))
+
     def live(self, mode: str) -> list[object]:
         """What is alive before the call, for `bench.measure.memory.peak`."""
-        alive: list[object] = [self.module, self.inputs, self.targets]
-        updates = mode == "training" and self.optimizer is not None
-        return [*alive, self.optimizer.state] if updates else alive
+        alive: list[object] = [self.module, self.inputs]
+        if mode == "training":
+            alive += [self._given, None if self.optimizer is None else self.optimizer.state]
+        return alive
 
     def infer(self) -> None:
         """Run once without gradients."""
@@ -272,33 +282,40 @@ def attention_of(
     return place.module, (tokens, grid)
 
 
-def objects(config: RunConfig) -> int:
-    """Return how many objects an image of the profile's batch has, at least one."""
-    _, targets, _ = _batch(config, None)
-    return max(1, round(sum(len(target["boxes"]) for target in targets) / len(targets)))
-
-
 def _batch(
     config: RunConfig, root: Path | None
 ) -> tuple[list[Tensor], list[dict[str, Tensor]], int]:
     """Images and targets of the profile's size, and the number of classes."""
-    size, count = image_size(config), config.profile.batch_size
     if root is None and config.data.path is not None:
         root = Path(config.data.path)
     if root is not None:
         dataset = open_split(config, root, config.data.train_split)
-        return *profile_batch(dataset, size, count), dataset.num_classes
+        return *measured_batch(dataset, config), dataset.num_classes
     with tempfile.TemporaryDirectory() as folder:
         made = generate(
             Path(folder) / "data",
             seed=config.seed,
-            train_images=max(8, count),
+            train_images=max(8, config.profile.batch_size),
             val_images=1,
             image_size=_GENERATED_SIZE,
         )
-        images, targets = profile_batch(open_split(config, made, SPLITS[0]), size, count)
+        images, targets = measured_batch(open_split(config, made, SPLITS[0]), config)
     # As many classes as COCO, whatever the images show: the box head's size is part of the cost.
     return images, targets, COCO_CLASSES
+
+
+def measured_batch(dataset: CocoDataset, config: RunConfig) -> tuple[list[Tensor], list[Target]]:
+    """Images and targets of a detector's profile, of a stated number of objects an image.
+
+    A step's memory grows with them, and rows on other data are compared.
+    """
+    return profile_batch(
+        dataset,
+        image_size(config),
+        config.profile.batch_size,
+        objects=Counts.targets,
+        masks=config.model.method == "mask_rcnn",
+    )
 
 
 def conditions(config: RunConfig, device: str) -> dict[str, Any]:
@@ -319,11 +336,13 @@ def image_size(config: RunConfig) -> tuple[int, int]:
 
 
 def stated_rois(config: RunConfig) -> dict[str, int]:
-    """RoIs an image in the heads of what is measured and predicted; fields of `Counts`."""
+    """RoIs and objects an image of what is measured and predicted; fields of `Counts`."""
+    targets = {"targets": Counts.targets}
     if config.model.method != "mask_rcnn":
-        return {}
+        return targets
     detector = config.model.detector
     return {
+        **targets,
         "proposals": config.profile.proposals,
         "detections": detector.detections,
         "rois": detector.roi_batch,

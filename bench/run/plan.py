@@ -25,6 +25,7 @@ from bench.measure.predict import NotPredictedError, predict
 from bench.measure.workload import COCO_CLASSES, Workload, attention_of
 from bench.model import build as models
 from bench.model import classifier, detectors
+from bench.model.detectors.rois import Counts
 from bench.model.optimizer import build_optimizer, effective, learning_rate, schedule_notes
 from bench.system import devices
 
@@ -46,6 +47,7 @@ class Planned:
         library: of its detector, the one that "auto" stands for here.
         data: what it trains on.
         images: of its training data with an instance, or None if that is not known.
+        most_objects: of an image of these, or None likewise.
         memory: predicted peak of a training step on one device, in bytes, or why there is none.
         on_gpu: whether memory is that of a GPU.
         seconds: of its training steps, or None if none was timed.
@@ -63,6 +65,7 @@ class Planned:
     seconds: float | None
     seeds: tuple[int, ...]
     remarks: tuple[str, ...] = ()
+    most_objects: int | None = None
 
     @property
     def images_of_a_part(self) -> int:
@@ -192,7 +195,13 @@ def _start(run: Planned) -> str:
 
 def _about_memory(run: Planned) -> str:
     place = "GPU" if run.on_gpu else "CPU"
-    return f"memory: predicted peak of a training step on one {place}, {_batch(run)}"
+    said = f"memory: predicted peak of a training step on one {place}, {_batch(run)}"
+    if _classifies(run):
+        return said
+    said += f" with {Counts.targets} objects each"
+    if (run.most_objects or 0) > Counts.targets:
+        said += f"; an image of the data has up to {run.most_objects}, which need more"
+    return said
 
 
 def _about_time(run: Planned, measure_steps: int) -> str:
@@ -253,6 +262,7 @@ def _plan(
         on_gpu=on_gpu,
         seconds=seconds,
         seeds=tuple(run.seed for run in suite.runs if run.row == config.row),
+        most_objects=None if dataset is None else max(map(dataset.instances, range(len(dataset)))),
     )
 
 
@@ -440,15 +450,20 @@ def _memory(config: RunConfig, images: int, num_classes: int, device: str) -> fl
 def _predicted(
     module: nn.Module, config: RunConfig, images: int, size: tuple[int, int], device: str
 ) -> float | str:
+    train = config.train
     try:
         prediction = predict(
             module,
             image_size=size,
             batch_size=images,
             mode="training",
-            precision=config.train.precision,
+            precision=train.precision,
             device=device,
+            # Several processes keep the memory of gradients too, as that of what they exchange.
+            parts=train.accumulate if train.devices == 1 else max(2, train.accumulate),
         )
     except NotPredictedError as error:
         return f"memory not predicted: {error}"
-    return float(prediction.total)
+    average = config.model.method == CLASSIFIER and bool(config.classify.average)
+    copied = sum(tensor.nbytes for tensor in module.state_dict().values()) if average else 0
+    return float(prediction.total + copied)

@@ -83,7 +83,9 @@ def make_fabric(config: RunConfig) -> Fabric:
         num_nodes=world.size // world.local_size,
         # The backbone's classification head is not part of the detectors' losses. Buffers are the
         # same in all processes without being sent: what is random in them is drawn from the step.
-        strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False),
+        strategy=DDPStrategy(
+            find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
+        ),
         plugins=[_precision(config, name), environments[world.launcher]()],
     )
     # Importing it sets its level.

@@ -91,6 +91,17 @@ def test_what_is_freed_before_is_not_in_the_peak():
     assert peak(fn, device="cpu").bytes == FLOAT * 1000
 
 
+def test_what_a_first_call_keeps_is_there_before():
+    kept = {}
+
+    def fn():
+        # Alive until its successor is there, as a map that a layer keeps for an explanation.
+        kept["map"] = torch.zeros(500)
+
+    result = peak(fn, device="cpu", prepare=fn)
+    assert (result.before, result.bytes) == (FLOAT * 500, FLOAT * 1000)
+
+
 def test_tensors_from_numbers_are_new_and_not_from_before():
     def fn():
         torch.tensor([1.0] * 500)

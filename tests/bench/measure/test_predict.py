@@ -291,6 +291,17 @@ def test_what_a_stage_saves_is_its_own():
     assert deeper | {"stage2": 0} == found | {"stage2": 0}
 
 
+def test_parts_after_the_first_find_its_gradients():
+    module = vil("identity")
+    one, two, many = (
+        predict(module, image_size=(64, 96), mode="training", parts=parts) for parts in (1, 2, 9)
+    )
+    parameters = 4 * sum(p.numel() for p in module.parameters())
+    assert one.total < two.total <= one.total + parameters
+    assert two.total == many.total
+    assert one.saved == two.saved
+
+
 def test_the_module_stays_as_it_was():
     module = vil("performer")
     module.eval()

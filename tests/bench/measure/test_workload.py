@@ -19,6 +19,7 @@ from bench.measure.workload import Workload, build, stated_rois
 from bench.model.detectors.rois import Counts, fixed_rois
 from bench.model.optimizer import build_optimizer
 from bench.run.train import _Training
+from tests.bench.data.test_check import content, write
 
 pytestmark = pytest.mark.timeout(1800)
 OVERRIDES = (
@@ -67,6 +68,43 @@ def test_the_peak_of_the_measured_step_is_that_of_training():
     # The gradients of the step before are four bytes a parameter, most of which would be too much.
     parameters = sum(p.numel() for p in detector.parameters())
     assert measured.bytes == pytest.approx(real.bytes, abs=0.05 * 4 * parameters)
+
+
+def crowded(folder, objects):
+    """A split of one image with so many objects."""
+    data = content()
+    first = data["images"][0]["id"]
+    own = [one for one in data["annotations"] if one["image_id"] == first and not one["iscrowd"]]
+    data["annotations"] = [own[0] | {"id": number + 1} for number in range(objects)]
+    data["images"] = data["images"][:1]
+    write(folder, data)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["mask_rcnn", "retinanet"])
+def test_memory_and_latency_are_of_a_stated_number_of_objects(tmp_path, method):
+    """Not of those that the first images of the data happen to have."""
+    (run,) = profile_configs(
+        ["ViL"],
+        backbone="quick",
+        image_size=(64, 96),
+        values={"model": {"method": method}, "profile": {"batch_size": 2}},
+        overrides=OVERRIDES[:2],
+    )
+    found = []
+    for objects in (3, 40):
+        workload = build(run, root=crowded(tmp_path / str(objects), objects))
+        section, _ = measure_memory(workload, MODES)
+        assert [len(target["boxes"]) for target in workload.targets[0]] == [8, 8]
+        # Those of RetinaNet have no masks, as in training.
+        assert ("masks" in workload.targets[0][0]) == (method == "mask_rcnn")
+        found.append({mode: section[mode] for mode in MODES})
+    assert found[0] == found[1]
+    images = sum(image.nbytes for image in workload.inputs[0])
+    weights = {one.data_ptr(): one.nbytes for one in workload.module.state_dict().values()}
+    # Inference has no targets, of which a mask alone is 6144 bytes.
+    known = images + sum(weights.values())
+    assert section["before"]["inference"] == pytest.approx(known, abs=4096)
 
 
 def test_a_step_in_half_precision_is_repeated_until_it_updates():
@@ -125,7 +163,7 @@ def test_a_step_is_forward_backward_and_optimizer():
 
 def test_memory_that_cannot_be_measured_loses_nothing_else(monkeypatch):
     def watched(call, **how):
-        if torch.is_grad_enabled() and workload.model.training:
+        if call == workload.step:
             raise NotMeasuredError("it does not run where its tensors are watched")
         return peak(call, **how)
 

@@ -1,8 +1,10 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from bench.config.suites import load_suite
+from bench.model.build import build_backbone
 from bench.run import plan
 from tests import mechanisms
 
@@ -43,6 +45,32 @@ def test_why_memory_is_not_predicted_is_said(tmp_path: Path) -> None:
     assert plan.table(planned).loc[0, "memory GB"] == "-"
     (note,) = (line for line in plan.lines(planned, 0) if "memory not predicted" in line)
     assert note.startswith(f"note: {row}: memory not predicted: ")
+
+
+def test_memory_is_of_the_parts_of_a_step_and_of_the_average(tmp_path: Path) -> None:
+    def memory(*overrides: str) -> float:
+        rows = ["identity"]
+        suite = load_suite("pretrain-quick", rows=rows, device="cpu", overrides=[*overrides])
+        (run,), _ = plan.plan(suite, tmp_path, measure_steps=0, progress=lambda _: None)
+        assert isinstance(run.memory, float)
+        (config,) = suite.runs
+        sizes.append(sum(one.nbytes for one in build_backbone(config).state_dict().values()))
+        return run.memory
+
+    sizes: list[int] = []
+    whole = memory("train.batch_size=4")
+    assert memory("train.batch_size=8", "train.accumulate=2") > whole + sizes[0] / 8
+    assert memory("train.batch_size=4", "classify.average=0.99") == whole + sizes[0]
+
+
+def test_the_objects_that_memory_is_of_are_said(tmp_path: Path) -> None:
+    suite = load_suite("quick", rows=["identity"], device="cpu")
+    (run,), _ = plan.plan(suite, tmp_path, measure_steps=0, progress=lambda _: None)
+    for most, more in ((None, ""), (8, ""), (500, "; an image of the data has up to 500, which")):
+        lines = plan.lines([dataclasses.replace(run, most_objects=most)], 0)
+        (line,) = (line for line in lines if line.startswith("memory"))
+        assert " with 8 objects each" + more in line
+        assert ("up to" in line) == bool(more)
 
 
 @pytest.mark.parametrize(
