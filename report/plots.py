@@ -315,7 +315,9 @@ def losses(library: Library, style: Looks) -> Figure | str:
         ax.plot(series.index, series, color=colour, alpha=0.3, linewidth=0.9)
         window = max(SMOOTHING, len(series) // 20)
         smooth = series.mean(axis=1).rolling(window, center=True, min_periods=1).mean()
-        ax.plot(series.index, smooth, color=colour, linewidth=1.6)
+        # A line of one point is not seen.
+        marker = "o" if len(series) == 1 else ""
+        ax.plot(series.index, smooth, color=colour, linewidth=1.6, marker=marker, markersize=4)
         ax.set_title(name, loc="left")
     for ax in axes.flat[len(drawn) :]:
         ax.set_visible(False)

@@ -269,6 +269,17 @@ def test_plots_are_legible_in_the_column_of_a_paper(
     assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
+def test_a_loss_of_one_step_is_seen(records: list[Record]) -> None:
+    first = records[0]
+    assert first.training is not None
+    for losses, marker in ((first.training["losses"][:1], "o"), (first.training["losses"], "")):
+        one = replace(first, training={**first.training, "losses": losses})
+        library = load.Library([one], load.frame([one]))
+        figure = plots.losses(library, plots.looks(list(library.data["family"])))
+        assert isinstance(figure, Figure)
+        assert figure.axes[0].lines[-1].get_marker() == marker
+
+
 def test_what_rows_see_stands_before_their_accuracy(
     records: list[Record], costs: list[Record]
 ) -> None:
