@@ -70,9 +70,12 @@ def remarks(config: RunConfig, splits: Sequence[CocoDataset]) -> list[str]:
     Args:
         splits: as `open_splits` returns them.
     """
+    first = splits[1].split
+    seen = f"{first} is trained on and fills the tables: its mAP says nothing of other images"
+    known = [seen] * (first == config.data.train_split)
     # What the generator leaves empty it does on purpose.
     if config.data.path is None:
-        return []
+        return known
     distinct = {split.split: split for split in [*splits[1:], splits[0]]}
     key = tuple(
         (str(split.annotation_file), split.fingerprint, split.deep_white)
@@ -80,10 +83,7 @@ def remarks(config: RunConfig, splits: Sequence[CocoDataset]) -> list[str]:
     )
     if key not in _said:
         _said[key] = check.remarks(distinct.values())
-    first = splits[1].split
-    seen = f"{first} is trained on and fills the tables: its mAP says nothing of other images"
-    known = [seen] * (first == config.data.train_split) + _untrained(splits)
-    return known + undetected(config, splits[1:]) + _said[key]
+    return known + _untrained(splits) + undetected(config, splits[1:]) + _said[key]
 
 
 def undetected(config: RunConfig, splits: Sequence[CocoDataset]) -> list[str]:

@@ -113,6 +113,15 @@ def test_training_on_the_images_of_the_tables_is_said(root: Path, tmp_path: Path
     assert ["is trained on and fills the tables" in line for (line,) in said] == [False, True]
 
 
+def test_training_on_generated_images_of_the_tables_is_said(root: Path) -> None:
+    config = run_of("evaluate.splits=[train2017]")
+    lines = inputs.remarks(config, inputs.open_splits(config, root))
+    said = "train2017 is trained on and fills the tables: its mAP says nothing of other images"
+    assert lines == [said]
+    config = run_of()
+    assert inputs.remarks(config, inputs.open_splits(config, root)) == []
+
+
 def test_more_objects_than_detections_are_said(root: Path, tmp_path: Path) -> None:
     config = relisted(root, tmp_path / "data", lambda old: old)
     split = CocoDataset(tmp_path / "data", "val2017")
