@@ -123,8 +123,8 @@ KINDS: Mapping[str, Kind] = {
     "crowds": Kind("{count} of {all} annotations are crowds", _CROWDS),
     "images of many objects": Kind(
         "{count} of {all} images have more than {found} objects, up to {most}",
-        "the others count as missed: detectors give model.detector.detections of an image, and"
-        " COCO's rules take {found} of a class",
+        "where they are evaluated, the others count as missed: detectors give"
+        " model.detector.detections of an image, and COCO's rules take {found} of a class",
     ),
     "classes of each image": Kind(
         "{count} of {all} images list classes that were looked for in them, or not, as LVIS's do",
