@@ -9,6 +9,7 @@ annotation that has no other.
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from operator import is_
 from reprlib import repr as shortened
 from typing import Any
 
@@ -34,6 +35,7 @@ _XYWH = (None, 1, "1", "XYWH_ABS", "BoxMode.XYWH_ABS")
 _KINDS = {int: "a whole number", str: "a text", list: "a list"}
 _ANEW = "; nothing refers to ids of annotations: number them anew, from 1"
 _WHOLE = re.compile(r"\s*[+-]?\d{1,99}\s*", flags=re.ASCII)
+_DECIMAL = re.compile(r"\s*[+-]?(\d{1,99}(\.\d{0,99})?|\.\d{1,99})\s*", flags=re.ASCII)
 _LEAST_POLYGON = 6
 # Pixels from the origin. The rasteriser allocates in proportion to a polygon's length: a wild
 # coordinate would take gigabytes.
@@ -115,6 +117,11 @@ def whole(value: Any) -> Any:
     return value
 
 
+def _decimal(value: Any) -> Any:
+    """A number that is written as a text, such as "333.0337", as one."""
+    return float(value) if isinstance(value, str) and _DECIMAL.fullmatch(value) else value
+
+
 def has_size(image: Entry, report: Report) -> bool:
     """Whether an image has a size that it can have."""
     height, width = image["height"], image["width"]
@@ -178,6 +185,7 @@ class AnnotationReader:
 
         It has a "segmentation" where it came with one, and None where its box is its mask.
         """
+        raw = self._without_texts(raw)
         image = self._images.get(raw["image_id"])
         known = raw["category_id"] in self._classes
         if image is None:
@@ -208,6 +216,16 @@ class AnnotationReader:
                 runs = masks.encode(segmentation, image["height"], image["width"])
                 complete["area"] = float(mask_api.area(runs))
         return complete
+
+    def _without_texts(self, raw: Entry) -> Entry:
+        """The annotation with numbers in its box and area where they are written as texts."""
+        given = [raw.get("area"), *raw["bbox"]]
+        area, *box = read = [*map(_decimal, given)]
+        if any(isinstance(value, str) for value in read) or all(map(is_, read, given)):
+            return raw
+        key = "area" if all(map(is_, box, raw["bbox"])) else "bbox"
+        self._say(raw, "box or area written as text", key=key, value=raw[key])
+        return raw | {"area": area, "bbox": box}
 
     def _numbers(self, raw: Entry) -> Entry | None:
         """The annotation with what is read of iscrowd and area; None where they are malformed."""

@@ -194,6 +194,7 @@ KINDS: Mapping[str, Kind] = {
     ),
     "image file of another path": Kind("is found as {path}", "read from there"),
     "number written as text or fraction": Kind("has {key!r} {value}", "taken as a whole number"),
+    "box or area written as text": Kind("has {key!r} {value}", "read as numbers"),
     "box without area in the image": Kind("has the box {box}", _WHOLE, left_out=True),
     "annotation without a valid polygon": Kind("has no valid polygon", _WHOLE, left_out=True),
     "polygon of two corners": Kind(

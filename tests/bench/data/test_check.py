@@ -78,8 +78,11 @@ ERRORS: list[tuple[dict[str, Any], str, str]] = [
     ({"category_id": 5}, "unknown category", "category 5"),
     ({"bbox": [1, 2, 3]}, "malformed box", "[1, 2, 3]"),
     ({"bbox": ["a", 2, 3, 4]}, "malformed box", "'a'"),
+    ({"bbox": [1, 2, "3", "nan"]}, "malformed box", "'nan'"),
+    ({"bbox": [1, 2, "3,5", 4]}, "malformed box", "'3,5'"),
     ({"iscrowd": 2}, "malformed iscrowd", "iscrowd 2"),
     ({"area": -1}, "malformed area", "area -1"),
+    ({"area": "1e2"}, "malformed area", "area '1e2'"),
     ({"segmentation": [[1, 2, "a", 4, 5, 6]]}, "malformed polygon", "'a'"),
     ({"segmentation": [1, 2, 3]}, "malformed polygon", "polygon 1"),
     ({"segmentation": RUN | {"size": [9, 9]}}, "run-length mask of the wrong size", "[9, 9]"),
@@ -115,6 +118,8 @@ ODD: list[tuple[dict[str, Any], str, str, int]] = [
     ({"segmentation": []}, "annotation without a segmentation", "its box is its mask", 1),
     ({"segmentation": [[]]}, "annotation without a segmentation", "its box is its mask", 1),
     ({"area": None}, "annotation without an area", "that of its mask", 1),
+    ({"bbox": [10, 5, "20.0", " 12"]}, "box or area written as text", "read as numbers", 1),
+    ({"bbox": [*map(str, BOX)], "area": "240.0"}, "box or area written as text", "numbers", 1),
     ({"area": HEIGHT * WIDTH}, "area of the whole image", "small, medium or large", 1),
     ({"iscrowd": 1}, "crowd outlined by polygons", "crowd", 1),
     ({"area": 600}, "area that does not fit its mask", "small, medium or large", 1),
@@ -157,7 +162,8 @@ def test_what_is_odd_is_said_with_how_it_is_handled(
     tmp_path: Path, changes: dict[str, Any], kind: str, words: str, used: int
 ) -> None:
     data = content()
-    data["annotations"][0] = annotation(101, 1, **changes)
+    changed = annotation(101, 1) | changes
+    data["annotations"][0] = {k: v for k, v in changed.items() if v is not None}
     write(tmp_path, data)
     report = only(tmp_path)
     assert report.errors == ()
@@ -170,6 +176,22 @@ def test_what_is_odd_is_said_with_how_it_is_handled(
     dataset = CocoDataset(tmp_path, "train2017", degenerate_boxes="drop")
     assert len(dataset[0][1]["boxes"]) == used
     assert report.annotations == 3 + used
+
+
+def test_boxes_written_as_text_are_those_of_numbers(tmp_path: Path) -> None:
+    data = content()
+    write(tmp_path, data)
+    sound = CocoDataset(tmp_path, "train2017")
+    for one in data["annotations"]:
+        one |= {"bbox": [*one["bbox"][:2], *(f"{side:.4f}" for side in one["bbox"][2:])]}
+        one |= {"area": str(one["area"])}
+    write(tmp_path, data)
+    texts = CocoDataset(tmp_path, "train2017")
+    for (_, first), (_, second) in zip(sound, texts, strict=True):
+        assert all(first[key].equal(second[key]) for key in first)
+    (line,) = remarks([texts])
+    said = "4 of: box or area written as text (annotations 101, 102, 103, 104); read as numbers"
+    assert line.endswith(said)
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_a_mutated_file_is_refused_in_one_line_or_read_as_it_says(
             np.testing.assert_allclose(target["boxes"][place], box, rtol=1e-5, atol=1e-4)
             if raw.get("area") is not None:
                 area = float(target["area"][place])
-                np.testing.assert_allclose(area, raw["area"], rtol=1e-6, atol=1e-30)
+                np.testing.assert_allclose(area, float(raw["area"]), rtol=1e-6, atol=1e-30)
             if annotation["id"] not in about:
                 mask = target["masks"][place].numpy()
                 np.testing.assert_array_equal(mask, mask_of(raw["segmentation"]))
