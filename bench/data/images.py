@@ -4,6 +4,7 @@ import io
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -25,6 +26,10 @@ _ORIENTATION = 0x0112
 # A tag of TIFF, of which Pillow heeds the value below in grey of 8 bits alone.
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
 _BITS, _PLANES, _APART = 258, 284, 2
+# What a page of TIFF is, by bits: a smaller copy of another, or its mask.
+_SUBFILE, _COPY_OR_MASK = 254, 1 | 4
+# Places in a file from here on cannot be gone to.
+_FARTHEST = 2**63
 # How an image is put upright, by its EXIF orientation; 1 is upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -119,7 +124,7 @@ def read(
                 mode=image.mode,
                 orientation=orientation,
                 stored=(rgb.width, rgb.height) if turned else (rgb.height, rgb.width),
-                animated=bool(getattr(image, "is_animated", False)),
+                animated=_has_frames(image, file),
                 top=top,
                 cut=cut and image.mode not in DEEP_MODES,
             )
@@ -229,6 +234,23 @@ def _is_cut(image: Image.Image, file: IO[bytes]) -> bool:
     if image.format == "PPM":
         return any(tile[3] == ("RGB", DEEPEST) for tile in tiles)
     return any(";16" in str(tile[3]) for tile in tiles)
+
+
+def _has_frames(image: Image.Image, file: IO[bytes]) -> bool:
+    """Whether the file has several frames, which smaller copies and masks in a TIFF are not."""
+    if not getattr(image, "is_animated", False):
+        return False
+    # As Pillow's `seek` does, which fails at pages that it cannot decode; the first is read.
+    page = copy(getattr(image, "tag_v2", None))
+    seen = {0}
+    while page is not None and page.next not in seen and page.next < _FARTHEST:
+        seen.add(page.next)
+        file.seek(page.next)
+        page.load(file)
+        kind = page.get(_SUBFILE)
+        if not isinstance(kind, int) or not kind & _COPY_OR_MASK:
+            return True
+    return page is None
 
 
 def _orientation(image: Image.Image) -> int:

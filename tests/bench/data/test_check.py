@@ -306,6 +306,21 @@ def test_a_file_is_found_by_the_image_s_id(
     assert only(tmp_path, decode=False).findings == ((found,) if kind == "image missing" else ())
 
 
+@pytest.mark.parametrize(
+    ("subfile", "frames"), [({}, 1), ({254: 0}, 1), ({254: 2}, 1), ({254: 1}, 0), ({254: 4}, 0)]
+)
+def test_smaller_copies_and_masks_in_a_tiff_are_no_frames(
+    tmp_path: Path, subfile: dict[int, int], frames: int
+) -> None:
+    """Pages of cloud-optimised GeoTIFFs; those that say nothing of themselves are frames."""
+    folder = write(tmp_path, content())
+    pages = [picture(8), picture(9).resize((30, 20))]
+    picture(2).save(folder / "2.png", "TIFF", save_all=True, append_images=pages, tiffinfo=subfile)
+    report = only(tmp_path)
+    assert report.errors == ()
+    assert kinds(report.findings)["image of several frames"] == frames
+
+
 def test_everything_is_found_at_once(tmp_path: Path) -> None:
     """One of every kind, in one data set: neither hides the other."""
     data = content(len(ERRORS) + len(ODD) + len(FILES))
