@@ -377,6 +377,7 @@ def _oddities(picture: Picture) -> Iterator[tuple[str, dict[str, Any]]]:
     """Kind and values of what is odd in an image."""
     if picture.mode != "RGB":
         kind = _MODES.get(picture.mode, "image of an unusual mode")
+        kind = "image of premultiplied colours" if picture.divided else kind
         yield kind, {"mode": picture.mode, "top": picture.top}
         if kind == "16-bit image":
             yield from _few_bright(picture)

@@ -287,6 +287,10 @@ KINDS: Mapping[str, Kind] = {
     "grey image with transparency": Kind(_MODE, f"{_GREY}, {_TRANSPARENT}"),
     "image with a palette": Kind(_MODE, _RGB),
     "transparent image": Kind(_MODE, _TRANSPARENT),
+    "image of premultiplied colours": Kind(
+        _MODE + " and, by its tag, colours that were multiplied by its fourth channel",
+        f"they are divided by it, and {_TRANSPARENT}",
+    ),
     "CMYK image": Kind(_MODE, _RGB),
     "16-bit image": Kind(_MODE + " and values up to {top}", "grey, scaled to 8 bit"),
     "dark image with a few bright pixels": Kind(

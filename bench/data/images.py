@@ -54,6 +54,7 @@ class Picture:
         animated: whether the file has several frames, of which this is the first.
         top: the highest value in the file, of a grey image of 16 bits; 0 of any other.
         cut: whether the file has 16 bits a channel, of which the lower 8 are not read.
+        divided: whether its colours were divided by its fourth channel, as TIFF's associated alpha.
     """
 
     pixels: Tensor
@@ -63,6 +64,7 @@ class Picture:
     animated: bool
     top: int = 0
     cut: bool = False
+    divided: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -107,6 +109,8 @@ def read(
             # Before the pixels are read, which empties the list of tiles.
             _refuse_deep_planes(image)
             cut = _is_cut(image, file)
+            # What Pillow calls colours that are multiplied by their alpha.
+            divided = any("RGBa" in str(tile[3]) for tile in getattr(image, "tile", ()))
             orientation = _orientation(image)
             # TIFF is turned as it is loaded, and then says so.
             image.load()
@@ -127,6 +131,7 @@ def read(
                 animated=_has_frames(image, file),
                 top=top,
                 cut=cut and image.mode not in DEEP_MODES,
+                divided=divided,
             )
     except UnidentifiedImageError as error:
         raise InputError(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import struct
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -247,6 +248,16 @@ def saved(image: Image.Image, **options: Any) -> Spoil:
     return lambda path: image.save(path, "PNG", **options)
 
 
+def premultiplied(path: Path) -> None:
+    """RGBA in a TIFF whose ExtraSamples say that the colours were multiplied by the fourth."""
+    picture(9, "RGBA").save(path, "TIFF")
+    extra_samples = struct.pack("<HHI", 338, 3, 1)
+    plain, multiplied = (extra_samples + struct.pack("<I", kind) for kind in (2, 1))
+    raw = path.read_bytes()
+    assert raw.count(plain) == 1
+    path.write_bytes(raw.replace(plain, multiplied))
+
+
 def orientation(value: int) -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = value
@@ -282,6 +293,7 @@ FILES: list[tuple[Spoil, str, str, bool]] = [
     (saved(picture(9, "1")), "black-and-white image", "mode 1", False),
     (saved(picture(9, "P")), "image with a palette", "mode P", False),
     (saved(picture(9, "RGBA")), "transparent image", "mode RGBA", False),
+    (premultiplied, "image of premultiplied colours", "mode RGBA", False),
     (
         saved(Image.fromarray(np.full((HEIGHT, WIDTH), 9000, dtype=np.uint16))),
         "16-bit image",
