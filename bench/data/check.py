@@ -247,6 +247,10 @@ def class_remarks(splits: Iterable[ClassDataset], white: int) -> list[str]:
     before: dict[str, str] = {}
     for split in splits:
         tally, tops, seen = Tally(), [], {}
+        if split.folder.name != split.split:
+            tally.add(finding("split of another name", split=split.split, path=split.folder))
+        for name in split.shards_beside:
+            tally.add(finding("shard beside folders of classes", name=name))
         empty, others = split.left_out()
         for name in empty:
             kind = "class number without an image" if split.is_sharded else "class without an image"

@@ -52,6 +52,7 @@ class ClassDataset:
     Attributes:
         samples: place and number of the class of each image.
         classes: names, in the order of their numbers.
+        shards_beside: names of shards that are not read, as there are folders beside them.
 
     Raises:
         InputError: for a folder that is missing or holds no images.
@@ -67,6 +68,7 @@ class ClassDataset:
         self.passed_over: list[str] = []
         own, samples = _shards(shards, self.passed_over) if sharded else _folders(self.folder)
         self.is_sharded = bool(sharded)
+        self.shards_beside = [] if sharded else [path.name for path in shards]
         self.classes_are_own = classes is None
         self.classes: tuple[str, ...] = classes or own
         unknown = [name for name in own if name not in self.classes]

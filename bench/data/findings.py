@@ -183,6 +183,9 @@ KINDS: Mapping[str, Kind] = {
         "has no image: do classes count from 1, or is one missing?",
         "an output of the classifier all the same",
     ),
+    "shard beside folders of classes": Kind(
+        "is a shard beside folders of classes", "left out", left_out=True
+    ),
     "second image of a sample": Kind("is beside another image of its sample", "left out"),
     "file of a class that is no image": Kind(
         "has the ending {ending!r}, no image's that is read", "left out", left_out=True

@@ -379,6 +379,19 @@ def test_an_odd_number_of_images_cannot_be_mixed_in_pairs(name):
         load(*(0.5 * (name == one) for one in ("mixup", "cutmix")))
 
 
+def test_shards_beside_folders_and_the_folder_of_a_split_are_named(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        (tmp_path / split / "a" / "0.png").write_bytes(png("red" if split == "train" else "blue"))
+    shard(tmp_path / "train" / "0.tar", [("0.png", png("red")), ("0.cls", b"0")])
+    train, val = classes.open_splits(tmp_path)
+    lines = class_remarks([train, val], 255)
+    [line] = [line for line in lines if "0.tar" in line]
+    assert line == f"{tmp_path / 'train'}: 0.tar is a shard beside folders of classes; left out"
+    [line] = [line for line in lines if "read from" in line]
+    assert line == f"{tmp_path / 'test'}: val is read from {tmp_path / 'test'}; used as val"
+
+
 def test_labels_of_shards_that_count_from_one(tmp_path):
     for split, labels in (("train", (1, 2, 4)), ("val", (1, 2))):
         (tmp_path / split).mkdir()
