@@ -5,7 +5,7 @@ import re
 import shlex
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,12 @@ HERE = Path(__file__).resolve().parent
 # What makes more than a paragraph of a line of Markdown that starts with it.
 _STARTS = re.compile(r"^(\d{0,9})(#{1,6} |[-+=>]|(?<=\d)[.)] )")
 
+
+# How a page names its tables and plots, whose files are in a folder and have these endings.
+_NAMED = (
+    ("index.html", re.compile(r'<table id="([\w-]+)">'), "tables", (".csv", ".md", ".tex")),
+    ("index.md", re.compile(r"^!\[.*\]\(plots/([\w-]+)\.png\)$", re.M), "plots", (".png", ".svg")),
+)
 
 # What a command line says of its rows, as a shell reads it.
 _ROWS = re.compile(r"(.*? --rows )('[^']*'|\S+)(.*)")
@@ -77,7 +83,8 @@ def write(
 
     Beside it come `index.html` (one file that needs no other), `tables/*.csv|md|tex`,
     `plots/*.png|svg` and `results.parquet`, a line for each record and figure. The same records
-    give the same bytes. Each file is replaced as a whole.
+    give the same bytes. Each file is replaced as a whole; those of tables and plots that the page
+    before had, and this one has not, are removed.
 
     Args:
         records: of runs.
@@ -205,6 +212,11 @@ def publish(sections: Sequence[Section], directory: Path, *, title: str, made: s
         write_tables(shown, directory / "tables", made)
         drawn = [block for block in found if isinstance(block, Plot)]
         write_plots(drawn, directory / "plots")
+        names = {
+            "tables": {table.name for table in shown},
+            "plots": {plot.name for plot in drawn if not plot.skipped},
+        }
+        _remove_others(directory, names)
         _replace(directory / "index.html", _render("page.html.jinja", title, sections, made))
         markdown = _render("page.md.jinja", title, sections, made)
         page = directory / "index.md"
@@ -243,6 +255,16 @@ def write_plots(found: Iterable[Plot], folder: Path) -> None:
         if not plot.skipped:
             _replace(folder / f"{plot.name}.png", plot.png)
             _replace(folder / f"{plot.name}.svg", plot.svg)
+
+
+def _remove_others(directory: Path, names: Mapping[str, Collection[str]]) -> None:
+    """Remove the tables and plots that a folder's present page has, but for those of `names`."""
+    for page, named, folder, endings in _NAMED:
+        if (directory / page).is_file():
+            text = (directory / page).read_text(encoding="utf-8", errors="replace")
+            for name in {*named.findall(text)} - {*names[folder]}:
+                for ending in endings:
+                    (directory / folder / f"{name}{ending}").unlink(missing_ok=True)
 
 
 def _render(template: str, title: str, sections: Sequence[Section], made: str) -> str:

@@ -726,6 +726,22 @@ def test_page_is_written_over_an_older_one(records: list[Record], tmp_path: Path
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_no_table_or_plot_of_an_earlier_page_stays(records: list[Record], tmp_path: Path) -> None:
+    def files(folder: Path) -> set[str]:
+        return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    page.write(records, twice, title="Old")
+    own = {"tables/differences-mine.csv", "tables/mine.md", "plots/mine.png", "plots/loss.txt"}
+    for name in own:
+        (twice / name).write_text("a file of the user")
+    for folder in (once, twice):
+        page.write([make("ViL", training=None)], folder, title="New")
+    assert files(twice) == files(once) | own
+    assert "tables/fronts.csv" not in files(twice)
+    assert "plots/loss.png" not in files(twice)
+
+
 def test_page_says_why_it_cannot_be_written(records: list[Record], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no records"):
         page.write([], tmp_path, title="Empty")
