@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from bench import cgroups
 from bench.errors import InputError
 
 
@@ -86,8 +87,17 @@ def reason(error: Exception) -> str:
     return getattr(cause, "strerror", None) or " ".join(str(error).split())
 
 
-def cores() -> int:
-    """Return the number of cores that this process may use."""
+def usable_cores() -> float:
+    """Return the number of cores that this process may use, a fraction where a quota leaves one."""
+    there = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        there = len(os.sched_getaffinity(0))
+    allowed = cgroups.quota()
+    if allowed is None or allowed >= there:
+        return there
+    return int(allowed) if allowed.is_integer() else round(allowed, 3)
+
+
+def cores() -> int:
+    """Return how many processes or threads the usable cores are enough for, at least one."""
+    return max(1, int(usable_cores()))

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import InputError, saying
-from bench.files import check_writable, cores, sync_folder
+from bench.files import check_writable, sync_folder, usable_cores
 
 SCHEMA = 1
 STATUSES = ("done", "failed")
@@ -428,7 +428,7 @@ def environment(*, command: str | Sequence[str], device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu(),
-        "cores": cores(),
+        "cores": usable_cores(),
         "memory_bytes": _memory(),
         "device": device,
         **({"allocator": allocator()} if device == "cpu" else {}),

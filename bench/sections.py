@@ -48,7 +48,7 @@ class _Environment(TypedDict, total=False):
     python: Text
     platform: Text
     cpu: Text
-    cores: Whole
+    cores: Real
     memory_bytes: Whole
     device: Text
     packages: dict[str, Text]

@@ -7,6 +7,8 @@ import hypothesis
 import pytest
 import torch
 
+from bench import cgroups
+
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
 
@@ -65,3 +67,19 @@ def refusal(capsys):
         return printed.err
 
     return run
+
+
+@pytest.fixture
+def cgroup(tmp_path, monkeypatch):
+    """Put this process into made-up groups: a line of /proc/self/cgroup, and files by folder."""
+
+    def put(line, groups):
+        (tmp_path / "process").write_text("9:name=systemd:/elsewhere\n" + line + "\n")
+        for group, files in groups.items():
+            (tmp_path / "groups" / group).mkdir(parents=True, exist_ok=True)
+            for name, text in files.items():
+                (tmp_path / "groups" / group / name).write_text(text + "\n")
+        monkeypatch.setattr(cgroups, "_ROOT", tmp_path / "groups")
+        monkeypatch.setattr(cgroups, "_OF_PROCESS", tmp_path / "process")
+
+    return put

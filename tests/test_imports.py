@@ -57,6 +57,7 @@ def test_imports_go_one_way(package):
 # `model`, and `conformance` on `measure`.
 LINE = (
     "errors",
+    "cgroups",
     "files",
     "sections",
     "record",

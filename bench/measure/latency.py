@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from bench import cgroups
+from bench.files import usable_cores
 from bench.system import machine
 
 UNIT = "s"
@@ -88,12 +90,14 @@ class Instruments:
         clock: seconds from any origin.
         load: runnable processes for each core.
         others: core-seconds that other processes have used.
+        throttled: periods in which a quota of cores was used up.
         clock_mhz: of the device.
     """
 
     clock: Callable[[], float] = time.perf_counter
     load: Callable[[], float | None] = machine.load
     others: Callable[[], float | None] = machine.other_cpu_seconds
+    throttled: Callable[[], int | None] = cgroups.throttled
     clock_mhz: Callable[[torch.device], float | None] = machine.clock_mhz
 
 
@@ -107,7 +111,8 @@ class Latency:
         q1: first quartile.
         q3: third quartile.
         stable: whether warm-up settled, and spread and drift are small.
-        notes: what makes the numbers doubtful, in words; a loaded machine or a falling clock too.
+        notes: what makes the numbers doubtful, in words; a loaded machine, a used-up quota or a
+            falling clock too.
         warm_up: calls before the first sample.
         device: where it ran.
         device_samples: seconds of each call between two events on the device; empty on the CPU.
@@ -284,7 +289,7 @@ def rounds(
 
 
 class _Watch:
-    """Notices other processes and a falling clock while something is measured."""
+    """Notices other processes, a quota and a falling clock while something is measured."""
 
     def __init__(self, device: torch.device, instruments: Instruments) -> None:
         self.device = device
@@ -292,6 +297,7 @@ class _Watch:
         # Read now: while measuring, this process is part of the load.
         self._load = instruments.load()
         self._others = instruments.others()
+        self._throttled = instruments.throttled()
         self._start = instruments.clock()
         self._looked = -math.inf
         self._speeds: list[float | None] = []
@@ -305,7 +311,7 @@ class _Watch:
 
     def notes(self) -> tuple[str, ...]:
         """What was noticed."""
-        return (*self._contention(), *self._throttling())
+        return (*self._contention(), *self._quota(), *self._throttling())
 
     def _contention(self) -> list[str]:
         others, seconds = self.instruments.others(), self.instruments.clock() - self._start
@@ -320,6 +326,13 @@ class _Watch:
         if busy <= min(quiet, available - needed + _FREE_CORE):
             return []
         return [f"loaded machine: others kept {busy:.1f} of {available} cores busy"]
+
+    def _quota(self) -> list[str]:
+        throttled = self.instruments.throttled()
+        periods = 0 if throttled is None else throttled - (self._throttled or 0)
+        if not periods:
+            return []
+        return [f"throttled: {usable_cores():g} cores' time was used up in {periods} periods"]
 
     def _throttling(self) -> list[str]:
         speeds = [speed for speed in self._speeds if speed]

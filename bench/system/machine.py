@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 
-from bench import record
+from bench import cgroups, record
 
 _PROC = Path("/proc")
 _CPUS = Path("/sys/devices/system/cpu")
-_CGROUP = Path("/sys/fs/cgroup")
 # Fields of a line of /proc/stat: user, nice, system, idle, iowait, irq, softirq, steal.
 _WORKING = (0, 1, 2, 5, 6, 7)
 # Of glibc's `mallopt`.
@@ -85,7 +84,7 @@ def temperature(device: torch.device) -> int | None:
 
 def free_memory() -> int | None:
     """Bytes of main memory that this process and its children can still take."""
-    free = [_available(), _left_in_cgroup()]
+    free = [_available(), cgroups.memory_left()]
     return min((size for size in free if size is not None), default=None)
 
 
@@ -96,12 +95,4 @@ def _available() -> int | None:
                 return int(line.split()[1]) * 1024
     with suppress(OSError, ValueError, AttributeError):
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
-
-
-def _left_in_cgroup() -> int | None:
-    """What a container's limit leaves; "max" means that it has none."""
-    with suppress(OSError, ValueError):
-        limit = int((_CGROUP / "memory.max").read_text(encoding="ascii"))
-        return limit - int((_CGROUP / "memory.current").read_text(encoding="ascii"))
     return None

@@ -34,7 +34,8 @@ def endless(first, then):
 
 
 def instruments(clock, **others):
-    quiet = {"load": lambda: 0.1, "others": lambda: None, "clock_mhz": lambda _: None}
+    quiet = {"load": lambda: 0.1, "others": lambda: None, "throttled": lambda: None}
+    quiet |= {"clock_mhz": lambda _: None}
     return Instruments(clock=clock, **quiet | others)
 
 
@@ -140,6 +141,18 @@ def test_other_processes_may_use_a_small_share_of_what_is_not_needed(monkeypatch
     look = {"others": lambda: 1.5 * clock.now}
     notes = measure(clock, clock.call(endless([], 1.0)), look=look).notes
     assert ["others kept 1.5 of" in note for note in notes] == [True] * said
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.0, False), (1.0, True)])
+def test_a_quota_of_cores_that_was_used_up_is_noticed(monkeypatch, share, said):
+    clock = Clock()
+    monkeypatch.setattr(latency, "usable_cores", lambda: 0.25)
+    look = {"throttled": lambda: 7 + int(share * clock.now)}
+    result = measure(clock, clock.call(endless([], 1.0)), look=look, min_repeats=4)
+    periods = len(result.samples) + result.warm_up
+    expected = f"throttled: 0.25 cores' time was used up in {periods} periods"
+    assert result.notes == (expected,) * said
+    assert result.noticed == result.notes
 
 
 @pytest.mark.parametrize(("slow", "said"), [(1900.0, True), (2500.0, False)])
@@ -276,12 +289,10 @@ def test_this_process_is_no_other_process():
     assert others <= machine.cores() * (time.monotonic() - wall) - 0.3 + 0.05
 
 
-def test_free_memory_is_less_than_all(tmp_path, monkeypatch):
+def test_free_memory_is_less_than_all(cgroup):
     free = machine.free_memory()
     assert free is None or free > 1e8
-    (tmp_path / "memory.max").write_text("5000")
-    (tmp_path / "memory.current").write_text("2000")
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    cgroup("0::/", {".": {"memory.max": "5000", "memory.current": "2000"}})
     assert machine.free_memory() == 3000
 
 
