@@ -40,7 +40,7 @@ with ending_at_once():
     from bench.config.values import assigned, merged
     from bench.data.generated import SPLITS
     from bench.errors import InputError, choose
-    from bench.record import Record, check_output, slug
+    from bench.record import Record, check_output, code_at_start, slug
     from bench.system import logs, processes
 
 # Settings of what --pretrain runs, such as pretrain.classify.epochs=100.
@@ -220,6 +220,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "run_all.py") -> in
     try:
         options = parser().parse(given)
         choose(options.suite, (*suites(), SUITE), "suite")
+        code_at_start()
         # A preempted job gets SIGTERM; it ends as an interrupted one does. Not by way of SIGINT,
         # which shells make processes in the background ignore.
         with raised_where_it_arrives(*SIGNALS):

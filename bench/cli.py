@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from bench import commands
+from bench import commands, record
 from bench.config.schema import METHODS, MODES, POSITIONS, PRECISIONS
 from bench.config.values import assigned, merged, nested
 from bench.data import DataError
@@ -150,6 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name = parser_of(prog, command).parse(words[:1]).command
             prog, command, words = f"{prog} {name}", command.COMMANDS[name], words[1:]
         options = parser_of(prog, command).parse(words)
+        record.code_at_start()
         with raised_where_it_arrives(signal.SIGINT):
             code: int = command.run(options)
             if sys.stdout is not None:

@@ -5,6 +5,7 @@ field. This module imports no torch, so that records can be read anywhere.
 """
 
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -91,6 +92,7 @@ PICTURES = "pictures"
 COSTS = "costs"
 """The folder beside `records` that holds records of what rows cost at full size."""
 
+_ROOT = Path(__file__).resolve().parent.parent
 _CODE = ("attentions", "bench", "configs", "run_all.py")
 # How the names of records end, see `write`.
 _OURS = re.compile(r"-[0-9a-f]{10}(-failed-\d+)?\.json$")
@@ -423,7 +425,7 @@ def environment(*, command: str | Sequence[str], device: str) -> dict[str, Any]:
         command: how to do it again; a list of arguments is joined as a shell would read it.
         device: the name of the device, as a person would call it.
     """
-    commit, dirty = checkout(Path(__file__).resolve().parent.parent)
+    commit, dirty = code_running()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -445,6 +447,25 @@ def allocator() -> str:
     if chosen:
         return ", ".join(chosen)
     return MEMORY_KEPT if platform.libc_ver()[0] == "glibc" else "the system's"
+
+
+@functools.cache
+def code_at_start(root: Path = _ROOT) -> tuple[str | None, bool | None]:
+    """Return `checkout` of when this was first called, as commands and runs do when they start."""
+    return checkout(root)
+
+
+def code_running(root: Path = _ROOT) -> tuple[str | None, bool | None]:
+    """Return the git commit that this process started with, and whether its code differs from it.
+
+    Where other code has been checked out since it does: what is imported late is of that.
+    """
+    commit, dirty = code_at_start(root)
+    now, changed = checkout(root)
+    if commit is None:
+        return None, None
+    moved = "" if now == commit else _git(root, "diff", "--name-only", commit, "HEAD", "--", *_CODE)
+    return commit, dirty or changed or (None if moved is None else bool(moved))
 
 
 def checkout(root: Path) -> tuple[str | None, bool | None]:

@@ -107,6 +107,7 @@ def run(
         KeyboardInterrupt: when interrupted, after the record is written.
         AbandonedError: where this process failed and others did not, after the record is written.
     """
+    record.code_at_start()
     output = output or Path("results") / (config.suite or "runs")
     if identity is None:
         attentions.forget_edited()

@@ -1,6 +1,7 @@
 """Records: what goes in comes out, and nothing is lost or overwritten while writing."""
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -245,13 +246,15 @@ def test_environment_is_complete_and_plain() -> None:
     assert Record.from_json(make(environment=found).to_json()).environment == found
 
 
+def git_in(root: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=n", "-c", "user.email=n@example.org"]
+    command = ["git", "-C", str(root), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_checkout_tells_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def git(*arguments: str) -> str:
-        identity = ["-c", "user.name=n", "-c", "user.email=n@example.org"]
-        command = ["git", "-C", str(tmp_path), *identity, *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
+    git = functools.partial(git_in, tmp_path)
     assert store.checkout(tmp_path) == (None, None)
     git("init")
     assert store.checkout(tmp_path) == (None, None)
@@ -273,3 +276,36 @@ def test_checkout_tells_commit_and_changes(tmp_path: Path, monkeypatch: pytest.M
     subprocess.run(["git", "init", str(tmp_path / "other")], check=True, capture_output=True)
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))
     assert store.checkout(tmp_path) == (commit, True)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_record_has_the_commit_that_its_process_started_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git = functools.partial(git_in, tmp_path)
+
+    def said() -> tuple[str, bool]:
+        found = store.environment(command="", device="cpu")
+        return found["commit"], found["dirty"]
+
+    git("init")
+    code = tmp_path / "bench" / "record.py"
+    code.parent.mkdir()
+    code.write_text("1")
+    git("add", ".")
+    git("commit", "-m", "one")
+    commit = git("rev-parse", "HEAD")
+    store.code_at_start(tmp_path)
+    monkeypatch.setattr(store, "code_running", functools.partial(store.code_running, tmp_path))
+    assert said() == (commit, False)
+    # Results that are committed meanwhile leave the code as it is.
+    (tmp_path / "results.json").write_text("")
+    git("add", ".")
+    git("commit", "-m", "results")
+    assert said() == (commit, False)
+    code.write_text("2")
+    assert said() == (commit, True)
+    git("commit", "-am", "two")
+    assert said() == (commit, True)
+    git("checkout", commit)
+    assert said() == (commit, False)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import run_all
-from bench import cli
+from bench import cli, record
 from bench.errors import InputError
 
 ROOT = Path(__file__).parents[3]
@@ -231,6 +231,17 @@ def test_a_command_ends_by_its_exit_code(error, monkeypatch, capsys):
     if isinstance(error, InputError):
         expected = (2, f"python -m bench {name}: error: size 0 is not positive\n")
     assert (cli.main([name]), capsys.readouterr().err) == expected
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [(cli.main, ["recommend", "nothing"]), (run_all.main, ["--dry-run", "--init", "nothing"])],
+)
+def test_a_command_knows_its_code_when_it_starts(main, words, refusal, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record.code_at_start.cache_clear()
+    refusal(main, *words)
+    assert record.code_at_start.cache_info().currsize == 1
 
 
 def test_a_row_is_checked_by_its_mechanism(capsys):
