@@ -71,9 +71,16 @@ def conditions(costs: Sequence[Record]) -> Conditions | None:
         batch,
         f"{names['backbone']}, {METHODS.get(names['method'], names['method'])}"
         f" ({names['library']}), images of {image}{alike}, batch {batch},"
-        f" {precision} on one {device}",
+        f" {precision} on one {device}{_computed_again(counted)}",
         _of_layers([record for record in costs if _measured(record)]),
     )
+
+
+def _computed_again(counted: Sequence[Record]) -> str:
+    """Which rows keep no activations of blocks, as a clause of where their costs are of."""
+    again = [record.row for record in counted if at(record, "config.model.checkpoint")]
+    rows = "" if len(again) == len(counted) else f" of {listed(again)}"
+    return f", blocks{rows} computed again in the backward pass" if again else ""
 
 
 def _of_layers(measured: Sequence[Record]) -> str:
@@ -127,6 +134,7 @@ def _model(record: Record, other: Record) -> list[Any]:
     if not (model and its):
         return found
     found += [model.get(name) for name in ("attention", "options")]
+    found.append(bool(model.get("checkpoint")))
     if record.model["backbone"] == other.model["backbone"]:
         found.append(model.get("detector"))
     # Heads, widths, depths and patches are those of the backbone.

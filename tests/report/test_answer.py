@@ -353,6 +353,43 @@ def test_a_search_and_a_row_without_costs(records: list[Record], costs: list[Rec
     assert none.flops is None
 
 
+def test_costs_say_where_blocks_are_computed_again(
+    records: list[Record], costs: list[Record]
+) -> None:
+    def stated(again: dict[str, bool]) -> str:
+        known = [
+            changed(one, {"config.model": {"checkpoint": again.get(one.row, False)}})
+            for one in costs
+        ]
+        about = reference.conditions(known)
+        assert about is not None
+        (found,), (table,) = answer.first(records, known), reference.tables(records, known)
+        (advised,) = recommend.recommend(records, known, [], mode="training")
+        assert found.table.notes[0].startswith(f"Costs are of {about.sentence}.")
+        assert advised.table.notes[0].startswith(f"Costs are of {about.sentence}.")
+        assert table.notes[0].startswith(about.sentence)
+        return about.sentence.partition("mixed precision (fp16) on one GPU")[2]
+
+    names = [one.row for one in costs]
+    assert stated({}) == ""
+    everywhere = ", blocks computed again in the backward pass"
+    assert stated(dict.fromkeys(names, True)) == everywhere
+    some = ", blocks of ViL, full computed again in the backward pass"
+    assert stated({"ViL": True, "full": True}) == some
+
+
+def test_costs_with_blocks_computed_again_are_of_such_rows_alone(records: list[Record]) -> None:
+    def of(record: Record, *, again: bool) -> Record:
+        return changed(record, {"config.model": {"checkpoint": again}})
+
+    every = [of(cost("ViL", 200, 4), again=False), of(cost("ViL", 255, 2), again=True)]
+    for again, flops in ((False, 200), (True, 255)):
+        (own,) = reference.at_reference([of(records[0], again=again)], every)
+        assert (own.flops or {})["total"] == flops * GIGA
+    (none,) = reference.at_reference([of(records[0], again=False)], every[1:])
+    assert none.flops is None
+
+
 def test_costs_are_of_the_same_model(records: list[Record]) -> None:
     arch = "l1,h{0},d{0},n{0},s1,g1,p{0},f7,a1"
 
