@@ -312,9 +312,11 @@ def _run(options: argparse.Namespace, given: Sequence[str], world: processes.Wor
     if not options.no_pictures:
         rows.make_pictures(records(), output, console)
     found = [] if late else rows.count_costs(full_size, output, console, command=command)
+    shown = records()
+    rows.say_left_out(suite, standings, shown, console)
     from report import page
 
-    return max(code, page.write_suite(records(), output, title=f"Suite {suite.name}", costs=found))
+    return max(code, page.write_suite(shown, output, title=f"Suite {suite.name}", costs=found))
 
 
 def _command(given: Sequence[str]) -> list[str]:

@@ -28,6 +28,7 @@ from bench.run import runner, suite, timing, train
 from bench.run.evaluate import CocoEvaluator
 from bench.run.identity import identify
 from bench.run.train import _Training
+from bench.system import processes
 from bench.system.progress import SuiteProgress
 from report import load, tables
 from tests import mechanisms
@@ -337,6 +338,31 @@ def test_a_mechanism_edited_while_rows_run_gets_no_costs_beside_its_accuracy(
     assert not {"latency", "costs"} & {path.name for path in output.iterdir()}
     said = "mine.py changed since the record of"
     assert said in refusal(cli.main, "recommend", output, "--image-size", "256x320")
+
+
+def test_a_row_whose_mechanism_was_edited_before_its_process_began_is_said_to_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    row = mechanisms.write(file)
+
+    def run_local(jobs: list[processes.Job], **_: object) -> int:
+        file.write_text(file.read_text() + "# edited\n")
+        return max(run_all.main(job.command[2:]) for job in jobs)
+
+    monkeypatch.setattr(processes, "run_local", run_local)
+    command = ["--rows", f"identity,{row}", "--output", str(tmp_path / "out"), *REPORTED]
+    command += ["--launcher", "local", "profile.enabled=false"]
+    said = f"note: not on the page: {row}, without a record of the files that this command began"
+    assert run_all.main(command) == 0
+    assert said in capsys.readouterr().out
+    assert set(records(tmp_path / "out")) == {"identity", row}
+    assert "mine.py" not in (tmp_path / "out" / "tables" / "comparison.csv").read_text()
+    # The same command goes on from what the file is now.
+    monkeypatch.undo()
+    assert run_all.main(command) == 0
+    assert "not on the page" not in capsys.readouterr().out
+    assert "mine.py" in (tmp_path / "out" / "tables" / "comparison.csv").read_text()
 
 
 def test_killed_in_the_second_row_it_continues_to_the_same_numbers(

@@ -192,6 +192,28 @@ def check_free(standings: Sequence[Standing], output: Path) -> None:
             ) from error
 
 
+def say_left_out(
+    suite: Suite, standings: Sequence[Standing], shown: Sequence[Record], console: Console
+) -> None:
+    """Say which runs are not among the records of a page.
+
+    A process of a launcher may have begun after a file was edited, and its record is of that.
+    """
+    out = [
+        suite.name_of(standing.config)
+        for standing in standings
+        if not identity.chosen([standing.identity], shown)
+    ]
+    if out:
+        said = f"not on the page: {', '.join(out)}, without a record of the files that this command"
+        console.print(
+            f"note: {said} began with; the same command goes on",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+
 def measure_latency(
     records: Sequence[Record], output: Path, console: Console, *, command: Sequence[str]
 ) -> None:
