@@ -181,6 +181,8 @@ def test_what_was_edited_is_imported_anew_by_the_next_run(tmp_path: Path) -> Non
     helper = tmp_path / "helper_of_a_notebook.py"
     helper.write_text("WIDTH = 1\n")
     name = write(tmp_path / "mine.py", imports=f"import {helper.stem}")
+    # What other tests have edited.
+    attentions.forget_edited()
     found = attentions.find(name)
     attentions.forget_edited()
     assert attentions.find(name) is found
