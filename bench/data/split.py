@@ -15,6 +15,7 @@ from bench.data.coco import MOST_FOUND, Categories, CocoDataset, Target
 from bench.data.findings import quoted
 from bench.data.generated import data_root
 from bench.data.images import NetworkSize, to_float
+from bench.data.layout import Place, find
 from bench.errors import InputError, some
 from bench.system import processes as launch
 from bench.system.devices import check_device
@@ -33,6 +34,17 @@ def named_files(data: DataConfig, split: str) -> tuple[Path | None, Path | None]
         None if file is None else Path(file),
         None if data.images is None else Path(data.images),
     )
+
+
+def find_split(config: RunConfig, split: str) -> Place | None:
+    """Where a split is, or None where it is generated.
+
+    Raises:
+        InputError: where it is not there.
+    """
+    data = config.data
+    file, images = named_files(data, split)
+    return None if data.path is None else find(Path(data.path), split, file=file, images=images)
 
 
 def open_split(config: RunConfig, root: Path, split: str) -> CocoDataset:

@@ -22,6 +22,7 @@ import torch
 from bench import record
 from bench.config.arch import parse
 from bench.config.schema import MODES, QUANTITIES, RunConfig
+from bench.data.split import find_split
 from bench.measure import latency, throughput
 from bench.measure.costs import counted, effort, latency_section, memory_section
 from bench.measure.latency import Instruments, Latency
@@ -128,6 +129,10 @@ def profile(
     """
     rows = [_Row(config) for config in configs]
     measured = [name for name in ("memory", "latency") if name in quantities]
+    if measured:
+        # Before anything is counted.
+        for config in configs:
+            find_split(config, config.data.train_split)
     counting = 1 / (1 + 3 * len(measured))
     for number, row in enumerate(rows):
         progress(counting * number / len(rows), f"{row.config.row}: counting")
