@@ -73,11 +73,12 @@ def schedule_notes(run: RunConfig) -> list[str]:
             " does not fall there"
         )
     if scaled.warmup_steps >= scaled.steps:
-        last = learning_rate(scaled.steps - 1, scaled)
+        # That of a classifier is timm's.
+        last = f"ends at {learning_rate(scaled.steps - 1, scaled):.3g} and "
         notes.append(
             f"training ends within its warm-up (train.steps={scaled.steps},"
-            f" train.warmup_steps={scaled.warmup_steps}): the rate ends at {last:.3g} and never"
-            f" reaches train.lr={scaled.lr:g}"
+            f" train.warmup_steps={scaled.warmup_steps}): the rate"
+            f" {last * (run.model.method != CLASSIFIER)}never reaches train.lr={scaled.lr:g}"
         )
     return notes
 

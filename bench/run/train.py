@@ -40,6 +40,7 @@ from bench.model.optimizer import (
     learning_rate,
     total_loss,
 )
+from bench.run.buffers import FollowingBuffers
 from bench.run.checkpoints import Checkpoints
 from bench.system.interrupt import StopRequest
 from bench.system.logs import StepLog
@@ -282,6 +283,7 @@ class _Training:
         self.window: list[dict[str, float]] = []
         self._start = time.perf_counter()
         self._running: tuple[str, ...] = getattr(detector, "running", ())
+        self._buffers = FollowingBuffers(detector, fabric, config.accumulate)
         self._backbones = [module for module in detector.modules() if isinstance(module, ViL)]
         self._scaler = getattr(fabric.strategy.precision, "scaler", None)
 
@@ -358,6 +360,7 @@ class _Training:
                 self._diverged("gradient's norm", norm, parts, targets)
             log.skipped += 1
         self.optimizer.step()
+        self._buffers.average()
         self._after_step()
         log.steps = step + 1
         log.seconds = time.perf_counter() - self._start
@@ -409,9 +412,11 @@ class _Training:
             self._before = self._numbers()
         # Each part begins where the step began, whichever process it is in.
         self._set_numbers(self._before)
+        self._buffers.begin(number)
         place = self.fabric.global_rank * accumulate + number
         torch.manual_seed(step_seed(self.seed, step, place))
         losses = self.model(images, targets)
+        self._buffers.end(number)
         total = total_loss(losses)
         detached = {name: loss.detach() for name, loss in losses.items()}
         numbers = {

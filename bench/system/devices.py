@@ -82,7 +82,8 @@ def make_fabric(config: RunConfig) -> Fabric:
         devices=world.local_size,
         num_nodes=world.size // world.local_size,
         # The backbone's classification head is not part of the detectors' losses. Buffers are the
-        # same in all processes without being sent: what is random in them is drawn from the step.
+        # same in all processes without being sent: what is random in them is drawn from the step,
+        # and what follows the data is averaged after each step.
         strategy=DDPStrategy(
             find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
         ),

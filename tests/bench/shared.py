@@ -1,6 +1,6 @@
 """Train a small detector in one process or as one of several; the first saves its weights.
 
-A program of its own: `python shared.py DATA FILE DEVICES ACCUMULATE ROW/METHOD/LIBRARY`.
+A program of its own: `python shared.py DATA FILE DEVICES ACCUMULATE ROW METHOD LIBRARY`.
 """
 
 import sys
@@ -29,9 +29,9 @@ def config(row: str, method: str, library: str, devices: int, accumulate: int) -
     return load_suite("quick", rows=[row], device="cpu", overrides=options).runs[0]
 
 
-def main(data: str, file: str, devices: int, accumulate: int, model: str) -> None:
+def main(data: str, file: str, devices: int, accumulate: int, model: list[str]) -> None:
     torch.set_num_threads(1)
-    run = config(*model.split("/"), devices=devices, accumulate=accumulate)
+    run = config(*model, devices=devices, accumulate=accumulate)
     dataset = CocoDataset(data, "train2017")
     fabric = make_fabric(run)
     detector = models.build_detector(run, dataset.num_classes)
@@ -56,4 +56,4 @@ def main(data: str, file: str, devices: int, accumulate: int, model: str) -> Non
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5:])

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from bench.config.schema import DataConfig, RunConfig, TrainConfig
+from bench.config.schema import CLASSIFIER, DataConfig, RunConfig, TrainConfig
 from bench.config.suites import load_suite
 from bench.data.coco import CocoDataset
 from bench.errors import InputError
 from bench.model.backbone import ViL
 from bench.model.optimizer import build_optimizer, effective, learning_rate, schedule_notes
+from bench.run.buffers import FollowingBuffers
 from bench.run.checkpoints import Checkpoints
 from bench.run.train import step_seed, train
 from bench.system.devices import make_fabric
@@ -128,6 +130,41 @@ def test_a_training_that_ends_within_its_warm_up_is_said(steps: int) -> None:
     (run,) = load_suite("pretrain", rows=["full"], overrides=["classify.epochs=5"]).runs
     (note,) = schedule_notes(run)
     assert "classify.epochs=5, classify.warmup_epochs=5" in note
+
+
+def test_a_short_classifier_does_not_end_at_the_rate_of_detectors() -> None:
+    config = TrainConfig(steps=40, warmup_steps=50)
+    run = RunConfig(train=config)
+    classifier = dataclasses.replace(run, model=dataclasses.replace(run.model, method=CLASSIFIER))
+    classifier = dataclasses.replace(
+        classifier, classify=dataclasses.replace(run.classify, epochs=None)
+    )
+    (note,) = schedule_notes(classifier)
+    assert note.endswith(": the rate never reaches train.lr=0.0001")
+    assert "the rate ends at" in schedule_notes(run)[0]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_buffers_that_follow_the_data_end_a_step_as_the_mean_over_its_parts(parts: int) -> None:
+    torch.manual_seed(0)
+    layer, alone = nn.BatchNorm1d(3), [nn.BatchNorm1d(3) for _ in range(parts)]
+    layer.register_buffer("table", torch.arange(3.0))
+    buffers = FollowingBuffers(layer, Fabric(accelerator="cpu", devices=1), parts)
+    for _ in range(3):
+        for number, one in enumerate(alone):
+            x = torch.randn(8, 3) + number
+            buffers.begin(number)
+            layer(x)
+            buffers.end(number)
+            one(x)
+        buffers.average()
+        for name in ("running_mean", "running_var"):
+            mean = torch.stack([one.get_buffer(name) for one in alone]).mean(dim=0)
+            torch.testing.assert_close(layer.get_buffer(name), mean)
+            for one in alone:
+                one.get_buffer(name).copy_(mean)
+        assert layer.num_batches_tracked == alone[0].num_batches_tracked
+    assert torch.equal(layer.get_buffer("table"), torch.arange(3.0))
 
 
 def test_milestones_without_an_effect_are_said() -> None:

@@ -16,6 +16,7 @@ from bench.data.generated import generate
 from bench.errors import InputError
 from bench.system import processes as launch
 from bench.system import slurm
+from tests import mechanisms
 
 ROOT = Path(__file__).parents[3]
 SHARED = Path(__file__).parents[1] / "shared.py"
@@ -139,17 +140,27 @@ def wait_for(happened: Any, *, seconds: float = 120) -> None:
     "model",
     [
         "performer/mask_rcnn/torchvision",
+        "averaging/retinanet/torchvision",
         pytest.param("ViL/retinanet/torchvision", marks=pytest.mark.slow),
         pytest.param("performer/mask_rcnn/detectron2", marks=pytest.mark.detectron2),
         pytest.param("ViL/retinanet/detectron2", marks=pytest.mark.detectron2),
     ],
 )
 def test_two_processes_do_what_one_does_in_two_parts(tmp_path: Path, model: str) -> None:
-    """With all that is random: sampled RoIs, dropped paths, redrawn features."""
+    """With all that is random: sampled RoIs, dropped paths, redrawn features; and averages."""
+    row, *rest = model.split("/")
+    if row == "averaging":
+        norm = "self.norm(x.transpose(1, 2)).transpose(1, 2)"
+        row = mechanisms.write(tmp_path / "averaging.py", f"x = {norm}")
+        own = (tmp_path / "averaging.py").read_text()
+        made = "self.proj = nn.Linear(dim, dim)"
+        (tmp_path / "averaging.py").write_text(
+            own.replace(made, f"{made}; self.norm = nn.BatchNorm1d(dim)")
+        )
     data = generate(tmp_path / "data", train_images=8, val_images=1, image_size=(64, 96))
 
     def command(name: str, devices: int, accumulate: int) -> list[str]:
-        arguments = [str(data), str(tmp_path / name), str(devices), str(accumulate), model]
+        arguments = [str(data), str(tmp_path / name), str(devices), str(accumulate), row, *rest]
         return [sys.executable, str(SHARED), *arguments]
 
     assert subprocess.run(command("one", 1, 2), check=False).returncode == 0
