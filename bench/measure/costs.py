@@ -27,6 +27,8 @@ from bench.model.build import build_backbone, build_detector, on_meta, parameter
 from bench.model.detectors import Detector
 
 _META = torch.device("meta")
+# Of what was alive before a call, which it may leave besides without a word.
+_GROWTH = 1e-3
 
 
 def run_sections(
@@ -65,6 +67,8 @@ def measure_memory(
     A mode that cannot be measured is null, and a note says why.
     """
     section, notes = memory_section(workload.conditions), []
+    # One for all modes: what a mechanism keeps it may have made in the first.
+    watch = memory.LiveTensors()
     for mode in modes:
         try:
             peak = memory.peak(
@@ -72,16 +76,23 @@ def measure_memory(
                 device=workload.fabric.device,
                 live=workload.live(mode),
                 prepare=partial(workload.call, mode),
+                watch=watch,
             )
         except memory.NotMeasuredError as error:
             notes.append(f"memory of {mode} not measured: {error}")
             continue
         section |= {mode: peak.bytes, "kind": peak.kind}
         section["before"][mode], section["reserved"][mode] = peak.before, peak.reserved
+        left = peak.after - peak.before
+        if left > _GROWTH * peak.before:
+            notes.append(
+                f"memory of {mode} grows from call to call, by {left / 1e6:.3g} MB in the one that"
+                " was measured: later ones need more"
+            )
         if by_part:
             workload.module.zero_grad(set_to_none=True)
             section["by_part"][mode] = {
-                name: _part_peak(part, mode) for name, part in workload.parts().items()
+                name: _part_peak(part, mode, watch) for name, part in workload.parts().items()
             }
     return section, notes
 
@@ -101,14 +112,14 @@ def memory_section(conditions: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _part_peak(part: Workload, mode: str) -> int:
+def _part_peak(part: Workload, mode: str, watch: memory.LiveTensors) -> int:
     """Bytes at the peak of a part above what was there before it ran."""
 
     def prepare() -> None:
         part.call(mode)
         part.module.zero_grad(set_to_none=True)
 
-    peak = memory.peak(part.calls[mode], device=part.fabric.device, prepare=prepare)
+    peak = memory.peak(part.calls[mode], device=part.fabric.device, prepare=prepare, watch=watch)
     return peak.bytes - peak.before
 
 

@@ -45,6 +45,7 @@ class MemoryPeak:
         kind: "allocator" on CUDA, "live tensor bytes" on the CPU.
         device: for example "cpu" or "cuda:0 (NVIDIA H100)".
         before: bytes in use before the call: parameters, optimizer state, inputs.
+        after: bytes in use after the call; more than before where calls leave ever more.
         reserved: the allocator's largest reservation in bytes; None on the CPU.
     """
 
@@ -52,6 +53,7 @@ class MemoryPeak:
     kind: str
     device: str
     before: int
+    after: int
     reserved: int | None = None
 
 
@@ -61,6 +63,7 @@ def peak(
     device: torch.device | str,
     live: Iterable[object] = (),
     prepare: Callable[[], object] | None = None,
+    watch: "LiveTensors | None" = None,
 ) -> MemoryPeak:
     """Run `fn` once and return the peak memory on `device`.
 
@@ -72,6 +75,7 @@ def peak(
             Tensors that `fn` uses and did not make are found without it. On CUDA it is not needed.
         prepare: run before; a first call of `fn`, where that allocates what stays: optimizer state,
             or what a mechanism keeps, which `fn` need not use.
+        watch: on the CPU, that of measurements before, which knows what they left.
 
     Raises:
         ValueError: for another kind of device.
@@ -85,7 +89,7 @@ def peak(
         return _allocator_peak(fn, device)
     if device.type != "cpu":
         raise ValueError(f"memory cannot be measured on device {device}; allowed: cpu, cuda")
-    return _live_peak(fn, live, prepare)
+    return _live_peak(fn, live, prepare, watch or LiveTensors())
 
 
 def _allocator_peak(fn: Callable[[], object], device: torch.device) -> MemoryPeak:
@@ -95,20 +99,25 @@ def _allocator_peak(fn: Callable[[], object], device: torch.device) -> MemoryPea
     before = torch.cuda.memory_allocated(device)
     fn()
     torch.cuda.synchronize(device)
+    gc.collect()
     return MemoryPeak(
         bytes=torch.cuda.max_memory_allocated(device),
         kind=ALLOCATOR,
         device=f"{device} ({torch.cuda.get_device_name(device)})",
         before=before,
+        after=torch.cuda.memory_allocated(device),
         reserved=torch.cuda.max_memory_reserved(device),
     )
 
 
 def _live_peak(
-    fn: Callable[[], object], live: Iterable[object], prepare: Callable[[], object] | None
+    fn: Callable[[], object],
+    live: Iterable[object],
+    prepare: Callable[[], object] | None,
+    watch: "LiveTensors",
 ) -> MemoryPeak:
-    watch = LiveTensors()
     watch.found_before(live)
+    watch.begin()
     error: Exception | None = None
     try:
         with no_collector(), watch:
@@ -117,6 +126,7 @@ def _live_peak(
                 gc.collect()
                 watch.begin()
             fn()
+            gc.collect()
     except Exception as caught:
         error = caught
     # What torch traced under a mode (FlexAttention, torch.cond) fails without it.
@@ -128,7 +138,13 @@ def _live_peak(
         fn()
         said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         raise NotMeasuredError(f"it does not run where its tensors are watched ({said})") from error
-    return MemoryPeak(bytes=watch.peak, kind=LIVE_TENSORS, device="cpu", before=watch.before)
+    return MemoryPeak(
+        bytes=watch.peak,
+        kind=LIVE_TENSORS,
+        device="cpu",
+        before=watch.before,
+        after=watch.current,
+    )
 
 
 @contextmanager

@@ -102,6 +102,16 @@ def test_what_a_first_call_keeps_is_there_before():
     assert (result.before, result.bytes) == (FLOAT * 500, FLOAT * 1000)
 
 
+def test_what_one_mode_keeps_is_there_in_the_next():
+    kept = {}
+    watch = LiveTensors()
+    first = peak(lambda: kept.setdefault("table", torch.zeros(500)), device="cpu", watch=watch)
+    assert (first.before, first.after) == (0, FLOAT * 500)
+    # It neither makes the table nor hands it to an operator.
+    second = peak(lambda: torch.zeros(100), device="cpu", watch=watch)
+    assert (second.before, second.bytes, second.after) == (FLOAT * 500, FLOAT * 600, FLOAT * 500)
+
+
 def test_tensors_from_numbers_are_new_and_not_from_before():
     def fn():
         torch.tensor([1.0] * 500)

@@ -19,6 +19,7 @@ from bench.measure.workload import Workload, build, stated_rois
 from bench.model.detectors.rois import Counts, fixed_rois
 from bench.model.optimizer import build_optimizer
 from bench.run.train import _Training
+from bench.system.devices import single_fabric
 from tests.bench.data.test_check import content, write
 
 pytestmark = pytest.mark.timeout(1800)
@@ -159,6 +160,30 @@ def test_a_step_is_forward_backward_and_optimizer():
     found = phase_latencies(workload, effort)
     assert list(found) == ["forward", "backward", "optimizer"]
     assert all(0 < one["q1"] <= one["median"] <= one["q3"] for one in found.values())
+
+
+class Appending(nn.Module):
+    """Keeps its output of each call, as a hook for an explanation does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.kept = nn.Linear(8, 8), []
+
+    def forward(self, x):
+        x = self.layer(x)
+        self.kept.append(x.detach().clone())
+        return x
+
+
+def test_memory_that_grows_from_call_to_call_is_said():
+    run = config()
+    for module, grows in ((Appending(), True), (nn.Linear(8, 8), False)):
+        workload = Workload(module, (torch.randn(4, 8),), fabric=single_fabric(run), config=run)
+        _, notes = measure_memory(workload, MODES)
+        assert [note.partition(",")[0] for note in notes] == [
+            f"memory of {mode} grows from call to call" for mode in MODES if grows
+        ]
+        assert all("by 0.000128 MB in the one" in note for note in notes)
 
 
 def test_memory_that_cannot_be_measured_loses_nothing_else(monkeypatch):
