@@ -3,6 +3,7 @@
 This module imports no torch, so that records can say it anywhere.
 """
 
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,12 +34,21 @@ def throttled() -> int | None:
 
 def memory_left() -> int | None:
     """Return how many bytes the groups leave, of all of them the least; "max" means no limit."""
-    left = []
+    return min((limit - used for limit, used in _memory()), default=None)
+
+
+def memory_limit() -> int | None:
+    """Return how many bytes the groups allow, of all of them the least; None for no limit."""
+    return min((limit for limit, _ in _memory()), default=None)
+
+
+def _memory() -> Iterator[tuple[int, int]]:
+    """Bytes that each group may use, and uses; "max" means no limit, in v1 a very large number."""
     for folder in _folders("memory"):
-        with suppress(OSError, ValueError):
-            limit = int((folder / "memory.max").read_text(encoding="ascii"))
-            left.append(limit - int((folder / "memory.current").read_text(encoding="ascii")))
-    return min(left, default=None)
+        for names in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):
+            with suppress(OSError, ValueError):
+                limit, used = ((folder / f"memory.{name}").read_text("ascii") for name in names)
+                yield int(limit), int(used)
 
 
 def _folders(controller: str) -> list[Path]:

@@ -25,6 +25,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from bench import cgroups
 from bench.errors import InputError, saying
 from bench.files import check_writable, sync_folder, usable_cores
 
@@ -592,10 +593,12 @@ def cpu() -> str:
 
 
 def _memory() -> int | None:
-    """Bytes of main memory, or None where the system does not say."""
+    """Bytes of main memory, or what a container allows; None where the system does not say."""
     if not hasattr(os, "sysconf"):
         return None
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
         return None
+    allowed = cgroups.memory_limit()
+    return there if allowed is None else min(there, allowed)

@@ -65,3 +65,11 @@ def test_memory_is_what_the_tightest_group_leaves(cgroup):
     above = {"memory.max": "5000", "memory.current": "4000"}
     cgroup("0::/a/b", {"a/b": own, "a": above, ".": {"memory.max": "max"}})
     assert cgroups.memory_left() == 1000
+    assert record.environment(command="", device="cpu")["memory_bytes"] == 5000
+
+
+def test_memory_of_v1_is_known_too(cgroup):
+    own = {"memory.limit_in_bytes": "9000", "memory.usage_in_bytes": "2000"}
+    none = {"memory.limit_in_bytes": "9223372036854771712", "memory.usage_in_bytes": "8000"}
+    cgroup("3:memory:/a", {"memory/a": own, "memory": none})
+    assert (cgroups.memory_left(), cgroups.memory_limit()) == (7000, 9000)
