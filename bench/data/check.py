@@ -44,8 +44,9 @@ _ROUNDED, _SPARE = 0.01, 0.05
 # The share of boxes that has to fit better in another format, or to lie beside their masks alike,
 # before that is said.
 _MANY, _SOME = 0.5, 0.2
-# Share of the pixels of a deep image that may be defects.
-_FEW_PIXELS = 1e-3
+# Share of the pixels of a deep image that may be defects, and steps of 255, a tenth, that the
+# others of a good one have.
+_FEW_PIXELS, _PART_OF_DEEP = 1e-3, 26
 # Boxes whose edges are all off those of their masks by the same pixels lie beside them, from so
 # many boxes and pixels on; rounding moves a single edge by half a pixel.
 _BESIDE, _OFF, _ALIKE = 16, 0.75, 0.5
@@ -384,7 +385,7 @@ def _oddities(picture: Picture) -> Iterator[tuple[str, dict[str, Any]]]:
         kind = "image of premultiplied colours" if picture.divided else kind
         yield kind, {"mode": picture.mode, "top": picture.top}
         if kind == "16-bit image":
-            yield from _few_bright(picture)
+            yield from _few_apart(picture)
     if picture.cut:
         yield "16-bit colour image", {"top": int(picture.pixels.max())}
     low, high = int(picture.pixels.min()), int(picture.pixels.max())
@@ -396,12 +397,18 @@ def _oddities(picture: Picture) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "image of several frames", {}
 
 
-def _few_bright(picture: Picture) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Whether a deep image is dark but for a few pixels, such as a sensor's defects."""
+def _few_apart(picture: Picture) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Whether but for a few pixels, such as a sensor's defects or an edge, all are much alike."""
     pixels = picture.pixels[0].numpy()
-    usual = int(np.quantile(pixels, 1 - _FEW_PIXELS, method="lower"))
-    if 4 * usual < pixels.max() and 4 * usual < 255 <= 4 * int(pixels.max()):
-        yield "dark image with a few bright pixels", {"top": int(pixels.max()), "usual": usual}
+    every = int(pixels.max()) - int(pixels.min())
+    if every < _CONTRAST:
+        return
+    # What a scanner or a mask writes around its picture has one value.
+    inner = pixels[pixels != np.bincount(pixels.ravel()).argmax()]
+    share = (_FEW_PIXELS, 1 - _FEW_PIXELS)
+    low, high = map(int, np.quantile(inner, share, method="nearest"))
+    if high - low < min(_PART_OF_DEEP, every / 2):
+        yield "image without contrast but for a few pixels", {"low": low, "high": high}
 
 
 def _inspect_mask(annotation: Entry, entry: Entry, runs: Runs) -> Iterator[Finding]:

@@ -296,10 +296,10 @@ KINDS: Mapping[str, Kind] = {
     ),
     "CMYK image": Kind(_MODE, _RGB),
     "16-bit image": Kind(_MODE + " and values up to {top}", "grey, scaled to 8 bit"),
-    "dark image with a few bright pixels": Kind(
-        "has values up to {top} of 255 when scaled to 8 bit, but 99.9 % of its pixels have {usual}"
-        " at most: are the others defects of the sensor?",
-        "used as it is, dark",
+    "image without contrast but for a few pixels": Kind(
+        "has values of {low} to {high} of 255 when scaled to 8 bit, but for one value and 0.2 % of"
+        " the other pixels: is it a small part of 16 bits, with defects or an edge?",
+        "used as it is",
     ),
     "16-bit colour image": Kind(
         "has 16 bits a channel, whose upper 8 go up to {top}", "the upper 8 bits are used"
