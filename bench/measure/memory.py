@@ -14,6 +14,7 @@ process.
 import gc
 import itertools
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -196,7 +197,7 @@ def _tensors(things: object) -> Iterator[Tensor]:
         if things.is_leaf and things.grad is not None:
             yield from _dense(things.grad)
     elif isinstance(things, nn.Module):
-        yield from _tensors([*things.parameters(), *things.buffers()])
+        yield from _held(things, set())
     elif isinstance(things, torch.optim.Optimizer):
         yield from _tensors([things.param_groups, things.state])
     elif isinstance(things, Mapping):
@@ -204,6 +205,17 @@ def _tensors(things: object) -> Iterator[Tensor]:
     elif isinstance(things, Iterable) and not isinstance(things, str | bytes):
         for thing in things:
             yield from _tensors(thing)
+
+
+def _held(thing: object, seen: set[int]) -> Iterator[Tensor]:
+    """Every tensor of a module: parameters, buffers, and what other attributes hold."""
+    if isinstance(thing, Tensor):
+        yield from _tensors(thing)
+    elif isinstance(thing, nn.Module | dict | list | tuple | set | deque) and id(thing) not in seen:
+        seen.add(id(thing))
+        inside = vars(thing) if isinstance(thing, nn.Module) else thing
+        for one in list(inside.values() if isinstance(inside, dict) else inside):
+            yield from _held(one, seen)
 
 
 _ROWS = ("crow_indices", "col_indices", "values")
@@ -285,6 +297,25 @@ class LiveTensors(TorchDispatchMode):
         self.label = ""
         self._alive: dict[int, Storage] = {}
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._usual: list[Any] = []
+
+    def __enter__(self) -> "LiveTensors":
+        usual = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            result = usual(storage, size)
+            self._resized(storage)
+            return result
+
+        # No operator of torch does it; blocks that free their input and remake it do.
+        self._usual.append(usual)
+        setattr(torch.UntypedStorage, "resize_", resize)  # noqa: B010
+        super().__enter__()
+        return self
+
+    def __exit__(self, *caught: Any) -> None:
+        super().__exit__(*caught)
+        setattr(torch.UntypedStorage, "resize_", self._usual.pop())  # noqa: B010
 
     def found_before(self, things: object) -> None:
         """Count tensors that were alive all the time."""
@@ -352,7 +383,9 @@ class LiveTensors(TorchDispatchMode):
         """Count a storage as large as it is now and return by how many bytes the sum grew."""
         if tensor.device.type != "cpu":
             return 0
-        storage = tensor.untyped_storage()
+        return self._count(tensor.untyped_storage())
+
+    def _count(self, storage: torch.UntypedStorage) -> int:
         key = storage._cdata
         if key not in self._alive:
             self._alive[key] = Storage(0, self.label)
@@ -362,6 +395,11 @@ class LiveTensors(TorchDispatchMode):
         entry.size += grown
         self.current += grown
         return grown
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._alive:
+            self._count(storage)
+            self.peak = max(self.peak, self.current)
 
     def _freed(self, key: int) -> None:
         self.current -= self._alive.pop(key).size

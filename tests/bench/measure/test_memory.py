@@ -112,6 +112,30 @@ def test_what_one_mode_keeps_is_there_in_the_next():
     assert (second.before, second.bytes, second.after) == (FLOAT * 500, FLOAT * 600, FLOAT * 500)
 
 
+def test_what_a_module_keeps_in_other_attributes_is_there_before():
+    layer = nn.Linear(4, 4)
+    layer.tables, layer.hidden = {"a": [torch.zeros(500)]}, [nn.Linear(9, 9)]
+    layer.hidden[0].again = layer.tables
+    result = peak(lambda: torch.zeros(100), device="cpu", live=[layer])
+    assert result.before == FLOAT * (20 + 500 + 90)
+
+
+def test_a_storage_that_is_freed_or_made_anew_counts_so():
+    x = torch.zeros(500)
+
+    def fn():
+        x.untyped_storage().resize_(0)
+        torch.zeros(100)
+        x.untyped_storage().resize_(FLOAT * 500)
+
+    result = peak(fn, device="cpu", live=[x])
+    assert (result.before, result.bytes, result.after) == (FLOAT * 500,) * 3
+    y = torch.zeros(100)
+    y.untyped_storage().resize_(0)
+    assert peak(lambda: torch.zeros(10), device="cpu", live=[y]).bytes == FLOAT * 10
+    assert torch.UntypedStorage.resize_.__qualname__.startswith("StorageBase")
+
+
 def test_tensors_from_numbers_are_new_and_not_from_before():
     def fn():
         torch.tensor([1.0] * 500)
