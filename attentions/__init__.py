@@ -33,6 +33,7 @@ __all__ = [
     "build",
     "build_for",
     "find",
+    "forget",
     "forget_edited",
     "heard",
     "imports_of",
@@ -180,14 +181,30 @@ def forget_edited() -> None:
     A process that goes on, such as a notebook's, would build what was in the files before.
     """
     if any(_changed(path) != changed for path, changed in _modules.values()):
-        for mechanism in [*_reads]:
-            if _key(mechanism.rpartition(":")[0]) in _modules:
-                del _reads[mechanism]
-        for name, (path, _) in _modules.items():
-            forget_imports(path)
-            sys.modules.pop(name, None)
-        _modules.clear()
-        importlib.invalidate_caches()
+        forget()
+
+
+def forget(files: Iterable[Path] = ()) -> None:
+    """Let mechanisms of the user be imported anew, and what came with them.
+
+    Args:
+        files: of modules that they imported later.
+    """
+    later = {*files}
+    _keep_in_mind(name for name, file in _files_of_modules() if file in later)
+    for mechanism in [*_reads]:
+        if _key(mechanism.rpartition(":")[0]) in _modules:
+            del _reads[mechanism]
+    for name, (path, _) in _modules.items():
+        forget_imports(path)
+        sys.modules.pop(name, None)
+    _modules.clear()
+    importlib.invalidate_caches()
+
+
+def _files_of_modules() -> list[tuple[str, Path]]:
+    found = ((name, getattr(one, "__file__", None)) for name, one in list(sys.modules.items()))
+    return [(name, Path(file).resolve()) for name, file in found if isinstance(file, str)]
 
 
 def _changed(path: Path) -> int:

@@ -47,6 +47,9 @@ _INSTALLED = tuple(
 )
 
 
+_last: "dict[str, list[Source]]" = {}
+
+
 @dataclass(frozen=True)
 class Source:
     """A file of a mechanism, or an environment variable or installed package of a user's.
@@ -83,6 +86,20 @@ def sources_of(model: ModelConfig) -> list[Source]:
         stages = parse(model.arch, model.attention)
         widths = {Width(s.dim, s.heads, s.num_global) for s in stages}
     return mechanism_sources(model.attention + dense, model.options, widths)
+
+
+def import_anew(model: ModelConfig) -> None:
+    """Let mechanisms be imported anew that are made of something else than at their last run here.
+
+    A process that goes on, such as a notebook's, would build what was in the files before.
+    """
+    attentions.forget_edited()
+    row = repr((model.attention, model.options))
+    sources = sources_of(model)
+    if _last.get(row, sources) != sources:
+        attentions.forget(source.path for source in sources if source.path.suffix == ".py")
+        sources = sources_of(model)
+    _last[row] = sources
 
 
 def mechanism_sources(

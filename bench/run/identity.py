@@ -250,6 +250,10 @@ def replaced(identity: Identity, config: RunConfig, *, of_training: bool) -> lis
     before, now = identity.inputs, _inputs(config, (), {})
     apart = _apart(before.get("data"), now.get("data"))
     found = [f"data {name}" for name in apart if not of_training or name == identity.train_split]
+    # Code that is edited is imported already; what else it reads it may read again.
+    for source in identity.sources:
+        is_file = source.path.suffix != ".py" and source.path.is_file()
+        found += [source.name] * (is_file and sha256(source.path) != source.sha256)
     return found + [_INIT] * _differ(before.get("init"), now.get("init"))
 
 

@@ -12,9 +12,9 @@ import torch
 import yaml
 from torch import nn
 
-import attentions
 from bench import record
 from bench.config.schema import CLASSIFIER, RunConfig, TrainConfig
+from bench.config.sources import import_anew
 from bench.config.suites import resize_notes
 from bench.data import split as inputs
 from bench.data.coco import CocoDataset
@@ -110,7 +110,7 @@ def run(
     record.code_at_start()
     output = output or Path("results") / (config.suite or "runs")
     if identity is None:
-        attentions.forget_edited()
+        import_anew(config.model)
     identity = identity or devices.decide_in_first(config, lambda: identify(config))
     with _claimed(config, identity, output) as (finished, trained):
         if finished is not None:

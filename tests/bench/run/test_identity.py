@@ -15,14 +15,14 @@ import torch
 import attentions
 from bench import record
 from bench.config.schema import RunConfig, leaves
-from bench.config.sources import Width, mechanism_sources, sources_of
+from bench.config.sources import Width, import_anew, mechanism_sources, sources_of
 from bench.config.suites import build_config, load_suite
 from bench.data import fingerprint, layout
 from bench.data.fingerprint import fingerprint_images
 from bench.data.generated import generate
 from bench.files import sha256
 from bench.record import Record
-from bench.run.identity import edited, edited_since, identify, survey
+from bench.run.identity import edited, edited_since, identify, replaced, survey
 from bench.run.runner import Ending, ending
 from tests.mechanisms import write
 from tests.records import MODEL
@@ -192,6 +192,56 @@ def test_what_was_edited_is_imported_anew_by_the_next_run(tmp_path: Path) -> Non
     assert attentions.find(name) is not found
     assert sys.modules[helper.stem].__dict__["WIDTH"] == 16
     assert [source.name for source in mechanism_sources(name)] == [helper.name, "mine.py"]
+
+
+LATE = {
+    "a file": ('GAIN = json.loads((HERE / "gain.json").read_text())', "gain.json"),
+    "a variable": ('GAIN = float(os.environ.get("GAIN_OF_TESTS", 1))', ""),
+    "a module that is imported late": ("", "late_of_tests.py"),
+}
+
+
+@pytest.mark.parametrize("what", LATE)
+def test_what_else_was_edited_is_read_anew_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, config: RunConfig
+) -> None:
+    text, file = LATE[what]
+    imports = f"import json, pathlib\nHERE = pathlib.Path(__file__).parent\n{text}"
+    late = "import late_of_tests\nself.seen = late_of_tests.GAIN"
+    name = write(tmp_path / "mine.py", late if not text else "self.seen = GAIN", imports=imports)
+    config = with_(config, model__attention=name)
+
+    def edit(gain: int) -> None:
+        if file:
+            (tmp_path / file).write_text(f"GAIN = {gain}\n" if file.endswith(".py") else str(gain))
+            os.utime(tmp_path / file, (gain, gain))
+        else:
+            monkeypatch.setenv("GAIN_OF_TESTS", str(gain))
+
+    def seen() -> Any:
+        module: Any = attentions.build_for(name, grid=(2, 2), dim=8, num_heads=1)
+        module(torch.zeros(1, 5, 8), (2, 2))
+        return module.seen
+
+    for gain in (1, 3):
+        edit(gain)
+        import_anew(config.model)
+        assert seen() == gain
+
+
+def test_a_file_that_a_mechanism_reads_is_not_replaced_while_it_runs(
+    tmp_path: Path, config: RunConfig
+) -> None:
+    (tmp_path / "gain.json").write_text("1")
+    does = 'pathlib.Path(__file__).with_name("gain.json").read_text()'
+    name = write(tmp_path / "mine.py", does, imports="import pathlib")
+    config = with_(config, model__attention=name)
+    identity = identify(config)
+    # Code that is edited is imported already, and the suite says so.
+    (tmp_path / "mine.py").write_text((tmp_path / "mine.py").read_text() + "\n")
+    assert replaced(identity, config, of_training=True) == []
+    (tmp_path / "gain.json").write_text("3")
+    assert replaced(identity, config, of_training=True) == ["gain.json"]
 
 
 def test_a_file_imports_from_beside_it_and_from_where_it_says(tmp_path: Path) -> None:
