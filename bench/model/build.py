@@ -107,13 +107,14 @@ def weights_notes(config: RunConfig, settings: Mapping[str, Any]) -> list[str]:
 
 
 def buffer_notes(config: RunConfig, vil: ViL) -> list[str]:
-    """Say that buffers are updated twice a step, where a compiled block is computed again."""
+    """Say that buffers may be updated twice a step, where a compiled block is computed again."""
     averages = any(buffer.is_floating_point() for buffer in vil.buffers())
     if not (averages and config.model.compile and config.model.checkpoint):
         return []
     return [
-        "buffers that a mechanism updates while it trains, as running averages, are updated"
-        " twice a step: model.compile with model.checkpoint computes a block again"
+        "buffers that a mechanism updates while it trains, as running averages of its own, may be"
+        " updated twice a step (those of BatchNorm are not): model.compile with model.checkpoint"
+        " computes a block again"
     ]
 
 

@@ -30,10 +30,15 @@ class Classifier(nn.Module):
         vil: the backbone, whose head has `num_classes` outputs.
         num_classes: classes.
         how: mixing, smoothing, and the decay of the moving average.
+        compiled: run the backbone through torch.compile.
     """
 
-    def __init__(self, vil: ViL, num_classes: int, how: ClassifyConfig) -> None:
+    def __init__(
+        self, vil: ViL, num_classes: int, how: ClassifyConfig, *, compiled: bool = False
+    ) -> None:
         super().__init__()
+        # `ViL.compile` is of its forward pass, whose maps a classifier does not take.
+        self._classify = torch.compile(ViL.classify) if compiled else ViL.classify
         self.vil, self.num_classes = vil, num_classes
         self.mixup = Mixup(
             mixup_alpha=how.mixup,
@@ -73,19 +78,20 @@ class Classifier(nn.Module):
         """Return {"loss": …} with `targets`, whose "label" is a class, else scores (B, classes)."""
         x = torch.stack(list(images))
         if targets is None:
-            return self.result.classify(x)
+            return self._classify(self.result, x)
         labels = torch.stack([target["label"] for target in targets])
         if len(x) % 2:
             soft = mixup_target(labels, self.num_classes, smoothing=self.mixup.label_smoothing)
         else:
             with random_from(int(torch.randint(2**31, ())), 0):
                 x, soft = self.mixup(x, labels)
-        return {"loss": self.loss(self.vil.classify(x), soft)}
+        return {"loss": self.loss(self._classify(self.vil, x), soft)}
 
 
 def build_classifier(config: RunConfig, num_classes: int) -> Classifier:
     """Return the untrained classifier of a run."""
-    return Classifier(build_backbone(config, num_classes), num_classes, config.classify)
+    vil = build_backbone(config, num_classes)
+    return Classifier(vil, num_classes, config.classify, compiled=config.model.compile)
 
 
 def recipe(config: RunConfig, images: int) -> TrainConfig:

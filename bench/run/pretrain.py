@@ -32,6 +32,8 @@ from bench.run.train import Task, TrainingLog, train_task
 from bench.system.logs import run_log, table
 
 LEVEL = 0.95
+# Of a moving average, from which share on it is no longer that of what was trained.
+_LEFT_OF_START = 0.01
 # Settings that decide what a classifier sees of an image that it is evaluated on.
 SIZE, CROP = "data.fixed_size", "classify.crop_share"
 # The files of its mechanism.
@@ -52,6 +54,13 @@ class Pretraining(Run):
         self.splits: list[Any] = [val]
         self.recipe = classifier.recipe(self.config, len(self.images))
         self.notes += schedule_notes(self.config)
+        left = (self.config.classify.average or 0.0) ** self.recipe.steps
+        if left > _LEFT_OF_START:
+            self.notes.append(
+                f"{left:.0%} of the moving average that is evaluated and kept are weights of the"
+                f" start (classify.average={self.config.classify.average:g},"
+                f" {self.recipe.steps} steps)"
+            )
         if self.config.data.path is not None:
             self.notes += class_remarks([self.images, val], self.config.data.deep_white)
         if self.step_log is not None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from bench.data.check import class_remarks
 from bench.data.generated import CLASSES, generate
 from bench.data.split import check_data
 from bench.errors import InputError
+from bench.model.backbone import ViL
 from bench.model.classifier import build_classifier, build_optimizer, rates, recipe
 from bench.model.weights import load_file, load_origin
 from bench.run.runner import Options, run
@@ -363,6 +365,33 @@ def test_shards_that_were_joined_and_samples_of_two_images(tmp_path):
     (tmp_path / "val" / "a.tar").write_bytes(joined + joined)
     with pytest.raises(InputError, match=r"a.tar: more lies behind its end; join archives"):
         classes.ClassDataset(tmp_path, "val")
+
+
+def test_an_average_that_is_mostly_of_the_start_is_said(tmp_path):
+    for average, said in ((0.2, 0), (0.999, 1)):
+        overrides = [*(one for one in TINY if "average" not in one), f"classify.average={average}"]
+        suite = load_suite("pretrain-quick", rows=["identity"], device="cpu", overrides=overrides)
+        notes = run(suite.runs[0], output=tmp_path / str(average)).notes
+        assert sum("100% of the moving average" in note for note in notes) == said
+        assert sum("of the moving average" in note for note in notes) == said
+
+
+def test_what_a_classifier_calls_is_compiled(monkeypatch):
+    """Not the forward pass of the backbone alone, which a classifier does not call."""
+    compiled = []
+
+    def note(function):
+        compiled.append(function)
+        return lambda vil, x: function(vil, x) + 1
+
+    monkeypatch.setattr(torch, "compile", note)
+    images = [torch.zeros(3, 64, 64)]
+    config = tiny("identity", "model.compile=true")
+    eager = replace(config, model=replace(config.model, compile=False))
+    plain, other = (build_classifier(one, 3).eval() for one in (eager, config))
+    assert ViL.classify in compiled
+    with torch.no_grad():
+        torch.testing.assert_close(other(images), plain(images) + 1)
 
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
