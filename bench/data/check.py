@@ -44,9 +44,9 @@ _ROUNDED, _SPARE = 0.01, 0.05
 # The share of boxes that has to fit better in another format, or to lie beside their masks alike,
 # before that is said.
 _MANY, _SOME = 0.5, 0.2
-# Share of the pixels of a deep image that may be defects, and steps of 255, a tenth, that the
-# others of a good one have.
-_FEW_PIXELS, _PART_OF_DEEP = 1e-3, 26
+# Share of the darkest and of the brightest pixels of a deep image that may be defects, scale bars
+# or an edge, and steps of 255, a tenth, that the others of a good one have.
+_FEW_PIXELS, _PART_OF_DEEP = 0.04, 26
 # Boxes whose edges are all off those of their masks by the same pixels lie beside them, from so
 # many boxes and pixels on; rounding moves a single edge by half a pixel.
 _BESIDE, _OFF, _ALIKE = 16, 0.75, 0.5
@@ -398,7 +398,7 @@ def _oddities(picture: Picture) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _few_apart(picture: Picture) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Whether but for a few pixels, such as a sensor's defects or an edge, all are much alike."""
+    """Whether but for a few pixels all are much alike."""
     pixels = picture.pixels[0].numpy()
     every = int(pixels.max()) - int(pixels.min())
     if every < _CONTRAST:

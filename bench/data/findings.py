@@ -297,8 +297,8 @@ KINDS: Mapping[str, Kind] = {
     "CMYK image": Kind(_MODE, _RGB),
     "16-bit image": Kind(_MODE + " and values up to {top}", "grey, scaled to 8 bit"),
     "image without contrast but for a few pixels": Kind(
-        "has values of {low} to {high} of 255 when scaled to 8 bit, but for one value and 0.2 % of"
-        " the other pixels: is it a small part of 16 bits, with defects or an edge?",
+        "has values of {low} to {high} of 255 when scaled to 8 bit, but for one value and 8 % of"
+        " the other pixels: is it a small part of 16 bits, with defects, a scale bar or an edge?",
         "used as it is",
     ),
     "16-bit colour image": Kind(

@@ -1,7 +1,7 @@
 """Where the files of a data set are: COCO's own layout, and those of common exports.
 
 - COCO: `annotations/instances_SPLIT.json`, images in `SPLIT/`, `images/SPLIT/` or `images/` (CVAT);
-- Roboflow: `SPLIT/_annotations.coco.json` beside its images;
+- Roboflow: `SPLIT/_annotations.coco.json` beside its images, or their folder `images`;
 - any other, such as Label Studio's `result.json` or FiftyOne's `labels.json` beside `data/`: the
   file is named, and the images' folder where it is neither near it nor has the split's name.
 """
@@ -154,4 +154,5 @@ def _folders(root: Path, name: str, images: Path | None) -> tuple[Path, ...]:
         return (images,)
     own: Sequence[Path] = [root / name, root / "images" / name, root / "images"]
     there = [path for path in own if path.is_dir()]
-    return (*(there or own[:1]), root)
+    inside = root / name / "images"
+    return (*(there or own[:1]), root, *([inside] if inside.is_dir() else []))

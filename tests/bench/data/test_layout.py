@@ -42,14 +42,15 @@ def run_of(**data: str) -> RunConfig:
     return load_suite("quick", rows=["ViL"], overrides=overrides).runs[0]
 
 
-def roboflow(source: Path, root: Path) -> None:
+def roboflow(source: Path, root: Path, folder: str = "") -> None:
     for split, name in (("train2017", "train"), ("val2017", "valid")):
-        shutil.copytree(source / split, root / name)
+        shutil.copytree(source / split, root / name / folder)
         (root / name / "_annotations.coco.json").write_text(json.dumps(content(source, split)))
 
 
-def test_roboflow_s_tree_is_read_as_it_is(source: Path, tmp_path: Path) -> None:
-    roboflow(source, tmp_path)
+@pytest.mark.parametrize("folder", ["", "images"])
+def test_roboflow_s_tree_is_read_as_it_is(source: Path, tmp_path: Path, folder: str) -> None:
+    roboflow(source, tmp_path, folder)
     assert splits(tmp_path) == ("train", "valid")
     for split, name in (("train2017", "train"), ("val2017", "valid")):
         found = CocoDataset(tmp_path, split)
