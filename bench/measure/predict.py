@@ -77,7 +77,7 @@ class MemoryPrediction:
 
     Attributes:
         total: bytes at the peak.
-        weights: parameters and buffers.
+        weights: parameters, buffers and what else modules keep.
         gradients: of parameters.
         optimizer_state: of all parameters.
         inputs: images and targets, or tokens.
