@@ -191,7 +191,7 @@ def forget(files: Iterable[Path] = ()) -> None:
         files: of modules that they imported later.
     """
     later = {*files}
-    _keep_in_mind(name for name, file in _files_of_modules() if file in later)
+    _keep_in_mind(name for name in [*sys.modules] if _file_of(name) in later)
     for mechanism in [*_reads]:
         if _key(mechanism.rpartition(":")[0]) in _modules:
             del _reads[mechanism]
@@ -202,9 +202,9 @@ def forget(files: Iterable[Path] = ()) -> None:
     importlib.invalidate_caches()
 
 
-def _files_of_modules() -> list[tuple[str, Path]]:
-    found = ((name, getattr(one, "__file__", None)) for name, one in list(sys.modules.items()))
-    return [(name, Path(file).resolve()) for name, file in found if isinstance(file, str)]
+def _file_of(module: str) -> Path | None:
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return Path(file).resolve() if isinstance(file, str) else None
 
 
 def _changed(path: Path) -> int:
@@ -216,11 +216,11 @@ def _changed(path: Path) -> int:
 def _keep_in_mind(names: Iterable[str]) -> None:
     """Remember those modules that are neither installed nor of this package."""
     for name in names:
-        file = getattr(sys.modules.get(name), "__file__", None)
-        path = Path(file or "").resolve()
-        places = (*_INSTALLED, Path(__file__).resolve().parents[1])
-        if file and not any(map(path.is_relative_to, places)):
-            _modules[name] = path, _changed(path)
+        file = _file_of(name)
+        # A file of the user may lie beside this package.
+        ours = name.partition(".")[0] in ("attentions", "bench", "report", "run_all")
+        if file and not ours and not any(map(file.is_relative_to, _INSTALLED)):
+            _modules[name] = file, _changed(file)
 
 
 def _nearest(value: str, allowed: Iterable[str]) -> str:
