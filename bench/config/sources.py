@@ -47,7 +47,8 @@ _INSTALLED = tuple(
 )
 
 
-_last: "dict[str, list[Source]]" = {}
+# What each row was made of when it last ran in this process.
+_last: dict[str, list["Source"]] = {}
 
 
 @dataclass(frozen=True)

@@ -242,7 +242,9 @@ def _inputs_of_old(entry: Record) -> dict[str, Any]:
 
 
 def replaced(identity: Identity, config: RunConfig, *, of_training: bool) -> list[str]:
-    """Return which files of the data, or of the start, changed since the identity was taken.
+    """Return which files of data, start or mechanism changed since the identity was taken.
+
+    Code is none of them: what was edited is imported already.
 
     Args:
         of_training: look at what the weights depend on alone.
@@ -250,7 +252,6 @@ def replaced(identity: Identity, config: RunConfig, *, of_training: bool) -> lis
     before, now = identity.inputs, _inputs(config, (), {})
     apart = _apart(before.get("data"), now.get("data"))
     found = [f"data {name}" for name in apart if not of_training or name == identity.train_split]
-    # Code that is edited is imported already; what else it reads it may read again.
     for source in identity.sources:
         is_file = source.path.suffix != ".py" and source.path.is_file()
         found += [source.name] * (is_file and sha256(source.path) != source.sha256)

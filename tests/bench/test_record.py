@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,15 @@ def git_in(root: Path, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
+def committed(git: Callable[..., str], code: Path) -> str:
+    """Commit a first file, and return the commit."""
+    code.parent.mkdir()
+    code.write_text("1")
+    git("add", ".")
+    git("commit", "-m", "one")
+    return git("rev-parse", "HEAD")
+
+
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_checkout_tells_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     git = functools.partial(git_in, tmp_path)
@@ -259,11 +269,7 @@ def test_checkout_tells_commit_and_changes(tmp_path: Path, monkeypatch: pytest.M
     git("init")
     assert store.checkout(tmp_path) == (None, None)
     code = tmp_path / "bench" / "a.py"
-    code.parent.mkdir()
-    code.write_text("1")
-    git("add", ".")
-    git("commit", "-m", "one")
-    commit = git("rev-parse", "HEAD")
+    commit = committed(git, code)
     assert store.checkout(tmp_path) == (commit, False)
     # Results that lie in the checkout do not make the code another one.
     (tmp_path / "output.json").write_text("")
@@ -290,11 +296,7 @@ def test_a_record_has_the_commit_that_its_process_started_with(
 
     git("init")
     code = tmp_path / "bench" / "record.py"
-    code.parent.mkdir()
-    code.write_text("1")
-    git("add", ".")
-    git("commit", "-m", "one")
-    commit = git("rev-parse", "HEAD")
+    commit = committed(git, code)
     store.code_at_start(tmp_path)
     monkeypatch.setattr(store, "code_running", functools.partial(store.code_running, tmp_path))
     assert said() == (commit, False)
