@@ -67,8 +67,11 @@ _LATEX = {
     AT_LEAST: r"$\geq$",
     "\N{MULTIPLICATION SIGN}": r"$\times$",
     "\N{PLUS-MINUS SIGN}": r"$\pm$",
-    MISSING: "--",
+    MISSING: r"\textendash{}",
 }
+
+# Letters from which on a cell is wrapped: scaled to the page, such a table is too small to read.
+_WRAPPED = 60
 
 # Latency, and of a training step.
 _LATENCIES = {"latency": "inference", "latency_training": "training step"}
@@ -399,7 +402,7 @@ def to_latex(shown: pd.DataFrame, *, caption: str = "", label: str = "") -> str:
     With a caption it stands in a float, no wider than the page, for which LaTeX needs the packages
     booktabs and adjustbox.
     """
-    align = "".join("r" if is_numeric(shown[name]) else "l" for name in shown.columns)
+    align = "".join(_column_type(shown[name]) for name in shown.columns)
     cells = shown.map(in_latex).rename(columns=in_latex)
     body = cells.to_latex(index=False, escape=False, column_format=align)
     if not caption:
@@ -437,4 +440,15 @@ def in_markdown(text: str) -> str:
 
 def in_latex(text: str) -> str:
     """Return a text in one line of LaTeX that shows it as it is."""
-    return "".join(_LATEX.get(letter, letter) for letter in " ".join(text.split()))
+    line = "".join(_LATEX.get(letter, letter) for letter in " ".join(text.split()))
+    # Two hyphens would be one dash.
+    return line.replace("--", "-{}-")
+
+
+def _column_type(column: pd.Series) -> str:
+    """Return LaTeX's type of a column: numbers right, texts left, long ones wrapped."""
+    if is_numeric(column):
+        return "r"
+    words = " ".join(column).split()
+    wrapped = column.str.len().max() > _WRAPPED > max(map(len, words), default=0)
+    return r"p{0.4\textwidth}" if wrapped else "l"

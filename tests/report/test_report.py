@@ -693,6 +693,13 @@ def test_latex_is_ascii_for_any_engine_and_font() -> None:
         assert one in latex
 
 
+def test_latex_keeps_two_hyphens_and_wraps_long_texts() -> None:
+    cells = {"short": "a", "long": "--what " * 12, "word": "a" * 90, "n": "1.0"}
+    text = tables.to_latex(pd.DataFrame([cells]))
+    assert "-{}-what -{}-what" in text
+    assert r"\begin{tabular}{lp{0.4\textwidth}lr}" in text
+
+
 def test_latex_with_a_caption_is_a_float_that_escapes_it() -> None:
     (table,) = tables.comparison([make("ViL")])
     text = tables.to_latex(table.shown, caption="5 % of a_b & {c}\\d", label="tab")
