@@ -1,6 +1,7 @@
 """Image files of any kind as RGB of 8 bits, upright."""
 
 import io
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,10 @@ _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
 _BITS, _PLANES, _APART = 258, 284, 2
 # What a page of TIFF is, by bits: a smaller copy of another, or its mask.
 _SUBFILE, _COPY_OR_MASK = 254, 1 | 4
+# Planes that one header of TIFF stands for: by its depth, or as ImageJ says in the description, in
+# which case they lie behind each other, not compressed.
+_DEPTH, _DESCRIPTION = 32997, 270
+_PLANES_OF_IMAGEJ = re.compile(r"ImageJ=.*^images=(\d+)", flags=re.DOTALL | re.MULTILINE)
 # Places in a file from here on cannot be gone to.
 _FARTHEST = 2**63
 # How an image is put upright, by its EXIF orientation; 1 is upright.
@@ -243,6 +248,13 @@ def _is_cut(image: Image.Image, file: IO[bytes]) -> bool:
 
 def _has_frames(image: Image.Image, file: IO[bytes]) -> bool:
     """Whether the file has several frames, which smaller copies and masks in a TIFF are not."""
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(_DEPTH, 1) != 1:
+        return True
+    said = _PLANES_OF_IMAGEJ.match(str(tags.get(_DESCRIPTION)))
+    plane = image.width * image.height * sum(tags.get(_BITS, (1,))) / 8
+    if said and 1 < int(said[1]) <= file.seek(0, io.SEEK_END) / plane:
+        return True
     if not getattr(image, "is_animated", False):
         return False
     # As Pillow's `seek` does, which fails at pages that it cannot decode; the first is read.

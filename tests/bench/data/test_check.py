@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin, TiffTags
 
 from bench import cli
 from bench.data.check import SplitReport, check, remarks
@@ -331,6 +331,31 @@ def test_smaller_copies_and_masks_in_a_tiff_are_no_frames(
     report = only(tmp_path)
     assert report.errors == ()
     assert kinds(report.findings)["image of several frames"] == frames
+
+
+@pytest.mark.parametrize(
+    ("tag", "value", "frames"),
+    [
+        (32997, 4, 1),
+        (32997, 1, 0),
+        (270, "ImageJ=1.53t\nimages=3\nslices=3\n", 1),
+        (270, "ImageJ=1.53t\nimages=9\nslices=9\n", 0),
+        (270, "ImageJ=1.53t\nimages=1\n", 0),
+        (270, "a field of view\nimages=9", 0),
+    ],
+)
+def test_planes_behind_one_header_of_a_tiff_are_frames(
+    tmp_path: Path, tag: int, value: int | str, frames: int
+) -> None:
+    """As tifffile writes volumes, and ImageJ stacks above 4 GB; one of nine, saved anew, is one."""
+    folder = write(tmp_path, content())
+    info = TiffImagePlugin.ImageFileDirectory_v2()
+    info.tagtype[tag] = TiffTags.LONG if isinstance(value, int) else TiffTags.ASCII
+    info[tag] = value
+    picture(2).save(folder / "2.png", "TIFF", tiffinfo=info)
+    with (folder / "2.png").open("ab") as file:
+        file.write(picture(3).tobytes() + picture(4).tobytes())
+    assert kinds(only(tmp_path).findings)["image of several frames"] == frames
 
 
 def test_everything_is_found_at_once(tmp_path: Path) -> None:
