@@ -238,6 +238,8 @@ def _load(name: str) -> type[nn.Module]:
     except (Exception, SystemExit) as error:
         # Whatever goes wrong in the user's code is a mistake in what this name points at.
         reason = " ".join(f"{type(error).__name__}: {error}".split())
+        if source.endswith(".py") and "no known parent package" in reason:
+            reason += "; a module of a package is given as package.module:Class"
         raise ValueError(f"attention {name!r}: cannot import {source!r}: {reason}") from error
     factory = getattr(module, attribute, None)
     if not (isinstance(factory, type) and issubclass(factory, nn.Module)):

@@ -180,7 +180,8 @@ def _left_out(data: pd.DataFrame, found: dict[Cost, list[Place]]) -> list[str]:
             sentences.setdefault(", ".join(out), []).append(cost.name)
     searched = ["The best row of a search is compared, its other rows are not."]
     return searched * bool(len(worse)) + [
-        f"Not compared in {', '.join(costs)}, as not measured or not as the others were: {rows}."
+        f"Not compared in {', '.join(costs)}, as these or mAP were not measured, or not as the"
+        f" others' were: {rows}."
         for rows, costs in sentences.items()
     ]
 

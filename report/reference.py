@@ -58,8 +58,9 @@ def conditions(costs: Sequence[Record]) -> Conditions | None:
     profile, train = first.config["profile"], first.config["train"]
     names = {
         name: listed(at(one, f"model.{name}") for one in counted)
-        for name in ("backbone", "method", "library")
+        for name in ("backbone", "library")
     }
+    methods = [at(one, "model.method") for one in counted]
     image, batch = size(profile["image_size"]) or "", int(profile["batch_size"])
     side = round(math.prod(profile["image_size"]) ** 0.5)
     square = size([side, side])
@@ -69,7 +70,7 @@ def conditions(costs: Sequence[Record]) -> Conditions | None:
     return Conditions(
         image,
         batch,
-        f"{names['backbone']}, {METHODS.get(names['method'], names['method'])}"
+        f"{names['backbone']}, {listed(METHODS.get(method, method) for method in methods)}"
         f" ({names['library']}), images of {image}{alike}, batch {batch},"
         f" {precision} on one {device}{_computed_again(counted)}",
         _of_layers([record for record in costs if _measured(record)]),

@@ -9,10 +9,10 @@ Efron, Tibshirani: An Introduction to the Bootstrap, 1993, chapter 8 (data of se
 
 import json
 import math
-import statistics
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean, harmonic_mean, stdev
 from typing import Any
 
 import numpy as np
@@ -213,8 +213,9 @@ def _training(records: Sequence[Record]) -> dict[str, Any] | None:
     if not sections:
         return None
     means = {
-        name: _average([section.get(name) for section in sections])
-        for name in ("seconds", "images_per_second")
+        name: _average([section.get(name) for section in sections], mean)
+        # All seeds see as many images, in the sum of their times.
+        for name, mean in (("seconds", fmean), ("images_per_second", harmonic_mean))
     }
     return {**sections[0], **means, "by_seed": sections}
 
@@ -234,7 +235,7 @@ def _evaluation(done: Sequence[Record], group: Sequence[Record]) -> dict[str, An
         values = [(section.get(kind) or {}).get("AP") for section in sections]
         known = [value for value in values if value is not None]
         how[f"{kind}_AP"] = values
-        how[f"{kind}_sd"] = statistics.stdev(known) if len(known) == len(values) > 1 else None
+        how[f"{kind}_sd"] = stdev(known) if len(known) == len(values) > 1 else None
         of_draws = [one.get(f"{kind}_AP") for one in drawn]
         found[f"{kind}_interval"] = None
         if not same or len(known) < len(values) or None in of_draws:
@@ -265,6 +266,8 @@ def _figures(sections: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _average(values: Sequence[float | None]) -> float | None:
+def _average(
+    values: Sequence[float | None], mean: Callable[[Sequence[float]], float] = fmean
+) -> float | None:
     known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known and len(known) == len(values) else None
+    return mean(known) if known and len(known) == len(values) else None

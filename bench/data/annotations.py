@@ -35,7 +35,10 @@ _XYWH = (None, 1, "1", "XYWH_ABS", "BoxMode.XYWH_ABS")
 _KINDS = {int: "a whole number", str: "a text", list: "a list"}
 _ANEW = "; nothing refers to ids of annotations: number them anew, from 1"
 _WHOLE = re.compile(r"\s*[+-]?\d{1,99}\s*", flags=re.ASCII)
-_DECIMAL = re.compile(r"\s*[+-]?(\d{1,99}(\.\d{0,99})?|\.\d{1,99})\s*", flags=re.ASCII)
+_DECIMAL = re.compile(
+    r"\s*[+-]?(\d{1,99}(\.\d{0,99})?|\.\d{1,99})(e[+-]?\d{1,2})?\s*",
+    flags=re.ASCII | re.IGNORECASE,
+)
 _LEAST_POLYGON = 6
 # Pixels from the origin. The rasteriser allocates in proportion to a polygon's length: a wild
 # coordinate would take gigabytes.

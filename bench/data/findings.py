@@ -51,7 +51,9 @@ KINDS: Mapping[str, Kind] = {
     "malformed iscrowd": Kind("has iscrowd {value}; 0 or 1 is needed"),
     "malformed area": Kind("has area {value}; a number of pixels, 0 or more, is needed"),
     "malformed box": Kind("has bbox {value}; [x, y, width, height] in pixels is needed"),
-    "malformed polygon": Kind("has {what}; a list of x, y in turn, in pixels, is needed"),
+    "malformed polygon": Kind(
+        "has {what}; a list of numbers, x and y in turn, in pixels, is needed"
+    ),
     "malformed run-length mask": Kind("has a run-length mask that cannot be read: {why}"),
     "run-length mask of the wrong size": Kind("has a run-length mask of {size}; its image {own}"),
     "classes of the splits differ": Kind("{why}"),
@@ -265,7 +267,7 @@ KINDS: Mapping[str, Kind] = {
     ),
     "image without annotations": Kind(
         "has no annotation",
-        "left out of training; evaluated, where every detection is a false one",
+        "left out of training; where it is evaluated, every detection is a false one",
     ),
     "image with crowds only": Kind("has crowds only", "left out of training; evaluated"),
     "class without an instance": Kind(

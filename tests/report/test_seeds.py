@@ -50,6 +50,20 @@ def test_a_row_is_the_mean_of_its_seeds() -> None:
     assert (row.evaluation or {})["mask"] is None
 
 
+def test_steps_and_images_a_second_of_seeds_are_of_the_same_time() -> None:
+    trained = [
+        changed(
+            seeded("ViL", seed),
+            {"training.seconds": 600 / rate, "training.images_per_second": rate},
+        )
+        for seed, rate in enumerate((60.0, 20.0))
+    ]
+    (row,) = seeds.merged(trained)
+    (line,) = load.frame([row]).to_dict("records")
+    assert line["train_seconds"] == 20
+    assert line["images_per_second"] == pytest.approx(1200 / 40)
+
+
 def test_what_is_no_seed_of_the_same_row_stays_apart() -> None:
     one = make("ViL")
     others = {
