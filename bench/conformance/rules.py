@@ -8,6 +8,7 @@ docstring states, on a `Subject`, and raises `FailedError` with what to change w
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,7 @@ from bench.conformance.subject import (
     run,
     show,
 )
+from bench.measure import memory
 from bench.measure.fake import copied
 from bench.measure.flops import CALLS, ELEMENTWISE, SQUARES, THREADS, UNSEEN, count_call
 
@@ -459,6 +461,26 @@ def calls(subject: Subject) -> None:
             f"a call while evaluating changes {', '.join(changed)}",
             "change parameters and buffers only where self.training",
         )
+    more = _kept_by(module, x, subject.grid)
+    if more:
+        raise FailedError(f"each call keeps {more:,} bytes more than the one before it")
+
+
+@torch.no_grad()
+def _kept_by(module: nn.Module, x: Tensor, grid: Grid) -> int:
+    """Bytes that a call leaves more than it found, after others; 0 where that cannot be watched."""
+
+    def several() -> None:
+        # What is kept by grid, or of the last few calls, is kept then.
+        for _ in range(4):
+            module(x, grid)
+
+    with suppress(memory.NotMeasuredError):
+        found = memory.peak(
+            lambda: module(x, grid), device="cpu", live=[module, x], prepare=several
+        )
+        return max(found.after - found.before, 0)
+    return 0
 
 
 def _changed_by(module: nn.Module, x: Tensor, grid: Grid) -> list[str]:

@@ -45,6 +45,7 @@ BROKEN = {
     "Noisy": ("calls", "another output after a call in between"),
     "InPlace": ("calls", "it changes its input"),
     "Counts": ("calls", "a call while evaluating changes calls"),
+    "Appends": ("calls", "each call keeps 57,600 bytes more than the one before"),
     "Shared": ("instances", "two instances share the parameter 'shared'"),
     "Loose": ("copies", "loaded into another"),
     "Stale": ("copies", "loaded into another after a call, gives another output"),
@@ -303,6 +304,16 @@ class Counts(Sound):
 
     def mix(self, x, grid):
         self.calls += 1
+        return super().mix(x, grid)
+
+
+class Appends(Sound):
+    def __init__(self, **common):
+        super().__init__(**common)
+        self.seen = []
+
+    def mix(self, x, grid):
+        self.seen.append(x.clone())
         return super().mix(x, grid)
 
 
