@@ -39,6 +39,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -386,7 +387,9 @@ class _Storages:
 
     def see_all(self) -> None:
         """See what is there, as constants that a mechanism on the CPU keeps anywhere."""
-        self.see([one for one in gc.get_objects() if issubclass(type(one), Tensor)])
+        # A module that is not initialised yet, of another row perhaps, has nothing to see.
+        found = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
+        self.see([one for one in found if not is_lazy(one)])
 
     def unseen(self, things: object, *, on_cpu: bool) -> int:
         """How many of the tensors were made or written otherwise.

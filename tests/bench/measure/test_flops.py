@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
@@ -907,6 +908,13 @@ def test_nor_does_it_see_everything_on_the_cpu(product):
     module.product = lambda q, k, v: product(q, k, v) + kept * v.max().item()
     counted = flops.count_flops(module, grid=GRID)
     assert counted.uncounted == {flops.UNSEEN: 1}
+
+
+def test_a_module_elsewhere_that_is_not_initialised_is_no_matter_of_a_count_on_the_cpu():
+    waiting, module = nn.LazyLinear(8), Attention()
+    module.product = lambda q, k, v: plain(q, k, v) + v.max().item()
+    assert flops.count_flops(module, grid=GRID).uncounted == {}
+    assert is_lazy(waiting.weight)
 
 
 def test_what_is_kept_or_made_of_values_is_seen():
