@@ -291,7 +291,7 @@ def _run(options: argparse.Namespace, given: Sequence[str], world: processes.Wor
             latency=False,
         )
         standings, code = rows.run(*where, how, retry_failed=retry)
-    if code not in (0, 1) or not world.is_first:
+    if code not in (0, 1, 2) or not world.is_first:
         return code
 
     def records() -> list[Record]:

@@ -16,6 +16,10 @@ class InputError(ValueError):
     kind = "input"
 
 
+class RowError(InputError):
+    """A mistake in what one row is made of, which no other row has to end with."""
+
+
 class DivergedError(RuntimeError):
     """A loss or a gradient that is not a finite number."""
 

@@ -414,6 +414,22 @@ def test_a_failing_row_says_so_and_the_others_go_on(
     assert "1 of 2 rows to run" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("how", [[], ["--launcher", "local"]])
+def test_a_row_that_cannot_be_built_says_so_and_the_others_go_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], how: list[str]
+) -> None:
+    file, output = tmp_path / "lazy.py", tmp_path / "out"
+    mechanism = mechanisms.write(file)
+    file.write_text(file.read_text().replace("Linear(dim, ", "LazyLinear("))
+    command = ["--output", str(output), *how, *REPORTED]
+    assert run_all.main(["--rows", f"{mechanism},identity", *command]) == 2
+    found = records(output)
+    assert found["identity"]["status"] == "done"
+    assert found[mechanism]["error"]["kind"] == "input"
+    for said in (" ".join("".join(capfd.readouterr()).split()), (output / "index.md").read_text()):
+        assert "proj.weight, proj.bias have no shape before a first call" in said
+
+
 def test_the_mechanism_of_the_readme_trains(tmp_path: Path) -> None:
     readme = (ROOT / "README.md").read_text()
     code = re.search(r"a test trains this very example -->\n```python\n(.*?)```", readme, re.DOTALL)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bench.config.arch import parse
 from bench.config.schema import CLASSIFIER, RunConfig
-from bench.errors import InputError, some
+from bench.errors import InputError, RowError, some
 from bench.files import sha256
 from bench.model import detectors, weights
 from bench.model.backbone import ViL
@@ -59,7 +59,7 @@ def build_backbone(config: RunConfig, num_classes: int = 1000) -> ViL:
         num_classes: outputs of its classification head.
 
     Raises:
-        InputError: for a model that cannot be built, naming the row.
+        RowError: for a model that cannot be built, naming the row.
     """
     data, model = config.data, config.model
     torch.manual_seed(config.seed)
@@ -75,7 +75,7 @@ def build_backbone(config: RunConfig, num_classes: int = 1000) -> ViL:
             **model.options,
         )
     except (TypeError, ValueError) as error:
-        raise InputError(f"row {config.row!r}: {error}") from error
+        raise RowError(f"row {config.row!r}: {error}") from error
     vil.grad_checkpointing = model.checkpoint
     if model.channels_last:
         _to_channels_last(vil)

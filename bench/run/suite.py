@@ -17,7 +17,7 @@ from bench.config.schema import CLASSIFIER, RunConfig
 from bench.config.suites import Suite, families
 from bench.config.variants import Costs
 from bench.data import split
-from bench.errors import InputError
+from bench.errors import InputError, RowError
 from bench.measure import reference
 from bench.model.optimizer import schedule_notes
 from bench.record import Record
@@ -35,12 +35,16 @@ def run(
 
     All processes that share the runs call this; the first decides what is missing, and goes on
     alone.
+
+    Raises:
+        RowError: where no row can be built.
     """
     standings = devices.decide_in_first(
         suite.runs[0], lambda: survey(suite, output, console, retry_failed)
     )
     missing = [standing for standing in standings if standing.record is None]
     failed = any(standing.failed for standing in standings)
+    unfit: list[RowError] = []
     with SuiteProgress(len(missing), console=console) as progress:
         options = replace(options, progress=progress.update)
         for standing in missing:
@@ -54,6 +58,13 @@ def run(
                 progress.finish_row(f"being run by {error.holder}; left to it")
                 failed = True
                 continue
+            except RowError as error:
+                unfit.append(error)
+                if len(unfit) == len(missing):
+                    raise
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                progress.finish_row("failed")
+                continue
             except runner.AbandonedError as error:
                 if not error.recorded_before:
                     print(f"{row}: failed in one process: {error}", file=sys.stderr, flush=True)
@@ -64,7 +75,7 @@ def run(
     devices.close_group()
     if processes.world().is_first:
         processes.forget_world()
-    return standings, int(failed)
+    return standings, 2 if unfit else int(failed)
 
 
 Arguments = Callable[[RunConfig], Sequence[str]]
