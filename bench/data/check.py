@@ -246,8 +246,9 @@ def class_remarks(splits: Iterable[ClassDataset], white: int) -> list[str]:
     """
     lines: list[str] = []
     before: dict[str, str] = {}
+    found: list[Finding]
     for split in splits:
-        tally, tops, seen = Tally(), [], {}
+        tally, found, seen = Tally(), [], {}
         if split.folder.name != split.split:
             tally.add(finding("split of another name", split=split.split, path=split.folder))
         for name in split.shards_beside:
@@ -264,14 +265,14 @@ def class_remarks(splits: Iterable[ClassDataset], white: int) -> list[str]:
         for index in np.linspace(0, len(split), most, endpoint=False).astype(int).tolist():
             picture, place = split.picture(index, white)
             for kind, values in _oddities(picture):
-                tally.add(finding(kind, **values, name=place))
-            tops += [picture.top] if picture.top else []
+                found.append(finding(kind, **values, name=place))
+                tally.add(found[-1])
             digest = _digest(picture)
             seen[digest] = place
             if digest in before:
                 tally.add(finding(COPIED, other=before[digest], name=place))
         before |= seen
-        for whole in _small_range(tops, white):
+        for whole in _small_range(found, white):
             tally.add(whole)
         part = "" if most == len(split) else f" (pixels of {most} of {len(split)} images)"
         lines += tally.lines(f"{split.folder}{part}")
@@ -388,6 +389,7 @@ def _oddities(picture: Picture) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from _few_apart(picture)
     if picture.cut:
         yield "16-bit colour image", {"top": int(picture.pixels.max())}
+        yield from _few_apart(picture)
     low, high = int(picture.pixels.min()), int(picture.pixels.max())
     if high - low < _CONTRAST:
         yield "image without contrast", {"low": low, "high": high}
@@ -399,7 +401,7 @@ def _oddities(picture: Picture) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _few_apart(picture: Picture) -> Iterator[tuple[str, dict[str, Any]]]:
     """Whether but for a few pixels all are much alike."""
-    pixels = picture.pixels[0].numpy()
+    pixels = picture.pixels.amax(dim=0).numpy()
     every = int(pixels.max()) - int(pixels.min())
     if every < _CONTRAST:
         return
@@ -590,8 +592,7 @@ def _of_the_whole(
     filling, every = int((outlines[:, 4] >= _FILLS).sum()), len(outlines)
     if every >= _BESIDE and filling >= _FILLING * every:
         yield finding("masks that look like boxes", count=filling, all=every)
-    deep = [f.values["top"] for f in found if f.kind == "16-bit image"]
-    yield from _small_range(deep, dataset.deep_white)
+    yield from _small_range(found, dataset.deep_white)
     formats = Counter(
         f.values["format"] for f in found if f.kind == "box that does not fit its mask"
     )
@@ -625,12 +626,19 @@ def _of_the_whole(
             yield finding("class names alike", name=f"class {quoted(name)}", other=quoted(other))
 
 
-def _small_range(tops: Sequence[int], white: int) -> Iterator[Finding]:
+def _small_range(found: Sequence[Finding], white: int) -> Iterator[Finding]:
     """Whether the highest values of 16-bit images say that they have fewer bits, all or some."""
+    colours = [one.values["top"] for one in found if one.kind == "16-bit colour image"]
+    # Of 14 bits, rounded up.
+    dark = [one for one in colours if one <= 64]
+    if dark and len(dark) >= _SOME * len(colours):
+        values: dict[str, Any] = {"count": len(dark), "all": len(colours), "top": max(dark)}
+        yield finding("deep colour images with a small range", **values)
+    tops = [one.values["top"] for one in found if one.kind == "16-bit image"]
     top = max(tops, default=white)
     dark = [one for one in tops if 4 * one < DEEPEST]
     if white == DEEPEST and len(dark) >= _SOME * len(tops) and len(dark) < len(tops):
-        values: dict[str, Any] = {"count": len(dark), "all": len(tops), "top": max(dark)}
+        values = {"count": len(dark), "all": len(tops), "top": max(dark)}
         yield finding("deep images of which some have a small range", **values)
     if white == DEEPEST and 4 * top < DEEPEST:
         left = round(255 * top / DEEPEST)

@@ -159,6 +159,11 @@ KINDS: Mapping[str, Kind] = {
         " the others?",
         "scaled by 65535 as those, and dark",
     ),
+    "deep colour images with a small range": Kind(
+        "values up to {top} of 255 in the upper 8 bits of {count} of {all} 16-bit colour images:"
+        " have they fewer bits?",
+        "taken as they are, and dark; scale them to all 16 bits, or to 8",
+    ),
     "no masks at all": Kind(
         "no annotation has a segmentation",
         "boxes are the masks to train on, and there is no mask AP; --method retinanet needs none",
@@ -304,7 +309,8 @@ KINDS: Mapping[str, Kind] = {
         "used as it is",
     ),
     "16-bit colour image": Kind(
-        "has 16 bits a channel, whose upper 8 go up to {top}", "the upper 8 bits are used"
+        "has 16 bits a channel, whose upper 8 go up to {top}",
+        "the upper 8 bits are used, whatever data.deep_white is",
     ),
     "image of an unusual mode": Kind(_MODE, _RGB),
     "image turned by EXIF": Kind("has the EXIF orientation {orientation}", "turned upright"),

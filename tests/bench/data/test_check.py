@@ -1100,6 +1100,33 @@ def test_a_small_range_of_deep_images_is_said_and_can_be_scaled(tmp_path: Path) 
         CocoDataset(tmp_path, "train2017", deep_white=255)[1]
 
 
+def test_a_small_range_of_deep_colour_is_said(tmp_path: Path) -> None:
+    folder = write(tmp_path, content())
+
+    def put(name: str, values: np.ndarray) -> None:
+        colours = np.stack([values, values // 2, values], axis=-1).astype(">u2")
+        head = b"P6 %d %d 65535\n" % (WIDTH, HEIGHT)
+        (folder / name).write_bytes(head + colours.tobytes())
+
+    values = np.linspace(0, 4095, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH)
+    put("2.png", values)
+    put("1.png", 4 * values)
+    line, *_ = remarks([CocoDataset(tmp_path, "train2017")])
+    assert "values up to 64 of 255 in the upper 8 bits of 2 of 2 16-bit colour images" in line
+    put("1.png", 16 * values)
+    line, *_ = remarks([CocoDataset(tmp_path, "train2017")])
+    assert "values up to 16 of 255 in the upper 8 bits of 1 of 2 16-bit colour images" in line
+    put("2.png", 16 * values)
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    assert not any("values up to" in line for line in lines)
+    # A scale bar.
+    values[3:4, :20] = 65535
+    put("2.png", values)
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    few = "1 of: image without contrast but for a few pixels (images 2)"
+    assert any(few in line for line in lines)
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_a_damaged_jpeg_is_said(tmp_path: Path, mode: str) -> None:
     folder = write(tmp_path, content())
