@@ -447,7 +447,19 @@ def _is_flat(segmentation: list[Any]) -> bool:
 
 
 def _joined(polygons: list[list[Any]]) -> list[list[Any]]:
-    """Polygons whose points are pairs, [[x, y], [x, y], …], as COCO's x, y in turn."""
+    """Polygons whose points are pairs, [[x, y], [x, y], …], as COCO's x, y in turn.
+
+    OpenCV has each of them in a list of its own.
+    """
+    if len(polygons) * 2 >= _LEAST_POLYGON and all(map(_is_pair_in_list, polygons)):
+        return _joined([point for (point,) in polygons])
+    if any(polygon and all(map(_is_pair_in_list, polygon)) for polygon in polygons):
+        return _joined(
+            [
+                [point for (point,) in polygon] if all(map(_is_pair_in_list, polygon)) else polygon
+                for polygon in polygons
+            ]
+        )
     if len(polygons) * 2 >= _LEAST_POLYGON and all(map(_is_pair, polygons)):
         return [[value for pair in polygons for value in pair]]
     if any(polygon and all(map(_is_pair, polygon)) for polygon in polygons):
@@ -466,6 +478,10 @@ def _is_pair(value: Any) -> bool:
         and len(value) == 2
         and not any(isinstance(part, list | dict) for part in value)
     )
+
+
+def _is_pair_in_list(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 1 and _is_pair(value[0])
 
 
 def _is_thin(start: float, end: float) -> bool:

@@ -41,7 +41,9 @@ KINDS: Mapping[str, Kind] = {
     "id used twice": Kind("has an id that stands twice in the list {section!r}{hint}"),
     "image without a size": Kind("has the size {height}x{width} (height x width)"),
     "image folder missing": Kind("{why}"),
-    "image missing": Kind("is missing: {path}"),
+    "image missing": Kind(
+        "is missing: {path}; --images names the folder of images that are elsewhere"
+    ),
     "image unreadable": Kind("cannot be read: {why}"),
     "image of another size": Kind(
         "is {rows}x{columns} (height x width), {height}x{width} in the annotation file{hint}"

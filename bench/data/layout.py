@@ -10,7 +10,6 @@ import contextlib
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -152,7 +151,6 @@ def _is_file(path: Path) -> bool:
 def _folders(root: Path, name: str, images: Path | None) -> tuple[Path, ...]:
     if images is not None:
         return (images,)
-    own: Sequence[Path] = [root / name, root / "images" / name, root / "images"]
-    there = [path for path in own if path.is_dir()]
-    inside = root / name / "images"
-    return (*(there or own[:1]), root, *([inside] if inside.is_dir() else []))
+    own, images = root / name, root / "images"
+    there = [path for path in (own, own / "images", images / name, images) if path.is_dir()]
+    return (*(there or [own]), root)

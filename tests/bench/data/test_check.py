@@ -108,6 +108,14 @@ ODD: list[tuple[dict[str, Any], str, str, int]] = [
     ({"segmentation": [POLYGON, [1, 2]]}, "polygon of fewer than 3 points", "left out", 1),
     ({"segmentation": [PAIRS]}, "polygon of point pairs", "x and y in turn", 1),
     ({"segmentation": PAIRS}, "polygon of point pairs", "x and y in turn", 1),
+    # As OpenCV's findContours has them.
+    ({"segmentation": [[pair] for pair in PAIRS]}, "polygon of point pairs", "x and y in turn", 1),
+    (
+        {"segmentation": [[[pair] for pair in PAIRS]]},
+        "polygon of point pairs",
+        "x and y in turn",
+        1,
+    ),
     ({"segmentation": POLYGON}, "polygon in no list of polygons", "as one polygon", 1),
     (
         {"segmentation": [POLYGON, [1, 2, 3, 4, 5, 6, 7]]},

@@ -51,6 +51,9 @@ def roboflow(source: Path, root: Path, folder: str = "") -> None:
 @pytest.mark.parametrize("folder", ["", "images"])
 def test_roboflow_s_tree_is_read_as_it_is(source: Path, tmp_path: Path, folder: str) -> None:
     roboflow(source, tmp_path, folder)
+    if folder:
+        # Others of the same names, farther away.
+        shutil.copytree(source / "train2017", tmp_path / "images")
     assert splits(tmp_path) == ("train", "valid")
     for split, name in (("train2017", "train"), ("val2017", "valid")):
         found = CocoDataset(tmp_path, split)
