@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.style
 import pandas as pd
 from adjustText import adjust_text
 from matplotlib import font_manager
@@ -429,7 +430,8 @@ def _fonts() -> list[str]:
 def render(name: str, title: str, make: Callable[[], Figure | str]) -> Plot:
     """Return the plot that `make` draws, or its sentence where there is nothing to draw."""
     with (
-        mpl.rc_context(_STYLE | {"font.family": _fonts()}),
+        # A user's own settings may need LaTeX, or look otherwise.
+        mpl.style.context(["default", _STYLE | {"font.family": _fonts()}]),
         warnings.catch_warnings(record=True) as caught,
     ):
         figure = make()

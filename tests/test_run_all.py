@@ -1100,6 +1100,8 @@ def test_a_dry_run_runs_a_mechanism_of_the_user(
     )
     backward = words("x = x.exp(); y = x * x; x += 1; x = y", "backward.py")
     assert "modified by an inplace" in refusal(run_all.main, *backward, begun=True)
+    late = "if not self.training and not x.is_meta:\n    raise RuntimeError('out of time')"
+    assert "out of time" in refusal(run_all.main, *words(late, "late.py"), begun=True)
     values = words("x = x * x.abs().max().item()", "values.py")
     assert run_all.main(values) == 0
     said = " ".join(capsys.readouterr().out.split())
@@ -1171,4 +1173,6 @@ def test_a_dry_run_names_rows_with_a_record_and_refuses_what_the_run_would(
     file.write_text("{")
     assert run_all.main([*arguments, str(tmp_path / "out"), "--data", str(root)]) == 2
     assert "instances_val2017.json is" in capsys.readouterr().err
+    assert run_all.main([*arguments, str(tmp_path / "out"), "--data", str(file)]) == 2
+    assert "unpack an archive, and name a file by --train or --val" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -99,7 +99,8 @@ def find(root: Path, split: str, *, file: Path | None = None, images: Path | Non
     """
     for folder in filter(None, (root, images)):
         if not folder.is_dir():
-            raise InputError(f"no data folder {folder}")
+            hint = "; unpack an archive, and name a file by --train or --val" * folder.is_file()
+            raise InputError(f"no data folder {folder}{hint}")
     if file is not None:
         return Place(file, (images,) if images else _near(file, root), alias=str(file))
     for name in (split, *_OTHER_NAMES.get(split, ())):

@@ -356,7 +356,7 @@ def _dataset(
     if path is None and config.model.method != CLASSIFIER:
         for split in (config.data.train_split, *config.evaluate.splits):
             choose(split, SPLITS, "split of generated data:")
-    if not needed and (path is None or not Path(path).is_dir()):
+    if not needed and (path is None or not Path(path).exists()):
         return None, []
     if config.model.method == CLASSIFIER:
         return classes.open_splits(data_root(config, output))[0], []
@@ -406,6 +406,8 @@ def _on_gpu(config: RunConfig) -> bool:
 def _run_own(config: RunConfig) -> None:
     """Run a layer of each stage with a mechanism of the user, forward and backward, for one image.
 
+    It is run as for evaluation, too.
+
     What is for a GPU that is not here is not run, nor are grids that are large.
 
     Raises:
@@ -429,6 +431,9 @@ def _run_own(config: RunConfig) -> None:
                 out = layer(tokens.requires_grad_(), grid)
             if out.requires_grad:
                 out.sum().backward()
+            layer.eval()
+            with fabric.autocast(), torch.no_grad():
+                layer(tokens, grid)
         except Exception as error:
             said = " ".join(f"{type(error).__name__}: {error}".split())
             raise InputError(

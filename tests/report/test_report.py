@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from bench import cli
 from bench import record as store
@@ -691,6 +693,19 @@ def test_latex_is_ascii_for_any_engine_and_font() -> None:
     assert latex.isascii()
     for one in (r"at 8$\times$8", r"1 $\pm$ 2", r"$\geq$ 3", r"a\textless{}b\textgreater{}"):
         assert one in latex
+
+
+def test_plots_are_the_same_whatever_a_user_s_settings_are() -> None:
+    def draw() -> Figure:
+        figure = Figure()
+        figure.add_subplot().set_title("5 % of a_b")
+        return figure
+
+    before = plots.render("a", "a", draw)
+    with mpl.rc_context({"axes.facecolor": "red", "text.usetex": True, "lines.linewidth": 9}):
+        after = plots.render("a", "a", draw)
+        assert mpl.rcParams["text.usetex"]
+    assert (after.png, after.svg) == (before.png, before.svg)
 
 
 def test_latex_keeps_two_hyphens_and_wraps_long_texts() -> None:
