@@ -911,14 +911,17 @@ def test_a_checkpoint_of_another_backbone_is_one_clear_line(
     torch.save({"model": state | {apart: state[apart] + 1}}, tmp_path / "other.pth")
     with pytest.raises(InputError, match=rf"1 shared here .* different in the file: {apart}"):
         models.initialise(detector, tmp_path / "other.pth")
-    spoilt = {
-        name: torch.full_like(value, torch.nan) for name, value in detector.state_dict().items()
-    }
-    torch.save({"model": spoilt}, tmp_path / "other.pth")
-    with pytest.raises(
-        InputError, match=r"tensors hold values that are not finite .*first of them"
-    ):
-        models.initialise(detector, tmp_path / "other.pth")
+    # The last is infinite in single precision.
+    for number in (torch.nan, 1e300):
+        spoilt = {
+            name: torch.full_like(value, number, dtype=torch.float64)
+            for name, value in detector.state_dict().items()
+        }
+        torch.save({"model": spoilt}, tmp_path / "other.pth")
+        with pytest.raises(
+            InputError, match=r"tensors hold values that are not finite .*first of them"
+        ):
+            models.initialise(detector, tmp_path / "other.pth")
     # A dry run says so too.
     (tmp_path / "text.pth").write_text("text")
     for name, said in (("other.pth", "not finite"), ("text.pth", "no checkpoint")):

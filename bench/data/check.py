@@ -5,6 +5,7 @@ or all splits. Runs say the same of what they read: `remarks`.
 """
 
 import hashlib
+import math
 import re
 import unicodedata
 import warnings
@@ -402,14 +403,16 @@ def _oddities(picture: Picture) -> Iterator[tuple[str, dict[str, Any]]]:
 def _few_apart(picture: Picture) -> Iterator[tuple[str, dict[str, Any]]]:
     """Whether but for a few pixels all are much alike."""
     pixels = picture.pixels.amax(dim=0).numpy()
-    every = int(pixels.max()) - int(pixels.min())
-    if every < _CONTRAST:
+    ends = [int(pixels.min()), int(pixels.max())]
+    if ends[1] - ends[0] < _CONTRAST:
         return
-    # What a scanner or a mask writes around its picture has one value.
-    inner = pixels[pixels != np.bincount(pixels.ravel()).argmax()]
+    # What a scanner or a mask writes around its picture has one value, often an extreme one.
+    often = int(np.bincount(pixels.ravel()).argmax())
+    inner = pixels[~np.isin(pixels, [*ends, often])]
     share = (_FEW_PIXELS, 1 - _FEW_PIXELS)
-    low, high = map(int, np.quantile(inner, share, method="nearest"))
-    if high - low < min(_PART_OF_DEEP, every / 2):
+    # Where nothing is left, these three values are all.
+    low, high = map(int, np.quantile(inner if inner.size else [often], share, method="nearest"))
+    if high - low < _PART_OF_DEEP:
         yield "image without contrast but for a few pixels", {"low": low, "high": high}
 
 
@@ -484,10 +487,13 @@ def _crosses_itself(points: NDArray[np.float64], inside: float, height: int, wid
 def _areas(annotation: Entry, runs: Runs) -> list[float]:
     """The area of an annotation, that of its mask or else box, half its rim, and if it has a mask.
 
-    An area that is its box's, but not its mask's, is said of the single annotation, and equal here.
+    An area that is its box's or its image's, but not its mask's, is said of the single annotation,
+    and equal here.
     """
     width, height = annotation["bbox"][2:]
     area, around = float(annotation["area"]), float(width * height)
+    if area == math.prod(runs["size"]):
+        around = area
     masked = annotation["segmentation"] is not None
     of_box = not masked or abs(area - around) <= _ROUNDED * around
     return [area, around if of_box else float(mask_api.area(runs)), width + height, masked]

@@ -227,7 +227,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         """
         if not self._instances.any():
             raise InputError(
-                f"{self.annotation_file}: no image has an instance {purpose} (crowds do not count)"
+                f"{self.annotation_file}: no image has an instance {purpose} (crowds do not count;"
+                " data check says what else is left out)"
             )
 
     def instances(self, index: int) -> int:

@@ -306,8 +306,9 @@ KINDS: Mapping[str, Kind] = {
     "CMYK image": Kind(_MODE, _RGB),
     "16-bit image": Kind(_MODE + " and values up to {top}", "grey, scaled to 8 bit"),
     "image without contrast but for a few pixels": Kind(
-        "has values of {low} to {high} of 255 when scaled to 8 bit, but for one value and 8 % of"
-        " the other pixels: is it a small part of 16 bits, with defects, a scale bar or an edge?",
+        "has values of {low} to {high} of 255 when scaled to 8 bit, but for the extremes, the most"
+        " frequent and 8 % of the others: is it a small part of 16 bits, with defects, a scale bar"
+        " or an edge?",
         "used as it is",
     ),
     "16-bit colour image": Kind(
@@ -326,6 +327,7 @@ KINDS: Mapping[str, Kind] = {
     "image with a warning": Kind("makes Pillow warn: {why}", "read all the same"),
 }
 
+_WITHOUT_CONTRAST = "image without contrast", "image without contrast but for a few pixels"
 # What is said of a whole split, and the kinds of single places that then need no line.
 _COVERED = {
     "boxes that look like fractions": (
@@ -335,7 +337,8 @@ _COVERED = {
     "boxes that look like corners": ("box over the image's edge",),
     "areas that do not fit": ("area that does not fit its mask",),
     "no masks at all": ("annotation without a segmentation",),
-    "deep images with a small range": ("image without contrast",),
+    "deep images with a small range": _WITHOUT_CONTRAST,
+    "deep colour images with a small range": _WITHOUT_CONTRAST,
 }
 
 

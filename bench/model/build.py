@@ -176,7 +176,9 @@ def fitting(detector: detectors.Detector, path: Path) -> tuple[dict[str, Tensor]
     both = weights.shared(detector, found)
     if both:
         raise InputError(f"train.init={path}: {len(both)} {weights.SHARED}: {some(both)}")
-    spoilt = [name for name, tensor in found.items() if not tensor.isfinite().all()]
+    # As the model holds them: double precision holds values that single does not.
+    held = {name: tensor.to(own[name].dtype) for name, tensor in found.items()}
+    spoilt = [name for name, tensor in held.items() if not tensor.isfinite().all()]
     if spoilt:
         raise InputError(
             f"train.init={path}: {len(spoilt)} of its tensors hold values that are not finite (NaN"

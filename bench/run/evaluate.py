@@ -406,7 +406,8 @@ def remarks(section: Mapping[str, Any]) -> list[str]:
     if count:
         found.append(
             f"{section['split']}: {count} of {images} images gave values that are not finite"
-            " (NaN or infinite), which lose their detections"
+            " (NaN or infinite), which "
+            + ("count as wrong" if section["box"] is None else "are no detections")
         )
     # Of a classifier the interval is right for any number.
     if images < FEW_IMAGES and section["box"] is not None:

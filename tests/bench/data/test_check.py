@@ -788,6 +788,19 @@ def test_areas_of_something_else_are_suspected_all_at_once(
     assert [whole in line for line in found] == [True] * bool(said)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_areas_of_whole_images_are_said_once(tmp_path: Path, masked: bool) -> None:
+    data = content(16)
+    for number, one in enumerate(data["annotations"]):
+        w, h = 10 + number % 4, 10 - number // 4
+        one.update(bbox=[8, 4, w, h], area=HEIGHT * WIDTH)
+        one["segmentation"] = [[8, 4, 8 + w, 4, 8 + w, 4 + h, 8, 4 + h]] if masked else []
+    write(tmp_path, data)
+    lines = remarks([CocoDataset(tmp_path, "train2017")])
+    assert sum("16 of: area of the whole image" in line for line in lines) == 1
+    assert not any("areas are not" in line for line in lines)
+
+
 def test_an_area_without_a_pixel_is_no_share_of_a_box(tmp_path: Path) -> None:
     data = content()
     data["annotations"][1] |= {"area": 0, "segmentation": []}
@@ -1101,11 +1114,22 @@ def test_a_small_range_of_deep_images_is_said_and_can_be_scaled(tmp_path: Path) 
     values[3, 3] = 65535
     Image.fromarray(values).save(folder / "1.png")
     lines = remarks([CocoDataset(tmp_path, "train2017")])
-    assert any(
-        "1 of: image without contrast but for a few pixels (images 1)" in line for line in lines
-    )
+    few = "2 of: image without contrast but for a few pixels (images 1, 2)"
+    assert any(few in line for line in lines)
     with pytest.raises(InputError, match=r"2\.png: pixels up to 4000; data\.deep_white=255 must"):
         CocoDataset(tmp_path, "train2017", deep_white=255)[1]
+
+
+@pytest.mark.parametrize("around", [0, 36000, 65535])
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_a_border_hides_no_small_part_of_16_bits(tmp_path: Path, around: int, rows: int) -> None:
+    folder = write(tmp_path, content())
+    values = np.linspace(33069, 36863, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH)
+    values[:rows] = around
+    Image.fromarray(values.astype(np.uint16)).save(folder / "2.png")
+    said = [found.kind for found in only(tmp_path).odd if found.kind.startswith("image without")]
+    few = " but for a few pixels" * (around != 36000)
+    assert said == [f"image without contrast{few}"]
 
 
 def test_a_small_range_of_deep_colour_is_said(tmp_path: Path) -> None:
