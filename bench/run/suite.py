@@ -62,7 +62,8 @@ def run(
                 unfit.append(error)
                 if len(unfit) == len(missing):
                     raise
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                if processes.world().is_first:
+                    print(f"error: {error}", file=sys.stderr, flush=True)
                 progress.finish_row("failed")
                 continue
             except runner.AbandonedError as error:
