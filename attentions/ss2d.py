@@ -12,8 +12,9 @@ channels, and `A = -exp(A_log)`. The sum of the four is normalised and projected
 those of the paper's last and fastest model: one state, no gate and no wider channels; Mamba's block
 has 16, a gate `SiLU(z)`, and twice the channels. Cost with E channels inside, rank R and S states:
 `(2 N C + 9 P) E + 8 N (R + S) E` for projections and the convolution of P grid tokens, and
-`4 N S E` for `C · h` where S > 1. What else the scans multiply, some 40 S times a token and
-channel, they do element by element, which counts of FLOPs here leave out, as they do softmax.
+`4 N S E` for `C · h`, summed over states and orders. What else the scans multiply, some 40 S times
+a token and channel, they do element by element, which counts of FLOPs here leave out, as they do
+softmax.
 
 Global tokens are an extension of ours: tokens as any other, without convolution, at the beginning
 of the two orders from the start and at the end of the two from the end. There are no heads.
@@ -355,11 +356,14 @@ class SelectiveScan2d(Attention):
         return torch.stack([found[t] for t in range(len(order))], dim=1)
 
     def multiply_adds(self, grid: Grid) -> int:
-        """Of products of matrices, the convolution, sums over states; the rest is elementwise."""
+        """Of products of matrices, the convolution and sums over states or, of one, over orders.
+
+        The rest is elementwise.
+        """
         cells = grid[0] * grid[1]
         tokens = self.num_global + cells
         length, number = _chunks(tokens)
-        # One state is not summed over; what fills up a chunk is.
-        sums = ORDERS * length * number * (self.state if self.state > 1 else 0)
+        # What fills up a chunk is summed over states, too.
+        sums = ORDERS * (self.state * length * number if self.state > 1 else tokens)
         projections = (2 + self.gate) * self.dim + ORDERS * (2 * self.rank + 2 * self.state)
         return (tokens * projections + 9 * cells + sums) * self.inner

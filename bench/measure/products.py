@@ -30,7 +30,20 @@ _PUT = (
     *(aten.scatter, aten.scatter_, aten.slice_scatter, aten.select_scatter),
 )
 _JOINED = (aten.cat, *_PUT)
-_MOVED = (aten.roll, aten.constant_pad_nd, *_JOINED)
+# To which axes they move elements is not known.
+_SHUFFLED = (
+    *(aten.pixel_shuffle, aten.pixel_unshuffle, aten.channel_shuffle, aten.native_channel_shuffle),
+    *(aten.rot90, aten.im2col, aten.take, aten.masked_select),
+)
+_CHOSEN = (
+    *(aten.flip, aten.triu, aten.triu_, aten.tril, aten.tril_, aten.repeat),
+    *(aten.index, aten.index_select, aten.gather, aten._unsafe_index),
+    *(aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d),
+    *(aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d),
+    *(aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d),
+    *(aten.upsample_linear1d, aten.upsample_bilinear2d, aten.upsample_bicubic2d),
+)
+_MOVED = (aten.roll, aten.constant_pad_nd, *_JOINED, *_SHUFFLED, *_CHOSEN)
 _ADDED = (aten.add, aten.add_, aten.sub, aten.sub_, *_FUSED)
 _CONSTANTS = (
     *(aten.zeros, aten.zeros_like, aten.new_zeros, aten.zero_, aten.full, aten.full_like),
@@ -321,7 +334,9 @@ class Products:
         if not found:
             return None
         product = _merged(found, count=sum if operator in _JOINED else max)
-        if operator in _PUT or (operator is aten.cat and _is_stack(tensors, out)):
+        is_shuffled = operator in (*_PUT, *_SHUFFLED)
+        is_shuffled |= operator in _CHOSEN and out.dim() != tensors[0].dim()
+        if is_shuffled or (operator is aten.cat and _is_stack(tensors, out)):
             product = replace(product, axes=None)
         if made and not made.again:
             product = replace(product, chain=None, elements=product.elements + elements)

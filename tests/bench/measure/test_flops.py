@@ -429,6 +429,20 @@ SUMMARIES = {
 }
 
 
+# What moves or leaves out products before they are summed.
+MOVES = {
+    "flip": lambda products: products.flip(1).cumsum(-1).flip(1)[..., -1],
+    "index": lambda products: products[..., torch.arange(8).flip(0)].sum(-1),
+    "index_select": lambda products: products.index_select(3, torch.arange(8)).sum(-1),
+    "gather": lambda products: products.gather(3, torch.arange(8).expand(products.shape)).sum(-1),
+    "triu": lambda products: products.triu().sum(-1),
+    "tile": lambda products: products.tile(1, 1, 1, 2).sum(-1),
+    "rot90": lambda products: products.rot90(1, (1, 2)).sum(-1),
+    "reflect": lambda products: F.pad(products[0], (1, 1), mode="reflect").sum(-1)[None],
+    "shuffle": lambda products: F.channel_shuffle(products.permute(0, 3, 1, 2), 2).sum(1),
+}
+
+
 def of_products(summary, q, k, v):
     return summary(q.unsqueeze(2) * k.unsqueeze(1)).softmax(-1) @ v
 
@@ -479,7 +493,7 @@ WRITTEN = {
     "quotients": (lambda q, k, v: (q[:, :, None] / k[:, None]).sum(-1).softmax(-1) @ v, True),
     **{
         f"{name} of products": (functools.partial(of_products, summary), True)
-        for name, summary in SUMMARIES.items()
+        for name, summary in (SUMMARIES | MOVES).items()
     },
     "added up in a loop": (added_up_in_a_loop, True),
     "added up in place": (added_up_in_place, True),
