@@ -6,6 +6,7 @@ It is a run as any other, with the loop, checkpoints, logs and records of `runne
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ class Pretraining(Run):
             checkpoints=self.checkpoints,
             progress=progress,
             step_log=self.step_log,
+            before_saving=partial(self.check_inputs, of_training=True),
         )
 
     def classes(self) -> list[Any]:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -433,6 +434,7 @@ class Run:
             checkpoints=self.checkpoints,
             progress=progress,
             step_log=self.step_log,
+            before_saving=partial(self.check_inputs, of_training=True),
         )
 
     def classes(self) -> list[Any]:

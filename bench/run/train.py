@@ -126,6 +126,7 @@ def train(
     checkpoints: Checkpoints,
     progress: Progress,
     step_log: StepLog | None = None,
+    before_saving: Callable[[], object] | None = None,
 ) -> tuple[nn.Module, TrainingLog]:
     """Train `detector`, from its newest checkpoint if there is one.
 
@@ -136,6 +137,8 @@ def train(
         config: the schedule; see `effective`.
         progress: called after each step with the steps done and the loss.
         step_log: gets an entry for every step.
+        before_saving: called by all processes before a checkpoint is written; what it raises ends
+            the training.
 
     Returns:
         The detector as Fabric wrapped it, and the log.
@@ -181,6 +184,7 @@ def train(
         checkpoints=checkpoints,
         progress=progress,
         step_log=step_log,
+        before_saving=before_saving,
     )
 
 
@@ -211,6 +215,7 @@ def train_task(
     checkpoints: Checkpoints,
     progress: Progress,
     step_log: StepLog | None = None,
+    before_saving: Callable[[], object] | None = None,
 ) -> tuple[nn.Module, TrainingLog]:
     """Train `module`, which is called as `module(images, targets)` and returns losses by name.
 
@@ -237,6 +242,8 @@ def train_task(
             if step_log is not None:
                 step_log.write(entry)
             if (step % config.checkpoint_every == 0 or last or stop) and step > saved:
+                if before_saving is not None:
+                    before_saving()
                 if fabric.is_global_zero:
                     checkpoints.save({**training.state(), "annotations": task.fingerprint}, step)
                 saved = step

@@ -214,6 +214,33 @@ def test_no_record_is_of_files_that_were_put_in_the_place_of_its_own(
     assert runner.run(config, output=output, identity=identity).status == "done"
 
 
+def test_no_checkpoint_is_of_files_that_were_replaced_for_a_while(
+    root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(root, tmp_path / "data")
+    config = run_of(
+        f"data.path={tmp_path / 'data'}", "train.steps=3", "train.batch_size=1",
+        "train.checkpoint_every=1", "evaluate.splits=[val2017]", "evaluate.bootstrap=0",
+        "profile.enabled=false",
+    )  # fmt: skip
+    annotations = tmp_path / "data" / "annotations" / "instances_train2017.json"
+    before = annotations.read_bytes()
+
+    def put(_: float, doing: str) -> None:
+        if "step 1 of" in doing:
+            annotations.write_bytes(before + b"\n")
+
+    output = tmp_path / "out"
+    with pytest.raises(InputError, match="changed while the command ran: data train2017"):
+        runner.run(config, output=output, options=runner.Options(progress=put))
+    assert [path.name[:13] for path in output.rglob("step-*.pt")] == ["step-00000001"]
+    annotations.write_bytes(before)
+    again = runner.run(config, output=output)
+    undisturbed = runner.run(config, output=tmp_path / "other")
+    assert (again.training or {})["resumed"] == 1
+    assert (again.training or {})["losses"] == (undisturbed.training or {})["losses"]
+
+
 def test_a_record_says_what_was_misread_and_of_which_classes_it_is(
     root: Path, tmp_path: Path
 ) -> None:
