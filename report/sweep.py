@@ -14,6 +14,7 @@ from report import page, provenance, sweep_plots
 from report.columns import Column, Table, Unit, joined, memory_unit, reason, table, three_digits
 from report.load import at, family, load, uncounted
 from report.page import Section
+from report.plots import Plot
 from report.scaling import BASELINE, QUANTITIES, Growth, crossover_of, growth_of, parts
 
 SUITE = "sweep"
@@ -154,8 +155,13 @@ def _fits(data: pd.DataFrame, part: pd.DataFrame, quantities: Sequence[str]) -> 
 
 
 def _complete(data: pd.DataFrame) -> pd.DataFrame:
-    """Leave out FLOPs that lack operators: nothing follows from a part of them."""
-    return data.assign(flops=data["flops"].mask(data["flops_uncounted"].notna()))
+    """Leave out FLOPs of rows that lack operators: nothing follows from a part of them.
+
+    Where those of some sizes alone do, the others are of another part of the curve than that of
+    other rows.
+    """
+    lacks = data["flops_uncounted"].notna().groupby([data["label"], data["mode"]])
+    return data.assign(flops=data["flops"].mask(lacks.transform("any")))
 
 
 _ABOUT_EXPONENTS = (
@@ -224,7 +230,7 @@ def write(points_measured: Sequence[Record], directory: Path) -> Path:
     data = frame(points_measured)
     sections = [
         Section("Growth and crossover", summaries(data)),
-        Section("Cost against resolution", [_LEGEND, *sweep_plots.draw(data)]),
+        Section("Cost against resolution", [_LEGEND, *_not_drawn(data), *_plots(data)]),
         Section("All points", [points(data)]),
         Section("How the numbers were made", _making(points_measured)),
         Section("Environment", [provenance.environment(points_measured, name_rows=False)]),
@@ -234,6 +240,17 @@ def write(points_measured: Sequence[Record], directory: Path) -> Path:
     ]
     made = provenance.sentence(points_measured)
     return page.publish(sections, directory, title=_title(points_measured[0]), made=made)
+
+
+def _plots(data: pd.DataFrame) -> list[Plot]:
+    """A plot of each quantity, without FLOPs that lack operators."""
+    return sweep_plots.draw(_complete(data))
+
+
+def _not_drawn(data: pd.DataFrame) -> list[str]:
+    """Which rows have no line of FLOPs, in a sentence."""
+    rows = data.loc[data["flops_uncounted"].notna(), "label"].unique()
+    return [f"FLOPs not drawn, as incomplete: {', '.join(rows)}."] * bool(len(rows))
 
 
 _LEGEND = (

@@ -182,6 +182,23 @@ def test_the_page_has_everything_and_the_same_bytes_twice(tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
+def test_nothing_is_drawn_or_fitted_of_rows_whose_flops_are_incomplete(tmp_path):
+    """At some sizes, as of code that takes a kernel for long sequences, or at all."""
+    data = points()
+    for one in data:
+        large = max(one.config["profile"]["image_size"]) > SIDES[2]
+        if one.flops and (one.row == "ViL" or (one.row == "performer" and large)):
+            one.flops["uncounted"] = {"mine.op": 1}
+    text = write_page(data, tmp_path).read_text()
+    assert "FLOPs not drawn, as incomplete: performer, ViL" in text
+    (table,) = summaries(frame(data))
+    fitted = table.raw.set_index("row")["flops_exponent"].dropna()
+    assert fitted.index.tolist() == ["full"]
+    drawn = (tmp_path / "plots" / "flops-inference.svg").read_text()
+    assert drawn.count(r"\propto") == 1
+    assert (tmp_path / "plots" / "memory-inference.svg").read_text().count(r"\propto") == 3
+
+
 @pytest.fixture
 def axes():
     """The axes of a plot."""
