@@ -337,10 +337,14 @@ def _run(
         torch.backends.mha.set_fastpath_enabled(fast_path)
     by_part = {part: dict(operators) for part, operators in counter.by_part.items()}
     for part, given in counter.given.items():
-        total, limits = sum(by_part.get(part, {}).values()), (_MANY, _MANY_ADDED)
-        for elements, (share, each) in zip(counter.elementwise[part], limits, strict=True):
-            if elements > max(share * total, each * given):
-                counter.uncounted[ELEMENTWISE] += elements
+        # Gradients of matrix products would hide what the forward pass leaves out.
+        for total, *elements in (counter.ahead[part], counter.elementwise[part]):
+            over = (
+                each > max(share * total, most * given)
+                for each, (share, most) in zip(elements, (_MANY, _MANY_ADDED), strict=True)
+            )
+            if any(over):
+                counter.uncounted[ELEMENTWISE] += max(elements)
                 break
     if counter.squares > _FEW * counter.total:
         counter.uncounted[SQUARES] = counter.squares
@@ -452,9 +456,10 @@ class _Counter(TorchDispatchMode):
         self.knows_inputs = False
         # Parameters of what runs, of its copies too.
         self._parameters: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        # Elements, by part: of all results that are not counted, of sums with a product among them,
-        # and of what each module got.
-        self.elementwise: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
+        # By part: multiply-adds, elements of all results that are not counted, and those of sums
+        # with a product among them; of the forward pass alone; and elements that each module got.
+        self.elementwise: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+        self.ahead: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
         self.given: Counter[str] = Counter()
         # Of products that are written out: what their gradients cost, and what of it was found.
         self.due, self.found = 0, 0
@@ -472,7 +477,7 @@ class _Counter(TorchDispatchMode):
     @contextmanager
     def undone(self, *, if_it_fails: bool = False) -> Iterator[None]:
         """Forget what is counted inside, or else where it ends with an error alone."""
-        names = ("by_part", "uncounted", "elementwise", "squares", "due", "found")
+        names = ("by_part", "uncounted", "elementwise", "ahead", "squares", "due", "found")
         counts = {name: copy.deepcopy(getattr(self, name)) for name in names}
         depth, undone = len(self.parts), True
         try:
@@ -549,6 +554,13 @@ class _Counter(TorchDispatchMode):
     def add(self, operator: object, multiply_adds: int) -> None:
         if multiply_adds:
             self.by_part[self.parts[-1]][str(operator)] += multiply_adds
+            self._tally(multiply_adds, 0, 0)
+
+    def _tally(self, *counts: int) -> None:
+        """Add multiply-adds, elements and elements of sums to those of this part."""
+        part, is_ahead = self.parts[-1], torch._C._current_graph_task_id() == -1
+        for tally in (self.elementwise[part], *([self.ahead[part]] if is_ahead else [])):
+            tally[:] = (have + more for have, more in zip(tally, counts, strict=True))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -593,8 +605,7 @@ class _Counter(TorchDispatchMode):
             self.found += seen.multiply_adds
         self.squares += seen.squares
         self.add(WRITTEN_OUT, seen.multiply_adds)
-        every, sums = self.elementwise[self.parts[-1]]
-        self.elementwise[self.parts[-1]] = [every + seen.elements, sums + seen.added]
+        self._tally(0, seen.elements, seen.added)
 
 
 def _follow(on_meta: nn.Module, module: nn.Module, counter: _Counter, *, training: bool) -> None:

@@ -18,10 +18,11 @@ from bench.measure.formulas import is_complex, is_elementwise, varying
 
 aten = torch.ops.aten
 # How products are made, kept, moved, added up and summed. What is multiplied in place has other
-# uses, as weighed features have.
+# uses, as weighed features have, unless it holds copies for all pairs.
 _MIXED = (aten.lerp, aten.lerp_)
 _FUSED = (aten.addcmul, aten.addcmul_, *_MIXED)
 # A quotient is a product with a reciprocal.
+_IN_PLACE = (aten.mul_, aten.div_)
 _PRODUCTS = (aten.mul, aten.div, *_FUSED)
 _COPIES = (aten.clone, aten._to_copy, aten.copy_)
 _MULTIPLES = (aten.mul, aten.div, aten.neg, aten.where, aten.masked_fill, *_COPIES)
@@ -108,6 +109,24 @@ class _Chain:
     complete = False
 
 
+class _Origin:
+    """Products that one operator made.
+
+    Attributes:
+        total: how many.
+        left: how many of them, of complex numbers, no sum of real or imaginary parts has had yet.
+    """
+
+    def __init__(self, total: float) -> None:
+        self.total = self.left = total
+
+    def take(self, count: float) -> float:
+        """Take so many, or as many as are left."""
+        taken = min(count, self.left)
+        self.left -= taken
+        return taken
+
+
 @dataclass(frozen=True)
 class _Product:
     """Products that a tensor holds, each in an element, or added up there.
@@ -125,6 +144,7 @@ class _Product:
         elements: of the additions of that sum, or of what is squared, as long as it is not counted.
         gradients: factors of each that have a gradient.
         sure: False for the square of a difference, unless it is of all pairs.
+        origins: of all of them.
     """
 
     count: float
@@ -137,10 +157,20 @@ class _Product:
     elements: float = 0
     gradients: int = 0
     sure: bool = True
+    origins: frozenset[_Origin] = frozenset()
+
+    def anew(self) -> "_Product":
+        """As many, of an operator of their own."""
+        return replace(self, origins=frozenset({_Origin(self.count)}))
 
     def summed(self) -> Seen:
         """What their sum is."""
-        elements, multiply_adds = -round(self.elements), round(self.count) * self.each
+        count = self.count
+        if self.each > 1:
+            count = 0
+            for origin in self.origins:
+                count += origin.take(self.count - count)
+        elements, multiply_adds = -round(self.elements), round(count) * self.each
         added = elements if self.chain else 0
         if not self.sure:
             return Seen(squares=multiply_adds)
@@ -156,6 +186,9 @@ class _Product:
     def seen_as(self, tensor: Tensor, other: Tensor, *, is_view: bool) -> "_Product":
         """What of it another tensor holds, which is a view or has the same last axes."""
         share = min(1.0, other.numel() / max(1, tensor.numel()))
+        if tensor.is_complex() and not other.is_complex() and is_view:
+            # Each part of a complex product takes all of it.
+            share = 2.0
         return replace(
             self,
             count=self.count * share,
@@ -190,11 +223,12 @@ class Products:
         if any(tensor.is_nested for tensor in (*tensors, *results)):
             # It has neither shape nor strides.
             return Seen()
+        in_place = operator in _IN_PLACE and len(tensors) == 2 and self._are_pairs(*tensors)
         for one in results if tensors else ():
             self._note_repeats(func, tensors, one)
             self._note_differences(func, tensors, one)
         if operator in _NORMS and args[1:2] in ((), (2,)) and args[0] in self._squares:
-            product = self._squares[args[0]]
+            product = self._squares[args[0]].anew()
             return product.summed() if product.is_summed(args[0].dim(), *args[2:3]) else Seen()
         is_summary = operator in _SUMMARIES and len(tensors) == 1
         if operator in _SUMS or operator in _POOLS or is_summary:
@@ -211,7 +245,8 @@ class Products:
             if one._base is not None:
                 self._constants[one._base] = False
         enough = 3 if operator in _FUSED else 2
-        factors = tensors[-2:] if operator in _PRODUCTS and len(tensors) >= enough else []
+        makes = (operator in _PRODUCTS and len(tensors) >= enough) or in_place
+        factors = tensors[-2:] if makes else []
         is_power = operator in _POWERS and isinstance(args[1], int | float) and args[1] == 2
         if operator is aten.mse_loss or is_power:
             factors = [args[0] if is_power else results[0]] * 2
@@ -219,7 +254,7 @@ class Products:
         puts = operator in (aten.index_put, aten.index_put_)
         is_added = operator in (*_ADDED, *_SCATTERED) or (puts and args[3:4] == (True,))
         is_square = len(factors) == 2 and factors[0] is factors[1] and made is not None
-        goes_on = is_added or operator in _MULTIPLES or _is_view(func) or is_square
+        goes_on = is_added or operator in _MULTIPLES or _is_view(func) or is_square or in_place
         if operator is aten.mul_ and self._rescales(tensors[-1], tensors[0]):
             goes_on, factors = True, []
         # A sum that something else reads is complete, as before each layer of a residual.
@@ -280,12 +315,17 @@ class Products:
         if operator in _DIFFERENCES and len(tensors) == 2:
             left, right = map(self._varying, tensors)
             made = self._product(tensors[0], tensors[1], left & right)
-            pairs = bool(left - right and right - left)
+            pairs = self._are_pairs(*tensors)
             elements = made.count if pairs and operator is aten.sub else 0
             self._squares[out] = replace(made, elements=elements, sure=pairs)
         elif known is not None and (_is_view(func) or operator in _MULTIPLES):
             squares = self._squares[known]
             self._squares[out] = squares.seen_as(known, out, is_view=_is_view(func))
+
+    def _are_pairs(self, left: Tensor, right: Tensor) -> bool:
+        """Whether each is alike along an axis along which the other is not."""
+        ours, theirs = self._varying(left), self._varying(right)
+        return bool(ours - theirs and theirs - ours)
 
     def _rescales(self, factor: Tensor, total: Tensor) -> bool:
         """Whether `total` is a sum that is multiplied by one number for several elements."""
@@ -294,7 +334,8 @@ class Products:
     def _made(self, left: Tensor, right: Tensor) -> _Product | None:
         """The products of two tensors; none of constants, nor of one that is no difference."""
         if left is right:
-            return self._squares.get(left)
+            squares = self._squares.get(left)
+            return squares and squares.anew()
         constant = self._constants.get(left) or self._constants.get(right)
         if constant or min(left.numel(), right.numel()) < 2:
             return None
@@ -310,7 +351,7 @@ class Products:
         count = torch.broadcast_shapes(left.shape, right.shape).numel()
         each = 4 if is_complex((left, right)) else 1
         with_gradient = left.requires_grad + right.requires_grad if torch.is_grad_enabled() else 0
-        return _Product(count, each, axes, gradients=with_gradient)
+        return _Product(count, each, axes, gradients=with_gradient).anew()
 
     def _carry(
         self,
@@ -342,7 +383,8 @@ class Products:
             product = replace(product, chain=None, elements=product.elements + elements)
         self._hold(out, product)
         whole = out._base
-        if operator is aten.copy_ and whole is not None and tensors[-1]._base is not whole:
+        is_put = operator in (aten.copy_, *_IN_PLACE)
+        if is_put and whole is not None and tensors[-1]._base is not whole:
             # It was put in a part of another tensor.
             before = [self._held[whole]] if whole in self._held else []
             self._held[whole] = _merged([*before, replace(product, axes=None)], count=sum)
@@ -413,7 +455,7 @@ def _continued(parts: Sequence[_Product], out: Tensor) -> list[_Product]:
             found.append(part)
         elif part.rescaled and part.rescaled.chain and not part.rescaled.chain.complete:
             once = _Product(out.numel(), part.each, part.axes, gradients=part.gradients)
-            found.append(once if moved else part.rescaled)
+            found.append(once.anew() if moved else part.rescaled)
     return found
 
 
@@ -439,8 +481,13 @@ def _axes_of_view(
 def _merged(products: Sequence[_Product], *, count: Any) -> _Product:
     """Several as one, with the greatest of their counts or the sum."""
     axes = [product.axes for product in products]
+    origins = frozenset().union(*(product.origins for product in products))
+    number = count(product.count for product in products)
+    if count is sum:
+        # One that comes several times is once.
+        number = min(number, sum(one.total for one in origins))
     return _Product(
-        count(product.count for product in products),
+        number,
         max(product.each for product in products),
         None if None in axes else frozenset().union(*filter(None, axes)),
         chain=next((product.chain for product in products if product.chain), None),
@@ -450,4 +497,5 @@ def _merged(products: Sequence[_Product], *, count: Any) -> _Product:
         elements=count(product.elements for product in products),
         gradients=min(product.gradients for product in products),
         sure=all(product.sure for product in products),
+        origins=origins,
     )

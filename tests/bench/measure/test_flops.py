@@ -415,6 +415,16 @@ def squared_by_a_loss(q, k, v):
     return (-F.mse_loss(*pairs, reduction="none").sum(-1)).softmax(-1) @ v
 
 
+def multiplied_in_place(q, k, v):
+    scores = q.unsqueeze(2).repeat(1, 1, k.shape[1], 1).mul_(k.unsqueeze(1)).sum(-1)
+    return scores.softmax(-1) @ v
+
+
+def rounded(x):
+    """With the gradient of what is not rounded."""
+    return x + (x.round() - x).detach()
+
+
 SUMMARIES = {
     "norm": lambda products: products.norm(dim=-1),
     "logsumexp": lambda products: products.logsumexp(-1),
@@ -495,6 +505,9 @@ WRITTEN = {
         f"{name} of products": (functools.partial(of_products, summary), True)
         for name, summary in (SUMMARIES | MOVES).items()
     },
+    "multiplied in place": (multiplied_in_place, True),
+    "rounded products": (functools.partial(of_products, lambda p: rounded(p).sum(-1)), True),
+    "rounded factors": (lambda q, k, v: plain(rounded(q / 8), rounded(k * 8), v), True),
     "added up in a loop": (added_up_in_a_loop, True),
     "added up in place": (added_up_in_place, True),
     "item": (read_a_value, False),
@@ -589,11 +602,6 @@ def absolute_distances(q, k, v):
 def one_query_after_the_other(q, k, v):
     apart = [(q[:, i : i + 1] - k).abs().sum(-1, keepdim=True) for i in range(q.shape[1])]
     return torch.stack([((-one).softmax(1) * v).sum(1) for one in apart], dim=1)
-
-
-def multiplied_in_place(q, k, v):
-    scores = q.unsqueeze(2).repeat(1, 1, k.shape[1], 1).mul_(k.unsqueeze(1)).sum(-1)
-    return scores.softmax(-1) @ v
 
 
 def weights(q, around):
@@ -924,6 +932,26 @@ def test_nor_does_it_see_everything_on_the_cpu(product):
     assert counted.uncounted == {flops.UNSEEN: 1}
 
 
+@pytest.mark.parametrize(
+    "summed",
+    [
+        lambda products: products.sum(-1).real,
+        lambda products: products.real.sum(-1),
+        lambda products: torch.view_as_real(products).sum((-1, -2)),
+        lambda products: products.real.sum(-1) + products.imag.sum(-1),
+    ],
+)
+def test_complex_products_are_four_whichever_part_is_summed(summed):
+    def product(q, k, v):
+        left, right = (torch.view_as_complex(x.unflatten(-1, (4, 2)).contiguous()) for x in (q, k))
+        return summed(left.unsqueeze(2) * right.conj().unsqueeze(1)).softmax(-1) @ v
+
+    module = Attention()
+    module.product = product
+    counted = flops.count_flops(module, grid=GRID)
+    assert counted.total == TOKENS * 4 * 8 * 8 + TOKENS**2 * (4 * 4 + 8)
+
+
 def test_a_module_elsewhere_that_is_not_initialised_is_no_matter_of_a_count_on_the_cpu():
     waiting, module = nn.LazyLinear(8), Attention()
     module.product = lambda q, k, v: plain(q, k, v) + v.max().item()
@@ -993,7 +1021,6 @@ def test_recurrent_layers_are_counted():
     [
         absolute_distances,
         one_query_after_the_other,
-        multiplied_in_place,
     ],
 )
 def test_work_of_elementwise_operators_makes_a_count_incomplete(product):
@@ -1010,6 +1037,10 @@ def test_work_of_elementwise_operators_makes_a_count_incomplete(product):
     ):
         assert list(counted.uncounted) == [flops.ELEMENTWISE]
         assert elements <= counted.uncounted[flops.ELEMENTWISE] < 3 * elements
+    # Gradients that are counted do not hide it.
+    x = torch.zeros(1, 1 + 16 * 16, 12, device="meta", requires_grad=True)
+    trained = flops.count_call(Mechanism(dim=12), (x, (16, 16)), training=True)
+    assert flops.ELEMENTWISE in trained.uncounted
 
 
 def test_multihead_attention_and_compiled_modules_are_counted():
