@@ -18,6 +18,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -117,7 +118,7 @@ def build(name: str, *, dim: int, num_heads: int, num_global: int = 1, **options
     ]
     if missing:
         raise ValueError(f"{name} needs the option {', '.join(map(repr, missing))}")
-    with heard(name) if ":" in name else nullcontext():
+    with heard(name) if ":" in name else nullcontext(), _filled(enabled=":" in name):
         try:
             module = factory(dim=dim, num_heads=num_heads, num_global=num_global, **options)
         except SystemExit as error:
@@ -130,7 +131,31 @@ def build(name: str, *, dim: int, num_heads: int, num_global: int = 1, **options
             f" initialised nor counted; build them with sizes, nn.Linear({dim}, …) in the place of"
             " nn.LazyLinear(…)"
         )
+    empty = [
+        key
+        for key, value in module.named_parameters()
+        if ":" in name and not value.is_meta and value.is_floating_point() and value.isnan().any()
+    ]
+    if empty:
+        raise ValueError(
+            f"{name}: {', '.join(empty)} hold values that are not a number: its constructor leaves"
+            " them as torch.empty made them, or makes them so; fill them there"
+        )
     return module
+
+
+@contextmanager
+def _filled(*, enabled: bool) -> Iterator[None]:
+    """Let memory that nobody fills be NaN, not whatever was there, as torch does on request."""
+    enabled = enabled and not torch.are_deterministic_algorithms_enabled()
+    if enabled:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        # What the constructor itself set is seen by others.
+        if enabled and torch.is_deterministic_algorithms_warn_only_enabled():
+            torch.use_deterministic_algorithms(False)
 
 
 def build_for(

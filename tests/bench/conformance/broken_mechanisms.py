@@ -10,6 +10,7 @@ BROKEN = {
     "NoNumGlobal": ("constructor", "does not take num_global"),
     "NoDefault": ("constructor", "no default for the option window"),
     "FailsToBuild": ("constructor", r"RuntimeError: no luck \(broken_mechanisms.py, line \d+\)"),
+    "Unfilled": ("constructor", r"ValueError: .*Unfilled: gain hold values that are not a number"),
     "Exits": ("constructor", r"its constructor calls sys\.exit: 3"),
     "Positional": ("keywords", "dim, num_heads, num_global can be given by position"),
     "Swallows": ("keywords", "a misspelt option goes unnoticed"),
@@ -305,6 +306,15 @@ class Counts(Sound):
     def mix(self, x, grid):
         self.calls += 1
         return super().mix(x, grid)
+
+
+class Unfilled(Sound):
+    def __init__(self, **common):
+        super().__init__(**common)
+        self.gain = nn.Parameter(torch.empty(self.proj.out_features))
+
+    def mix(self, x, grid):
+        return super().mix(x, grid) * self.gain
 
 
 class Appends(Sound):
