@@ -191,7 +191,8 @@ def run(options: argparse.Namespace) -> int:
     if found is not None and _kept_sha256(found) != sha256(path):
         notes.append(
             f"{path} is not what the run of {options.record} kept: AP is of these weights in that"
-            " run's detector; names and shapes do not tell whether they are of its mechanism"
+            " run's detector; names and shapes do not tell whether they are of its mechanism, nor"
+            " whether its classes stand in the same order"
         )
     edited = edited_since(found) if found is not None else []
     if edited:

@@ -115,6 +115,8 @@ def assert_predicted(module, *, size, batch, mode, precision, device="cpu"):
     """What is predicted of a detector is near what is measured as in a profile."""
     images = [torch.rand(3, *size, device=device) for _ in range(batch)]
     inputs = (images, targets_of(TARGETS, size, batch, device)) if mode == "training" else (images,)
+    for target in inputs[1] if mode == "training" and module.method != "mask_rcnn" else ():
+        del target["masks"]
     case = {"mode": mode, "precision": precision, "device": device}
     with fixed_rois(module, most(module)):
         peak = measured(module, *inputs, **case)
@@ -530,7 +532,7 @@ print(found.total, seconds, kibibytes)
 @pytest.mark.slow
 def test_a_large_detector_costs_little_to_predict():
     total, seconds, kibibytes = map(float, python("-c", LARGE).split())
-    assert total > 3e9
+    assert total > 2e9
     assert seconds < 60
     assert kibibytes * 1024 < 3e9
 
