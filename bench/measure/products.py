@@ -423,7 +423,8 @@ class Products:
             # Pooled, a residual with a gate is that of its parts.
             total = replace(total, axes=frozenset())
         if total.counted or total.count > _FEW * where.numel():
-            self._hold(where, replace(total, count=0, counted=True, elements=0))
+            begun = replace(total, count=0, counted=True, elements=0, origins=frozenset())
+            self._hold(where, begun)
             return total.summed()
         # Of a sum that is not counted, as of a recurrence, additions are elements, and no products.
         products = sum(part.elements for part in parts if part.chain is None)
