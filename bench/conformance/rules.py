@@ -5,10 +5,10 @@ docstring states, on a `Subject`, and raises `FailedError` with what to change w
 `bench.conformance.check` runs them all, in the order of this file.
 """
 
+import gc
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -36,9 +36,9 @@ from bench.conformance.subject import (
     run,
     show,
 )
-from bench.measure import memory
 from bench.measure.fake import copied
 from bench.measure.flops import CALLS, ELEMENTWISE, SQUARES, THREADS, UNSEEN, count_call
+from bench.measure.memory import LiveTensors
 
 _SIZE = ("dim", "num_heads", "num_global")
 _PLACE = ("grid", "seq_len", "position", "block_index")
@@ -469,18 +469,22 @@ def calls(subject: Subject) -> None:
 @torch.no_grad()
 def _kept_by(module: nn.Module, x: Tensor, grid: Grid) -> int:
     """Bytes that a call leaves more than it found, after others; 0 where that cannot be watched."""
-
-    def several() -> None:
-        # What is kept by grid, or of the last few calls, is kept then.
-        for _ in range(4):
+    try:
+        with LiveTensors() as watch:
+            # What is kept by grid, or of the last few calls, is kept then.
+            for _ in range(4):
+                module(x, grid)
+            before = watch.current
             module(x, grid)
-
-    with suppress(memory.NotMeasuredError):
-        found = memory.peak(
-            lambda: module(x, grid), device="cpu", live=[module, x], prepare=several
-        )
-        return max(found.after - found.before, 0)
-    return 0
+            if watch.current > before:
+                # Cycles of references are none that it keeps.
+                gc.collect()
+            return max(watch.current - before, 0)
+    except Exception:
+        # Not all that runs elsewhere does under a dispatch mode.
+        return 0
+    finally:
+        torch.compiler.reset()
 
 
 def _changed_by(module: nn.Module, x: Tensor, grid: Grid) -> list[str]:
