@@ -168,7 +168,7 @@ KINDS: Mapping[str, Kind] = {
     ),
     "no masks at all": Kind(
         "no annotation has a segmentation",
-        "boxes are the masks to train on, and to evaluate it there is no mask AP;"
+        "boxes are the masks to train on, evaluated it has no mask AP;"
         " --method retinanet needs none",
     ),
     "split of another name": Kind("{split} is read from {path}", "used as {split}"),
