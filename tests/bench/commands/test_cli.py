@@ -153,7 +153,7 @@ WRONG = {
     "data chek": "COMMAND: unknown value 'chek' (did you mean 'check'?)",
     "profile --attenton ViL": "unknown argument '--attenton' (did you mean '--attention'?)",
     "profile --method=mask": "--method: unknown value 'mask' (did you mean 'mask_rcnn'?)",
-    "profile --image-size -5x3": "one that begins with a dash is given as --name=VALUE",
+    "profile --image-size -wide": "one that begins with a dash is given as --name=VALUE",
     "profile --precision 16-mixed --amp": "not allowed with argument --precision",
     "profile --attention longfromer": "attention 'longfromer' (did you mean 'longformer'?)",
     "profile --backbone smal": "backbone 'smal' (did you mean 'small'?)",
