@@ -1125,6 +1125,8 @@ def test_a_small_range_of_deep_images_is_said_and_can_be_scaled(tmp_path: Path) 
 def test_a_border_hides_no_small_part_of_16_bits(tmp_path: Path, around: int, rows: int) -> None:
     folder = write(tmp_path, content())
     values = np.linspace(33069, 36863, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH)
+    # More frequent than the border.
+    values[rows : rows + 20] = 34500
     values[:rows] = around
     Image.fromarray(values.astype(np.uint16)).save(folder / "2.png")
     said = [found.kind for found in only(tmp_path).odd if found.kind.startswith("image without")]
