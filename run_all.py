@@ -291,6 +291,7 @@ def _run(options: argparse.Namespace, given: Sequence[str], world: processes.Wor
             latency=False,
         )
         standings, code = rows.run(*where, how, retry_failed=retry)
+    # With 2 the rows that can be built are done; all others were interrupted or given up.
     if code not in (0, 1, 2) or not world.is_first:
         return code
 

@@ -118,7 +118,8 @@ def build(name: str, *, dim: int, num_heads: int, num_global: int = 1, **options
     ]
     if missing:
         raise ValueError(f"{name} needs the option {', '.join(map(repr, missing))}")
-    with heard(name) if ":" in name else nullcontext(), _filled(enabled=":" in name):
+    of_user = ":" in name
+    with heard(name) if of_user else nullcontext(), _filled() if of_user else nullcontext():
         try:
             module = factory(dim=dim, num_heads=num_heads, num_global=num_global, **options)
         except SystemExit as error:
@@ -134,9 +135,9 @@ def build(name: str, *, dim: int, num_heads: int, num_global: int = 1, **options
     empty = [
         key
         for key, value in module.named_parameters()
-        if ":" in name and not value.is_meta and value.is_floating_point() and value.isnan().any()
+        if not value.is_meta and value.is_floating_point() and value.isnan().any()
     ]
-    if empty:
+    if of_user and empty:
         raise ValueError(
             f"{name}: {', '.join(empty)} hold values that are not a number: its constructor leaves"
             " them as torch.empty made them, or makes them so; fill them there"
@@ -145,16 +146,16 @@ def build(name: str, *, dim: int, num_heads: int, num_global: int = 1, **options
 
 
 @contextmanager
-def _filled(*, enabled: bool) -> Iterator[None]:
+def _filled() -> Iterator[None]:
     """Let memory that nobody fills be NaN, not whatever was there, as torch does on request."""
-    enabled = enabled and not torch.are_deterministic_algorithms_enabled()
-    if enabled:
+    begins = not torch.are_deterministic_algorithms_enabled()
+    if begins:
         torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
         # What the constructor itself set is seen by others.
-        if enabled and torch.is_deterministic_algorithms_warn_only_enabled():
+        if begins and torch.is_deterministic_algorithms_warn_only_enabled():
             torch.use_deterministic_algorithms(False)
 
 

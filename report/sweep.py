@@ -14,7 +14,6 @@ from report import page, provenance, sweep_plots
 from report.columns import Column, Table, Unit, joined, memory_unit, reason, table, three_digits
 from report.load import at, family, load, uncounted
 from report.page import Section
-from report.plots import Plot
 from report.scaling import BASELINE, QUANTITIES, Growth, crossover_of, growth_of, parts
 
 SUITE = "sweep"
@@ -228,9 +227,10 @@ def write(points_measured: Sequence[Record], directory: Path) -> Path:
         InputError: if the folder cannot be written.
     """
     data = frame(points_measured)
+    plots = sweep_plots.draw(_complete(data))
     sections = [
         Section("Growth and crossover", summaries(data)),
-        Section("Cost against resolution", [_LEGEND, *_not_drawn(data), *_plots(data)]),
+        Section("Cost against resolution", [_LEGEND, *_not_drawn(data), *plots]),
         Section("All points", [points(data)]),
         Section("How the numbers were made", _making(points_measured)),
         Section("Environment", [provenance.environment(points_measured, name_rows=False)]),
@@ -240,11 +240,6 @@ def write(points_measured: Sequence[Record], directory: Path) -> Path:
     ]
     made = provenance.sentence(points_measured)
     return page.publish(sections, directory, title=_title(points_measured[0]), made=made)
-
-
-def _plots(data: pd.DataFrame) -> list[Plot]:
-    """A plot of each quantity, without FLOPs that lack operators."""
-    return sweep_plots.draw(_complete(data))
 
 
 def _not_drawn(data: pd.DataFrame) -> list[str]:

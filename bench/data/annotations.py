@@ -447,29 +447,23 @@ def _is_flat(segmentation: list[Any]) -> bool:
 
 
 def _joined(polygons: list[list[Any]]) -> list[list[Any]]:
-    """Polygons whose points are pairs, [[x, y], [x, y], …], as COCO's x, y in turn.
+    """Polygons whose points are pairs, [[x, y], [x, y], …], as COCO's x, y in turn."""
+    alone = _in_turn(polygons) if len(polygons) * 2 >= _LEAST_POLYGON else None
+    if alone is not None:
+        return [alone]
+    found = [_in_turn(polygon) for polygon in polygons]
+    if found.count(None) == len(found):
+        return polygons
+    return [old if new is None else new for old, new in zip(polygons, found, strict=True)]
 
-    OpenCV has each of them in a list of its own.
-    """
-    if len(polygons) * 2 >= _LEAST_POLYGON and all(map(_is_pair_in_list, polygons)):
-        return _joined([point for (point,) in polygons])
-    if any(polygon and all(map(_is_pair_in_list, polygon)) for polygon in polygons):
-        return _joined(
-            [
-                [point for (point,) in polygon] if all(map(_is_pair_in_list, polygon)) else polygon
-                for polygon in polygons
-            ]
-        )
-    if len(polygons) * 2 >= _LEAST_POLYGON and all(map(_is_pair, polygons)):
-        return [[value for pair in polygons for value in pair]]
-    if any(polygon and all(map(_is_pair, polygon)) for polygon in polygons):
-        return [
-            [value for pair in polygon for value in pair]
-            if polygon and all(map(_is_pair, polygon))
-            else polygon
-            for polygon in polygons
-        ]
-    return polygons
+
+def _in_turn(points: list[Any]) -> list[Any] | None:
+    """The x and y of pairs, which OpenCV has in a list of one each; None of anything else."""
+    # Of millions of polygons in COCO's own form one number is looked at.
+    if not points or not isinstance(points[0], list):
+        return None
+    pairs = [point[0] if isinstance(point, list) and len(point) == 1 else point for point in points]
+    return [value for pair in pairs for value in pair] if all(map(_is_pair, pairs)) else None
 
 
 def _is_pair(value: Any) -> bool:
@@ -478,10 +472,6 @@ def _is_pair(value: Any) -> bool:
         and len(value) == 2
         and not any(isinstance(part, list | dict) for part in value)
     )
-
-
-def _is_pair_in_list(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 1 and _is_pair(value[0])
 
 
 def _is_thin(start: float, end: float) -> bool:
