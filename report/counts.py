@@ -30,6 +30,8 @@ REPRODUCED = 2e-3
 _PUBLISHED_SIZE, _PUBLISHED_PROPOSALS = [800, 1344], 1000
 _BAR = 40
 _COUNTERS = ("declared", "operators", "fvcore")
+# Of a line of an audit: sentences, which are no column.
+_SAID = ("failures", "notes")
 
 
 def audit(lines: Sequence[Mapping[str, Any]], *, title: str) -> Table:
@@ -38,12 +40,13 @@ def audit(lines: Sequence[Mapping[str, Any]], *, title: str) -> Table:
     Args:
         lines: `name`, `options`, `error`, `passed`, `declared`, `operators`, `fvcore`,
             `disagreement`, `fvcore_alone_missed`, `torch_on_cpu_missed` (shares), `uncounted`
-            (calls, by counter and operator) and `failures` (why, by counter); multiply-adds.
+            (calls, by counter and operator), `failures` (why, by counter) and `notes`;
+            multiply-adds.
         title: what was counted on, and how.
     """
     data = pd.DataFrame(
         {
-            **{name: value for name, value in line.items() if name != "failures"},
+            **{name: value for name, value in line.items() if name not in _SAID},
             "options": _options(line["options"]) or None,
             "uncounted": _uncounted(line["uncounted"]) or None,
         }
@@ -79,12 +82,11 @@ def audit(lines: Sequence[Mapping[str, Any]], *, title: str) -> Table:
         notes += [f"{name}: {counter} counts nothing, {why}" for counter, why in failures]
         if uncounted:
             notes.append(f"{name}: uncounted, {uncounted}")
+        notes += [f"{name}: {note}" for note in line["notes"]]
     failed = sum(not line["passed"] for line in lines)
     verdict = f"{failed} of {len(lines)} do not agree or are not complete (!)."
     notes.append(
-        verdict
-        if failed
-        else f"All {len(lines)} agree, and the operators counted leave nothing out."
+        verdict if failed else f"All {len(lines)} agree, and no operator that ran lacks a formula."
     )
     return table("audit", title, data, columns, notes)
 

@@ -1,7 +1,8 @@
 """The report of a sweep: its points as one frame, tables and a page."""
 
+import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -293,12 +294,18 @@ def _making(points_measured: Sequence[Record]) -> list[str]:
         "A training step is forward, backward and optimizer; its loss is the sum of the means of"
         " all outputs."
     )
-    notes = dict.fromkeys(
-        f"{point.row}, {point.config['sweep']['mode']}: {note}."
-        for point in points_measured
-        for note in point.notes
-    )
-    return [*sentences, *notes]
+    # Of notes that differ in numbers alone, as those of counts do, the one of the largest size.
+    alike: defaultdict[tuple[str, str, str], dict[tuple[int, int], str]] = defaultdict(dict)
+    for point in points_measured:
+        for note in point.notes:
+            without_numbers = re.sub(r"[\d.,]+", "", note)
+            found = alike[point.row, point.config["sweep"]["mode"], without_numbers]
+            found[tuple(point.config["profile"]["image_size"])] = note
+    for (row, mode, _), found in alike.items():
+        height, width = max(found, key=math.prod)
+        others = f" and {len(found) - 1} smaller" if len(found) > 1 else ""
+        sentences.append(f"{row}, {mode}, {height}x{width}{others}: {found[height, width]}.")
+    return sentences
 
 
 def _title(point: Record) -> str:

@@ -78,7 +78,7 @@ def _audit(options: argparse.Namespace) -> int:
 def _audit_line(line: Any) -> dict[str, Any]:
     counted, values = line.counts, dict[str, Any]()
     if counted is not None:
-        values = {name: getattr(counted, name) for name in ("unit", "uncounted", "failures")}
+        values = {name: getattr(counted, name) for name in _ABOUT}
         values |= {name: getattr(counted, name) for name in _COUNTS}
         values |= {f"{name}_missed": counted.missed(getattr(counted, name)) for name in _ALONE}
     return {
@@ -89,11 +89,13 @@ def _audit_line(line: Any) -> dict[str, Any]:
         **dict.fromkeys((*_COUNTS, *(f"{name}_missed" for name in _ALONE))),
         "uncounted": {},
         "failures": {},
+        "notes": (),
         **values,
     }
 
 
 _COUNTS = ("declared", "operators", "fvcore", "disagreement")
+_ABOUT = ("unit", "uncounted", "failures", "notes")
 _ALONE = ("fvcore_alone", "torch_on_cpu")
 
 

@@ -64,6 +64,8 @@ _COUNTED_IF = {
         " product does the work of several threads",
     ),
 }
+# Products in no sum that is counted, as a share of the count: more than gates and recurrences are.
+_UNSUMMED = 0.2
 _UNKNOWN_OPTION = "an_option_that_no_mechanism_has"
 # Steps of central differences in float64: a small one, which seldom crosses a kink, and a larger
 # one, which rounding harms less. A gradient is wrong where neither agrees with it, to this share of
@@ -659,7 +661,11 @@ def multiply_adds(subject: Subject) -> None:
     # Nothing ran on this grid before.
     with during(subject, "after a count", "keep what forward makes by the device of x too"):
         run(module.to(subject.dtype).eval(), subject.tokens(grid), grid, "after a count")
-    if counted.notes:
+    if counted.unsummed > _UNSUMMED * counted.total:
+        raise WarnedError(
+            counted.notes[-1], "write those of scores and weighted sums as matrix products"
+        )
+    if len(counted.notes) > bool(counted.unsummed):
         raise WarnedError(
             counted.notes[0],
             "make constants with device=x.device and branch on no value of a tensor",

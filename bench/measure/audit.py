@@ -56,6 +56,7 @@ class Audit:
         torch_on_cpu: torch's own counter on a CPU; None where it fails.
         uncounted: calls without a formula, by counter and name; empty in complete counts.
         failures: why a counter counted nothing, by counter ("fvcore", "torch on CPU").
+        notes: on the count of operators.
     """
 
     declared: int | None
@@ -65,6 +66,7 @@ class Audit:
     torch_on_cpu: int | None = None
     uncounted: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     failures: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     unit: str = flops.UNIT
 
     @property
@@ -136,7 +138,13 @@ def audit(attention: nn.Module, grid: Grid) -> Audit:
         why = f"not run on grids of more than {LARGEST_GRID} tokens"
         failures = dict.fromkeys(("fvcore", "torch on CPU"), why)
         uncounted = {"operators": counted.uncounted} if counted.uncounted else {}
-        return Audit(declared, counted.total, uncounted=uncounted, failures=failures)
+        return Audit(
+            declared,
+            counted.total,
+            uncounted=uncounted,
+            failures=failures,
+            notes=counted.notes,
+        )
     tokens = flops.tokens(attention, grid, device=_CPU)
     return _compare(_OnGrid(attention, grid), (tokens,), counted, declared)
 
@@ -201,7 +209,14 @@ def _compare(
         # fvcore takes these for elementwise operators without products.
         uncounted["fvcore"] |= {"products written out": 1}
     uncounted = {counter: names for counter, names in uncounted.items() if names}
-    return Audit(declared, counted.total, **found, uncounted=uncounted, failures=failures)
+    return Audit(
+        declared,
+        counted.total,
+        **found,
+        uncounted=uncounted,
+        failures=failures,
+        notes=counted.notes,
+    )
 
 
 def _described(error: Exception) -> str:

@@ -16,7 +16,8 @@ incomplete. So are elementwise operators where their results hold far more eleme
 counted and what a module gets account for; other differences that are squared and summed, as
 distances to neighbours are, where they may be a hundredth of the count; threads that a module
 starts; and tensors that operators made or wrote out of sight, as in threads from before the count,
-and large ones that leave torch, as for NumPy.
+and large ones that leave torch, as for NumPy. Elementwise products that are in no sum, as those of
+gates, are noted where they are a hundredth of the count.
 
 A copy of the module runs on the meta device, so nothing is allocated or computed, whatever the size
 of the image, and nothing is left in the module. A mechanism that cannot run there, since it reads a
@@ -69,6 +70,11 @@ GRADIENTS = "gradients of products written out"
 CALLS = "multiply-adds of other calls"
 # Differences of two tensors, squared and summed: distances to neighbours, or norms, which are free.
 SQUARES = "squared differences"
+# Products that are not found in a sum, as those of gates are.
+_UNSUMMED = (
+    "{:,} products of elements in the forward pass, {:.1%} of the multiply-adds counted, are in no"
+    " sum that is counted"
+)
 # A share of a count that may be missing.
 _FEW = 0.01
 # Such elements that may be left out: as a share of what is counted, and for each element that a
@@ -123,7 +129,8 @@ class FlopReport:
         proposals: boxes in the box head.
         detections: boxes in the mask head.
         convention: "actual" or "published".
-        notes: how it was counted, where not on the meta device alone, and what first calls take.
+        notes: how it was counted, where not on the meta device alone, what first calls take, and
+            products that are in no sum that is counted.
         unit: "multiply-adds".
     """
 
@@ -148,12 +155,16 @@ class OperatorCount:
             "stage1 attention" …, and "" for everything else.
         uncounted: calls of operators that have no formula and are not free by nature, and elements
             of elementwise ones where they are too many to be left out.
-        notes: what was counted on real tensors, and why, and what first calls take.
+        notes: what was counted on real tensors, and why, what first calls take, and last, if there
+            are any, the products in `unsummed`.
+        unsummed: multiply-adds of elementwise products in the forward pass that are in no sum that
+            is counted, as those of gates; 0 where they are less than a hundredth of the rest.
     """
 
     by_part: Mapping[str, Mapping[str, int]]
     uncounted: Mapping[str, int]
     notes: tuple[str, ...] = ()
+    unsummed: int = 0
 
     @property
     def by_operator(self) -> Mapping[str, int]:
@@ -353,7 +364,11 @@ def _run(
     if counter.of_first:
         more = f"{counter.of_first:,} multiply-adds of first calls, which the next ones do not take"
         counter.notes[f"{more}, are not counted"] = None
-    return OperatorCount(by_part, dict(counter.uncounted), tuple(counter.notes))
+    unsummed, ahead = counter.products - counter.summed, sum(c for c, *_ in counter.ahead.values())
+    unsummed *= unsummed > _FEW * ahead
+    if unsummed:
+        counter.notes[_UNSUMMED.format(unsummed, unsummed / max(1, counter.total))] = None
+    return OperatorCount(by_part, dict(counter.uncounted), tuple(counter.notes), unsummed)
 
 
 @contextmanager
@@ -466,6 +481,8 @@ class _Counter(TorchDispatchMode):
         # What first calls took more than second ones.
         self.of_first = 0
         self.squares = 0
+        # Multiply-adds that the forward pass makes element by element, and those found in a sum.
+        self.products, self.summed = 0, 0
         self._products = Products()
         self._live: LiveTensors | None = None
         self._limit = 0
@@ -477,8 +494,8 @@ class _Counter(TorchDispatchMode):
     @contextmanager
     def undone(self, *, if_it_fails: bool = False) -> Iterator[None]:
         """Forget what is counted inside, or else where it ends with an error alone."""
-        names = ("by_part", "uncounted", "elementwise", "ahead", "squares", "due", "found")
-        counts = {name: copy.deepcopy(getattr(self, name)) for name in names}
+        names = "by_part uncounted elementwise ahead squares due found products summed"
+        counts = {name: copy.deepcopy(getattr(self, name)) for name in names.split()}
         depth, undone = len(self.parts), True
         try:
             yield
@@ -601,6 +618,8 @@ class _Counter(TorchDispatchMode):
         # A backward pass that computes a forward pass again has the gradients of the first.
         if torch._C._current_graph_task_id() == -1:
             self.due += seen.gradients
+            self.products += seen.products
+            self.summed += seen.multiply_adds
         elif not torch.is_grad_enabled():
             self.found += seen.multiply_adds
         self.squares += seen.squares

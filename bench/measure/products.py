@@ -20,7 +20,7 @@ aten = torch.ops.aten
 # How products are made, kept, moved, added up and summed. What is multiplied in place has other
 # uses, as weighed features have, unless it holds copies for all pairs.
 _MIXED = (aten.lerp, aten.lerp_)
-_FUSED = (aten.addcmul, aten.addcmul_, *_MIXED)
+_FUSED = (aten.addcmul, aten.addcmul_, aten.addcdiv, aten.addcdiv_, *_MIXED)
 # A quotient is a product with a reciprocal.
 _IN_PLACE = (aten.mul_, aten.div_)
 _PRODUCTS = (aten.mul, aten.div, *_FUSED)
@@ -90,6 +90,7 @@ class Seen(NamedTuple):
         gradients: multiply-adds of the gradients of the factors of what it sums.
         squares: multiply-adds of differences squared and summed that are distances or norms, which
             nothing tells apart.
+        products: multiply-adds that it makes element by element, summed later or not.
     """
 
     multiply_adds: int = 0
@@ -97,6 +98,7 @@ class Seen(NamedTuple):
     added: int = 0
     gradients: int = 0
     squares: int = 0
+    products: int = 0
 
 
 class _Chain:
@@ -215,21 +217,28 @@ class Products:
         Args:
             func: an operator of aten, with the arguments that it had and its result.
         """
+        if any(
+            tensor.is_nested for tensor in tree_leaves([args, result]) if isinstance(tensor, Tensor)
+        ):
+            # It has neither shape nor strides.
+            return Seen()
+        seen, operator = self._see(func, args, result), func.overloadpacket
+        return seen._replace(products=seen.products + self._multiplied(operator, args, result))
+
+    def _see(self, func: Any, args: tuple[Any, ...], result: Any) -> Seen:
         operator = func.overloadpacket
         tensors, results = (
             [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
             for tree in (args, result)
         )
-        if any(tensor.is_nested for tensor in (*tensors, *results)):
-            # It has neither shape nor strides.
-            return Seen()
         in_place = operator in _IN_PLACE and len(tensors) == 2 and self._are_pairs(*tensors)
         for one in results if tensors else ():
             self._note_repeats(func, tensors, one)
             self._note_differences(func, tensors, one)
         if operator in _NORMS and args[1:2] in ((), (2,)) and args[0] in self._squares:
             product = self._squares[args[0]].anew()
-            return product.summed() if product.is_summed(args[0].dim(), *args[2:3]) else Seen()
+            seen = product.summed() if product.is_summed(args[0].dim(), *args[2:3]) else Seen()
+            return seen._replace(products=seen.multiply_adds)
         is_summary = operator in _SUMMARIES and len(tensors) == 1
         if operator in _SUMS or operator in _POOLS or is_summary:
             product = self._held.pop(args[0], None)
@@ -244,12 +253,9 @@ class Products:
             self._constants[one] = operator in _CONSTANTS
             if one._base is not None:
                 self._constants[one._base] = False
-        enough = 3 if operator in _FUSED else 2
-        makes = (operator in _PRODUCTS and len(tensors) >= enough) or in_place
-        factors = tensors[-2:] if makes else []
-        is_power = operator in _POWERS and isinstance(args[1], int | float) and args[1] == 2
-        if operator is aten.mse_loss or is_power:
-            factors = [args[0] if is_power else results[0]] * 2
+        factors = _factors(operator, tensors) if operator in _PRODUCTS or in_place else []
+        if _is_square(operator, args):
+            factors = [results[0] if operator is aten.mse_loss else args[0]] * 2
         made = self._made(*factors) if factors else None
         puts = operator in (aten.index_put, aten.index_put_)
         is_added = operator in (*_ADDED, *_SCATTERED) or (puts and args[3:4] == (True,))
@@ -336,8 +342,7 @@ class Products:
         if left is right:
             squares = self._squares.get(left)
             return squares and squares.anew()
-        constant = self._constants.get(left) or self._constants.get(right)
-        if constant or min(left.numel(), right.numel()) < 2:
+        if self._is_multiple(left, right):
             return None
         made = self._product(left, right, varying(left) & varying(right))
         for one, other in ((left, right), (right, left)):
@@ -345,6 +350,21 @@ class Products:
                 rescaled = self._held[one] if self._rescales(other, one) else None
                 made = replace(made, again=True, rescaled=rescaled)
         return made
+
+    def _multiplied(self, operator: Any, args: tuple[Any, ...], result: Any) -> int:
+        """Multiply-adds of an elementwise product of two tensors, or of a square; 0 of the rest."""
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        factors, is_product = _factors(operator, tensors), _is_square(operator, args)
+        if factors:
+            is_product = not self._is_multiple(*factors)
+        if not is_product or not (result.is_floating_point() or result.is_complex()):
+            return 0
+        return result.numel() * (4 if is_complex(factors or args[:1]) else 1)
+
+    def _is_multiple(self, left: Tensor, right: Tensor) -> bool:
+        """Whether their product is that of one with a number or a constant."""
+        constant = self._constants.get(left) or self._constants.get(right)
+        return bool(constant) or min(left.numel(), right.numel()) < 2
 
     def _product(self, left: Tensor, right: Tensor, axes: frozenset[int]) -> _Product:
         """As many products as two tensors make together."""
@@ -430,6 +450,19 @@ class Products:
         products = sum(part.elements for part in parts if part.chain is None)
         self._hold(where, replace(total, elements=total.elements + elements - products))
         return Seen(0, elements - round(products), elements)
+
+
+def _factors(operator: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The two tensors that an operator multiplies element by element; none of another."""
+    enough = 3 if operator in _FUSED else 2
+    multiplies = operator in (*_PRODUCTS, *_IN_PLACE) and len(tensors) >= enough
+    return tensors[-2:] if multiplies else []
+
+
+def _is_square(operator: Any, args: tuple[Any, ...]) -> bool:
+    """Whether it squares its argument, or a difference of two, element by element."""
+    is_power = operator in _POWERS and isinstance(args[1], int | float) and args[1] == 2
+    return is_power or operator is aten.mse_loss
 
 
 def _is_view(func: Any) -> bool:

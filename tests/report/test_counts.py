@@ -138,6 +138,7 @@ def audit_line(**changes: Any) -> dict[str, Any]:
         "torch_on_cpu_missed": 0.956,
         "uncounted": {},
         "failures": {},
+        "notes": (),
     }
     return line | changes
 
@@ -148,10 +149,11 @@ def test_an_audit_marks_what_fails() -> None:
         audit_line(name="mine", options={}, passed=False, declared=1_020_000, disagreement=0.0196),
         audit_line(name="odd", passed=False, uncounted={"fvcore": {"aten::cdist": 2}}),
         audit_line(name="flex", declared=None, fvcore=None, failures={"fvcore": "RuntimeError: x"}),
+        audit_line(name="gated", notes=("5 products",)),
     ]
     table = counts.audit(lines, title="Audit")
-    assert table.shown["counted"].tolist() == ["full", "mine !", "odd !", "flex"]
-    assert table.shown["disagree %"].tolist() == ["0.0", "2.0", "0.0", "0.0"]
+    assert table.shown["counted"].tolist() == ["full", "mine !", "odd !", "flex", "gated"]
+    assert table.shown["disagree %"].tolist() == ["0.0", "2.0", "0.0", "0.0", "0.0"]
     assert table.shown["torch on CPU misses %"][0] == "95.6"
     # No minus before nothing.
     assert table.shown["fvcore alone misses %"][0] == "0.0"
@@ -159,7 +161,8 @@ def test_an_audit_marks_what_fails() -> None:
     text = "\n".join(table.notes)
     assert "odd position=absolute: uncounted, fvcore: aten::cdist (2)" in text
     assert "flex position=absolute: fvcore counts nothing, RuntimeError: x" in text
-    assert "2 of 4 do not agree" in text
+    assert "gated position=absolute: 5 products" in text
+    assert "2 of 5 do not agree" in text
     assert counts.audit(lines[:1], title="Audit").notes[-1].startswith("All 1 agree")
 
 

@@ -72,7 +72,7 @@ def point(row, side, mode="inference", *, batch=1, what=QUANTITIES, error=None, 
         }
         if "latency" in what and measured
         else None,
-        notes=["made for one size"] if row == "ViL" else [],
+        notes=[f"{side:,} made for one size"] if row == "ViL" else [],
     )
 
 
@@ -172,7 +172,9 @@ def test_the_page_has_everything_and_the_same_bytes_twice(tmp_path):
     text = page.read_text()
     assert text.startswith("# Cost against resolution: ViL-Tiny, 32-true, cpu\n")
     assert "out of memory" in text
-    assert "made for one size" in text
+    # Of notes that differ in numbers alone, one.
+    assert text.count("made for one size") == 1
+    assert f"{SIDES[-1]}x{SIDES[-1]} and {len(SIDES) - 1} smaller: {SIDES[-1]:,} made" in text
     assert "Measured 2025-01-01 with torch 2.11;" in text
     assert "Doubts about latencies, and of how many points: loaded machine (3)." in text
     assert re.search(r"full +\| inference +\| +640 .*\| out of memory +\| why 640", text)

@@ -517,6 +517,15 @@ class GraphBreak(Sound):
         return super().mix(x, grid)
 
 
+class Pools(Sound):
+    """Passes, with a warning: sums products in a way that no count follows."""
+
+    def mix(self, x, grid):
+        pairs = (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(0, 1).transpose(0, 1)
+        pooled = nn.functional.avg_pool1d(pairs.flatten(1), 3, 1, 1).unflatten(1, pairs.shape[1:])
+        return super().mix(x, grid) + pooled.transpose(0, 1).mean(-1).view_as(x)
+
+
 class Wide(Sound):
     """Takes only grids of 16 rows and columns or more, and says so."""
 

@@ -115,6 +115,12 @@ def test_what_does_not_run_on_the_meta_device_is_a_warning(name):
     assert "device=x.device" in result.advice
 
 
+def test_products_in_no_sum_are_a_warning():
+    result = of(conformance.check(f"{BROKEN}:Pools"), "warning")["FLOPs"]
+    assert "products of elements in the forward pass" in result.detail
+    assert "as matrix products" in result.advice
+
+
 def test_options_and_grid_reach_the_mechanism():
     name = f"{BROKEN}:Wide"
     report = conformance.check(name)

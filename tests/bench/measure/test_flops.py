@@ -574,6 +574,40 @@ def test_what_is_made_in_the_first_call_alone_is_no_cost_of_an_image(of_values):
     assert module.kept is None
 
 
+PAIRS = TOKENS * TOKENS * 8
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("product", "unsummed"),
+    [
+        (lambda q, k, v: plain(q, k, v) * v * 0.5, TOKENS * 8),
+        (lambda q, k, v: plain(q, k, v) / v.square(), 2 * TOKENS * 8),
+        (
+            lambda q, k, v: plain(torch.complex(q, k) * torch.complex(k, v), v, v).real,
+            4 * TOKENS * 8,
+        ),
+        (lambda q, k, v: plain(q, k, v) + pooled_with_stride_1(q, k), PAIRS),
+        (lambda q, k, v: plain(*(x.mul(1).mul_(x) for x in (q, k)), v), 2 * TOKENS * 8),
+        (written_out, 0),
+        (masked_and_added, 0),
+    ],
+)
+def test_products_in_no_sum_are_said_with_their_number(product, unsummed, training):
+    module = Attention()
+    module.product = product
+    x = torch.zeros(1, TOKENS, 8, device="meta", requires_grad=training)
+    counted = flops.count_call(module, (x, GRID), training=training)
+    assert counted.unsummed == unsummed
+    said = f"{unsummed:,} products of elements in the forward pass"
+    assert [note.startswith(said) for note in counted.notes] == [True] * bool(unsummed)
+
+
+def pooled_with_stride_1(q, k):
+    pairs = q.unsqueeze(2) * k.unsqueeze(1)
+    return F.avg_pool1d(pairs.flatten(0, 1), 3, 1, 1).unflatten(0, pairs.shape[:2]).amax(2)
+
+
 class Alternating(Attention):
     """Makes a table in every other call."""
 
