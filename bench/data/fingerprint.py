@@ -67,13 +67,18 @@ def fingerprint_images(source: Path, files: Mapping[str, Path]) -> str:
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """Return the files in a folder and below by their names there, without hidden ones."""
-    return {
-        path.relative_to(folder).as_posix(): path
-        for place, _, names in os.walk(folder)
-        for path in (Path(place, name) for name in names if not name.startswith("."))
-        if path.is_file()
-    }
+    """Return the files in a folder and below by their names there, without hidden ones.
+
+    Linked folders are looked into, as readers do, but those that hold the link itself.
+    """
+    found = {}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = Path(place).resolve()
+        folders[:] = [name for name in folders if not here.is_relative_to((here / name).resolve())]
+        for path in (Path(place, name) for name in names if not name.startswith(".")):
+            if path.is_file():
+                found[path.relative_to(folder).as_posix()] = path
+    return found
 
 
 def _contents(source: Path, files: Mapping[str, Path]) -> dict[str, str]:

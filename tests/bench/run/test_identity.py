@@ -495,6 +495,21 @@ def test_a_link_to_nothing_is_an_image_without_content(
     assert fingerprint_images(tmp_path / "a.json", {"a.jpg": link}) != missing
 
 
+def test_linked_folders_of_images_are_of_what_they_link_to(tmp_path: Path) -> None:
+    for place in ("first", "second"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "cat.png").write_text(place)
+    split = tmp_path / "train"
+    split.mkdir()
+    (split / "cats").symlink_to(tmp_path / "first")
+    (split / "again").symlink_to(split)
+    assert list(fingerprint.files_of(split)) == ["cats/cat.png"]
+    before = fingerprint_images(split, fingerprint.files_of(split))
+    (split / "cats").unlink()
+    (split / "cats").symlink_to(tmp_path / "second")
+    assert fingerprint_images(split, fingerprint.files_of(split)) != before
+
+
 def test_versions_of_installed_packages_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
