@@ -399,7 +399,8 @@ def test_a_failing_row_says_so_and_the_others_go_on(
     assert found["ViL"]["status"] == "done"
     failed = found[mechanism]
     assert failed["status"] == "failed"
-    assert failed["error"]["message"] == "out of luck"
+    tried = "stage 1, a grid of 32x40, as of images of 128x160: RuntimeError: out of luck"
+    assert failed["error"]["message"] == tried
     assert failed["parameters"]["total"] > 0
     assert "out of luck" in capsys.readouterr().out
     assert "out of luck" in (output / "index.md").read_text()
@@ -792,7 +793,7 @@ def test_a_row_that_fails_in_one_process_says_so_and_the_others_go_on(
 ) -> None:
     """An error of the user's input, such as a broken image, too."""
     does = f"""
-if os.environ.get("RANK") == "1" and not x.is_meta:
+if not x.is_leaf and os.environ.get("RANK") == "1" and not x.is_meta:
     raise {error}("out of luck")"""
     imports = "from bench.errors import InputError"
     mechanism = mechanisms.write(tmp_path / "fragile.py", does, imports)
@@ -1098,9 +1099,8 @@ def test_a_dry_run_runs_a_mechanism_of_the_user(
         return ["--rows", row, "--dry-run", *TINY, "--output", str(tmp_path / "out")]
 
     fragile = words("if not x.is_meta:\n    raise RuntimeError('out of luck')", "fragile.py")
-    assert "stage 1, a grid of 32x40: RuntimeError: out of luck" in refusal(
-        run_all.main, *fragile, begun=True
-    )
+    tried = "stage 1, a grid of 32x40, as of images of 128x160: RuntimeError: out of luck"
+    assert tried in refusal(run_all.main, *fragile, begun=True)
     backward = words("x = x.exp(); y = x * x; x += 1; x = y", "backward.py")
     assert "modified by an inplace" in refusal(run_all.main, *backward, begun=True)
     late = "if not self.training and not x.is_meta:\n    raise RuntimeError('out of time')"
@@ -1109,6 +1109,28 @@ def test_a_dry_run_runs_a_mechanism_of_the_user(
     assert run_all.main(values) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"note: {values[1]}: memory not predicted: " in said
+
+
+def test_a_mechanism_is_tried_on_the_grids_of_all_images_before_it_trains(
+    tmp_path: Path, refusal: Refusal
+) -> None:
+    wide, high = (
+        generate(tmp_path / name, train_images=2, val_images=2, image_size=size)
+        for name, size in (("wide", (128, 160)), ("high", (160, 128)))
+    )
+    row = mechanisms.write(tmp_path / "table.py", "assert grid[0] <= 48, 'too many rows'")
+    annotations = "annotations/instances_{}2017.json"
+    words = [
+        *("--rows", row, *OF_DATA, "--output", str(tmp_path / "out")),
+        *("--train", str(wide / annotations.format("train"))),
+        *("--val", str(high / annotations.format("val"))),
+    ]
+    tried = "stage 1, a grid of 64x48, as of images of 240x192: AssertionError: too many rows"
+    assert tried in refusal(run_all.main, *words, "--dry-run", begun=True)
+    assert run_all.main(words) == 1
+    failed = records(tmp_path / "out")[row]
+    assert failed["error"]["message"] == tried
+    assert failed["training"] is None
 
 
 BROKEN = """

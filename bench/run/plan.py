@@ -1,7 +1,6 @@
 """What a suite would do, without doing it: steps, rates, memory and time."""
 
 import functools
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,19 +21,18 @@ from bench.data.coco import CocoDataset
 from bench.data.generated import SPLITS, data_root
 from bench.errors import InputError, choose
 from bench.measure.predict import NotPredictedError, predict
-from bench.measure.workload import COCO_CLASSES, Workload, attention_of
+from bench.measure.workload import COCO_CLASSES, Workload
 from bench.model import build as models
 from bench.model import classifier, detectors
 from bench.model.detectors.rois import Counts
 from bench.model.optimizer import build_optimizer, effective, learning_rate, schedule_notes
+from bench.run.trial import run_own, sizes_of
 from bench.system import devices
 
 UNKNOWN = "-"
 # Of COCO's train2017, the images with an instance that is not a crowd.
 _COCO_IMAGES = 117_266
 _DAY, _HOUR, _MINUTE = 86400, 3600, 60
-# Tokens of the largest grid that a mechanism of the user is run on, that of stage 3 of 800x1344.
-_MOST_TOKENS = 50 * 84
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ def plan(
         InputError: for data that the runs would refuse.
     """
     # Runs share their data, and reading COCO's annotations takes long.
-    opened: dict[str, tuple[CocoDataset | ClassDataset | None, list[str]]] = {}
+    opened: dict[str, tuple[Sequence[CocoDataset | ClassDataset], list[str]]] = {}
     planned: list[Planned] = []
     failures: dict[str, None] = {}
     first: dict[str, RunConfig] = {}
@@ -105,11 +103,12 @@ def plan(
         progress(config.row)
         name = repr((config.data, config.evaluate.splits))
         if name not in opened:
-            opened[name] = _dataset(config, output, needed=measure_steps > 0)
-        dataset, remarks = opened[name]
+            opened[name] = _splits(config, output, needed=measure_steps > 0)
+        splits, remarks = opened[name]
+        dataset = splits[0] if splits else None
         try:
             with models.refusing(config):
-                _run_own(config)
+                _run_own(config, splits)
                 found = _plan(config, suite, dataset, measure_steps)
         except InputError as error:
             failures[str(error)] = None
@@ -342,10 +341,10 @@ def _rates(run: Planned) -> str:
     )
 
 
-def _dataset(
+def _splits(
     config: RunConfig, output: Path, *, needed: bool
-) -> tuple[CocoDataset | ClassDataset | None, list[str]]:
-    """The training images, if they are there or have to be, and what is odd in all splits.
+) -> tuple[Sequence[CocoDataset | ClassDataset], list[str]]:
+    """The images to train and evaluate on, if they are there or have to be, and what is odd.
 
     Generated ones are made if needed.
 
@@ -357,11 +356,11 @@ def _dataset(
         for split in (config.data.train_split, *config.evaluate.splits):
             choose(split, SPLITS, "split of generated data:")
     if not needed and (path is None or not Path(path).exists()):
-        return None, []
+        return [], []
     if config.model.method == CLASSIFIER:
-        return classes.open_splits(data_root(config, output))[0], []
+        return classes.open_splits(data_root(config, output)), []
     splits = inputs.open_splits(config, data_root(config, output))
-    return splits[0], inputs.remarks(config, splits)
+    return splits, inputs.remarks(config, splits)
 
 
 def _seconds(
@@ -403,42 +402,19 @@ def _on_gpu(config: RunConfig) -> bool:
     return half or config.device.startswith("cuda") or torch.cuda.is_available()
 
 
-def _run_own(config: RunConfig) -> None:
-    """Run a layer of each stage with a mechanism of the user, forward and backward, for one image.
-
-    It is run as for evaluation, too.
-
-    What is for a GPU that is not here is not run, nor are grids that are large.
+def _run_own(config: RunConfig, splits: Sequence[Any]) -> None:
+    """Try a mechanism of the user, unless it is for a GPU that is not here.
 
     Raises:
         InputError: with what the mechanism raised.
     """
     fabric = devices.single_fabric(config)
-    own = ":" in config.model.attention
-    if not own or (fabric.device.type == "cpu" and _on_gpu(config)):
+    if fabric.device.type == "cpu" and _on_gpu(config):
         return
-    size = classes.image_size(config) if config.model.method == CLASSIFIER else None
-    profile = replace(config.profile, batch_size=1, image_size=size or config.profile.image_size)
-    config = replace(config, profile=profile)
-    vil = models.build_backbone(config).to(fabric.device)
-    vil.start_training_step(0)
-    for stage in vil.stages:
-        layer, (tokens, grid) = attention_of(vil, config, device=fabric.device, stage=stage.number)
-        if ":" not in stage.attention or math.prod(grid) > _MOST_TOKENS:
-            continue
-        try:
-            with fabric.autocast():
-                out = layer(tokens.requires_grad_(), grid)
-            if out.requires_grad:
-                out.sum().backward()
-            layer.eval()
-            with fabric.autocast(), torch.no_grad():
-                layer(tokens, grid)
-        except Exception as error:
-            said = " ".join(f"{type(error).__name__}: {error}".split())
-            raise InputError(
-                f"row {config.row!r}: stage {stage.number}, a grid of {grid[0]}x{grid[1]}: {said}"
-            ) from error
+    try:
+        run_own(config, sizes_of(config, splits), fabric)
+    except RuntimeError as error:
+        raise InputError(f"row {config.row!r}: {error}") from error
 
 
 def _memory(config: RunConfig, images: int, num_classes: int, device: str) -> float | str:

@@ -38,6 +38,7 @@ from bench.run.evaluate import Progress, evaluate
 from bench.run.evaluate import remarks as evaluation_remarks
 from bench.run.identity import Identity, done, identify, records_of, replaced
 from bench.run.train import TrainingLog, train
+from bench.run.trial import run_own, sizes_of
 from bench.system import devices, locks, processes
 from bench.system.interrupt import StopRequest
 from bench.system.locks import LockedError
@@ -340,6 +341,9 @@ class Run:
             self.notes.append(models.initialise(self.detector, Path(config.train.init)))
             self.pretrain = load_origin(Path(config.train.init))
             self.notes += models.weights_notes(config, load_settings(Path(config.train.init)))
+        sizes = sizes_of(config, [self.training, *self.splits])
+        with torch.random.fork_rng():
+            run_own(config, sizes, devices.alone(config, self.fabric))
         self._log_model()
 
     def check_inputs(self, *, of_training: bool = False) -> None:

@@ -26,9 +26,9 @@ def test_the_time_of_a_run_is_its_steps_times_parts(
 
 def test_what_rows_share_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
-    real = plan._dataset
+    real = plan._splits
     monkeypatch.setattr(
-        plan, "_dataset", lambda *a, **k: (opened.append(a[0].row), real(*a, **k))[1]
+        plan, "_splits", lambda *a, **k: (opened.append(a[0].row), real(*a, **k))[1]
     )
     monkeypatch.setattr(plan, "_memory", lambda *_: 1e9)
     suite = load_suite("quick", rows=["ViL", "full", "swin"], device="cpu")
