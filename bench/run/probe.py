@@ -54,7 +54,7 @@ def train(subject: Subject, task: str, seed: int) -> Outcome:
     """Train a model of `subject` on one task and evaluate it; one seed gives one result.
 
     Raises:
-        DivergedError: for a loss that is not finite.
+        DivergedError: for a loss, or scores in evaluation, that are not finite.
     """
     begun, recipe, asked = time.process_time(), subject.recipe, TASKS[task]
     torch.manual_seed(seed)
@@ -79,19 +79,29 @@ def train(subject: Subject, task: str, seed: int) -> Outcome:
     if not curve.isfinite().all():
         raise DivergedError(f"the loss of {task}, seed {seed}, is not finite")
     means = [float(part.mean()) for part in curve.tensor_split(min(_LOSSES, steps))]
-    right = evaluate(model, asked, recipe.images)
+    try:
+        right = evaluate(model, asked, recipe.images)
+    except DivergedError as error:
+        raise DivergedError(f"evaluating {task}, seed {seed}: {error}") from None
     return Outcome(right, means, time.process_time() - begun)
 
 
 def evaluate(model: nn.Module, task: Task, images: int) -> list[list[int]]:
-    """Return the cells of each level and image that a model answers rightly."""
+    """Return the cells of each level and image that a model answers rightly.
+
+    Raises:
+        DivergedError: for scores that are not finite.
+    """
     model.eval()
     right = []
     for level in task.levels:
         shown = task.evaluation(level, images)
         with torch.no_grad():
-            answered = torch.cat([model(part).argmax(dim=-1) for part in shown.cells.split(16)])
-        right.append((answered == shown.answers).sum(dim=1).tolist())
+            scores = torch.cat([model(part) for part in shown.cells.split(16)])
+        bad = int((~scores.flatten(1).isfinite().all(dim=1)).sum())
+        if bad:
+            raise DivergedError(f"{bad} of {len(scores)} images gave values that are not finite")
+        right.append((scores.argmax(dim=-1) == shown.answers).sum(dim=1).tolist())
     return right
 
 

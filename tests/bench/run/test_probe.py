@@ -2,9 +2,11 @@ import dataclasses
 import sys
 
 import pytest
+import torch
+from torch import nn
 
 from bench.config.probes import build_recipe, mechanisms, plan, suite_plan
-from bench.errors import InputError
+from bench.errors import DivergedError, InputError
 from bench.model.probe import ProbeModel
 from bench.record import read
 from bench.run import probe
@@ -28,9 +30,21 @@ def test_a_seed_gives_one_result_and_another_seed_another():
 def test_an_untrained_model_is_at_chance(name):
     subject = one(name)
     task = probe.TASKS["regions"]
+    torch.manual_seed(0)
     right = probe.evaluate(ProbeModel(subject.stages), task, 16)
     asked = [(task.evaluation(level, 16).answers >= 0).sum() for level in task.levels]
     assert float(sum(map(sum, right)) / sum(asked)) == pytest.approx(0.25, abs=0.04)
+
+
+def test_images_of_values_that_are_not_finite_are_counted():
+    class Scores(nn.Module):
+        def forward(self, cells):
+            scores = torch.zeros(*cells.shape[:1], 256, 4)
+            scores[1] = torch.nan
+            return scores
+
+    with pytest.raises(DivergedError, match="1 of 4 images gave values that are not finite"):
+        probe.evaluate(Scores(), probe.TASKS["majority"], 4)
 
 
 def test_full_attention_learns_the_most_frequent_colour():
