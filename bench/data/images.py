@@ -27,6 +27,7 @@ _ORIENTATION = 0x0112
 # A tag of TIFF, of which Pillow heeds the value below in grey of 8 bits alone.
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
 _BITS, _PLANES, _APART = 258, 284, 2
+_SAMPLES, _SIGNED = 339, 2
 # What a page of TIFF is, by bits: a smaller copy of another, or its mask.
 _SUBFILE, _COPY_OR_MASK = 254, 1 | 4
 # Planes that one header of TIFF stands for: by its depth, or as ImageJ says in the description, in
@@ -112,7 +113,7 @@ def read(
         opened: IO[bytes] = path.open("rb") if raw is None else io.BytesIO(raw)
         with opened as file, _limit(expected), Image.open(file) as image:
             # Before the pixels are read, which empties the list of tiles.
-            _refuse_deep_planes(image)
+            _refuse_misread(image)
             cut = _is_cut(image, file)
             # What Pillow calls colours that are multiplied by their alpha.
             divided = any("RGBa" in str(tile[3]) for tile in getattr(image, "tile", ()))
@@ -220,9 +221,17 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return resized
 
 
-def _refuse_deep_planes(image: Image.Image) -> None:
-    """Pillow's own decoders take 16 bits for 8 where each channel of a TIFF has a plane."""
+def _refuse_misread(image: Image.Image) -> None:
+    """Refuse what Pillow reads as other values.
+
+    Those are 16 bits of a TIFF with a plane for each channel, as 8 of them, signed 8 bits, as
+    unsigned ones, and FITS of more than 8 bits, with its bytes in the other order and no offset.
+    """
     tags = getattr(image, "tag_v2", {})
+    if image.format == "FITS" and image.mode != "L":
+        raise ValueError("FITS of more than 8 bits is not read; write it as PNG or TIFF")
+    if _SIGNED in tags.get(_SAMPLES, ()) and max(tags.get(_BITS, (1,))) == 8:
+        raise ValueError("signed pixels of 8 bits are not read; write them as 0 to 255")
     own = any(tile[0] != "libtiff" for tile in getattr(image, "tile", ()))
     if own and tags.get(_PLANES) == _APART and max(tags.get(_BITS, (8,))) > 8:
         raise ValueError(

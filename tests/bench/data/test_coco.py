@@ -591,6 +591,22 @@ def test_deep_channels_in_planes_of_their_own_are_refused(tmp_path: Path, depth:
             images.read(path)
 
 
+def test_pixels_that_pillow_reads_as_other_values_are_refused(tmp_path: Path) -> None:
+    signed = tmp_path / "signed.tif"
+    pixels = Image.new("L", (WIDTH, HEIGHT), 255)
+    pixels.save(signed, tiffinfo={339: 1})
+    assert images.read(signed).pixels.max() == 255
+    pixels.save(signed, tiffinfo={339: 2})
+    with pytest.raises(InputError, match="signed pixels of 8 bits are not read"):
+        images.read(signed)
+    said = {"SIMPLE": "T", "BITPIX": 16, "NAXIS": 2, "NAXIS1": WIDTH, "NAXIS2": HEIGHT}
+    header = "".join(f"{f'{key:<8}= {value:>20}':<80}" for key, value in said.items())
+    sky = tmp_path / "sky.fits"
+    sky.write_bytes(f"{header}{'END':<80}".ljust(2880).encode() + bytes(2880))
+    with pytest.raises(InputError, match="FITS of more than 8 bits is not read"):
+        images.read(sky)
+
+
 @pytest.mark.parametrize("deep", [True, False])
 def test_deep_colour_of_any_format_is_known(tmp_path: Path, deep: bool) -> None:
     values = np.full((HEIGHT, WIDTH, 3), 40, ">u2" if deep else np.uint8)
