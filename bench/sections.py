@@ -97,6 +97,7 @@ class _Flops(TypedDict, total=False):
     by_part: Reals
     by_operator: Reals
     uncounted: dict[str, int]
+    unsummed: Whole
     notes: list[str]
     published: _Published | None
 

@@ -17,6 +17,7 @@ from report.columns import (
     Unit,
     decimals,
     number,
+    of_flops,
     reason,
     table,
     three_digits,
@@ -331,8 +332,7 @@ def rows(standing: Standing, sees: Profile | None = None) -> Table:
         Column("box_map_half_interval_percent", values="half"),
         Column("", "box mAP %", _accuracies),
         Column("rank", "rank", unit=Unit.ONE, format=decimals(0), optional=True),
-        Column("flops_multiply_adds", "FLOPs {}", "flops", Unit.GIGA, lacks="flops_uncounted"),
-        Column("flops_uncounted"),
+        *of_flops(),
         Column(f"memory_{mode}_bytes", f"{mode} memory {{}}{predicted}", standing.memory, Unit.GB),
     ]
     if about is None:

@@ -7,7 +7,7 @@ import pandas as pd
 
 from bench.record import Record
 from report import tables
-from report.columns import MISSING, Column, Table, Unit, decimals, number, table
+from report.columns import MISSING, Column, Table, Unit, decimals, number, of_flops, table
 from report.load import TEXT, Library, at, family, on_same_images, size, trained_apart
 from report.plots import Plot, looks, losses, render
 from report.provenance import listed
@@ -50,8 +50,7 @@ def _comparison(library: Library) -> Table:
         Column("top5_percent", "top-5 {}", unit=Unit.PERCENT),
         Column("evaluated_at", "evaluated at", optional=True),
         Column("parameters", "params {}", unit=Unit.MEGA),
-        Column("flops_multiply_adds", "FLOPs {}", "flops", Unit.GIGA, lacks="flops_uncounted"),
-        Column("flops_uncounted"),
+        *of_flops(),
         Column("steps", "steps", unit=Unit.ONE, format=decimals(0)),
         Column("train_seconds", "training {}", unit=Unit.MINUTES),
         Column("status", "status"),

@@ -6,7 +6,7 @@ and rounded, with the unit in the heading.
 
 import itertools
 import string
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -134,6 +134,8 @@ class Column:
         optional: whether readers see it only where a row has a value.
         lacks: column of the data that names what a number does not hold. Where it does, readers
             see that the number is a lower bound, and the table's notes name what it lacks.
+        aside: column of the data that says how many products of elements a count leaves out, as
+            it should; the table's notes name them.
     """
 
     name: str
@@ -143,6 +145,7 @@ class Column:
     format: Format | None = None
     optional: bool = False
     lacks: str = ""
+    aside: str = ""
 
     @property
     def heading(self) -> str:
@@ -167,16 +170,21 @@ class Column:
         bound = data[self.lacks].notna() & (texts != MISSING)
         return texts.mask(bound, AT_LEAST + " " + texts)
 
-    def note(self, data: pd.DataFrame) -> str | None:
-        """Return what the numbers lack, in a sentence; None where they are complete."""
-        incomplete = data[data[self.lacks].notna()] if self.lacks else data.head(0)
-        if not len(incomplete):
-            return None
+    def notes(self, data: pd.DataFrame) -> Iterator[str]:
+        """Yield what the numbers lack and leave out, in sentences."""
         label = "label" if "label" in data else "row"
-        names = dict.fromkeys(
-            f"{row}: {what}" for row, what in incomplete[[label, self.lacks]].values
-        )
-        return f"{AT_LEAST} is a lower bound; calls without a formula: {'; '.join(names)}."
+        for about, said in (
+            (self.lacks, f"{AT_LEAST} is a lower bound; calls without a formula"),
+            (self.aside, "Not in FLOPs, as in no sum: products of elements, as of gates"),
+        ):
+            found = data[data[about].notna()] if about in data else data.head(0)
+            names = (
+                dict.fromkeys(f"{row}: {what}" for row, what in found[[label, about]].values)
+                if len(found)
+                else {}
+            )
+            if names:
+                yield f"{said}: {'; '.join(names)}."
 
     def is_in(self, data: pd.DataFrame) -> bool:
         """Whether the data have it."""
@@ -185,6 +193,15 @@ class Column:
     def is_shown(self, data: pd.DataFrame) -> bool:
         """Whether readers see it."""
         return bool(self.title) and not (self.optional and self.raw(data).isna().all())
+
+
+def of_flops(
+    title: str = "FLOPs {}", *, name: str = "flops_multiply_adds", values: str = "flops"
+) -> tuple[Column, ...]:
+    """Return the columns of counts, with what they lack and leave out."""
+    lacks, aside = "flops_uncounted", "flops_unsummed"
+    counted = Column(name, title, values, Unit.GIGA, lacks=lacks, aside=aside)
+    return counted, Column(lacks), Column(aside)
 
 
 @dataclass(frozen=True)
@@ -213,6 +230,6 @@ def table(
     columns = [column for column in columns if column.is_in(data)]
     raw = {column.name: column.raw(data) for column in columns if column.name}
     shown = {column.heading: column.shown(data) for column in columns if column.is_shown(data)}
-    lacking = filter(None, (column.note(data) for column in columns if column.is_shown(data)))
-    every = tuple(dict.fromkeys((*notes, *lacking)))
+    own = (note for column in columns if column.is_shown(data) for note in column.notes(data))
+    every = tuple(dict.fromkeys((*notes, *own)))
     return Table(name, title, pd.DataFrame(raw), pd.DataFrame(shown), every)

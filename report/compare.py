@@ -313,6 +313,10 @@ def _why_not(quantity: Quantity, sides: tuple[pd.Series, pd.Series]) -> str | No
         return "not measured"
     if quantity.column == "flops" and any(pd.notna(side["flops_uncounted"]) for side in sides):
         return "operators without a formula"
+    if quantity.column == "flops" and 0 < abs(sides[0]["flops"] - sides[1]["flops"]) <= max(
+        0 if pd.isna(side["unsummed"]) else side["unsummed"] for side in sides
+    ):
+        return "fewer than the products in no sum"
     other = [name for name in quantity.same if sides[0][name] != sides[1][name]]
     reasons = {"machine": "another machine", "evaluated_as": "other images"}
     return reasons.get(other[0], "measured otherwise") if other else None

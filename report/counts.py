@@ -20,7 +20,7 @@ from report.columns import (
     letters_of,
     table,
 )
-from report.load import calls, family, labels, published
+from report.load import calls, family, labels, published, unsummed
 
 # Differences below this share of the whole are not explained: they vanish in the digits shown.
 EXPLAINED = 1e-3
@@ -40,8 +40,8 @@ def audit(lines: Sequence[Mapping[str, Any]], *, title: str) -> Table:
     Args:
         lines: `name`, `options`, `error`, `passed`, `declared`, `operators`, `fvcore`,
             `disagreement`, `fvcore_alone_missed`, `torch_on_cpu_missed` (shares), `uncounted`
-            (calls, by counter and operator), `failures` (why, by counter) and `notes`;
-            multiply-adds.
+            (calls, by counter and operator), `failures` (why, by counter), `notes`
+            and `unsummed` (products of elements); multiply-adds.
         title: what was counted on, and how.
     """
     data = pd.DataFrame(
@@ -65,6 +65,7 @@ def audit(lines: Sequence[Mapping[str, Any]], *, title: str) -> Table:
         Column("fvcore_alone_missed", "fvcore alone misses {}", unit=Unit.SHARE),
         Column("torch_on_cpu_missed", "torch on CPU misses {}", unit=Unit.SHARE),
         Column("uncounted"),
+        Column("unsummed"),
         Column("unit"),
     ]
     notes = [
@@ -83,6 +84,9 @@ def audit(lines: Sequence[Mapping[str, Any]], *, title: str) -> Table:
         if uncounted:
             notes.append(f"{name}: uncounted, {uncounted}")
         notes += [f"{name}: {note}" for note in line["notes"]]
+        left_out = unsummed({**line, "total": line["operators"]})
+        if left_out:
+            notes.append(f"{name}: not counted, as in no sum: {left_out} products of elements")
     failed = sum(not line["passed"] for line in lines)
     verdict = f"{failed} of {len(lines)} do not agree or are not complete (!)."
     notes.append(
@@ -189,7 +193,8 @@ def sizes(lines: Sequence[Mapping[str, Any]]) -> Table:
     Args:
         lines: `row`, `dataset`, `images`, `mean`, `deviation`, `minimum`, `maximum`, `one_size`
             (multiply-adds; the last at the size of published tables, or None), `padded_pixels`
-            (share), `fixed_size`, and `uncounted`, calls by operator.
+            (share), `fixed_size`, `uncounted`, calls by operator, and `unsummed`, products of
+            elements that are in no sum, at that size.
     """
     lacks = "uncounted"
     columns = [
@@ -201,6 +206,7 @@ def sizes(lines: Sequence[Mapping[str, Any]]) -> Table:
             "FLOPs G, mean ± deviation",
             joined(" ± ", ("mean", "deviation"), Unit.GIGA),
             lacks=lacks,
+            aside="left_out",
         ),
         Column("mean"),
         Column("deviation"),
@@ -228,6 +234,7 @@ def sizes(lines: Sequence[Mapping[str, Any]]) -> Table:
     title = f"FLOPs over the {images:,} image sizes of {dataset}"
     data = pd.DataFrame(lines)
     data["uncounted"] = pd.Series([calls(line["uncounted"]) for line in lines], dtype="string")
+    data["left_out"] = [unsummed({**line, "total": line["one_size"]}) for line in lines]
     return table("sizes", title, data, columns, notes)
 
 

@@ -61,6 +61,7 @@ _WHOLE = {
     "seed": "seed",
     "parameters": "parameters.total",
     "flops": "flops.total",
+    "unsummed": "flops.unsummed",
     "flops_published": "flops.published.total",
     **{f"memory_{mode}": f"memory.{mode}" for mode in MODES},
     **{f"predicted_{mode}": f"memory.predicted.{mode}.total" for mode in MODES},
@@ -92,6 +93,8 @@ _COMPARED = {
     "latency_as": [*(f"latency.{name}" for name in (*_CONDITIONS, "threads")), *_PLACE],
     "evaluated_as": [f"evaluation.{name}" for name in ("split", "images", "annotations_sha256")],
 }
+# A share of a count below which what it leaves out is not said.
+_FEW = 0.01
 _SIZED = ("flops", "memory", "latency")
 _DERIVED = (
     *(f"{name}_size" for name in _SIZED),
@@ -100,6 +103,7 @@ _DERIVED = (
     "seeds",
     "notes",
     "flops_uncounted",
+    "flops_unsummed",
     "code",
     *_COMPARED,
 )
@@ -436,6 +440,19 @@ def uncounted(record: Record) -> str | None:
     return calls(at(record, "flops.uncounted") or {})
 
 
+def unsummed(flops: Mapping[str, Any] | None) -> str | None:
+    """Return how many products of elements are in no sum that a count holds, if they may matter.
+
+    That is from a hundredth of the count on; the gradients of as many are about twice as many.
+    """
+    found = flops or {}
+    count, total = found.get("unsummed") or 0, found.get("total") or 0
+    times = 3 if found.get("mode") == "training" else 1
+    if not count or times * count < _FEW * total:
+        return None
+    return f"{count:,}" + (f" ({count / total:.1%})" if total else "")
+
+
 def calls(of: Mapping[str, int]) -> str | None:
     """Return names with how often they were called; None without any."""
     return ", ".join(f"{name} ({count})" for name, count in of.items()) or None
@@ -448,6 +465,7 @@ def _derived(record: Record) -> dict[str, Any]:
         "seeds": seeds.listed(record),
         "notes": "; ".join(record.notes) or None,
         "flops_uncounted": uncounted(record),
+        "flops_unsummed": unsummed(record.flops),
         "code": code(record),
         **{f"{name}_size": size(at(record, f"{name}.image_size")) for name in _SIZED},
         **{

@@ -17,6 +17,7 @@ from report.columns import (
     decimals,
     joined,
     memory_unit,
+    of_flops,
     table,
 )
 from report.load import MODES, at, frame
@@ -41,8 +42,7 @@ def costs(records: Sequence[Record]) -> Table:
         Column("", "row", marked),
         Column("attention", "attention"),
         Column("parameters", "params {}", unit=Unit.MEGA),
-        Column("flops", "FLOPs {}", unit=Unit.GIGA, lacks="flops_uncounted"),
-        Column("flops_uncounted"),
+        *of_flops(name="flops"),
     ]
     for mode in MODES:
         latency = _LATENCY[mode]

@@ -12,7 +12,7 @@ import pandas as pd
 
 from bench.record import COSTS, Record
 from report import searches
-from report.columns import METHODS, Column, Table, Unit, memory_unit, table
+from report.columns import METHODS, Column, Table, Unit, memory_unit, of_flops, table
 from report.load import MODES, Library, at, calls, load_newest, ordered, per_library, size
 from report.provenance import listed, machine
 
@@ -187,10 +187,7 @@ def _table(library: Library, about: Conditions) -> Table:
         Column("row", "row", "label"),
         Column("parameters", "params {} (counted)", unit=Unit.MEGA),
         Column("flops_published", "FLOPs {} as published ones are counted", unit=Unit.GIGA),
-        Column(
-            "flops_multiply_adds", "FLOPs {} (counted)", "flops", Unit.GIGA, lacks="flops_uncounted"
-        ),
-        Column("flops_uncounted"),
+        *of_flops("FLOPs {} (counted)"),
         *(
             Column(
                 f"memory_{mode}_bytes", f"{mode} memory {{}} (predicted)", f"memory_{mode}", Unit.GB

@@ -13,7 +13,7 @@ import pandas as pd
 from bench.record import Record
 from report import page, provenance, sweep_plots
 from report.columns import Column, Table, Unit, joined, memory_unit, reason, table, three_digits
-from report.load import at, family, load, uncounted
+from report.load import at, family, load, uncounted, unsummed
 from report.page import Section
 from report.scaling import BASELINE, QUANTITIES, Growth, crossover_of, growth_of, parts
 
@@ -101,6 +101,7 @@ def _values(point: Record) -> dict[str, Any]:
         "flops": at(point, "flops.total"),
         # Empty where nothing is lacking, so that a newer complete count stands above an older one.
         "flops_uncounted": uncounted(point) or (None if point.flops is None else ""),
+        "flops_unsummed": unsummed(point.flops),
         "memory": at(point, f"memory.{mode}"),
         "latency": at(point, f"latency.{mode}.median"),
         "latency_q1": at(point, f"latency.{mode}.q1"),
@@ -124,7 +125,8 @@ def _summary(data: pd.DataFrame, name: str, title: str) -> Table:
     for quantity in quantities:
         title_of = f"{QUANTITIES[quantity]} exponent"
         columns += [Column(f"{quantity}_{field.name}") for field in fields(Growth)]
-        columns.append(Column("", title_of, f"{quantity}_growth"))
+        aside = "flops_unsummed" if quantity == "flops" else ""
+        columns.append(Column("", title_of, f"{quantity}_growth", aside=aside))
     for quantity in quantities:
         columns += [Column(f"{quantity}_crossover_{name}") for name in _CROSSOVER]
         columns.append(Column("", f"{QUANTITIES[quantity]} below full", f"{quantity}_below"))
@@ -142,6 +144,8 @@ def _fits(data: pd.DataFrame, part: pd.DataFrame, quantities: Sequence[str]) -> 
     row = part["row"].iloc[0]
     data, part = (_complete(lines) for lines in (data, part))
     line = {"row": row, "label": part["label"].iloc[0], "measured_up_to": _reach(part)}
+    # Of the largest size.
+    line["flops_unsummed"] = next(iter(part["flops_unsummed"].dropna()[::-1]), None)
     for quantity in quantities:
         fitted, crossed = growth_of(part, quantity), crossover_of(data, part, quantity)
         for field in fields(Growth):

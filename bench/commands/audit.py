@@ -90,12 +90,13 @@ def _audit_line(line: Any) -> dict[str, Any]:
         "uncounted": {},
         "failures": {},
         "notes": (),
+        "unsummed": 0,
         **values,
     }
 
 
 _COUNTS = ("declared", "operators", "fvcore", "disagreement")
-_ABOUT = ("unit", "uncounted", "failures", "notes")
+_ABOUT = ("unit", "uncounted", "failures", "notes", "unsummed")
 _ALONE = ("fvcore_alone", "torch_on_cpu")
 
 

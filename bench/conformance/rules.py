@@ -663,9 +663,11 @@ def multiply_adds(subject: Subject) -> None:
         run(module.to(subject.dtype).eval(), subject.tokens(grid), grid, "after a count")
     if counted.unsummed > _UNSUMMED * counted.total:
         raise WarnedError(
-            counted.notes[-1], "write those of scores and weighted sums as matrix products"
+            f"{counted.unsummed:,} products of elements are in no sum that is counted, beside"
+            f" {counted.total:,} multiply-adds that are",
+            "write those of scores and weighted sums as matrix products",
         )
-    if len(counted.notes) > bool(counted.unsummed):
+    if counted.notes:
         raise WarnedError(
             counted.notes[0],
             "make constants with device=x.device and branch on no value of a tensor",

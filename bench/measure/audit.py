@@ -57,6 +57,7 @@ class Audit:
         uncounted: calls without a formula, by counter and name; empty in complete counts.
         failures: why a counter counted nothing, by counter ("fvcore", "torch on CPU").
         notes: on the count of operators.
+        unsummed: products of elements that are in no sum of that count.
     """
 
     declared: int | None
@@ -67,6 +68,7 @@ class Audit:
     uncounted: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     failures: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    unsummed: int = 0
     unit: str = flops.UNIT
 
     @property
@@ -144,6 +146,7 @@ def audit(attention: nn.Module, grid: Grid) -> Audit:
             uncounted=uncounted,
             failures=failures,
             notes=counted.notes,
+            unsummed=counted.unsummed,
         )
     tokens = flops.tokens(attention, grid, device=_CPU)
     return _compare(_OnGrid(attention, grid), (tokens,), counted, declared)
@@ -216,6 +219,7 @@ def _compare(
         uncounted=uncounted,
         failures=failures,
         notes=counted.notes,
+        unsummed=counted.unsummed,
     )
 
 

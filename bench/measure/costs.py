@@ -292,6 +292,7 @@ def flops_of_one(scope: str, config: RunConfig, mode: str) -> dict[str, Any] | N
         "mode": mode,
         "total": counted.total,
         "uncounted": dict(counted.uncounted),
+        "unsummed": counted.unsummed,
         "notes": list(counted.notes),
     }
 

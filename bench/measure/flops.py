@@ -17,7 +17,7 @@ counted and what a module gets account for; other differences that are squared a
 distances to neighbours are, where they may be a hundredth of the count; threads that a module
 starts; and tensors that operators made or wrote out of sight, as in threads from before the count,
 and large ones that leave torch, as for NumPy. Elementwise products that are in no sum, as those of
-gates, are noted where they are a hundredth of the count.
+gates, are counted apart, in `unsummed`.
 
 A copy of the module runs on the meta device, so nothing is allocated or computed, whatever the size
 of the image, and nothing is left in the module. A mechanism that cannot run there, since it reads a
@@ -70,11 +70,6 @@ GRADIENTS = "gradients of products written out"
 CALLS = "multiply-adds of other calls"
 # Differences of two tensors, squared and summed: distances to neighbours, or norms, which are free.
 SQUARES = "squared differences"
-# Products that are not found in a sum, as those of gates are.
-_UNSUMMED = (
-    "{:,} products of elements in the forward pass, {:.1%} of the multiply-adds counted, are in no"
-    " sum that is counted"
-)
 # A share of a count that may be missing.
 _FEW = 0.01
 # Such elements that may be left out: as a share of what is counted, and for each element that a
@@ -129,8 +124,9 @@ class FlopReport:
         proposals: boxes in the box head.
         detections: boxes in the mask head.
         convention: "actual" or "published".
-        notes: how it was counted, where not on the meta device alone, what first calls take, and
-            products that are in no sum that is counted.
+        notes: how it was counted, where not on the meta device alone, and what first calls take.
+        unsummed: multiply-adds of elementwise products that are in no sum that `total` holds, as
+            those of gates.
         unit: "multiply-adds".
     """
 
@@ -143,6 +139,7 @@ class FlopReport:
     detections: int
     convention: Convention
     notes: tuple[str, ...] = ()
+    unsummed: int = 0
     unit: str = UNIT
 
 
@@ -155,10 +152,9 @@ class OperatorCount:
             "stage1 attention" …, and "" for everything else.
         uncounted: calls of operators that have no formula and are not free by nature, and elements
             of elementwise ones where they are too many to be left out.
-        notes: what was counted on real tensors, and why, what first calls take, and last, if there
-            are any, the products in `unsummed`.
+        notes: what was counted on real tensors, and why, and what first calls take.
         unsummed: multiply-adds of elementwise products in the forward pass that are in no sum that
-            is counted, as those of gates; 0 where they are less than a hundredth of the rest.
+            is counted, as those of gates.
     """
 
     by_part: Mapping[str, Mapping[str, int]]
@@ -218,10 +214,11 @@ def count_flops(
     choose(convention, CONVENTIONS, "FLOP convention")
     _check_positive(image_size=image_size, proposals=proposals, detections=detections, grid=grid)
     by_part: dict[str, Mapping[str, int]] = {}
-    counts = []
+    counts, unsummed = [], 0
     for name, part, inputs in _calls(module, image_size, grid, proposals, detections):
         counted = count_call(part, inputs)
         counts.append(counted)
+        unsummed += counted.unsummed * (name not in OUTSIDE_TOTAL)
         by_part |= _parts(name, part, inputs, counted, published=convention == "published")
     by_operator = _merge(part for name, part in by_part.items() if name not in OUTSIDE_TOTAL)
     return FlopReport(
@@ -234,6 +231,7 @@ def count_flops(
         detections=detections,
         convention=convention,
         notes=tuple(dict.fromkeys(note for counted in counts for note in counted.notes)),
+        unsummed=unsummed,
     )
 
 
@@ -364,10 +362,7 @@ def _run(
     if counter.of_first:
         more = f"{counter.of_first:,} multiply-adds of first calls, which the next ones do not take"
         counter.notes[f"{more}, are not counted"] = None
-    unsummed, ahead = counter.products - counter.summed, sum(c for c, *_ in counter.ahead.values())
-    unsummed *= unsummed > _FEW * ahead
-    if unsummed:
-        counter.notes[_UNSUMMED.format(unsummed, unsummed / max(1, counter.total))] = None
+    unsummed = max(0, counter.products - counter.summed)
     return OperatorCount(by_part, dict(counter.uncounted), tuple(counter.notes), unsummed)
 
 

@@ -73,6 +73,7 @@ FREE = {
     ),
     "creation": (
         "empty empty_like empty_strided empty_permuted new_empty new_empty_strided new_zeros"
+        " _new_zeros_with_same_feature_meta"
         " new_ones new_full zeros zeros_like ones ones_like full full_like fill_ zero_ arange"
         " linspace eye scalar_tensor tril_indices triu_indices _efficientzerotensor"
     ),

@@ -71,6 +71,9 @@ _SUMMARIES = (
     *(aten.topk, aten.kthvalue, aten.sort),
 )
 _THIRD = (*_NORMS, aten.topk, aten.kthvalue)
+# Products that an operator makes within itself, an element of its result.
+_WITHIN = {aten.glu: 1, aten.linalg_cross: 2, aten.polar: 2, aten._prelu_kernel: 1}
+_WITHIN |= {aten.xlogy: 1, aten.special_xlog1py: 1, aten.ldexp: 1}
 _DIFFERENCES = (aten.sub, aten.mse_loss)
 # Whose results hold the same element several times where they are larger than what they got.
 _REPEATS = (aten.repeat, aten.cat, aten.stack, aten.index, aten.index_select, aten.gather)
@@ -231,6 +234,9 @@ class Products:
             [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
             for tree in (args, result)
         )
+        if operator is aten._cdist_forward and args[2] != 2:
+            # Differences of all pairs and their powers, as written out.
+            return Seen(elements=2 * args[0].numel() * args[1].shape[-2])
         in_place = operator in _IN_PLACE and len(tensors) == 2 and self._are_pairs(*tensors)
         for one in results if tensors else ():
             self._note_repeats(func, tensors, one)
@@ -324,7 +330,9 @@ class Products:
             pairs = self._are_pairs(*tensors)
             elements = made.count if pairs and operator is aten.sub else 0
             self._squares[out] = replace(made, elements=elements, sure=pairs)
-        elif known is not None and (_is_view(func) or operator in _MULTIPLES):
+        elif known is not None and (
+            _is_view(func) or operator in _MULTIPLES or (operator in _ADDED and len(tensors) == 1)
+        ):
             squares = self._squares[known]
             self._squares[out] = squares.seen_as(known, out, is_view=_is_view(func))
 
@@ -354,6 +362,8 @@ class Products:
     def _multiplied(self, operator: Any, args: tuple[Any, ...], result: Any) -> int:
         """Multiply-adds of an elementwise product of two tensors, or of a square; 0 of the rest."""
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        if operator in _WITHIN:
+            return result.numel() * _WITHIN[operator]
         factors, is_product = _factors(operator, tensors), _is_square(operator, args)
         if factors:
             is_product = not self._is_multiple(*factors)

@@ -56,6 +56,7 @@ class SizesReport:
         uncounted: calls of operators without a formula in the count at `one_size`; empty in
             complete counts.
         unit: "multiply-adds".
+        unsummed: products of elements that are in no sum of that count.
     """
 
     dataset: str
@@ -65,6 +66,7 @@ class SizesReport:
     one_size: int
     proposals: int
     uncounted: Mapping[str, int] = field(default_factory=dict)
+    unsummed: int = 0
     unit: str = flops.UNIT
 
     @property
@@ -165,6 +167,7 @@ def count_over(
         one_size=published.total,
         proposals=proposals,
         uncounted=published.uncounted,
+        unsummed=published.unsummed,
     )
 
 

@@ -76,6 +76,7 @@ class Pretraining(Run):
         try:
             report = count_flops(vil, image_size=classes.image_size(config))
             self.sections["flops"] = dataclasses.asdict(report)
+            self.notes += report.notes
         except NotCountedError as error:
             self.notes.append(f"FLOPs not counted: {error}")
         if config.train.init is not None:

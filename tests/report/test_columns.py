@@ -66,6 +66,7 @@ RECORD = changed(
     {
         "parameters": {"total": 2_110_000, "by_part": {"fpn": 1_230_000}},
         "flops.total": 1_410_000_000,
+        "flops.unsummed": 28_200_000,
         "flops.by_part": {"fpn": 130_000_000},
         "memory.inference": 117_000_000,
         "memory.training": 419_000_000,
@@ -143,6 +144,8 @@ AUDIT = {
     "torch_on_cpu_missed": 0.456,
     "uncounted": {"fvcore": {"aten::cdist": 2}},
     "failures": {},
+    "notes": (),
+    "unsummed": 20_400,
 }
 CONVENTION = {
     "row": "srformer/64",

@@ -95,6 +95,11 @@ def test_pairs_of_seeds_tell_apart_what_single_seeds_do_not() -> None:
         ({"evaluation": {"annotations_sha256": "other"}}, "box mAP", "other images"),
         ({"flops": {"convention": "published"}}, "FLOPs", "measured otherwise"),
         ({"flops": {"uncounted": {"fft": 1}}}, "FLOPs", "operators without a formula"),
+        (
+            {"flops": {"total": 10**9, "unsummed": 10**12}},
+            "FLOPs",
+            "fewer than the products in no sum",
+        ),
     ],
 )
 def test_what_was_measured_otherwise_is_not_compared(

@@ -139,6 +139,7 @@ def audit_line(**changes: Any) -> dict[str, Any]:
         "uncounted": {},
         "failures": {},
         "notes": (),
+        "unsummed": 0,
     }
     return line | changes
 
@@ -149,7 +150,7 @@ def test_an_audit_marks_what_fails() -> None:
         audit_line(name="mine", options={}, passed=False, declared=1_020_000, disagreement=0.0196),
         audit_line(name="odd", passed=False, uncounted={"fvcore": {"aten::cdist": 2}}),
         audit_line(name="flex", declared=None, fvcore=None, failures={"fvcore": "RuntimeError: x"}),
-        audit_line(name="gated", notes=("5 products",)),
+        audit_line(name="gated", notes=("of values",), unsummed=20_000),
     ]
     table = counts.audit(lines, title="Audit")
     assert table.shown["counted"].tolist() == ["full", "mine !", "odd !", "flex", "gated"]
@@ -161,7 +162,8 @@ def test_an_audit_marks_what_fails() -> None:
     text = "\n".join(table.notes)
     assert "odd position=absolute: uncounted, fvcore: aten::cdist (2)" in text
     assert "flex position=absolute: fvcore counts nothing, RuntimeError: x" in text
-    assert "gated position=absolute: 5 products" in text
+    assert "gated position=absolute: of values" in text
+    assert "gated position=absolute: not counted, as in no sum: 20,000 (2.0%) products" in text
     assert "2 of 5 do not agree" in text
     assert counts.audit(lines[:1], title="Audit").notes[-1].startswith("All 1 agree")
 

@@ -785,6 +785,26 @@ def test_further_splits_have_a_table_of_their_own(records: list[Record]) -> None
     ]
 
 
+@pytest.mark.parametrize(
+    ("unsummed", "mode", "said"),
+    [
+        (9_999, None, None),
+        (10_000, None, "10,000 (1.0%)"),
+        (3_333, "training", None),
+        (3_334, "training", "3,334 (0.3%)"),
+        (None, None, None),
+    ],
+)
+def test_products_in_no_sum_are_said_under_a_table(
+    unsummed: int | None, mode: str | None, said: str | None
+) -> None:
+    counted = {"flops.total": 1_000_000, "flops.unsummed": unsummed, "flops.mode": mode}
+    (table,) = tables.comparison([changed(make("performer"), counted)])
+    assert ("performer: 10,000 (1.0%)" in " ".join(table.notes)) == (said == "10,000 (1.0%)")
+    assert load.unsummed({"total": 1_000_000, "unsummed": unsummed, "mode": mode}) == said
+    assert not table.shown["FLOPs G"][0].startswith("≥")
+
+
 def test_flops_that_lack_operators_are_marked_and_named_and_decide_nothing() -> None:
     lacking = changed(
         make("performer"), {"flops.total": 1, "flops.uncounted": {"aten._fft_r2c": 3}}
