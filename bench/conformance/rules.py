@@ -39,6 +39,7 @@ from bench.conformance.subject import (
 from bench.measure.fake import copied
 from bench.measure.flops import CALLS, ELEMENTWISE, SQUARES, THREADS, UNSEEN, count_call
 from bench.measure.memory import LiveTensors
+from bench.model.weights import plain_attributes
 
 _SIZE = ("dim", "num_heads", "num_global")
 _PLACE = ("grid", "seq_len", "position", "block_index")
@@ -544,6 +545,10 @@ def copies(subject: Subject) -> None:
             "the state dict of one, loaded into another after a call, gives another output",
             "keep nothing between calls that is made of weights, or drop it in train()",
         )
+    trained = subject.module(seed=0).train()
+    before = plain_attributes(trained)
+    run(trained, x, subject.grid, "a call in training")
+    changed = [n for n, value in plain_attributes(trained).items() if before.get(n, n) != value]
     twin = copied(module, Tensor.clone)
     if difference(run(twin, x, subject.grid, "a deep copy"), expected) > 0:
         raise FailedError("a deep copy gives another output", register)
@@ -551,6 +556,11 @@ def copies(subject: Subject) -> None:
     run(twin, x, subject.grid, "a deep copy")
     if difference(run(module, x, subject.grid, "the original"), expected) > 0:
         raise FailedError("changing a deep copy changes the original", register)
+    if changed:
+        raise WarnedError(
+            f"a call in training changes {', '.join(changed)}, which no state dict holds",
+            "keep what later calls go by in a buffer, by register_buffer",
+        )
 
 
 @check(

@@ -20,7 +20,7 @@ from bench.config.suites import resize_notes
 from bench.data import split as inputs
 from bench.data.coco import CocoDataset
 from bench.data.generated import data_root
-from bench.errors import InputError, saying
+from bench.errors import InputError, saying, some
 from bench.files import sha256
 from bench.measure.costs import flops_section, run_sections
 from bench.model import build as models
@@ -380,6 +380,12 @@ class Run:
         if len(log.places) > 1:
             parts = "; ".join(log.places)
             self.notes.append(f"trained in parts, each of which rounds in its own way: {parts}")
+        if log.plain:
+            self.notes.append(
+                f"training changed {some(log.plain)}, plain attributes that no weights"
+                " file holds: what loads the weights has their first values; register_buffer keeps"
+                " them"
+            )
         self.sections["training"] = _training_section(log, self.recipe) | {
             "classes": self.classes()
         }

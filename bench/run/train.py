@@ -40,6 +40,7 @@ from bench.model.optimizer import (
     learning_rate,
     total_loss,
 )
+from bench.model.weights import plain_attributes
 from bench.run.buffers import FollowingBuffers
 from bench.run.checkpoints import Checkpoints
 from bench.system.interrupt import StopRequest
@@ -70,6 +71,7 @@ class TrainingLog:
         data_seconds: time of `seconds` that the loop waited for data.
         loader_seconds: time that the loader needs for the same data at full speed.
         places: where and with what its steps were done, each once; numbers round otherwise in each.
+        plain: plain attributes of mechanisms of users that it changed, which no state dict holds.
     """
 
     steps: int = 0
@@ -80,6 +82,7 @@ class TrainingLog:
     data_seconds: float = 0.0
     loader_seconds: float = 0.0
     places: list[str] = field(default_factory=list)
+    plain: list[str] = field(default_factory=list)
 
     def as_record(self, batch_size: int) -> dict[str, Any]:
         """The `training` section of a record."""
@@ -255,6 +258,13 @@ def train_task(
         raise KeyboardInterrupt(f"stopped after step {training.log.steps}")
     # What is measured later is of the same size whether or not this process did the last step.
     optimizer.zero_grad(set_to_none=True)
+    own = [
+        f"{place.name}."
+        for vil in training.backbones
+        for place in vil.attention_places()
+        if ":" in place.attention
+    ]
+    training.log.plain = [n for n in training.changed() if any(name in n for name in own)]
     return model, training.log
 
 
@@ -291,7 +301,8 @@ class _Training:
         self._start = time.perf_counter()
         self._running: tuple[str, ...] = getattr(detector, "running", ())
         self._buffers = FollowingBuffers(detector, fabric, config.accumulate)
-        self._backbones = [module for module in detector.modules() if isinstance(module, ViL)]
+        self._plain = plain_attributes(detector)
+        self.backbones = [module for module in detector.modules() if isinstance(module, ViL)]
         self._scaler = getattr(fabric.strategy.precision, "scaler", None)
 
     def state(self) -> dict[str, Any]:
@@ -299,11 +310,17 @@ class _Training:
         return {
             "model": self.detector.state_dict(),
             "running": self._numbers(),
+            "plain": self.changed(),
             "optimizer": self.optimizer.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),
             "log": vars(self.log),
             "window": self.window,
         }
+
+    def changed(self) -> dict[str, Any]:
+        """Plain attributes that are others now than before training."""
+        now = plain_attributes(self.detector)
+        return {name: now[name] for name in now if self._plain.get(name, now) != now[name]}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`.
@@ -321,6 +338,9 @@ class _Training:
                 f" {' '.join(str(error).split())}"
             ) from error
         self._set_numbers(state["running"])
+        for name, value in state.get("plain", {}).items():
+            path, _, attribute = name.rpartition(".")
+            setattr(self.detector.get_submodule(path), attribute, value)
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.log = TrainingLog(**state["log"])
         self.window = state["window"]
@@ -414,7 +434,7 @@ class _Training:
         ]
         if number == 0:
             torch.manual_seed(step_seed(self.seed, step))
-            for backbone in self._backbones:
+            for backbone in self.backbones:
                 backbone.start_training_step(step)
             self._before = self._numbers()
         # Each part begins where the step began, whichever process it is in.

@@ -517,6 +517,17 @@ class GraphBreak(Sound):
         return super().mix(x, grid)
 
 
+class CountsCalls(Sound):
+    """Passes, with a warning: a plain attribute says how often it was trained."""
+
+    calls = 0
+
+    def mix(self, x, grid):
+        if self.training and not torch.compiler.is_compiling():
+            self.calls += 1
+        return super().mix(x, grid)
+
+
 class Pools(Sound):
     """Passes, with a warning: sums products in a way that no count follows."""
 

@@ -33,6 +33,7 @@ def run(
     *,
     stop_after: int | None = None,
     step_log: StepLog | None = None,
+    made: type[Brightness] = Brightness,
     **changes: Any,
 ) -> dict[str, Tensor]:
     """The weights in the end, also of a run that was stopped."""
@@ -46,7 +47,7 @@ def run(
         if step == stop_after:
             raise StopError
 
-    detector = Brightness()
+    detector = made()
     with contextlib.suppress(StopError):
         train(
             detector,
@@ -235,6 +236,29 @@ def test_a_name_that_no_parameter_has_is_one_clear_line(
 ) -> None:
     with pytest.raises(InputError, match=said):
         build_optimizer(Brightness(), TrainConfig(**changes))  # type: ignore[arg-type]
+
+
+class Once(Brightness):
+    """Takes something from its first batch in training, as a plain attribute says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_scaled = False
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, images: Any, targets: Any = None) -> Any:
+        if self.training and not self.is_scaled:
+            self.scale.fill_(1 + images[0].mean().abs())
+            self.is_scaled = True
+        losses = super().forward(images, targets)
+        return {name: loss * self.scale for name, loss in losses.items()}
+
+
+def test_plain_attributes_are_resumed_too(dataset: CocoDataset, tmp_path: Path) -> None:
+    straight = run(dataset, tmp_path / "straight", made=Once)
+    run(dataset, tmp_path / "stopped", made=Once, stop_after=4)
+    resumed = run(dataset, tmp_path / "stopped", made=Once)
+    assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
 
 
 def test_every_step_has_its_line_once_though_the_run_was_stopped(
