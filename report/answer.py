@@ -28,6 +28,7 @@ from report.load import (
     apart_note,
     at,
     code_note,
+    finite_note,
     per_library,
     timed_apart,
     trained_apart,
@@ -182,6 +183,9 @@ class Standing:
     def cheapest(self, places: Iterable[int]) -> str:
         """Which of some rows cost least, in words."""
         chosen = self.data.loc[list(places)]
+        # What cannot be trained is no choice, where anything else is.
+        trained = chosen[chosen["status"] != "failed"]
+        chosen = trained if len(trained) else chosen
         full = chosen["flops"].mask(chosen["flops_uncounted"].notna())
         predicted = ", predicted" if self.about else ""
         most = ""
@@ -352,6 +356,7 @@ def rows(standing: Standing, sees: Profile | None = None) -> Table:
         "± is half of the 95 % interval; a rank is one more than the number of rows that are told"
         " apart as better.",
         *apart_note(shown, "layers" if about else "latency"),
+        *finite_note(shown),
         *code_note(shown),
         *([sees.about] if sees is not None and sees.about else []),
     ]

@@ -417,6 +417,14 @@ def _notes(
     if any(one.evaluation and not seeds.of(one) for one in every):
         names = ["mAP"] * (False in sorts) + ["top-1"] * (True in sorts)
         yield _ONE_SEED.format(accuracy=" or ".join(names))
+    odd = [
+        f"{side}, {one.row} ({count:g} of {at(one, 'evaluation.images')} images)"
+        for pair in pairs
+        for side, one in zip("AB", pair, strict=True)
+        if (count := at(one, "evaluation.not_finite") or 0)
+    ]
+    if odd:
+        yield f"Gave values that are not finite: {', '.join(odd)}."
     same = [line for line in lines if line["verdict"] == SAME]
     if same:
         yield f"The same in A and B: {_listed(same, len(pairs))}."

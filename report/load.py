@@ -71,6 +71,7 @@ _WHOLE = {
     "steps": "training.steps",
     "batch_size": "training.batch_size",
     "images": "evaluation.images",
+    "not_finite": "evaluation.not_finite",
 }
 _REAL = {
     "drop_path": "model.drop_path",
@@ -405,6 +406,14 @@ def code_note(data: pd.DataFrame) -> list[str]:
         "Made with another commit of this package than most rows, which may be why memory or mAP"
         f" differs: {rows}."
     ] * bool(rows)
+
+
+def finite_note(data: pd.DataFrame) -> list[str]:
+    """Return a sentence that names rows that gave values that are not finite, or nothing."""
+    some = data[(data["not_finite"] > 0).fillna(False)]
+    columns = some[["label", "not_finite", "images"]].itertuples(index=False)
+    rows = ", ".join(f"{row} ({count:g} of {images} images)" for row, count, images in columns)
+    return [f"Gave values that are not finite, which are no detections: {rows}."] * bool(rows)
 
 
 def code(record: Record) -> str | None:

@@ -35,6 +35,7 @@ from report.load import (
     Library,
     apart_note,
     code_note,
+    finite_note,
     frame,
     per_library,
     published,
@@ -111,7 +112,8 @@ def comparison(library: Library) -> Table:
         Column("error", values="error_kind"),
         Column("key"),
     ]
-    return table("comparison", "Comparison", data, columns, apart_note(data) + code_note(data))
+    notes = [*apart_note(data), *finite_note(data), *code_note(data)]
+    return table("comparison", "Comparison", data, columns, notes)
 
 
 def marked(data: pd.DataFrame) -> pd.Series:

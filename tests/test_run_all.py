@@ -459,6 +459,7 @@ def test_probes_are_a_suite_and_a_section_of_a_page(
     assert cli.main(["report", output]) == 0
 
 
+@pytest.mark.slow
 def test_probes_in_the_folder_of_a_suite_leave_its_page(tmp_path: Path) -> None:
     output = tmp_path / "out"
     shutil.copytree(ROOT / "results/measured/cpu-2-cores/quick", output)
@@ -644,9 +645,9 @@ def test_told_to_stop_it_finishes_the_record_and_the_same_command_continues(
 @pytest.mark.parametrize(
     ("owner", "name", "number"),
     [
-        (CocoEvaluator, "update", signal.SIGTERM),
         (CocoEvaluator, "update", signal.SIGINT),
-        (memory, "peak", signal.SIGINT),
+        pytest.param(CocoEvaluator, "update", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(memory, "peak", signal.SIGINT, marks=pytest.mark.slow),
     ],
 )
 def test_interrupted_after_its_training_it_is_not_trained_again(

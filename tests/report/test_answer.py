@@ -215,6 +215,8 @@ def test_the_answer_of_rows_that_cannot_be_told_apart_or_failed() -> None:
         "Not told apart from a: b, c, d, e, f, g and h; in all, 0 of 28 pairs of rows are told"
         " apart by mAP."
     )
+    cheaper = replace(failed("cheap"), flops={**(failed("cheap").flops or {}), "total": 1})
+    assert "cheap needs" not in answer.first([*alike, cheaper], [])[0].sentences[0]
     (found,) = answer.first([failed("full"), failed("ViL")], [])
     assert found.sentences == (
         f"No row was evaluated, so none is best; full and ViL need the fewest FLOPs at 128{X}160"

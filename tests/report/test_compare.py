@@ -13,7 +13,7 @@ import pytest
 from bench import cli
 from bench import record as store
 from bench.record import Record
-from report import compare, confidence
+from report import compare, confidence, tables
 from tests.report.test_confidence import common, evaluated
 from tests.report.test_report import failed, make, pretrained
 from tests.report.test_seeds import seeded
@@ -112,6 +112,16 @@ def test_what_was_measured_otherwise_is_not_compared(
     assert (line["not_compared"], line["verdict"]) == (why, None)
     assert any(f"Not compared, {why}: " in note for note in found.notes)
     assert found.regressions(0.0) == []
+
+
+def test_rows_of_values_that_are_not_finite_are_named() -> None:
+    one = row("ViL")
+    odd = replace(one, evaluation={**(one.evaluation or {}), "images": 9, "not_finite": 3})
+    (note,) = (n for n in compare.compare([one], [odd]).notes if "finite" in n)
+    assert note == "Gave values that are not finite: B, ViL (3 of 9 images)."
+    assert not any("finite" in n for n in compare.compare([one], [one]).notes)
+    (table,) = tables.comparison([odd])
+    assert "ViL (3 of 9 images)" in " ".join(table.notes)
 
 
 def classified(images: int, right: int, val: str = "v", **changes: Any) -> Record:

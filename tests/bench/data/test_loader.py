@@ -222,7 +222,7 @@ def test_a_run_may_stop_early(data: CocoDataset) -> None:
     assert_same([first], batches(data, steps=1))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("grouped", [True, False])
 def test_the_parts_of_the_processes_are_the_batch_of_one(
     data: CocoDataset, world_size: int, grouped: bool

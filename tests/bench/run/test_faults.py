@@ -44,7 +44,7 @@ def killed_runs(folder: Path, model: str, kills: int, *, seed: int) -> dict[str,
     ("model", "kills"),
     [
         ("brightness", 12),
-        ("performer", 2),
+        pytest.param("performer", 2, marks=pytest.mark.slow),
         pytest.param("performer", 24, marks=pytest.mark.slow),
     ],
 )

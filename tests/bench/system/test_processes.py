@@ -139,7 +139,7 @@ def wait_for(happened: Any, *, seconds: float = 120) -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        "performer/mask_rcnn/torchvision",
+        pytest.param("performer/mask_rcnn/torchvision", marks=pytest.mark.slow),
         "averaging/retinanet/torchvision",
         pytest.param("ViL/retinanet/torchvision", marks=pytest.mark.slow),
         pytest.param("performer/mask_rcnn/detectron2", marks=pytest.mark.detectron2),
