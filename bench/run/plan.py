@@ -412,7 +412,10 @@ def _run_own(config: RunConfig, splits: Sequence[Any]) -> None:
     if fabric.device.type == "cpu" and _on_gpu(config):
         return
     try:
-        run_own(config, sizes_of(config, splits), fabric)
+        sizes = sizes_of(config, splits)
+        if not sizes or (config.profile.enabled and config.model.method != CLASSIFIER):
+            sizes.append(config.profile.image_size)
+        run_own(config, sizes, fabric)
     except RuntimeError as error:
         raise InputError(f"row {config.row!r}: {error}") from error
 

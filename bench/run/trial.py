@@ -1,8 +1,9 @@
 """Layers of a mechanism of the user, tried on the grids of a run before it begins."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -16,12 +17,11 @@ from bench.model import build as models
 
 # Tokens of the largest grid that is tried on a CPU, that of stage 3 of 800x1344.
 _MOST_TOKENS = 50 * 84
+_SIDES: tuple[Callable[[tuple[int, int]], int], ...] = (math.prod, itemgetter(0), itemgetter(1))
 
 
 def sizes_of(config: RunConfig, splits: Sequence[Any]) -> list[tuple[int, int]]:
-    """Return sizes (rows, columns) that a backbone gets: of the profile, and of the images.
-
-    Of the images those with the most rows, the most columns and the most pixels.
+    """Return the sizes (rows, columns) that a backbone gets with most and fewest of each.
 
     Args:
         splits: the one to train on and, after it, those to evaluate on; none where they are not
@@ -36,8 +36,8 @@ def sizes_of(config: RunConfig, splits: Sequence[Any]) -> list[tuple[int, int]]:
         stored: set[tuple[int, int]] = {split.size(index) for index in range(len(split))}
         places = range(len(data.min_sizes)) if split is splits[0] else [-1]
         found |= {network.of(*size, place) for size in stored for place in places}
-    largest = [max(sorted(found), key=key) for key in (_rows, _columns, math.prod) if found]
-    return list(dict.fromkeys([config.profile.image_size, *largest]))
+    extremes = [pick(sorted(found), key=key) for pick in (max, min) for key in _SIDES if found]
+    return list(dict.fromkeys(extremes))
 
 
 def run_own(config: RunConfig, sizes: Sequence[tuple[int, int]], fabric: Fabric) -> None:
@@ -82,11 +82,3 @@ def run_own(config: RunConfig, sizes: Sequence[tuple[int, int]], fabric: Fabric)
                 place = f"stage {stage.number}, a grid of {grid[0]}x{grid[1]}"
                 images = f"images of {size[0]}x{size[1]}"
                 raise RuntimeError(f"{place}, as of {images}: {said}") from error
-
-
-def _rows(size: tuple[int, int]) -> int:
-    return size[0]
-
-
-def _columns(size: tuple[int, int]) -> int:
-    return size[1]
