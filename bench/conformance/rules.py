@@ -545,10 +545,9 @@ def copies(subject: Subject) -> None:
             "the state dict of one, loaded into another after a call, gives another output",
             "keep nothing between calls that is made of weights, or drop it in train()",
         )
-    trained = subject.module(seed=0).train()
-    before = plain_attributes(trained)
-    run(trained, x, subject.grid, "a call in training")
-    changed = [n for n, value in plain_attributes(trained).items() if before.get(n, n) != value]
+    before = plain_attributes(used)
+    run(used.train(), x, subject.grid, "a call in training")
+    changed = [n for n, value in plain_attributes(used).items() if before.get(n, n) != value]
     twin = copied(module, Tensor.clone)
     if difference(run(twin, x, subject.grid, "a deep copy"), expected) > 0:
         raise FailedError("a deep copy gives another output", register)

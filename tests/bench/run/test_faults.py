@@ -73,15 +73,20 @@ class Meddled(nn.Module):
         torch.manual_seed(3)
         self.layer = nn.Linear(3, 1)
         self.meddle = meddle
-        self.calls = 0
+        # No number, which a checkpoint would keep.
+        self.called: list[None] = []
         self.before: list[Tensor] = []
+
+    @property
+    def calls(self) -> int:
+        return len(self.called)
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         del targets
         self.before = [p.detach().clone() for p in self.parameters()]
         mean = torch.stack([image.mean(dim=(1, 2)) for image in images])
         loss = (self.layer(mean)[:, 0].float() - 1).square().mean()
-        self.calls += 1
+        self.called.append(None)
         return {"loss": self.meddle(self.calls, loss)}
 
 
