@@ -1106,6 +1106,16 @@ def test_a_dry_run_runs_a_mechanism_of_the_user(
     assert "modified by an inplace" in refusal(run_all.main, *backward, begun=True)
     late = "if not self.training and not x.is_meta:\n    raise RuntimeError('out of time')"
     assert "out of time" in refusal(run_all.main, *words(late, "late.py"), begun=True)
+    longer = words("return torch.cat([x, x], dim=1)", "longer.py")
+    assert "The size of tensor a" in refusal(run_all.main, *longer, begun=True)
+    double = words("return self.proj(x).double()", "double.py")
+    assert "it returns (2, 1281, 32) of torch.float64" in refusal(
+        run_all.main, *double, begun=True
+    )
+    pair = words("assert x.is_meta or len(x) == 1, 'one image alone'", "pair.py")
+    assert "one image alone" in refusal(run_all.main, *pair, begun=True)
+    spoilt = words("x = x * float('nan')", "spoilt.py")
+    assert "its output in training is not finite" in refusal(run_all.main, *spoilt, begun=True)
     values = words("x = x * x.abs().max().item()", "values.py")
     assert run_all.main(values) == 0
     said = " ".join(capsys.readouterr().out.split())

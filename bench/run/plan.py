@@ -416,7 +416,7 @@ def _run_own(config: RunConfig, splits: Sequence[Any]) -> None:
         if not sizes or (config.profile.enabled and config.model.method != CLASSIFIER):
             sizes.append(config.profile.image_size)
         run_own(config, sizes, fabric)
-    except RuntimeError as error:
+    except (RuntimeError, FloatingPointError) as error:
         raise InputError(f"row {config.row!r}: {error}") from error
 
 

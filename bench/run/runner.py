@@ -3,7 +3,7 @@
 import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -342,7 +342,8 @@ class Run:
             self.pretrain = load_origin(Path(config.train.init))
             self.notes += models.weights_notes(config, load_settings(Path(config.train.init)))
         sizes = sizes_of(config, [self.training, *self.splits])
-        with torch.random.fork_rng():
+        # What is not finite the loss says, with its images.
+        with torch.random.fork_rng(), suppress(FloatingPointError):
             run_own(config, sizes, devices.alone(config, self.fabric))
         self._log_model()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from torch import Tensor, nn
 
 from bench.config.schema import CLASSIFIER, RunConfig
 from bench.data import classes
@@ -41,44 +42,69 @@ def sizes_of(config: RunConfig, splits: Sequence[Any]) -> list[tuple[int, int]]:
 
 
 def run_own(config: RunConfig, sizes: Sequence[tuple[int, int]], fabric: Fabric) -> None:
-    """Run a layer of each stage with a mechanism of the user, for one image of each size.
+    """Run a layer of each stage with a mechanism of the user, for images of each size.
 
     Of the first size forward and backward, as in training; of all as for evaluation. On a CPU large
-    grids are not run.
+    grids are not run. There are two images, or one where the run has no more at a time.
 
     Args:
         sizes: of images, (rows, columns).
         fabric: of one device.
 
     Raises:
-        RuntimeError: with what the mechanism raised.
+        RuntimeError: with what the mechanism raised, or for an output that is no tensor like its
+            input.
+        FloatingPointError: for an output in training that is not finite, as its loss will be.
     """
     if ":" not in config.model.attention:
         return
-    on_cpu = fabric.device.type == "cpu"
+    train, on_cpu = config.train, fabric.device.type == "cpu"
+    trained = min(2, train.batch_size // (train.devices * train.accumulate))
+    evaluated = min(2, config.evaluate.batch_size)
     vil = models.build_backbone(config).to(fabric.device)
     vil.start_training_step(0)
     for size in sizes:
-        profile = replace(config.profile, batch_size=1, image_size=size)
-        trying = replace(config, profile=profile)
+        trying = replace(config, profile=replace(config.profile, batch_size=2, image_size=size))
         for stage in vil.stages:
             layer, (tokens, grid) = attention_of(
                 vil, trying, device=fabric.device, stage=stage.number
             )
             if ":" not in stage.attention or (on_cpu and math.prod(grid) > _MOST_TOKENS):
                 continue
+            finite = True
             try:
                 if size == sizes[0]:
                     with fabric.autocast():
-                        out = layer.train()(tokens.requires_grad_(), grid)
+                        out = _called(layer.train(), tokens[:trained].requires_grad_(), grid)
+                    finite = bool(out.isfinite().all())
                     if out.requires_grad:
                         out.sum().backward()
                 with fabric.autocast(), torch.no_grad():
-                    layer.eval()(tokens, grid)
+                    _called(layer.eval(), tokens[:evaluated].detach(), grid)
             except (MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
                 said = " ".join(f"{type(error).__name__}: {error}".split())
-                place = f"stage {stage.number}, a grid of {grid[0]}x{grid[1]}"
-                images = f"images of {size[0]}x{size[1]}"
-                raise RuntimeError(f"{place}, as of {images}: {said}") from error
+                raise RuntimeError(f"{_place(stage.number, grid, size)}: {said}") from error
+            if not finite:
+                place = _place(stage.number, grid, size)
+                raise FloatingPointError(f"{place}: its output in training is not finite")
+
+
+def _place(stage: int, grid: tuple[int, int], size: tuple[int, int]) -> str:
+    sides = "a grid of {}x{}, as of images of {}x{}".format(*grid, *size)
+    return f"stage {stage}, {sides}"
+
+
+def _called(layer: nn.Module, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The output, which is added to the input."""
+    out = layer(tokens, grid)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"it returns {type(out).__name__}, not a tensor")
+    total = tokens.detach() + out
+    if total.shape != tokens.shape or total.dtype != tokens.dtype:
+        raise ValueError(
+            f"it returns {tuple(out.shape)} of {out.dtype} for {tuple(tokens.shape)} of"
+            f" {tokens.dtype}"
+        )
+    return out
