@@ -134,8 +134,8 @@ class Column:
         optional: whether readers see it only where a row has a value.
         lacks: column of the data that names what a number does not hold. Where it does, readers
             see that the number is a lower bound, and the table's notes name what it lacks.
-        aside: column of the data that says how many products of elements a count leaves out, as
-            it should; the table's notes name them.
+        aside: column of the data that says how many products of elements are beside a count, which
+            is complete without them; the table's notes name them.
     """
 
     name: str
@@ -178,12 +178,9 @@ class Column:
             (self.aside, "Not in FLOPs, as in no sum: products of elements, as of gates"),
         ):
             found = data[data[about].notna()] if about in data else data.head(0)
-            names = (
-                dict.fromkeys(f"{row}: {what}" for row, what in found[[label, about]].values)
-                if len(found)
-                else {}
-            )
-            if names:
+            if len(found):
+                named = zip(found[label], found[about], strict=True)
+                names = dict.fromkeys(f"{row}: {what}" for row, what in named)
                 yield f"{said}: {'; '.join(names)}."
 
     def is_in(self, data: pd.DataFrame) -> bool:

@@ -1109,9 +1109,7 @@ def test_a_dry_run_runs_a_mechanism_of_the_user(
     longer = words("return torch.cat([x, x], dim=1)", "longer.py")
     assert "The size of tensor a" in refusal(run_all.main, *longer, begun=True)
     double = words("return self.proj(x).double()", "double.py")
-    assert "it returns (2, 1281, 32) of torch.float64" in refusal(
-        run_all.main, *double, begun=True
-    )
+    assert "it returns (2, 1281, 32) of torch.float64" in refusal(run_all.main, *double, begun=True)
     pair = words("assert x.is_meta or len(x) == 1, 'one image alone'", "pair.py")
     assert "one image alone" in refusal(run_all.main, *pair, begun=True)
     spoilt = words("x = x * float('nan')", "spoilt.py")

@@ -220,9 +220,8 @@ class Products:
         Args:
             func: an operator of aten, with the arguments that it had and its result.
         """
-        if any(
-            tensor.is_nested for tensor in tree_leaves([args, result]) if isinstance(tensor, Tensor)
-        ):
+        every = [leaf for leaf in tree_leaves([args, result]) if isinstance(leaf, Tensor)]
+        if any(tensor.is_nested for tensor in every):
             # It has neither shape nor strides.
             return Seen()
         seen, operator = self._see(func, args, result), func.overloadpacket
