@@ -365,6 +365,7 @@ def test_a_row_whose_mechanism_was_edited_before_its_process_began_is_said_to_be
     assert "mine.py" in (tmp_path / "out" / "tables" / "comparison.csv").read_text()
 
 
+@pytest.mark.slow
 def test_killed_in_the_second_row_it_continues_to_the_same_numbers(
     finished: Path, tmp_path: Path
 ) -> None:

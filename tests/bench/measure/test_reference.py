@@ -40,6 +40,7 @@ def test_models_of_published_size_keep_it() -> None:
     assert own.model == dataclasses.replace(run.model, drop_path=0.0)
 
 
+@pytest.mark.slow
 def test_costs_are_counted_once_and_again_for_a_mechanism_that_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,7 +82,7 @@ def crowded(folder, objects):
     return folder
 
 
-@pytest.mark.parametrize("method", ["mask_rcnn", "retinanet"])
+@pytest.mark.parametrize("method", ["mask_rcnn", pytest.param("retinanet", marks=pytest.mark.slow)])
 def test_memory_and_latency_are_of_a_stated_number_of_objects(tmp_path, method):
     """Not of those that the first images of the data happen to have."""
     (run,) = profile_configs(
