@@ -119,7 +119,7 @@ class _Origin:
 
     Attributes:
         total: how many.
-        left: how many of them, of complex numbers, no sum of real or imaginary parts has had yet.
+        left: how many of them no sum has had yet.
     """
 
     def __init__(self, total: float) -> None:
@@ -171,7 +171,8 @@ class _Product:
     def summed(self) -> Seen:
         """What their sum is."""
         count = self.count
-        if self.each > 1:
+        # In a backward pass two gradients are sums of the same products.
+        if self.each > 1 or torch._C._current_graph_task_id() == -1:
             count = 0
             for origin in self.origins:
                 count += origin.take(self.count - count)

@@ -326,6 +326,11 @@ def masked_and_added(q, k, v):
     return torch.addcmul(start, weights.unsqueeze(-1), v.unsqueeze(1)).sum(2)
 
 
+def parts_summed_apart(q, k, v):
+    products = q.unsqueeze(2) * k.unsqueeze(1)
+    return (products.relu().sum(-1) - (-products).relu().sum(-1)).softmax(-1) @ v
+
+
 def added_up_in_a_loop(q, k, v):
     weights, out = (q @ k.mT).softmax(-1), torch.zeros_like(q)
     for key in range(k.shape[1]):
@@ -493,6 +498,7 @@ WRITTEN = {
     "scaled distances": (scaled_distances, True),
     "norms of differences": (norms_of_differences, True),
     "squared by a loss": (squared_by_a_loss, True),
+    "positive and negative parts": (parts_summed_apart, True),
     "pairwise_distance": (
         lambda q, k, v: (
             -F.pairwise_distance(*torch.broadcast_tensors(q[:, :, None], k[:, None])).softmax(-1)
