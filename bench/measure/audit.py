@@ -140,14 +140,7 @@ def audit(attention: nn.Module, grid: Grid) -> Audit:
         why = f"not run on grids of more than {LARGEST_GRID} tokens"
         failures = dict.fromkeys(("fvcore", "torch on CPU"), why)
         uncounted = {"operators": counted.uncounted} if counted.uncounted else {}
-        return Audit(
-            declared,
-            counted.total,
-            uncounted=uncounted,
-            failures=failures,
-            notes=counted.notes,
-            unsummed=counted.unsummed,
-        )
+        return _audit(counted, declared, uncounted=uncounted, failures=failures)
     tokens = flops.tokens(attention, grid, device=_CPU)
     return _compare(_OnGrid(attention, grid), (tokens,), counted, declared)
 
@@ -212,15 +205,12 @@ def _compare(
         # fvcore takes these for elementwise operators without products.
         uncounted["fvcore"] |= {"products written out": 1}
     uncounted = {counter: names for counter, names in uncounted.items() if names}
-    return Audit(
-        declared,
-        counted.total,
-        **found,
-        uncounted=uncounted,
-        failures=failures,
-        notes=counted.notes,
-        unsummed=counted.unsummed,
-    )
+    return _audit(counted, declared, **found, uncounted=uncounted, failures=failures)
+
+
+def _audit(counted: flops.OperatorCount, declared: int | None, **found: Any) -> Audit:
+    found |= {"notes": counted.notes, "unsummed": counted.unsummed}
+    return Audit(declared, counted.total, **found)
 
 
 def _described(error: Exception) -> str:
