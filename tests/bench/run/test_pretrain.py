@@ -145,6 +145,7 @@ def test_resumed_run_is_the_same_bit_by_bit(done, tmp_path):
     assert record.evaluation["top1"] == done[1].evaluation["top1"]
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does_in_two_parts(tmp_path):
     words = ["--attention", "performer", *TINY]
     assert pretrain(tmp_path / "parts", *words, "train.accumulate=2") == 0

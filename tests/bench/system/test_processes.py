@@ -228,6 +228,7 @@ def test_an_unknown_slurm_option_or_no_slurm_is_one_clear_line(
         slurm.submit([], folder=tmp_path, gpus=1, options={})
 
 
+@pytest.mark.slow
 def test_a_preempted_job_is_requeued_and_resumes(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     output = tmp_path / "out"
