@@ -263,6 +263,11 @@ def _run(options: argparse.Namespace, given: Sequence[str], world: processes.Wor
     )
     output = options.output or Path("results") / suite.name
     if options.dry_run:
+        if options.launcher == "slurm":
+            # Imported here, as below.
+            from bench.run import suite as rows
+
+            rows.ask_slurm(suite, output, (), options.slurm)
         return _dry_run(suite, output, options.retry_failed, options.measure_steps or 0)
     check_needs(suite)
     full_size = variants.costs_of(suite, bases, Reference(options.reference), options.costs)

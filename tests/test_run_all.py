@@ -504,6 +504,8 @@ def test_probes_in_the_folder_of_a_suite_leave_its_page(tmp_path: Path) -> None:
         (["--val", "a.json", "data.val_file=b"], "data.val_file is given twice, as 'a.json'"),
         (["--measure-steps", "2"], "--measure-steps has no effect without --dry-run"),
         (["--slurm", "a=b"], "--slurm has no effect without --launcher slurm"),
+        # Where there is no Slurm, a dry run says that.
+        (["--dry-run", "--launcher", "slurm", "--slurm", "slurm_partitio=gpu"], "--launcher slurm"),
         (["--jobs", "3"], "--jobs has no effect without --launcher local"),
         (
             ["--search", "gamma=0.1,0.5"],

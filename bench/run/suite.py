@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -26,6 +27,9 @@ from bench.run.identity import Standing
 from bench.system import devices, processes, slurm
 from bench.system.locks import LockedError
 from bench.system.progress import SuiteProgress
+
+# The folder of what jobs print.
+_SLURM = "slurm"
 
 
 def run(
@@ -115,14 +119,28 @@ def submit(
     # The machine that submits jobs need not have their devices and data.
     number = suite.runs[0].train.devices
     standings = survey(suite, output, console, retry_failed, processes=number, check=False)
-    jobs, folder = _jobs(suite, standings, output, arguments), output / "slurm"
-    gpus = 0 if suite.runs[0].device == "cpu" else number
-    parameters = slurm.read_options(options)
-    handles = slurm.submit(jobs, folder=folder, gpus=gpus, options=parameters)
-    for job, handle in zip(jobs, handles, strict=True):
+    jobs = _jobs(suite, standings, output, arguments)
+    for job, handle in zip(jobs, ask_slurm(suite, output, jobs, options), strict=True):
         print(f"{job.row}: submitted as job {handle.job_id}")
-    print(f"Their output is in {folder}; when they are done, the same command without")
+    print(f"Their output is in {output / _SLURM}; when they are done, the same command without")
     print("--launcher writes the report.")
+
+
+def ask_slurm(
+    suite: Suite, output: Path, jobs: Sequence[processes.Job], options: str | None
+) -> list[Any]:
+    """Submit jobs and return their handles; without jobs, as in a dry run, look at `options`.
+
+    Raises:
+        InputError: for what --slurm says, or without a Slurm.
+    """
+    train = suite.runs[0].train
+    return slurm.submit(
+        jobs,
+        folder=output / _SLURM,
+        gpus=0 if suite.runs[0].device == "cpu" else train.devices,
+        options=slurm.read_options(options),
+    )
 
 
 def _jobs(

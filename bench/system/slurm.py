@@ -57,6 +57,8 @@ def submit(
 ) -> list[Any]:
     """Submit a job for each row through submitit and return its handles.
 
+    Without jobs it only says what is wrong with the options.
+
     Args:
         folder: where submitit keeps what it needs and what the jobs print.
         gpus: GPUs of each job; none are asked for where it is 0.
@@ -80,7 +82,8 @@ def submit(
         # submitit repeats there what sbatch says, which is in its error too.
         with redirect_stderr(io.StringIO()):
             return [executor.submit(SlurmJob(job.command, folder)) for job in jobs]
-    except (OSError, RuntimeError, TypeError, ValueError, NameError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError, NameError, AssertionError) as error:
+        # submitit asserts the type of an option.
         raise InputError(f"--launcher slurm: {_reason(error)}") from error
 
 

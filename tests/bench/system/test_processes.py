@@ -223,6 +223,8 @@ def test_an_unknown_slurm_option_or_no_slurm_is_one_clear_line(
     pytest.importorskip("submitit")
     with pytest.raises(InputError, match="--launcher slurm"):
         slurm.submit([], folder=tmp_path, gpus=1, options={"nonsense": "x"}, cluster="local")
+    with pytest.raises(InputError, match=r'"timeout_min" expected type .*int.* "2h"'):
+        slurm.submit([], folder=tmp_path, gpus=1, options={"timeout_min": "2h"}, cluster="local")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(InputError, match="--launcher slurm"):
         slurm.submit([], folder=tmp_path, gpus=1, options={})
