@@ -39,7 +39,7 @@ from bench.conformance.subject import (
 from bench.measure.fake import copied
 from bench.measure.flops import CALLS, ELEMENTWISE, SQUARES, THREADS, UNSEEN, count_call
 from bench.measure.memory import LiveTensors
-from bench.model.weights import plain_attributes
+from bench.model.attributes import attributes, changed, plain
 
 _SIZE = ("dim", "num_heads", "num_global")
 _PLACE = ("grid", "seq_len", "position", "block_index")
@@ -545,9 +545,14 @@ def copies(subject: Subject) -> None:
             "the state dict of one, loaded into another after a call, gives another output",
             "keep nothing between calls that is made of weights, or drop it in train()",
         )
-    before = plain_attributes(used)
+    before = attributes(used)
     run(used.train(), x, subject.grid, "a call in training")
-    changed = [n for n, value in plain_attributes(used).items() if before.get(n, n) != value]
+    others = plain(changed(before, attributes(used)))
+    loaded.load_state_dict(used.eval().state_dict())
+    for other in (loaded, used):
+        forget(other)
+    trained = run(used, x, subject.grid, "after a call in training")
+    is_lost = difference(run(loaded, x, subject.grid, "a loaded state dict"), trained) > 0
     twin = copied(module, Tensor.clone)
     if difference(run(twin, x, subject.grid, "a deep copy"), expected) > 0:
         raise FailedError("a deep copy gives another output", register)
@@ -555,9 +560,10 @@ def copies(subject: Subject) -> None:
     run(twin, x, subject.grid, "a deep copy")
     if difference(run(module, x, subject.grid, "the original"), expected) > 0:
         raise FailedError("changing a deep copy changes the original", register)
-    if changed:
+    if others or is_lost:
         raise WarnedError(
-            f"a call in training changes {', '.join(changed)}, which no state dict holds",
+            f"a call in training changes {', '.join(others) or 'later outputs by something'}, which"
+            " no state dict holds",
             "keep what later calls go by in a buffer, by register_buffer",
         )
 

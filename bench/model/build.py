@@ -16,6 +16,7 @@ from bench.files import sha256
 from bench.model import detectors, weights
 from bench.model.backbone import ViL
 from bench.model.detectors import backbone_stages
+from bench.system.seeding import seed_everything
 
 T = TypeVar("T")
 
@@ -62,7 +63,7 @@ def build_backbone(config: RunConfig, num_classes: int = 1000) -> ViL:
         RowError: for a model that cannot be built, naming the row.
     """
     data, model = config.data, config.model
-    torch.manual_seed(config.seed)
+    seed_everything(config.seed)
     try:
         vil = ViL(
             model.arch,

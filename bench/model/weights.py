@@ -470,16 +470,3 @@ def _hint(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     if fit and not others:
         return ": the backbone fits, pyramid or heads do not (other classes or widths)"
     return ": the backbone is another one (ARCH string, mechanism or size of its images)"
-
-
-def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return numbers, strings and flags that modules have as attributes, by their names.
-
-    No state dict holds them. Those of `torch.nn.Module` itself are left out.
-    """
-    return {
-        f"{path}.{name}".lstrip("."): value
-        for path, part in module.named_modules()
-        for name, value in vars(part).items()
-        if isinstance(value, bool | int | float | str | None) and name not in vars(nn.Module())
-    }

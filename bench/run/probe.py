@@ -29,6 +29,7 @@ from bench.files import cores
 from bench.model.probe import HEADS, ProbeModel
 from bench.record import Record, error_section
 from bench.run.identity import OF_FAILURE
+from bench.system.seeding import seed_everything
 
 TASK_NAMES = tuple(TASKS)
 # Of the steps, how many stand in the curve of the loss.
@@ -57,7 +58,7 @@ def train(subject: Subject, task: str, seed: int) -> Outcome:
         DivergedError: for a loss, or scores in evaluation, that are not finite.
     """
     begun, recipe, asked = time.process_time(), subject.recipe, TASKS[task]
-    torch.manual_seed(seed)
+    seed_everything(seed)
     model = ProbeModel(subject.stages).train()
     lr, share = (recipe.row_lr, recipe.row_steps) if subject.kind == ROW else (recipe.lr, 1.0)
     steps = max(1, round(recipe.steps * share * asked.steps))

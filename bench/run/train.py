@@ -32,6 +32,7 @@ from bench.data.coco import CocoDataset
 from bench.data.images import to_float
 from bench.data.loader import Batch, Pace, clear_worker_errors, training_batches
 from bench.errors import DivergedError, InputError, some
+from bench.model import attributes
 from bench.model.backbone import ViL
 from bench.model.detectors import Detector
 from bench.model.optimizer import (
@@ -40,11 +41,11 @@ from bench.model.optimizer import (
     learning_rate,
     total_loss,
 )
-from bench.model.weights import plain_attributes
 from bench.run.buffers import FollowingBuffers
 from bench.run.checkpoints import Checkpoints
 from bench.system.interrupt import StopRequest
 from bench.system.logs import StepLog
+from bench.system.seeding import seed_everything
 
 resource: Any = None
 # Windows has no such module.
@@ -113,7 +114,7 @@ def _place() -> str:
 
 
 def step_seed(seed: int, step: int, part: int = 0) -> int:
-    """The seed of torch's generators for a part of a step, independent of its neighbours'."""
+    """The seed of the global generators for a part of a step, independent of its neighbours'."""
     state = np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
 
@@ -264,7 +265,8 @@ def train_task(
         for place in vil.attention_places()
         if ":" in place.attention
     ]
-    training.log.plain = [n for n in training.changed() if any(name in n for name in own)]
+    others = attributes.plain(training.changed())
+    training.log.plain = [n for n in others if any(name in n for name in own)]
     return model, training.log
 
 
@@ -301,7 +303,7 @@ class _Training:
         self._start = time.perf_counter()
         self._running: tuple[str, ...] = getattr(detector, "running", ())
         self._buffers = FollowingBuffers(detector, fabric, config.accumulate)
-        self._plain = plain_attributes(detector)
+        self._attributes = attributes.attributes(detector)
         self.backbones = [module for module in detector.modules() if isinstance(module, ViL)]
         self._scaler = getattr(fabric.strategy.precision, "scaler", None)
 
@@ -319,8 +321,7 @@ class _Training:
 
     def changed(self) -> dict[str, Any]:
         """Plain attributes that are others now than before training."""
-        now = plain_attributes(self.detector)
-        return {name: now[name] for name in now if self._plain.get(name, now) != now[name]}
+        return attributes.changed(self._attributes, attributes.attributes(self.detector))
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`.
@@ -338,9 +339,7 @@ class _Training:
                 f" {' '.join(str(error).split())}"
             ) from error
         self._set_numbers(state["running"])
-        for name, value in state.get("plain", {}).items():
-            path, _, attribute = name.rpartition(".")
-            setattr(self.detector.get_submodule(path), attribute, value)
+        attributes.restore(self.detector, state.get("plain", {}))
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.log = TrainingLog(**state["log"])
         self.window = state["window"]
@@ -433,7 +432,7 @@ class _Training:
             for target in batch[1]
         ]
         if number == 0:
-            torch.manual_seed(step_seed(self.seed, step))
+            seed_everything(step_seed(self.seed, step))
             for backbone in self.backbones:
                 backbone.start_training_step(step)
             self._before = self._numbers()
@@ -441,7 +440,7 @@ class _Training:
         self._set_numbers(self._before)
         self._buffers.begin(number)
         place = self.fabric.global_rank * accumulate + number
-        torch.manual_seed(step_seed(self.seed, step, place))
+        seed_everything(step_seed(self.seed, step, place))
         losses = self.model(images, targets)
         self._buffers.end(number)
         total = total_loss(losses)

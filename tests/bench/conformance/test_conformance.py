@@ -115,9 +115,12 @@ def test_what_does_not_run_on_the_meta_device_is_a_warning(name):
     assert "device=x.device" in result.advice
 
 
-def test_plain_attributes_that_training_changes_are_a_warning():
-    result = of(conformance.check(f"{BROKEN}:CountsCalls"), "warning")["copies"]
-    assert "a call in training changes calls, which no state dict holds" in result.detail
+@pytest.mark.parametrize(
+    ("name", "what"), [("CountsCalls", "calls"), ("TrainsMean", "later outputs by something")]
+)
+def test_attributes_that_training_changes_are_a_warning(name, what):
+    result = of(conformance.check(f"{BROKEN}:{name}"), "warning")["copies"]
+    assert f"a call in training changes {what}, which no state dict holds" in result.detail
     assert "register_buffer" in result.advice
 
 

@@ -2,10 +2,13 @@
 
 import contextlib
 import dataclasses
+import random
 import sys
+from collections import deque
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning_fabric import Fabric
@@ -254,10 +257,38 @@ class Once(Brightness):
         return {name: loss * self.scale for name, loss in losses.items()}
 
 
-def test_plain_attributes_are_resumed_too(dataset: CocoDataset, tmp_path: Path) -> None:
-    straight = run(dataset, tmp_path / "straight", made=Once)
-    run(dataset, tmp_path / "stopped", made=Once, stop_after=4)
-    resumed = run(dataset, tmp_path / "stopped", made=Once)
+class Draws(Brightness):
+    """Draws from everything that draws, and keeps what it drew, in each way there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.torch, self.numpy = torch.Generator().manual_seed(0), np.random.default_rng(0)
+        self.python, self.mean = random.Random(0), torch.zeros(())
+        self.first: Tensor | None = None
+        self.last: deque[Tensor] = deque(maxlen=2)
+        self.by_name = {"steps": (0, 0)}
+        self.view = self.layer.weight[:1]
+
+    def forward(self, images: Any, targets: Any = None) -> Any:
+        drawn = sum(one.random() for one in (random, np.random, self.numpy, self.python))
+        drawn += torch.rand((), generator=self.torch)
+        self.first = drawn if self.first is None else self.first
+        self.mean += 0.1 * (drawn - self.mean)
+        self.last.append(drawn)
+        steps = self.by_name["steps"][0] + 1
+        self.by_name["steps"] = steps, 0
+        scale = steps + self.mean + self.first + sum(self.last) + self.view.mean()
+        losses = super().forward(images, targets)
+        return {name: loss * scale for name, loss in losses.items()}
+
+
+@pytest.mark.parametrize("made", [Once, Draws])
+def test_what_a_module_draws_and_keeps_in_attributes_goes_on_after_a_stop(
+    dataset: CocoDataset, tmp_path: Path, made: type[Brightness]
+) -> None:
+    straight = run(dataset, tmp_path / "straight", made=made)
+    run(dataset, tmp_path / "stopped", made=made, stop_after=4)
+    resumed = run(dataset, tmp_path / "stopped", made=made)
     assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
 
 

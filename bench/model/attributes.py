@@ -1,0 +1,123 @@
+"""What modules keep in plain attributes, which no state dict holds, for a run to go on with."""
+
+import random
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+# Elements of a tensor that is kept. Larger ones are tables, which a mechanism makes anew.
+_MOST = 2**24
+_PLAIN = bool | int | float | str | None
+
+
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """Return what modules keep in plain attributes, by their names, as a checkpoint can hold it.
+
+    Numbers, strings and flags stand for themselves. Tensors, random generators, and lists, tuples,
+    deques and dictionaries of tensors and numbers are there too. Attributes of `torch.nn.Module`
+    are not, nor is what holds parameters, buffers or views of them.
+    """
+    weights = {_address(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    # What two modules share stays shared.
+    copies: dict[int, Tensor] = {}
+    found: dict[str, Any] = {}
+    for path, part in module.named_modules():
+        for name in vars(part).keys() - vars(nn.Module()).keys():
+            with suppress(TypeError, NotImplementedError):
+                found[f"{path}.{name}".lstrip(".")] = _held(vars(part)[name], weights, copies)
+    return found
+
+
+def plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `attributes` that are numbers, strings and flags."""
+    return {name: held for name, held in state.items() if isinstance(held, _PLAIN)}
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `attributes` that are others now."""
+    return {
+        name: value
+        for name, value in now.items()
+        if name not in before or not _are_equal(before[name], value)
+    }
+
+
+def restore(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give plain attributes the values that `attributes` returned."""
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    moved: dict[int, Tensor] = {}
+    for name, held in state.items():
+        path, _, attribute = name.rpartition(".")
+        part = module.get_submodule(path)
+        if isinstance(held, _PLAIN):
+            setattr(part, attribute, held)
+        elif held[0] == "generator":
+            _set_state(getattr(part, attribute), held[1])
+        else:
+            structure, leaves, devices = held
+            for leaf, place in zip(leaves, devices, strict=True):
+                if isinstance(leaf, Tensor):
+                    moved.setdefault(id(leaf), leaf if place == "cpu" else leaf.to(device))
+            values = [moved.get(id(leaf), leaf) for leaf in leaves]
+            setattr(
+                part, attribute, pytree.tree_unflatten(values, pytree.treespec_loads(structure))
+            )
+
+
+def _held(value: Any, weights: set[int], copies: dict[int, Tensor]) -> Any:
+    """What a checkpoint holds of a value.
+
+    Raises:
+        TypeError, NotImplementedError: where it cannot.
+    """
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, torch.Generator):
+        return "generator", value.get_state()
+    if isinstance(value, random.Random):
+        return "generator", value.getstate()
+    if isinstance(value, np.random.Generator):
+        state = dict(value.bit_generator.state)
+        if not all(isinstance(part, _PLAIN) for part in pytree.tree_leaves(state)):
+            raise TypeError
+        return "generator", state
+    leaves, structure = pytree.tree_flatten(value)
+    for leaf in leaves:
+        if type(leaf) is Tensor:
+            table = leaf.is_meta or leaf.layout is not torch.strided or leaf.numel() > _MOST
+            if table or leaf.requires_grad or _address(leaf) in weights:
+                raise TypeError
+            copies.setdefault(id(leaf), leaf.clone())
+        elif not isinstance(leaf, _PLAIN):
+            raise TypeError
+    held = pytree.treespec_dumps(structure)
+    if pytree.treespec_loads(held) != structure:
+        raise TypeError
+    devices = [leaf.device.type if isinstance(leaf, Tensor) else "" for leaf in leaves]
+    return held, [copies.get(id(leaf), leaf) for leaf in leaves], devices
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.bit_generator.state = state
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+    if isinstance(one, list | tuple) and type(one) is type(other):
+        return len(one) == len(other) and all(map(_are_equal, one, other))
+    return type(one) is type(other) and bool(one == other)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
