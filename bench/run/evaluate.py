@@ -30,6 +30,7 @@ from bench.model.detectors import Detector, is_head
 from bench.record import FEW_IMAGES, FIGURES
 from bench.run import bootstrap
 from bench.run.bootstrap import ImageMatches, Matches
+from bench.system.seeding import seed_everything
 
 RESAMPLES = 1000
 # The same for all runs, whatever their own seed: rows are compared on the same draws.
@@ -365,6 +366,8 @@ def evaluate(
     evaluator = CocoEvaluator(split, labels=labels, resamples=config.evaluate.bootstrap)
     detector = next(module for module in model.modules() if isinstance(module, Detector))
     model.eval()
+    # What draws here too gives the same figures whatever ran before.
+    seed_everything(config.seed)
     start = time.perf_counter()
     with (
         torch.no_grad(),

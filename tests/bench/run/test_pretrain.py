@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data.distributed_sampler import RepeatAugSampler
+from torch import nn
 
 import run_all
 from bench.cli import main
@@ -28,7 +30,9 @@ from bench.errors import InputError
 from bench.model.backbone import ViL
 from bench.model.classifier import build_classifier, build_optimizer, rates, recipe
 from bench.model.weights import load_file, load_origin
+from bench.run.pretrain import evaluate
 from bench.run.runner import Options, run
+from bench.system.devices import make_fabric
 
 # Everything random that pretraining has, in four steps.
 TINY = [
@@ -65,6 +69,25 @@ def done(tmp_path_factory):
     """A row that was pretrained without a break: its folder and its record."""
     output = tmp_path_factory.mktemp("done")
     return output, run(tiny(), output=output)
+
+
+class Guesses(nn.Module):
+    """Draws its scores in evaluation, from everything that draws."""
+
+    def forward(self, images):
+        found = torch.rand(len(images), len(CLASSES)).argsort() + random.random()
+        return found * torch.from_numpy(np.random.rand(*found.shape))  # noqa: NPY002
+
+
+def test_what_draws_in_evaluation_has_the_same_figures_each_time(done):
+    (root,) = (done[0] / "data").iterdir()
+    split, config = classes.ClassDataset(root, "val"), tiny()
+    fabric = make_fabric(config)
+    found = [evaluate(Guesses(), split, config, fabric, lambda *_: None) for _ in range(3)]
+    assert len({one["top5"] for one in found}) == 1
+    others = replace(config, seed=1), replace(config, seed=2)
+    found += [evaluate(Guesses(), split, one, fabric, lambda *_: None) for one in others]
+    assert len({one["top1"] + one["top5"] for one in found}) > 1
 
 
 def test_repeated_augmentation_is_that_of_timm(done):
