@@ -1,8 +1,9 @@
 """What modules keep in plain attributes, which no state dict holds, for a run to go on with."""
 
+import copy
 import random
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,10 @@ from torch.utils import _pytree as pytree
 
 # Elements of a tensor that is kept. Larger ones are tables, which a mechanism makes anew.
 _MOST = 2**24
+# Elements of a running average, of which there is one in each block of each step in hand.
+_SMALL = 2**16
 _PLAIN = bool | int | float | str | None
+_OF_MODULES = vars(nn.Module()).keys()
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:
@@ -27,9 +31,9 @@ def attributes(module: nn.Module) -> dict[str, Any]:
     copies: dict[int, Tensor] = {}
     found: dict[str, Any] = {}
     for path, part in module.named_modules():
-        for name in vars(part).keys() - vars(nn.Module()).keys():
+        for name, value in _own(part).items():
             with suppress(TypeError, NotImplementedError):
-                found[f"{path}.{name}".lstrip(".")] = _held(vars(part)[name], weights, copies)
+                found[f"{path}.{name}".lstrip(".")] = _held(value, weights, copies)
     return found
 
 
@@ -67,6 +71,56 @@ def restore(module: nn.Module, state: Mapping[str, Any]) -> None:
             setattr(
                 part, attribute, pytree.tree_unflatten(values, pytree.treespec_loads(structure))
             )
+
+
+LooseAttributes = list[tuple[nn.Module, dict[str, Any]]]
+"""Plain attributes of each module."""
+
+
+def loose_copies(module: nn.Module) -> LooseAttributes:
+    """Copy what a call may change in place; `...` stands for what is larger than an average."""
+    return [
+        (part, {name: _loose_copy(value) for name, value in _own(part).items()})
+        for part in module.modules()
+    ]
+
+
+@contextmanager
+def swapped(attributes: LooseAttributes) -> Iterator[None]:
+    """Let modules have other plain attributes for a while."""
+    now = [(part, _own(part)) for part, _ in attributes]
+    _put(attributes)
+    try:
+        yield
+    finally:
+        _put(now)
+
+
+def _own(part: nn.Module) -> dict[str, Any]:
+    """Attributes without those of `torch.nn.Module`."""
+    return {name: value for name, value in vars(part).items() if name not in _OF_MODULES}
+
+
+def _put(attributes: LooseAttributes) -> None:
+    for part, values in attributes:
+        for name in _own(part).keys() - values.keys():
+            del vars(part)[name]
+        vars(part).update({name: value for name, value in values.items() if value is not ...})
+
+
+def _loose_copy(value: Any) -> Any:
+    leaves, structure = pytree.tree_flatten(value)
+    if any(isinstance(leaf, Tensor) and leaf.numel() > _SMALL for leaf in leaves):
+        return ...
+    return pytree.tree_unflatten(map(_leaf_copy, leaves), structure)
+
+
+def _leaf_copy(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Generator):
+        return leaf.clone_state()
+    if isinstance(leaf, random.Random | np.random.Generator):
+        return copy.deepcopy(leaf)
+    return leaf.clone() if type(leaf) is Tensor and not leaf.requires_grad else leaf
 
 
 def _held(value: Any, weights: set[int], copies: dict[int, Tensor]) -> Any:

@@ -1,4 +1,4 @@
-"""Blocks that are computed again in the backward pass, with the buffers of the first time."""
+"""Blocks that are computed again in the backward pass, with the state of the first time."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attentions.contract import Grid
+from bench.model.attributes import LooseAttributes, loose_copies, swapped
+from bench.system.seeding import drawing_from, global_state
 
 
 def checkpointed(block: nn.Module, tokens: Tensor, grid: Grid) -> Tensor:
     """Return `block(tokens, grid)`, of which nothing but the input is kept.
 
-    Buffers, such as running averages, are those of the first computation in the second one too, and
-    are not updated twice but where it is compiled.
+    Buffers, such as running averages, plain attributes and random numbers are those of the first
+    computation in the second one too, and are not updated twice but where it is compiled.
     """
     how: dict[str, Any] = {"use_reentrant": False}
     # A compiler traces no such contexts: the run says that buffers are updated twice then.
@@ -35,17 +37,22 @@ def _contexts(
         for part in block.modules()
         if (own := part._buffers)
     ]
-    return nullcontext(), _with(before)
+    return nullcontext(), _with(before, loose_copies(block), drawing_from(global_state()))
 
 
 @contextmanager
-def _with(before: list[tuple[nn.Module, dict[str, Tensor | None]]]) -> Iterator[None]:
+def _with(
+    before: list[tuple[nn.Module, dict[str, Tensor | None]]],
+    attributes: LooseAttributes,
+    draws: AbstractContextManager[None],
+) -> Iterator[None]:
     # Other tensors, not other values: what is kept for the gradient is not written to.
     now = [(part, dict(part._buffers)) for part, _ in before]
     for part, buffers in before:
         part._buffers.update(buffers)
     try:
-        yield
+        with draws, swapped(attributes):
+            yield
     finally:
         for part, buffers in now:
             part._buffers.update(buffers)

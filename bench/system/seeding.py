@@ -1,6 +1,9 @@
 """Random numbers of one seed, whichever library draws them."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,3 +17,24 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.manual_seed(seed)
+
+
+def global_state() -> tuple[Any, Any]:
+    """Return what the global generators of Python and NumPy go on from."""
+    return random.getstate(), np.random.get_state()  # noqa: NPY002
+
+
+@contextmanager
+def drawing_from(state: tuple[Any, Any]) -> Iterator[None]:
+    """Let Python and NumPy draw from a state, and then go on as before."""
+    before = global_state()
+    _set(state)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(state: tuple[Any, Any]) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])  # noqa: NPY002
