@@ -188,7 +188,8 @@ def _compare(
     found: dict[str, Any] = {}
     failures: dict[str, str] = {}
     uncounted = {"operators": dict(counted.uncounted), "fvcore": dict[str, int]()}
-    module = copied(module, lambda tensor: tensor.to(_CPU, copy=True)).eval()
+    # torch's counter cannot follow a parameter that is given to a part of its module.
+    module = copied(module, lambda tensor: tensor.to(_CPU, copy=True)).eval().requires_grad_(False)
     with torch.no_grad():
         try:
             found["fvcore"], uncounted["fvcore"] = count_graph(module, inputs, HANDLES)

@@ -93,6 +93,23 @@ class Untraceable(Silent):
         return self.mix(x)
 
 
+class Latents(Silent):
+    """A mechanism that gives a parameter to one of its parts."""
+
+    def __init__(self, **common):
+        super().__init__(**common)
+        self.latents = nn.Parameter(torch.ones(1, 4, self.dim))
+
+    def forward(self, x, grid):
+        return self.mix(x) + self.mix(self.latents).mean()
+
+
+def test_a_parameter_that_is_an_input_of_a_part_is_counted_by_torch_too():
+    found = audit.audit(Latents(), (4, 6))
+    assert found.failures == {}
+    assert found.torch_on_cpu == found.operators
+
+
 def test_a_wrong_closed_form_is_found():
     counts = audit.audit(Wrong(), (4, 5))
     assert counts.disagreement == pytest.approx(0.02 / 1.02, rel=0.05)
