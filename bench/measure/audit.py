@@ -205,6 +205,11 @@ def _compare(
     if flops.WRITTEN_OUT in counted.by_operator and "fvcore" in found:
         # fvcore takes these for elementwise operators without products.
         uncounted["fvcore"] |= {"products written out": 1}
+    elif {"fvcore", "torch_on_cpu"} <= found.keys():
+        enough = (1 - TOLERANCE) * counted.total
+        if found["fvcore"] < enough <= found["torch_on_cpu"]:
+            # A trace has nothing whose result is not used.
+            uncounted["fvcore"] |= {"operators without a use": 1}
     uncounted = {counter: names for counter, names in uncounted.items() if names}
     return _audit(counted, declared, **found, uncounted=uncounted, failures=failures)
 

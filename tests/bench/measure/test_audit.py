@@ -101,13 +101,28 @@ class Latents(Silent):
         self.latents = nn.Parameter(torch.ones(1, 4, self.dim))
 
     def forward(self, x, grid):
-        return self.mix(x) + self.mix(self.latents).mean()
+        return self.mix(x) + self.mix(self.latents.expand(x.shape[0], -1, -1)).mean()
 
 
 def test_a_parameter_that_is_an_input_of_a_part_is_counted_by_torch_too():
     found = audit.audit(Latents(), (4, 6))
     assert found.failures == {}
     assert found.torch_on_cpu == found.operators
+
+
+class Unused(Silent):
+    """A mechanism that computes what it does not use, as one of two outputs."""
+
+    def forward(self, x, grid):
+        self.mix(x.flip(1))
+        return self.mix(x)
+
+
+def test_what_a_trace_leaves_out_is_no_disagreement():
+    found = audit.audit(Unused(), (4, 6))
+    assert found.agrees
+    assert found.fvcore == found.operators // 2
+    assert found.uncounted == {"fvcore": {"operators without a use": 1}}
 
 
 def test_a_wrong_closed_form_is_found():
