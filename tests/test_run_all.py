@@ -1095,6 +1095,15 @@ def test_the_page_of_a_suite_is_not_replaced(
     assert sorted(finished.rglob("*")) == before
 
 
+def test_a_row_ends_with_how_many_images_gave_values_that_are_not_finite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = mechanisms.write(tmp_path / "late.py", "x = x if self.training else x * float('nan')")
+    words = ["--rows", row, *TINY, "--no-report", "--no-latency", "--output", str(tmp_path / "out")]
+    assert run_all.main(words) == 0
+    assert re.search(r"done, box mAP 0\.0, (\d) of \1 images not finite", capsys.readouterr().out)
+
+
 def test_a_dry_run_runs_a_mechanism_of_the_user(
     tmp_path: Path, refusal: Refusal, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -296,7 +296,10 @@ def _outcome(result: Record) -> str:
     if result.error is not None:
         return f"failed, {result.error['message']}"
     evaluation = result.evaluation or {}
+    box, done = evaluation.get("box") or {}, "done"
     if "top1" in evaluation:
-        return f"done, top-1 {evaluation['top1']:.1f} %"
-    box = evaluation.get("box") or {}
-    return f"done, box mAP {box['AP']:.1f}" if box.get("AP") is not None else "done"
+        done = f"done, top-1 {evaluation['top1']:.1f} %"
+    elif box.get("AP") is not None:
+        done = f"done, box mAP {box['AP']:.1f}"
+    count = evaluation.get("not_finite")
+    return f"{done}, {count} of {evaluation['images']} images not finite" if count else done
