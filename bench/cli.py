@@ -86,9 +86,7 @@ class Parser(argparse.ArgumentParser):
                 )
         found, unknown = self.parse_known_intermixed_args(words)
         if unknown:
-            known = nearest(
-                unknown[0].partition("=")[0], re.findall("--[a-z-]+", self.format_help())
-            )
+            known = nearest(unknown[0].partition("=")[0], self._option_string_actions)
             self.error(f"unknown argument {unknown[0]!r}{known}; --help lists what there is")
         found.given = [action.dest for action in actions.values()]
         for name, action in actions.items():

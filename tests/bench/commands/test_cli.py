@@ -151,6 +151,7 @@ WRONG = {
     "profle": "COMMAND: unknown value 'profle' (did you mean 'profile'?); allowed: audit, check",
     "data": "the following arguments are required: COMMAND",
     "data chek": "COMMAND: unknown value 'chek' (did you mean 'check'?)",
+    "pretrain --suite x": "unknown argument '--suite' (did you mean '--seed'?)",
     "profile --attenton ViL": "unknown argument '--attenton' (did you mean '--attention'?)",
     "profile --method=mask": "--method: unknown value 'mask' (did you mean 'mask_rcnn'?)",
     "profile --image-size -wide": "one that begins with a dash is given as --name=VALUE",
