@@ -1095,13 +1095,19 @@ def test_the_page_of_a_suite_is_not_replaced(
     assert sorted(finished.rglob("*")) == before
 
 
-def test_a_row_ends_with_how_many_images_gave_values_that_are_not_finite(
+def test_a_row_says_what_is_odd_of_a_mechanism_of_the_user(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    row = mechanisms.write(tmp_path / "late.py", "x = x if self.training else x * float('nan')")
+    does = "self.balance = x.var()\nx = x if self.training else x * float('nan')"
+    row = mechanisms.write(tmp_path / "late.py", does)
     words = ["--rows", row, *TINY, "--no-report", "--no-latency", "--output", str(tmp_path / "out")]
+    assert run_all.main([*words, "--dry-run"]) == 0
+    said = f"{row} keeps balance, with a gradient: training adds no such loss to the detector's"
+    assert f"note: {said}" in " ".join(capsys.readouterr().out.split())
     assert run_all.main(words) == 0
     assert re.search(r"done, box mAP 0\.0, (\d) of \1 images not finite", capsys.readouterr().out)
+    (path,) = (tmp_path / "out/records").iterdir()
+    assert said in record.read(path).notes
 
 
 def test_a_dry_run_runs_a_mechanism_of_the_user(

@@ -42,6 +42,16 @@ def plain(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: held for name, held in state.items() if isinstance(held, _PLAIN)}
 
 
+def own_losses(module: nn.Module) -> list[str]:
+    """Names of plain attributes that are one number with a gradient, as losses of a module are."""
+    return [
+        f"{path}.{name}".lstrip(".")
+        for path, part in module.named_modules()
+        for name, value in _own(part).items()
+        if isinstance(value, Tensor) and value.numel() == 1 and value.grad_fn is not None
+    ]
+
+
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `attributes` that are others now."""
     return {

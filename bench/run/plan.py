@@ -108,12 +108,12 @@ def plan(
         dataset = splits[0] if splits else None
         try:
             with models.refusing(config):
-                _run_own(config, splits)
+                own = _run_own(config, splits)
                 found = _plan(config, suite, dataset, measure_steps)
         except InputError as error:
             failures[str(error)] = None
             continue
-        planned.append(replace(found, remarks=tuple(remarks)))
+        planned.append(replace(found, remarks=(*remarks, *own)))
     return planned, list(failures)
 
 
@@ -402,20 +402,20 @@ def _on_gpu(config: RunConfig) -> bool:
     return half or config.device.startswith("cuda") or torch.cuda.is_available()
 
 
-def _run_own(config: RunConfig, splits: Sequence[Any]) -> None:
-    """Try a mechanism of the user, unless it is for a GPU that is not here.
+def _run_own(config: RunConfig, splits: Sequence[Any]) -> list[str]:
+    """Try a mechanism of the user, unless it is for a GPU that is not here, and say what is odd.
 
     Raises:
         InputError: with what the mechanism raised.
     """
     fabric = devices.single_fabric(config)
     if fabric.device.type == "cpu" and _on_gpu(config):
-        return
+        return []
     try:
         sizes = sizes_of(config, splits)
         if not sizes or (config.profile.enabled and config.model.method != CLASSIFIER):
             sizes.append(config.profile.image_size)
-        run_own(config, sizes, fabric)
+        return run_own(config, sizes, fabric)
     except (RuntimeError, FloatingPointError) as error:
         raise InputError(f"row {config.row!r}: {error}") from error
 

@@ -344,7 +344,7 @@ class Run:
         sizes = sizes_of(config, [self.training, *self.splits])
         # What is not finite the loss says, with its images.
         with torch.random.fork_rng(), suppress(FloatingPointError):
-            run_own(config, sizes, devices.alone(config, self.fabric))
+            self.notes += run_own(config, sizes, devices.alone(config, self.fabric))
         self._log_model()
 
     def check_inputs(self, *, of_training: bool = False) -> None:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from bench.config.schema import CLASSIFIER, RunConfig
 from bench.data import classes
 from bench.data.images import NetworkSize
+from bench.errors import some
 from bench.measure.workload import attention_of
 from bench.model import build as models
+from bench.model.attributes import own_losses
 
 # Tokens of the largest grid that is tried on a CPU, that of stage 3 of 800x1344.
 _MOST_TOKENS = 50 * 84
@@ -41,7 +43,7 @@ def sizes_of(config: RunConfig, splits: Sequence[Any]) -> list[tuple[int, int]]:
     return list(dict.fromkeys(extremes))
 
 
-def run_own(config: RunConfig, sizes: Sequence[tuple[int, int]], fabric: Fabric) -> None:
+def run_own(config: RunConfig, sizes: Sequence[tuple[int, int]], fabric: Fabric) -> list[str]:
     """Run a layer of each stage with a mechanism of the user, for images of each size.
 
     Of the first size forward and backward, as in training; of all as for evaluation. On a CPU large
@@ -51,13 +53,17 @@ def run_own(config: RunConfig, sizes: Sequence[tuple[int, int]], fabric: Fabric)
         sizes: of images, (rows, columns).
         fabric: of one device.
 
+    Returns:
+        What a reader of the row should know.
+
     Raises:
         RuntimeError: with what the mechanism raised, or for an output that is no tensor like its
             input.
         FloatingPointError: for an output in training that is not finite, as its loss will be.
     """
     if ":" not in config.model.attention:
-        return
+        return []
+    losses: dict[str, None] = {}
     train, on_cpu = config.train, fabric.device.type == "cpu"
     trained = min(2, train.batch_size // (train.devices * train.accumulate))
     evaluated = min(2, config.evaluate.batch_size)
@@ -76,6 +82,7 @@ def run_own(config: RunConfig, sizes: Sequence[tuple[int, int]], fabric: Fabric)
                 if size == sizes[0]:
                     with fabric.autocast():
                         out = _called(layer.train(), tokens[:trained].requires_grad_(), grid)
+                    losses |= dict.fromkeys(own_losses(layer))
                     finite = bool(out.isfinite().all())
                     if out.requires_grad:
                         out.sum().backward()
@@ -89,6 +96,8 @@ def run_own(config: RunConfig, sizes: Sequence[tuple[int, int]], fabric: Fabric)
             if not finite:
                 place = _place(stage.number, grid, size)
                 raise FloatingPointError(f"{place}: its output in training is not finite")
+    said = f"{config.row} keeps {some(list(losses))}, with a gradient: training adds no such loss"
+    return [f"{said} to the detector's"] if losses else []
 
 
 def _place(stage: int, grid: tuple[int, int], size: tuple[int, int]) -> str:
