@@ -193,6 +193,18 @@ def test_rounds_interleave_and_alternate():
     assert {len(result.samples) for result in results.values()} == {4}
 
 
+def test_what_takes_a_thousand_times_as_long_is_not_called_as_often():
+    clock = Clock()
+    results = latency.interleaved(
+        {"slow": clock.call(endless([], 2.0)), "fast": clock.call(endless([], 0.002))},
+        device="cpu",
+        effort=Effort(min_repeats=10, min_seconds=1.0),
+        instruments=instruments(clock),
+    )
+    assert len(results["slow"].samples) == 10
+    assert sum(results["fast"].samples) == pytest.approx(1.0, abs=0.003)
+
+
 def test_drift_hits_interleaved_rows_alike():
     clock = Clock()
     results = latency.interleaved(
