@@ -1102,7 +1102,7 @@ def test_a_row_says_what_is_odd_of_a_mechanism_of_the_user(
     row = mechanisms.write(tmp_path / "late.py", does)
     words = ["--rows", row, *TINY, "--no-report", "--no-latency", "--output", str(tmp_path / "out")]
     assert run_all.main([*words, "--dry-run"]) == 0
-    said = f"{row} keeps balance, with a gradient: training adds no such loss to the detector's"
+    said = f"{row} keeps balance, with a gradient: training adds no loss of a mechanism to its own"
     assert f"note: {said}" in " ".join(capsys.readouterr().out.split())
     assert run_all.main(words) == 0
     assert re.search(r"done, box mAP 0\.0, (\d) of \1 images not finite", capsys.readouterr().out)

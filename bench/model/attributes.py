@@ -151,19 +151,24 @@ def _held(value: Any, weights: set[int], copies: dict[int, Tensor]) -> Any:
             raise TypeError
         return "generator", state
     leaves, structure = pytree.tree_flatten(value)
-    for leaf in leaves:
-        if type(leaf) is Tensor:
-            table = leaf.is_meta or leaf.layout is not torch.strided or leaf.numel() > _MOST
-            if table or leaf.requires_grad or _address(leaf) in weights:
-                raise TypeError
-            copies.setdefault(id(leaf), leaf.clone())
-        elif not isinstance(leaf, _PLAIN):
-            raise TypeError
+    if not all(isinstance(leaf, _PLAIN) or _is_kept(leaf, weights) for leaf in leaves):
+        raise TypeError
     held = pytree.treespec_dumps(structure)
     if pytree.treespec_loads(held) != structure:
         raise TypeError
+    tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}
+    for name in tensors.keys() - copies.keys():
+        copies[name] = tensors[name].to("cpu", copy=True)
     devices = [leaf.device.type if isinstance(leaf, Tensor) else "" for leaf in leaves]
     return held, [copies.get(id(leaf), leaf) for leaf in leaves], devices
+
+
+def _is_kept(leaf: Any, weights: set[int]) -> bool:
+    """Whether it is a tensor of its own, small enough to be kept."""
+    if type(leaf) is not Tensor or leaf.requires_grad or leaf.is_meta:
+        return False
+    own = leaf.layout is torch.strided and _address(leaf) not in weights
+    return own and leaf.numel() <= _MOST
 
 
 def _set_state(generator: Any, state: Any) -> None:

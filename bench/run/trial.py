@@ -96,8 +96,8 @@ def run_own(config: RunConfig, sizes: Sequence[tuple[int, int]], fabric: Fabric)
             if not finite:
                 place = _place(stage.number, grid, size)
                 raise FloatingPointError(f"{place}: its output in training is not finite")
-    said = f"{config.row} keeps {some(list(losses))}, with a gradient: training adds no such loss"
-    return [f"{said} to the detector's"] if losses else []
+    said = f"{config.row} keeps {some(list(losses))}, with a gradient"
+    return [f"{said}: training adds no loss of a mechanism to its own"] if losses else []
 
 
 def _place(stage: int, grid: tuple[int, int], size: tuple[int, int]) -> str:
