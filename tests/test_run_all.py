@@ -1098,8 +1098,9 @@ def test_the_page_of_a_suite_is_not_replaced(
 def test_a_row_says_what_is_odd_of_a_mechanism_of_the_user(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    does = "self.balance = x.var()\nx = x if self.training else x * float('nan')"
-    row = mechanisms.write(tmp_path / "late.py", does)
+    does = "self.balance = x.var()\nif self.training:\n    CALLS.append(0)\n    x = x * len(CALLS)"
+    does += "\nx = x if self.training else x * float('nan')"
+    row = mechanisms.write(tmp_path / "late.py", does, "CALLS = []")
     words = ["--rows", row, *TINY, "--no-report", "--no-latency", "--output", str(tmp_path / "out")]
     assert run_all.main([*words, "--dry-run"]) == 0
     said = f"{row} keeps balance, with a gradient: training adds no loss of a mechanism to its own"
@@ -1107,7 +1108,9 @@ def test_a_row_says_what_is_odd_of_a_mechanism_of_the_user(
     assert run_all.main(words) == 0
     assert re.search(r"done, box mAP 0\.0, (\d) of \1 images not finite", capsys.readouterr().out)
     (path,) = (tmp_path / "out/records").iterdir()
-    assert said in record.read(path).notes
+    notes = record.read(path).notes
+    assert said in notes
+    assert any(note.startswith(f"{row} keeps from call to call what no") for note in notes)
 
 
 def test_a_dry_run_runs_a_mechanism_of_the_user(

@@ -89,8 +89,9 @@ LooseAttributes = list[tuple[nn.Module, dict[str, Any]]]
 
 def loose_copies(module: nn.Module) -> LooseAttributes:
     """Copy what a call may change in place; `...` stands for what is larger than an average."""
+    copies: dict[int, Any] = {}
     return [
-        (part, {name: _loose_copy(value) for name, value in _own(part).items()})
+        (part, {name: _loose_copy(value, copies) for name, value in _own(part).items()})
         for part in module.modules()
     ]
 
@@ -118,11 +119,14 @@ def _put(attributes: LooseAttributes) -> None:
         vars(part).update({name: value for name, value in values.items() if value is not ...})
 
 
-def _loose_copy(value: Any) -> Any:
+def _loose_copy(value: Any, copies: dict[int, Any]) -> Any:
     leaves, structure = pytree.tree_flatten(value)
     if any(isinstance(leaf, Tensor) and leaf.numel() > _SMALL for leaf in leaves):
         return ...
-    return pytree.tree_unflatten(map(_leaf_copy, leaves), structure)
+    for leaf in leaves:
+        if not isinstance(leaf, _PLAIN) and id(leaf) not in copies:
+            copies[id(leaf)] = _leaf_copy(leaf)
+    return pytree.tree_unflatten([copies.get(id(leaf), leaf) for leaf in leaves], structure)
 
 
 def _leaf_copy(leaf: Any) -> Any:

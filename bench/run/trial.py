@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from operator import itemgetter
 from typing import Any
@@ -16,10 +17,13 @@ from bench.data.images import NetworkSize
 from bench.errors import some
 from bench.measure.workload import attention_of
 from bench.model import build as models
-from bench.model.attributes import own_losses
+from bench.model.attributes import attributes, own_losses, restore
+from bench.system.seeding import seed_everything
 
 # Tokens of the largest grid that is tried on a CPU, that of stage 3 of 800x1344.
 _MOST_TOKENS = 50 * 84
+# Of outputs that are the same but for rounding.
+_TOLERANCE = 1e-3
 _SIDES: tuple[Callable[[tuple[int, int]], int], ...] = (math.prod, itemgetter(0), itemgetter(1))
 
 
@@ -64,11 +68,13 @@ def run_own(config: RunConfig, sizes: Sequence[tuple[int, int]], fabric: Fabric)
     if ":" not in config.model.attention:
         return []
     losses: dict[str, None] = {}
+    keeps = False
     train, on_cpu = config.train, fabric.device.type == "cpu"
     trained = min(2, train.batch_size // (train.devices * train.accumulate))
     evaluated = min(2, config.evaluate.batch_size)
-    vil = models.build_backbone(config).to(fabric.device)
-    vil.start_training_step(0)
+    vil, twin = (models.build_backbone(config).to(fabric.device) for _ in range(2))
+    for one in (vil, twin):
+        one.start_training_step(0)
     for size in sizes:
         trying = replace(config, profile=replace(config.profile, batch_size=2, image_size=size))
         for stage in vil.stages:
@@ -86,6 +92,9 @@ def run_own(config: RunConfig, sizes: Sequence[tuple[int, int]], fabric: Fabric)
                     finite = bool(out.isfinite().all())
                     if out.requires_grad:
                         out.sum().backward()
+                    other, _ = attention_of(twin, trying, device=fabric.device, stage=stage.number)
+                    with fabric.autocast(), torch.no_grad():
+                        keeps |= _keeps(layer, other.train(), tokens[:trained].detach(), grid)
                 with fabric.autocast(), torch.no_grad():
                     _called(layer.eval(), tokens[:evaluated].detach(), grid)
             except (MemoryError, torch.OutOfMemoryError):
@@ -96,8 +105,30 @@ def run_own(config: RunConfig, sizes: Sequence[tuple[int, int]], fabric: Fabric)
             if not finite:
                 place = _place(stage.number, grid, size)
                 raise FloatingPointError(f"{place}: its output in training is not finite")
-    said = f"{config.row} keeps {some(list(losses))}, with a gradient"
-    return [f"{said}: training adds no loss of a mechanism to its own"] if losses else []
+    found = []
+    if losses:
+        said = f"{config.row} keeps {some(list(losses))}, with a gradient"
+        found.append(f"{said}: training adds no loss of a mechanism to its own")
+    if keeps:
+        found.append(
+            f"{config.row} keeps from call to call what no checkpoint holds, as in an object, its"
+            " class or a global: a stopped run goes on otherwise, and with model.checkpoint it may"
+            " move twice a step; register_buffer keeps it"
+        )
+    return found
+
+
+def _keeps(layer: nn.Module, twin: nn.Module, tokens: Tensor, grid: tuple[int, int]) -> bool:
+    """Whether a layer that was called goes on otherwise than one that gets what is kept of it."""
+    with suppress(Exception):
+        twin.load_state_dict(layer.state_dict())
+        restore(twin, attributes(layer))
+        seed_everything(0)
+        expected = layer(tokens, grid).float()
+        seed_everything(0)
+        found = twin(tokens, grid).float()
+        return not torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
+    return False
 
 
 def _place(stage: int, grid: tuple[int, int], size: tuple[int, int]) -> str:

@@ -367,6 +367,7 @@ class Mine(nn.Module):
         self.proj, self.norm = nn.Linear(dim, dim), nn.BatchNorm1d(dim)
         self.register_buffer("bank", torch.zeros(dim))
         self.mean, self.last, self.calls = torch.zeros(dim), deque(maxlen=2), 0
+        self.norm.mean = self.mean
         self.own = torch.Generator().manual_seed(0), random.Random(0), np.random.default_rng(0)
 
     def forward(self, x, grid):
@@ -375,7 +376,7 @@ class Mine(nn.Module):
             torch_s, *others = self.own
             drawn = sum(one.random() for one in (random, np.random, *others))
             y = y * (torch.rand(y.shape, generator=torch_s) + torch.full_like(y, drawn))
-            y = y * (self.calls + self.mean + sum(self.last)).exp()
+            y = y * (self.calls + self.norm.mean + sum(self.last)).exp()
             self.bank = 0.9 * self.bank + 0.1 * y.detach().mean((0, 1))
             self.mean += 0.1 * x.detach().mean((0, 1))
             self.last.append(x.detach().mean((0, 1)))
