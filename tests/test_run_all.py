@@ -416,7 +416,7 @@ def test_a_failing_row_says_so_and_the_others_go_on(
     assert "1 of 2 rows to run" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("how", [[], ["--launcher", "local"]])
+@pytest.mark.parametrize("how", [[], pytest.param(["--launcher", "local"], marks=pytest.mark.slow)])
 def test_a_row_that_cannot_be_built_says_so_and_the_others_go_on(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], how: list[str]
 ) -> None:
