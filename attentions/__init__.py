@@ -18,12 +18,18 @@ from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from attentions.contract import Attention, AttentionModule, Grid, accepted_options
-from attentions.reads import Reads, forget_imports, imports_of, listening, settings_kept
+from attentions.reads import (
+    Reads,
+    deterministic,
+    forget_imports,
+    imports_of,
+    listening,
+    settings_kept,
+)
 from attentions.registry import registered
 
 __all__ = [
@@ -119,7 +125,10 @@ def build(name: str, *, dim: int, num_heads: int, num_global: int = 1, **options
     if missing:
         raise ValueError(f"{name} needs the option {', '.join(map(repr, missing))}")
     of_user = ":" in name
-    with heard(name) if of_user else nullcontext(), _filled() if of_user else nullcontext():
+    with (
+        heard(name) if of_user else nullcontext(),
+        deterministic(True, fills=True) if of_user else nullcontext(),
+    ):
         try:
             module = factory(dim=dim, num_heads=num_heads, num_global=num_global, **options)
         except SystemExit as error:
@@ -143,20 +152,6 @@ def build(name: str, *, dim: int, num_heads: int, num_global: int = 1, **options
             " them as torch.empty made them, or makes them so; fill them there"
         )
     return module
-
-
-@contextmanager
-def _filled() -> Iterator[None]:
-    """Let memory that nobody fills be NaN, not whatever was there, as torch does on request."""
-    begins = not torch.are_deterministic_algorithms_enabled()
-    if begins:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        # What the constructor itself set is seen by others.
-        if begins and torch.is_deterministic_algorithms_warn_only_enabled():
-            torch.use_deterministic_algorithms(False)
 
 
 def build_for(

@@ -9,6 +9,7 @@ import functools
 import importlib
 import os
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -129,6 +130,37 @@ def _hear_files() -> None:
 
     # It cannot be taken away again.
     sys.addaudithook(hear)
+
+
+@contextmanager
+def deterministic(on: bool, *, fills: bool = False) -> Iterator[None]:
+    """Let torch use deterministic algorithms, or not, whatever it did before.
+
+    Args:
+        fills: whether memory that nothing has written yet is NaN then, not whatever was there.
+    """
+    filling: Any = torch.utils.deterministic
+    before = _determinism(), filling.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(on, warn_only=on)
+    filling.fill_uninitialized_memory = fills
+    own = _determinism()
+    try:
+        with warnings.catch_warnings():
+            # It is no wish of the caller.
+            warnings.filterwarnings("ignore", message=".*deterministic")
+            yield
+    finally:
+        filling.fill_uninitialized_memory = before[1]
+        # What the code within itself set is seen by others.
+        if _determinism() == own:
+            torch.use_deterministic_algorithms(before[0][0], warn_only=before[0][1])
+
+
+def _determinism() -> tuple[bool, bool]:
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
 
 
 @contextmanager

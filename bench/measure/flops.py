@@ -46,6 +46,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
+from attentions.reads import deterministic
 from bench.errors import InputError, choose
 from bench.measure.fake import copied
 from bench.measure.formulas import formula_of, is_complex, is_free
@@ -315,7 +316,8 @@ def count_call(
             torch.stack(parts).sum().backward()
 
     counter.knows_inputs = True
-    with torch.set_grad_enabled(training), _SeesArrays(counter):
+    # Deterministic algorithms are other operators, as of interpolation.
+    with torch.set_grad_enabled(training), deterministic(False), _SeesArrays(counter):
         try:
             return _run(counter, run, training=training)
         except (ValueError, NotCountedError):

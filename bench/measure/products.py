@@ -5,8 +5,10 @@ summed over neighbours or added up in a loop over them. So are squared distances
 difference times itself, summed over channels, is as many products as queries times keys.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -118,18 +120,38 @@ class _Origin:
     """Products that one operator made.
 
     Attributes:
+        number: of origins made before, by which sums take them in one order.
         total: how many.
         left: how many of them no sum has had yet.
+        taken: how many of them sums have had, each with all that it could choose from.
     """
 
-    def __init__(self, total: float) -> None:
-        self.total = self.left = total
+    _numbers = itertools.count()
 
-    def take(self, count: float) -> float:
-        """Take so many, or as many as are left."""
-        taken = min(count, self.left)
-        self.left -= taken
-        return taken
+    def __init__(self, total: float) -> None:
+        self.number = next(self._numbers)
+        self.total = self.left = total
+        self.taken: list[tuple[frozenset[_Origin], float]] = []
+
+    def take(self, count: float, chosen: "frozenset[_Origin]") -> float:
+        """Take so many for a sum of `chosen`, or as many as are left."""
+        found = min(count, self.left)
+        self.left -= found
+        self.taken += [(chosen, found)] * (found > 0)
+        return found
+
+    def give_back(self, count: float) -> None:
+        """Let sums that had them have others, so that so many are left, or as many as can be."""
+        for place, (chosen, had) in enumerate(self.taken):
+            for other in _in_order(chosen - {self}):
+                moved = other.take(min(had, count - self.left), chosen)
+                self.left, had = self.left + moved, had - moved
+            self.taken[place] = chosen, had
+
+
+def _in_order(origins: Iterable[_Origin]) -> list[_Origin]:
+    """The oldest first; a set has them in the order of their addresses."""
+    return sorted(origins, key=attrgetter("number"))
 
 
 @dataclass(frozen=True)
@@ -174,8 +196,11 @@ class _Product:
         # In a backward pass two gradients are sums of the same products.
         if self.each > 1 or torch._C._current_graph_task_id() == -1:
             count = 0
-            for origin in self.origins:
-                count += origin.take(self.count - count)
+            for origin in _in_order(self.origins):
+                count += origin.take(self.count - count, self.origins)
+            for origin in _in_order(self.origins) if count < self.count else ():
+                origin.give_back(self.count - count)
+                count += origin.take(self.count - count, self.origins)
         elements, multiply_adds = -round(self.elements), round(count) * self.each
         added = elements if self.chain else 0
         if not self.sure:

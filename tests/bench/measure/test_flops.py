@@ -1045,6 +1045,28 @@ def test_training_of_mechanisms_is_counted_in_full(name):
     assert flops.count_call(module, (x, (10, 12)), training=True).uncounted == {}
 
 
+@pytest.mark.parametrize("summed", [0, 1])
+def test_products_of_two_operators_chosen_from_count_as_many_as_are_summed(summed):
+    x, y, z, chosen = (torch.zeros(8, 16, device="meta") for _ in range(4))
+
+    def run() -> object:
+        parts = x * y, y * z
+        return torch.where(chosen > 0, *parts).sum(dim=1), parts[summed].sum(dim=1)
+
+    # Sets of objects are ordered by their addresses, which differ from call to call.
+    assert {flops.count_operators(run).total for _ in range(8)} == {2 * 8 * 16}
+
+
+def test_deterministic_algorithms_change_no_count():
+    attention = attentions.build("agent", dim=12, num_heads=3, num_global=1)
+    before = flops.count_flops(attention, grid=(8, 8))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert flops.count_flops(attention, grid=(8, 8)) == before
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_parts_of_a_product_are_counted_once():
     x, y = torch.zeros(2, 3, 8), torch.zeros(2, 3, 8)
     counted = flops.count_operators(lambda: [part.sum(-1) for part in (x * y).chunk(2, -1)])
