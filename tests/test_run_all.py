@@ -1127,6 +1127,8 @@ def test_a_dry_run_runs_a_mechanism_of_the_user(
     assert "modified by an inplace" in refusal(run_all.main, *backward, begun=True)
     late = "if not self.training and not x.is_meta:\n    raise RuntimeError('out of time')"
     assert "out of time" in refusal(run_all.main, *words(late, "late.py"), begun=True)
+    unwritten = words("y = torch.empty_like(x); y[:, 1:] = x[:, 1:]; x = y", "unwritten.py")
+    assert "memory that nothing wrote" in refusal(run_all.main, *unwritten, begun=True)
     longer = words("return torch.cat([x, x], dim=1)", "longer.py")
     assert "The size of tensor a" in refusal(run_all.main, *longer, begun=True)
     double = words("return self.proj(x).double()", "double.py")

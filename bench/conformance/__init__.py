@@ -18,6 +18,7 @@ from torch import nn
 
 import attentions
 from attentions.contract import Grid, accepted_options
+from attentions.reads import deterministic
 from bench.conformance.rules import CHECKS, Check
 from bench.conformance.subject import (
     DIM,
@@ -200,6 +201,7 @@ def _contained() -> Iterator[None]:
         torch.random.fork_rng(devices=[]),
         warnings.catch_warnings(),
         contextlib.redirect_stdout(sys.stderr),
+        deterministic(True, fills=True),
     ):
         warnings.simplefilter("ignore")
         try:

@@ -247,7 +247,8 @@ def check_output(y: object, x: Tensor, when: str) -> None:
     if not y.isfinite().all():
         raise FailedError(
             f"{when}: the output is not finite",
-            "look for a division by zero, a softmax over nothing, or an overflow",
+            "look for a division by zero, a softmax over nothing, an overflow, or values of"
+            " torch.empty that nothing writes",
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from attentions.reads import deterministic
 from bench.config.schema import CLASSIFIER, RunConfig
 from bench.data import classes
 from bench.data.images import NetworkSize
@@ -72,8 +73,8 @@ def run_own(config: RunConfig, sizes: Sequence[tuple[int, int]], fabric: Fabric)
     train, on_cpu = config.train, fabric.device.type == "cpu"
     trained = min(2, train.batch_size // (train.devices * train.accumulate))
     evaluated = min(2, config.evaluate.batch_size)
-    vil, twin = (models.build_backbone(config).to(fabric.device) for _ in range(2))
-    for one in (vil, twin):
+    vil, twin, spare = (models.build_backbone(config).to(fabric.device) for _ in range(3))
+    for one in (vil, twin, spare):
         one.start_training_step(0)
     for size in sizes:
         trying = replace(config, profile=replace(config.profile, batch_size=2, image_size=size))
@@ -85,6 +86,8 @@ def run_own(config: RunConfig, sizes: Sequence[tuple[int, int]], fabric: Fabric)
                 continue
             finite = True
             try:
+                other, _ = attention_of(spare, trying, device=fabric.device, stage=stage.number)
+                _require_written(other, tokens[:trained], grid, fabric, training=size == sizes[0])
                 if size == sizes[0]:
                     with fabric.autocast():
                         out = _called(layer.train(), tokens[:trained].requires_grad_(), grid)
@@ -129,6 +132,36 @@ def _keeps(layer: nn.Module, twin: nn.Module, tokens: Tensor, grid: tuple[int, i
         found = twin(tokens, grid).float()
         return not torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
     return False
+
+
+def _require_written(
+    layer: nn.Module, tokens: Tensor, grid: tuple[int, int], fabric: Fabric, *, training: bool
+) -> None:
+    """Refuse results that hold what was in memory by chance, as that of `torch.empty`.
+
+    Raises:
+        ValueError: for an output or a gradient that is finite, but not where such memory is NaN.
+    """
+
+    def is_finite() -> bool:
+        seed_everything(0)
+        inputs = tokens.detach().clone().requires_grad_(training)
+        with fabric.autocast(), torch.set_grad_enabled(training):
+            out = layer.train(training)(inputs, grid)
+        if not isinstance(out, Tensor):
+            return True
+        if out.requires_grad:
+            out.sum().backward()
+        found = [out, inputs.grad, *(parameter.grad for parameter in layer.parameters())]
+        return all(bool(value.isfinite().all()) for value in found if value is not None)
+
+    usual = is_finite()
+    with deterministic(True, fills=True):
+        written = is_finite()
+    if usual and not written:
+        raise ValueError(
+            "its output or a gradient holds memory that nothing wrote, as torch.empty leaves it"
+        )
 
 
 def _place(stage: int, grid: tuple[int, int], size: tuple[int, int]) -> str:
