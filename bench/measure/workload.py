@@ -29,6 +29,7 @@ from bench.model.detectors import POSITIVE_FRACTION, Detector
 from bench.model.detectors.rois import Counts, fixed_rois
 from bench.model.optimizer import build_optimizer, compute_gradients, effective, total_loss
 from bench.system.devices import single_fabric
+from bench.system.seeding import in_one_order
 
 COCO_CLASSES = 80
 # Generated images are stretched to the profile's size; they only have to hold objects.
@@ -117,11 +118,15 @@ class Workload:
 
     def infer(self) -> None:
         """Run once without gradients."""
-        with torch.no_grad(), self._fixed():
+        with torch.no_grad(), in_one_order(self.fabric.device), self._fixed():
             self.model(*self.inputs)
 
     def step(self) -> None:
         """Do the step that training does."""
+        with in_one_order(self.fabric.device):
+            self._step()
+
+    def _step(self) -> None:
         torch.manual_seed(self.config.seed)
         for backbone in self._backbones:
             backbone.start_training_step(self._steps)

@@ -30,7 +30,7 @@ from bench.model.detectors import Detector, is_head
 from bench.record import FEW_IMAGES, FIGURES
 from bench.run import bootstrap
 from bench.run.bootstrap import ImageMatches, Matches
-from bench.system.seeding import seed_everything
+from bench.system.seeding import in_one_order, seed_everything
 
 RESAMPLES = 1000
 # The same for all runs, whatever their own seed: rows are compared on the same draws.
@@ -372,6 +372,7 @@ def evaluate(
     with (
         torch.no_grad(),
         clear_worker_errors(),
+        in_one_order(fabric.device),
         _masks_as_run_lengths(model),
         _Watch(model) as watch,
     ):

@@ -31,7 +31,7 @@ from bench.run.evaluate import Progress
 from bench.run.runner import Run
 from bench.run.train import Task, TrainingLog, train_task
 from bench.system.logs import run_log, table
-from bench.system.seeding import seed_everything
+from bench.system.seeding import in_one_order, seed_everything
 
 LEVEL = 0.95
 # Of a moving average, from which share on it is no longer that of what was trained.
@@ -202,7 +202,7 @@ def evaluate(
     start = time.perf_counter()
     counts = torch.zeros(4, dtype=torch.float64, device=fabric.device)
     done = 0
-    with torch.no_grad(), clear_worker_errors():
+    with torch.no_grad(), clear_worker_errors(), in_one_order(fabric.device):
         for images, targets in classes.evaluation_batches(
             split, config, rank=fabric.global_rank, world_size=fabric.world_size
         ):

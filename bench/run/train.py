@@ -45,7 +45,7 @@ from bench.run.buffers import FollowingBuffers
 from bench.run.checkpoints import Checkpoints
 from bench.system.interrupt import StopRequest
 from bench.system.logs import StepLog
-from bench.system.seeding import seed_everything
+from bench.system.seeding import in_one_order, seed_everything
 
 resource: Any = None
 # Windows has no such module.
@@ -230,7 +230,7 @@ def train_task(
     state = checkpoints.latest({"annotations": task.fingerprint})
     if state is not None:
         training.load(state)
-    _check_same_step(fabric, training.log.steps)
+    _check_same(fabric, training.log.steps, module)
     if training.log.steps < config.steps and (place := _place()) not in training.log.places:
         training.log.places.append(place)
     if step_log is not None:
@@ -238,7 +238,11 @@ def train_task(
     model.train()
     pace = Pace()
     saved = training.log.steps
-    with StopRequest(quiet=not fabric.is_global_zero) as request, clear_worker_errors():
+    with (
+        StopRequest(quiet=not fabric.is_global_zero) as request,
+        clear_worker_errors(),
+        in_one_order(fabric.device),
+    ):
         for images, targets in task.batches(training.log.steps, pace):
             entry, stop = training.step(images, targets, pace=pace.reset(), stop=request.requested)
             step = training.log.steps
@@ -512,13 +516,24 @@ def _peak_memory(device: torch.device) -> dict[str, float]:
     return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
-def _check_same_step(fabric: Fabric, step: int) -> None:
-    """Raise InputError where the processes found different checkpoints."""
+def _check_same(fabric: Fabric, step: int, module: nn.Module) -> None:
+    """Raise InputError where the processes found different checkpoints, or built other models."""
     if fabric.world_size == 1:
         return
-    steps: list[Any] = [None] * fabric.world_size
-    torch.distributed.all_gather_object(steps, step)
-    if len(set(steps)) > 1:
+    found: list[Any] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(
+        found, (step, [name for name, _ in module.named_parameters()])
+    )
+    steps, models = zip(*found, strict=True)
+    # Gradients are averaged by the order of parameters alone.
+    apart = next((names for names in zip(*models, strict=False) if len({*names}) > 1), None)
+    if apart is not None:
+        raise InputError(
+            f"the processes have different parameters in one place, {', '.join(sorted({*apart}))}:"
+            " a mechanism makes them in an order that differs from process to process, as that of"
+            " a set of texts does unless PYTHONHASHSEED is set"
+        )
+    if len({*steps}) > 1:
         raise InputError(
             f"the processes see checkpoints of different steps, {sorted(set(steps))}; --output must"
             " be a folder that all machines share"

@@ -1,12 +1,14 @@
-"""Random numbers of one seed, whichever library draws them."""
+"""What makes a run repeat itself: the seeds of all generators, and sums in one order."""
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
+
+from attentions.reads import deterministic
 
 
 def seed_everything(seed: int) -> None:
@@ -17,6 +19,17 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.manual_seed(seed)
+
+
+@contextmanager
+def in_one_order(device: torch.device) -> Iterator[None]:
+    """Let torch add up in the same order each time, on the CPU; where it can.
+
+    Two threads that add to the same element, as the gradient of `table[index]` does, would
+    otherwise round as it happens. A GPU is left as it is: there it would cost time.
+    """
+    with deterministic(True) if device.type == "cpu" else nullcontext():
+        yield
 
 
 def global_state() -> tuple[Any, Any]:

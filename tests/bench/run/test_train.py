@@ -6,6 +6,7 @@ import random
 import sys
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from bench.data.coco import CocoDataset
 from bench.errors import InputError
 from bench.model.backbone import ViL
 from bench.model.optimizer import build_optimizer, effective, learning_rate, schedule_notes
+from bench.run import train as training
 from bench.run.buffers import FollowingBuffers
 from bench.run.checkpoints import Checkpoints
 from bench.run.train import step_seed, train
@@ -290,6 +292,45 @@ def test_what_a_module_draws_and_keeps_in_attributes_goes_on_after_a_stop(
     run(dataset, tmp_path / "stopped", made=made, stop_after=4)
     resumed = run(dataset, tmp_path / "stopped", made=made)
     assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
+
+
+class LooksUp(Brightness):
+    """Looks many values up in a small table, to whose gradient all threads add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(50))
+
+    def forward(self, images: Any, targets: Any = None) -> Any:
+        looked_up = self.table[torch.randint(50, (200_000,))] * torch.randn(200_000)
+        losses = super().forward(images, targets)
+        return {name: loss + looked_up.square().mean() for name, loss in losses.items()}
+
+
+def test_two_threads_add_up_in_one_order(dataset: CocoDataset, tmp_path: Path) -> None:
+    usual = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = [run(dataset, tmp_path / name, made=LooksUp)["table"] for name in "abc"]
+    finally:
+        torch.set_num_threads(usual)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_processes_that_built_other_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of one's keys would be averaged with those of the other's values."""
+    one = nn.ModuleDict({"key": nn.Linear(2, 2), "value": nn.Linear(2, 2)})
+    other = ["value.weight", "value.bias", "key.weight", "key.bias"]
+
+    def gather(found: list[Any], mine: Any) -> None:
+        found[:] = mine, (mine[0], other)
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    fabric: Any = SimpleNamespace(world_size=2)
+    with pytest.raises(InputError, match=r"key\.weight, value\.weight: a mechanism"):
+        training._check_same(fabric, 0, one)
 
 
 def test_every_step_has_its_line_once_though_the_run_was_stopped(
